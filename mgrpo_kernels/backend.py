@@ -1,0 +1,167 @@
+"""Which backend runs an op, and why the others do not.
+
+Every tensor op has up to three: ``reference`` (plain PyTorch, the definition), ``native`` (C++, csrc/) and ``triton``.
+A backend is a module with ``unsupported(device, dtype) -> str | None`` and the op's kernels. The choice, in order:
+the call's ``backend=``, :func:`use_backend`, the environment variable ``MGRPO_BACKEND``, and then the fastest that can run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+logger = logging.getLogger("mgrpo_kernels")
+
+NAMES = ("reference", "native", "triton")
+
+# Fastest first. On a CPU Triton exists only as an interpreter, which is for tests: never an automatic choice.
+_PREFERENCE = {"cpu": ("native", "reference")}
+_PREFERENCE_ELSEWHERE = ("native", "triton", "reference")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+class Backend(Protocol):
+    """What every backend module offers to the choice."""
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return None if the backend runs this dtype on this device, else the reason why not."""
+        ...
+
+
+_registry: dict[str, dict[str, Backend]] = {}  # op -> backend name -> module
+_logged: set[str] = set()
+_override: str | None = None
+
+
+def register(op: str, **modules: Backend) -> None:
+    """Make an op's backends known: ``register("ema", reference=reference, native=native, triton=triton)``."""
+    _registry[op] = modules
+
+
+def implementation(op: str, backend: str) -> Backend:
+    """Return the module that runs `op` on `backend`, as picked before by :func:`choose`."""
+    return _registry[op][backend]
+
+
+def _check_name(backend: str, where: str) -> str:
+    if backend not in NAMES:
+        raise ValueError(f"{where}: want one of {', '.join(NAMES)}, got {backend!r}")
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every op of the block on `backend` (``reference``, ``native`` or ``triton``); a call's own ``backend=`` wins.
+
+    Raises:
+        ValueError: no such backend.
+        BackendUnavailable: from the ops inside, where that backend cannot run.
+    """
+    global _override  # noqa: PLW0603 - the one piece of global state the library keeps
+    before, _override = _override, _check_name(backend, "use_backend")
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def choose(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of the backend that runs `op` on tensors of this device and dtype.
+
+    Raises:
+        ValueError: `requested` names no backend.
+        BackendUnavailable: the backend asked for (by argument, block or environment) cannot run, with the reason.
+    """
+    return _choose(op, requested if requested is not None else _override, device, dtype)
+
+
+@torch._dynamo.assume_constant_result  # the answer is a constant of the traced graph; dynamo guards on _override above
+def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    modules = _registry[op]
+    where = "backend"
+    if requested is None and (requested := os.environ.get("MGRPO_BACKEND") or None) is not None:
+        where = "MGRPO_BACKEND"
+    if requested is not None:
+        _check_name(requested, where)
+        if requested not in modules:
+            raise BackendUnavailable(f"{op} has no {requested} backend; it has {', '.join(modules)}")
+        reason = modules[requested].unsupported(device, dtype)
+        if reason is not None:
+            raise BackendUnavailable(f"the {requested} backend of {op} cannot run: {reason}")
+        return requested
+
+    passed_over: list[str] = []
+    for name in _PREFERENCE.get(device.type, _PREFERENCE_ELSEWHERE):
+        if name not in modules:
+            continue
+        reason = modules[name].unsupported(device, dtype)
+        if reason is None:
+            _log_choice(op, name, device, dtype, passed_over)
+            return name
+        passed_over.append(f"{name}: {reason}")
+    raise BackendUnavailable(f"no backend of {op} can run on {device.type}, {dtype}: {'; '.join(passed_over)}")
+
+
+def _log_choice(op: str, name: str, device: torch.device, dtype: torch.dtype, passed_over: list[str]) -> None:
+    if op in _logged:
+        return
+    _logged.add(op)
+    because = f" ({'; '.join(passed_over)})" if passed_over else ""
+    # Ending on the slow backend where a fast one was expected is worth a warning: nobody should find out by the clock.
+    level = logging.WARNING if name == "reference" and dtype != torch.float64 else logging.INFO
+    logger.log(level, "%s runs on the %s backend for %s on %s%s", op, name, dtype, device.type, because)
+
+
+def backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
+    """Return op -> backend -> "ok", or the reason why it cannot run `dtype` on `device` (None: the GPU if there is one)."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    return {
+        op: {name: module.unsupported(device, dtype) or "ok" for name, module in modules.items()}
+        for op, modules in sorted(_registry.items())
+    }
+
+
+def reference_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Every device PyTorch knows, every floating dtype."""
+    return None if dtype.is_floating_point else f"want a floating-point dtype, got {dtype}"
+
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def native_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What all native kernels need: the built extension, a CPU tensor, a dtype it was compiled for."""
+    from mgrpo_kernels import _native  # not at the top: loading the extension is the first thing that can fail
+
+    if (reason := _native.missing()) is not None:
+        return reason
+    if device.type != "cpu":
+        return f"the native kernels run on cpu, got {device.type}"
+    if dtype not in NATIVE_DTYPES:
+        return f"want float32, bfloat16 or float16, got {dtype}"
+    return None
+
+
+def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What all Triton kernels need: triton, a GPU (or the interpreter), a dtype they are written for."""
+    try:
+        import triton  # noqa: F401, PLC0415 - optional: there is no triton for macOS or Windows
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton needs a GPU tensor, got cpu (TRITON_INTERPRET=1 runs its interpreter, for tests)"
+    if device.type not in ("cpu", "cuda"):
+        return f"triton needs a cuda (NVIDIA or AMD) tensor, got {device.type}"
+    if dtype not in NATIVE_DTYPES:
+        return f"want float32, bfloat16 or float16, got {dtype}"
+    return None

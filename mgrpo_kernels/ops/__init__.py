@@ -1,0 +1,1 @@
+"""One folder an op: the public function and custom op, its reference, its backends."""

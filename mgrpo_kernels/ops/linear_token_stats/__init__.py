@@ -1,0 +1,302 @@
+"""Token statistics straight from hidden states: the language-model head and the statistics fused, no (N, V) tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mgrpo_kernels import backend as backends
+from mgrpo_kernels import checks
+from mgrpo_kernels.ops import _autograd, _statistics
+from mgrpo_kernels.ops.linear_token_stats import native, reference, triton
+from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Head
+from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
+
+OP = "linear_token_stats"
+backends.register(OP, reference=reference, native=native, triton=triton)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    stats: Sequence[str] = ("logprob", "entropy"),
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+    debug: bool = False,
+) -> TokenStats:
+    """Return :func:`token_stats_from_logits` of the logits that a head gives for `hidden`, without ever holding them.
+
+    x = hidden @ weight.T + bias;  y = logit_scale x, then softcap tanh(y / softcap);  z = y / temperature. The library's matmul
+    fills one tile of logits at a time in a reused workspace; backward computes each tile again, turns it into its gradient
+    in place and multiplies that with the weight and the hidden states. Gradients accumulate in float32. Under autocast the op
+    computes in the autocast dtype, like ``torch.nn.functional.linear``.
+
+    Args:
+        hidden: ``(..., H)`` float32, bfloat16 or float16 (float64 on the reference backend).
+        weight: ``(V, H)``, of hidden's dtype. With `tp_group` this rank's rows of it; shards may be uneven.
+        labels: ``(...)`` int32 or int64, already shifted, over the whole vocabulary; None if "logprob" is not asked for.
+        bias: ``(V,)`` or None.
+        stats: names out of "logprob", "entropy", "self_certainty".
+        temperature: a number > 0, or a tensor that broadcasts to ``(...)`` (it gets no gradient).
+        logit_scale: finite; multiplies the logits (Cohere's logit_scale, the inverse of Granite's logits_scaling).
+        softcap: > 0 or None (Gemma's final_logit_softcapping).
+        mask: ``(...)`` bool, True counts. A masked row gives exactly 0 and no gradient, whatever hidden holds there.
+        tp_group: process group over which the vocabulary is sharded. Every rank gets the full result.
+        vocab_start: vocabulary entry of this rank's first row. None asks the group, once a call (one small collective).
+        workspace_bytes: bound of the logits' workspace, at least 64 KiB; None takes the backend's own. At least one row or
+            column block always fits.
+        backend: ``reference``, ``native`` or ``triton``; None picks.
+        debug: on a GPU, pay a host sync to raise for a bad label.
+
+    Returns:
+        TokenStats of float32 (float64 for float64 input), ``(...)``; None where a statistic was not asked for.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, device or option; on a CPU also an unmasked label outside the vocabulary (on a GPU: NaN).
+        BackendUnavailable: `backend` cannot run here.
+    """
+    wanted = check_stats(stats)
+    hidden, weight, bias = check_head(hidden, weight, bias)
+    rows = hidden.shape[:-1]
+    mask = checks.check_mask("mask", mask, rows, hidden.device)
+    number, per_row = checks.check_temperature(temperature, rows, hidden.device)
+    check_head_options(logit_scale, softcap, workspace_bytes)
+    checks.check_flag("debug", debug)
+    if not wanted.logprob:
+        labels = None
+    elif labels is None:
+        raise ValueError('labels: want a tensor when stats has "logprob", got None')
+    else:
+        labels = checks.check_tensor("labels", labels, dtypes=checks.INTS, shape=rows, device=hidden.device).reshape(-1)
+    group_name, vocab_start = check_tp_group(tp_group, vocab_start, weight)
+
+    name = backends.choose(OP, backend, hidden.device, hidden.dtype)
+    logprob, entropy, self_certainty, _, _ = linear_token_stats_op(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels,
+        None if mask is None else mask.reshape(-1), None if per_row is None else per_row.reshape(-1),
+        number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, debug, name,
+    )  # fmt: skip
+    return TokenStats(
+        logprob.view(rows) if wanted.logprob else None,
+        entropy.view(rows) if wanted.entropy else None,
+        self_certainty.view(rows) if wanted.self_certainty else None,
+    )
+
+
+def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check a head's tensors against each other and cast them to the autocast dtype, if one is in force."""
+    checks.check_tensor("hidden", hidden)
+    if hidden.dim() < 1:
+        raise ValueError("hidden: want shape (..., H), got ()")
+    checks.check_tensor("weight", weight, dim=2, device=hidden.device)
+    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
+        raise ValueError(
+            f"weight: want shape (V, {hidden.shape[-1]}) with V >= 1 to match hidden, got {checks.shape_text(weight.shape)}"
+        )
+    if bias is not None:
+        checks.check_tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name}: want hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+    return hidden, weight, bias
+
+
+def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> None:
+    """Check what is neither tensor nor group."""
+    checks.check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        checks.check_number("softcap", softcap, above=0.0)
+    if workspace_bytes is not None:
+        checks.check_number("workspace_bytes", workspace_bytes, at_least=MIN_WORKSPACE)
+
+
+def check_tp_group(tp_group: dist.ProcessGroup | None, vocab_start: int | None, weight: Tensor) -> tuple[str | None, int]:
+    """Return the group's name (None: the vocabulary is whole) and this rank's first vocabulary entry."""
+    if tp_group is None:
+        if vocab_start not in (None, 0):
+            raise ValueError(f"vocab_start: want None or 0 without a tp_group, got {vocab_start}")
+        return None, 0
+    if vocab_start is None:
+        sizes: list[int | None] = [None] * dist.get_world_size(tp_group)
+        dist.all_gather_object(sizes, weight.shape[0], group=tp_group)
+        vocab_start = sum(size or 0 for size in sizes[: dist.get_rank(tp_group)])
+    return tp_group.group_name, int(checks.check_number("vocab_start", vocab_start, at_least=0))
+
+
+@torch.library.custom_op("mgrpo_kernels::linear_token_stats", mutates_args=())
+def linear_token_stats_op(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (N,)
+    mask: Tensor | None,  # (N,)
+    temperature_per_row: Tensor | None,  # (N,) float32
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    tp_group: str | None,
+    vocab_start: int,
+    workspace_bytes: int | None,
+    debug: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``, and the size of the whole vocabulary, 0-d."""
+    checks.check_temperature_values(temperature_per_row)
+    head = Head(
+        weight, bias, temperature if temperature_per_row is None else temperature_per_row, logit_scale, softcap, vocab_start,
+        workspace_bytes,
+    )  # fmt: skip
+    rows = _kept_rows(mask)
+    forward = backends.implementation(OP, backend).forward
+    state = forward(_take(hidden, rows), head._replace(temperature=_take(head.temperature, rows)), _take(labels, rows))
+    if tp_group is not None:
+        state = _statistics.merge(_all_gather(state, tp_group))
+    vocab = state.new_full((), weight.shape[0]) if tp_group is None else _vocab_size(state, weight, tp_group)
+    if labels is not None and (debug or hidden.device.type == "cpu"):
+        checks.check_label_values(labels, mask, int(vocab))
+    statistics = _statistics.finish(state, _take(labels, rows))
+    if rows is not None:
+        statistics = [stat.new_zeros(hidden.shape[0]).index_copy_(0, rows, stat) for stat in statistics]
+    elif mask is not None:
+        statistics = [torch.where(mask, stat, 0.0) for stat in statistics]
+    logprob, entropy, self_certainty, logsumexp = statistics
+    return logprob, entropy, self_certainty, logsumexp, vocab
+
+
+@linear_token_stats_op.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logprob, entropy, self_certainty, logsumexp = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
+    return logprob, entropy, self_certainty, logsumexp, hidden.new_empty((), dtype=dtype)
+
+
+@torch.library.custom_op("mgrpo_kernels::linear_token_stats_backward", mutates_args=())
+def linear_token_stats_backward_op(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_self_certainty: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature_per_row: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    tp_group: str | None,
+    vocab_start: int,
+    workspace_bytes: int | None,
+    entropy: Tensor,
+    logsumexp: Tensor,
+    vocab: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden, weight and bias, in their dtypes; those not needed are empty."""
+    coefficients = _statistics.gradient_coefficients(
+        grad_logprob, grad_entropy, grad_self_certainty, entropy, vocab, mask, logsumexp
+    )
+    head = Head(
+        weight, bias, temperature if temperature_per_row is None else temperature_per_row, logit_scale, softcap, vocab_start,
+        workspace_bytes,
+    )  # fmt: skip
+    rows = _kept_rows(mask)
+    kept = _take(hidden, rows)
+    if rows is None and mask is not None:
+        kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
+    grad_hidden, grad_weight, grad_bias = backends.implementation(OP, backend).backward(
+        kept, head._replace(temperature=_take(head.temperature, rows)), _take(labels, rows),
+        coefficients if rows is None else coefficients[:, rows], _take(logsumexp, rows), (need_hidden, need_weight, need_bias),
+    )  # fmt: skip
+    if grad_hidden is not None:
+        if tp_group is not None:
+            dist.all_reduce(grad_hidden, group=_group(tp_group))
+        grad_hidden = grad_hidden.to(hidden.dtype)
+        if rows is not None:
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in (grad_hidden, grad_weight, grad_bias))  # type: ignore[return-value]
+
+
+@linear_token_stats_backward_op.register_fake
+def _(
+    grad_logprob: Any, grad_entropy: Any, grad_self_certainty: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    need_hidden, need_weight, need_bias, _ = rest[-4:]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0,)),
+        hidden.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+_autograd.forbid_second_derivative(linear_token_stats_backward_op)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group, ctx.vocab_start, ctx.workspace, _, ctx.backend = inputs
+    _, entropy, _, logsumexp, vocab = output
+    ctx.set_materialize_grads(False)  # a statistic that nobody used costs nothing in backward
+    ctx.mark_non_differentiable(logsumexp, vocab)
+    ctx.save_for_backward(*tensors, entropy, logsumexp, vocab)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, mask, per_row, entropy, logsumexp, vocab = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    results = linear_token_stats_backward_op(
+        *grads[:3], hidden, weight, bias, labels, mask, per_row, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group,
+        ctx.vocab_start, ctx.workspace, entropy, logsumexp, vocab, *need, ctx.backend,
+    )  # fmt: skip
+    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 11)
+
+
+linear_token_stats_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _kept_rows(mask: Tensor | None) -> Tensor | None:
+    """On a CPU, masked rows are left out of the matmuls. On a GPU their number is unknown without a host sync: None."""
+    return mask.nonzero().squeeze(-1) if mask is not None and mask.device.type == "cpu" else None
+
+
+def _take(value: Any, rows: Tensor | None) -> Any:
+    return value[rows] if isinstance(value, Tensor) and rows is not None else value
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def _all_gather(state: Tensor, tp_group: str) -> Tensor:
+    group = _group(tp_group)
+    states = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(states, state.contiguous(), group=group)
+    return torch.stack(states)
+
+
+def _vocab_size(state: Tensor, weight: Tensor, tp_group: str) -> Tensor:
+    if state.shape[1]:
+        return state[_statistics.COUNT, 0].clone()
+    vocab = state.new_full((), weight.shape[0])  # no rows to carry the count
+    dist.all_reduce(vocab, group=_group(tp_group))
+    return vocab

@@ -1,0 +1,85 @@
+"""The definition, in plain PyTorch over blocks of rows, so that no (N, V) tensor ever exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels.backend import reference_unsupported as unsupported
+from mgrpo_kernels.ops import _statistics
+from mgrpo_kernels.ops.linear_token_stats.specs import Head, transform, transform_gradient
+
+__all__ = ["backward", "forward", "unsupported"]
+
+WORKSPACE_BYTES = 64 * 2**20
+
+
+def _row_blocks(hidden: Tensor, head: Head) -> Iterator[slice]:
+    # About six float32 (or float64) copies of a block's logits are alive at once.
+    row_bytes = 6 * head.weight.shape[0] * max(4, hidden.element_size())
+    rows = max(1, (head.workspace_bytes or WORKSPACE_BYTES) // row_bytes)
+    for start in range(0, hidden.shape[0], rows):
+        yield slice(start, min(start + rows, hidden.shape[0]))
+
+
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    x = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(value: float | Tensor, block: slice) -> float | Tensor:
+    return value[block] if isinstance(value, Tensor) else value
+
+
+def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
+    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
+    states = [
+        _statistics.row_state(
+            transform(_logits(hidden[block], head), head, _rows(head.temperature, block)),
+            None if labels is None else labels[block],
+            head.vocab_start,
+        )
+        for block in _row_blocks(hidden, head)
+    ]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return torch.cat(states, 1) if states else hidden.new_empty((_statistics.STATE_ROWS, 0), dtype=dtype)
+
+
+def backward(
+    hidden: Tensor,  # (N, H)
+    head: Head,
+    labels: Tensor | None,  # (N,)
+    coefficients: Tensor,  # (4, N)
+    logsumexp: Tensor,  # (N,)
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
+    need_hidden, need_weight, need_bias = need
+    wide = logsumexp.dtype
+    grad_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
+    grad_weight = torch.zeros_like(head.weight, dtype=wide) if need_weight else None
+    grad_bias = torch.zeros_like(head.weight[:, 0], dtype=wide) if need_bias else None
+    for block in _row_blocks(hidden, head):
+        x = _logits(hidden[block], head)
+        temperature = _rows(head.temperature, block)
+        grad_z = _statistics.row_gradient(
+            transform(x, head, temperature),
+            None if labels is None else labels[block],
+            coefficients[:, block],
+            logsumexp[block],
+            head.vocab_start,
+        )
+        grad_x = transform_gradient(grad_z, x, head, temperature)  # (n, V)
+        if grad_hidden is not None:
+            grad_hidden[block] = grad_x @ head.weight.to(wide)
+        if grad_weight is not None:
+            grad_weight.addmm_(grad_x.T, hidden[block].to(wide))
+        if grad_bias is not None:
+            grad_bias += grad_x.sum(0)
+    return (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(head.weight.dtype),
+        None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
+    )

@@ -1,0 +1,41 @@
+"""Names and types that the token statistics share with their backends, tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each token's distribution, in nats, of the labels' shape; None where one was not asked for."""
+
+    logprob: Tensor | None  # log softmax(z)[label]
+    entropy: Tensor | None  # -sum p log p
+    self_certainty: Tensor | None  # logsumexp(z) - mean(z)
+
+
+class Wanted(NamedTuple):
+    """Which statistics a kernel has to write."""
+
+    logprob: bool
+    entropy: bool
+    self_certainty: bool
+
+
+def check_stats(stats: Sequence[str]) -> Wanted:
+    """Return which statistics `stats` names.
+
+    Raises:
+        ValueError: a name that is none, or no name at all.
+    """
+    if isinstance(stats, str) or not stats or any(name not in Wanted._fields for name in stats):
+        raise ValueError(f"stats: want a tuple of names out of {', '.join(Wanted._fields)}, got {stats!r}")
+    return Wanted(*(name in stats for name in Wanted._fields))
+
+
+def statistics_dtype(values: Tensor) -> torch.dtype:
+    """Statistics are float32, whatever the dtype of the logits, and float64 only for float64."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -1,0 +1,50 @@
+"""Padded batches, packed batches, groups: the only place that knows these layouts.
+
+Groups: an int G says that every G rollouts in a row belong to one prompt; int offsets ``(P+1,)`` say where each prompt's
+rollouts begin and end, so that groups may differ in size and be empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import checks
+
+
+def group_offsets(groups: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    """Return the offsets ``(P+1,)``, int64 on `device`, of the groups of `batch` rollouts.
+
+    Args:
+        groups: group size G, which must divide `batch`; or int32 / int64 offsets ``(P+1,)``: ascending, from 0 to `batch`.
+        batch: number of rollouts B.
+        device: where the offsets are wanted. Given offsets must already be there.
+
+    Raises:
+        TypeError: neither an int nor an integer tensor.
+        ValueError: G does not divide B or is below 1; offsets of another shape or device; offsets that do not ascend from 0 to B
+            (values are checked on CPU tensors only: a GPU tensor's would cost a host sync).
+    """
+    if isinstance(groups, Tensor):
+        checks.check_tensor("groups", groups, dtypes=checks.INTS, dim=1, device=device)
+        if groups.shape[0] < 1:
+            raise ValueError("groups: want offsets of shape (P+1,), got an empty tensor")
+        return groups.to(torch.int64)
+    if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)):
+        raise TypeError(f"groups: want an int or int offsets (P+1,), got {type(groups).__name__}")
+    if groups < 1 or batch % groups != 0:
+        raise ValueError(f"groups: want a group size >= 1 that divides the {batch} rollouts, got {groups}")
+    return torch.arange(0, batch + 1, groups, device=device, dtype=torch.int64)
+
+
+def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
+    """Raise ValueError unless offsets ascend from 0 to `total` (read on CPU tensors only: no host sync on a GPU)."""
+    if offsets.device.type != "cpu":
+        return
+    if int(offsets[0]) != 0 or int(offsets[-1]) != total or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"{name}: want ascending offsets from 0 to {total}, got {offsets.tolist()[:16]}")
+
+
+def group_index(offsets: Tensor, batch: int) -> Tensor:
+    """Return each rollout's group, ``(B,)`` int64, from offsets ``(P+1,)``. No host sync."""
+    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(batch, device=offsets.device), right=True)
