@@ -1,0 +1,23 @@
+#include "dispatch.h"
+
+#include <ATen/Version.h>
+
+namespace mgrpo {
+
+Isa isa() {
+#ifdef MGRPO_X86
+  static const Isa chosen = [] {
+    const std::string capability = at::get_cpu_capability();
+    return capability == "AVX512" ? Isa::Avx512 : capability == "AVX2" ? Isa::Avx2 : Isa::Default;
+  }();
+  return chosen;
+#else
+  return Isa::Default;
+#endif
+}
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::Avx512 ? "AVX512" : isa == Isa::Avx2 ? "AVX2" : "DEFAULT";
+}
+
+} // namespace mgrpo

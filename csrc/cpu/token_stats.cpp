@@ -1,0 +1,80 @@
+#include "token_stats.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+namespace mgrpo {
+namespace {
+
+using at::Tensor;
+
+Tensor last_dim_contiguous(const Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
+// Where each row of x (..., V) starts, in elements: any strides of the leading dimensions.
+std::vector<int64_t> row_offsets(const Tensor& x) {
+  const int64_t leading = x.dim() - 1, rows = x.numel() / x.size(-1);
+  std::vector<int64_t> offsets(rows), index(leading, 0);
+  int64_t offset = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    offsets[row] = offset;
+    for (int64_t dim = leading - 1; dim >= 0; --dim) {
+      offset += x.stride(dim);
+      if (++index[dim] < x.size(dim)) {
+        break;
+      }
+      offset -= index[dim] * x.stride(dim);
+      index[dim] = 0;
+    }
+  }
+  return offsets;
+}
+
+Tensor contiguous_as(const std::optional<Tensor>& x, at::ScalarType dtype) {
+  return x ? x->to(dtype).contiguous() : Tensor();
+}
+
+template <typename T>
+const T* data_or_null(const Tensor& x) {
+  return x.defined() ? x.const_data_ptr<T>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& logits_, const std::optional<Tensor>& labels_, const std::optional<Tensor>& mask_,
+    const std::optional<Tensor>& temperature_, double temperature, bool want_logprob, bool want_entropy, bool want_self_certainty) {
+  const Tensor logits = last_dim_contiguous(logits_);
+  const Tensor labels = contiguous_as(labels_, at::kLong), mask = contiguous_as(mask_, at::kBool),
+               temperature_per_row = contiguous_as(temperature_, at::kFloat);
+  const auto rows = logits.sizes().slice(0, logits.dim() - 1);
+  const auto options = logits.options().dtype(at::kFloat);
+  want_logprob &= labels.defined();
+  Tensor logprob = want_logprob ? at::empty(labels.sizes(), options) : at::empty({0}, options);
+  Tensor entropy = want_entropy ? at::empty(rows, options) : at::empty({0}, options);
+  Tensor self_certainty = want_self_certainty ? at::empty(rows, options) : at::empty({0}, options);
+  Tensor logsumexp = at::empty(rows, options);
+  const auto offsets = row_offsets(logits);
+  MGRPO_CALL(token_stats_forward_kernel)
+  ({.dtype = logits.scalar_type(),
+    .logits = logits.const_data_ptr(),
+    .offsets = offsets.data(),
+    .rows = static_cast<int64_t>(offsets.size()),
+    .vocab = logits.size(-1),
+    .labels_per_row = want_logprob ? labels.size(-1) : 0,
+    .labels = data_or_null<int64_t>(labels),
+    .mask = data_or_null<bool>(mask),
+    .temperature_per_row = data_or_null<float>(temperature_per_row),
+    .temperature = temperature,
+    .logprob = want_logprob ? logprob.mutable_data_ptr<float>() : nullptr,
+    .entropy = want_entropy ? entropy.mutable_data_ptr<float>() : nullptr,
+    .self_certainty = want_self_certainty ? self_certainty.mutable_data_ptr<float>() : nullptr,
+    .logsumexp = logsumexp.mutable_data_ptr<float>()});
+  return {logprob, entropy, self_certainty, logsumexp};
+}
+
+TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {
+  m.impl("token_stats_forward", &forward);
+}
+
+} // namespace
+} // namespace mgrpo

@@ -1,0 +1,138 @@
+#include "row_state.h"
+#include "token_stats.h"
+
+namespace mgrpo {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// A row is always summed as these parts, merged in order: the same bits whether threads share rows or one row.
+constexpr int64_t PART = 4 * BLOCK;
+
+template <typename T>
+RowState part_state(const T* x, int64_t n, float inv_temperature) {
+  RowState state;
+  for (int64_t i = 0; i < n; i += BLOCK) {
+    add_block(state, x + i, std::min(BLOCK, n - i), inv_temperature);
+  }
+  return state;
+}
+
+// A sum that is NaN may come of +inf alone, where logsumexp is +inf.
+template <typename T>
+bool has_nan(const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (std::isnan(static_cast<float>(x[i]))) {
+      return true;
+    }
+  }
+  return false;
+}
+
+template <typename T>
+void write_row(const TokenStatsForward& args, int64_t row, const T* x, const RowState& state, float inv_temperature) {
+  constexpr float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  double max = static_cast<double>(state.max), log_sum = std::log(state.sum_exp), entropy;
+  if (std::isnan(state.sum_exp)) {
+    log_sum = 0;
+    max = has_nan(x, args.vocab) ? nan : inf;
+    entropy = nan;
+  } else if (state.max == -inf) {
+    log_sum = 0;
+    entropy = nan;
+  } else {
+    entropy = log_sum - state.sum_expz / state.sum_exp;
+  }
+  args.logsumexp[row] = static_cast<float>(max * inv_temperature + log_sum);
+  if (args.entropy) {
+    args.entropy[row] = static_cast<float>(entropy);
+  }
+  if (args.self_certainty) {
+    args.self_certainty[row] = static_cast<float>((max - state.sum / static_cast<double>(args.vocab)) * inv_temperature + log_sum);
+  }
+  if (args.logprob) {
+    for (int64_t k = row * args.labels_per_row; k < (row + 1) * args.labels_per_row; ++k) {
+      const int64_t label = args.labels[k];
+      args.logprob[k] = label < 0 || label >= args.vocab
+          ? nan
+          : static_cast<float>((static_cast<double>(static_cast<float>(x[label])) - max) * inv_temperature - log_sum);
+    }
+  }
+}
+
+void write_masked_row(const TokenStatsForward& args, int64_t row) {
+  args.logsumexp[row] = 0;
+  if (args.entropy) {
+    args.entropy[row] = 0;
+  }
+  if (args.self_certainty) {
+    args.self_certainty[row] = 0;
+  }
+  if (args.logprob) {
+    std::fill_n(args.logprob + row * args.labels_per_row, args.labels_per_row, 0.0f);
+  }
+}
+
+template <typename T>
+void forward(const TokenStatsForward& args) {
+  const int64_t parts = (args.vocab + PART - 1) / PART;
+  auto row_start = [&](int64_t row) { return static_cast<const T*>(args.logits) + args.offsets[row]; };
+  auto inv_temperature = [&](int64_t row) {
+    return static_cast<float>(1.0 / (args.temperature_per_row ? args.temperature_per_row[row] : args.temperature));
+  };
+  auto state_of = [&](int64_t row, int64_t part) {
+    return part_state(row_start(row) + part * PART, std::min(PART, args.vocab - part * PART), inv_temperature(row));
+  };
+  auto masked = [&](int64_t row) { return args.mask && !args.mask[row]; };
+
+  if (args.rows >= 4 * at::get_num_threads() || parts == 1) {
+    at::parallel_for(0, args.rows, std::max<int64_t>(1, BLOCK / args.vocab), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        if (masked(row)) {
+          write_masked_row(args, row);
+          continue;
+        }
+        RowState state;
+        for (int64_t part = 0; part < parts; ++part) {
+          state.merge(state_of(row, part), inv_temperature(row));
+        }
+        write_row(args, row, row_start(row), state, inv_temperature(row));
+      }
+    });
+    return;
+  }
+  auto states = std::make_unique<RowState[]>(args.rows * parts);
+  at::parallel_for(0, args.rows * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!masked(i / parts)) {
+        states[i] = state_of(i / parts, i % parts);
+      }
+    }
+  });
+  for (int64_t row = 0; row < args.rows; ++row) {
+    if (masked(row)) {
+      write_masked_row(args, row);
+      continue;
+    }
+    RowState state;
+    for (int64_t part = 0; part < parts; ++part) {
+      state.merge(states[row * parts + part], inv_temperature(row));
+    }
+    write_row(args, row, row_start(row), state, inv_temperature(row));
+  }
+}
+
+} // namespace
+
+void token_stats_forward_kernel(const TokenStatsForward& args) {
+  switch (args.dtype) {
+    case c10::kFloat:
+      return forward<float>(args);
+    case c10::kBFloat16:
+      return forward<c10::BFloat16>(args);
+    default:
+      return forward<c10::Half>(args);
+  }
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace mgrpo

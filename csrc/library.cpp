@@ -1,0 +1,45 @@
+// The extension mgrpo_kernels._C: plain kernels in torch.ops.mgrpo_native. The public custom ops are defined in Python; they check
+// what users pass, so here a wrong argument is a bug of ours and TORCH_CHECK only guards memory.
+//
+// To add an op:
+//   1. below, its schema: m.def("my_op(Tensor x) -> Tensor");
+//   2. csrc/cpu/my_op.cpp, compiled once, no special flags: takes tensors, calls the kernel that fits this CPU, registers itself:
+//          MGRPO_KERNEL(my_op_kernel, void(const float* x, float* out, int64_t n))       // at namespace mgrpo, in my_op.h
+//          Tensor my_op(const Tensor& x) { ...; MGRPO_CALL(my_op_kernel)(x.const_data_ptr<float>(), ...); }
+//          TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) { m.impl("my_op", &my_op); }
+//   3. csrc/cpu/my_op_kernel.cpp, compiled once per instruction set: the body, on at::vec and at::parallel_for, all of it inside
+//          namespace mgrpo::CPU_CAPABILITY { ... }
+//      Nothing outside that namespace but includes: a function that two objects share would be linked only once, and an old CPU would
+//      meet instructions it lacks. Shared pieces (loads, exp, sums): csrc/cpu/vec.h.
+// setup.py finds both files by their names.
+//
+// aten calls (at::mm, at::empty) belong in my_op.cpp. Build in place: python setup.py build_ext --inplace
+
+#include <Python.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/dispatch.h"
+
+namespace mgrpo {
+
+std::string build_info() {
+  return std::string("compiler " __VERSION__ ", torch " TORCH_VERSION ", flags " MGRPO_FLAGS ", instruction sets " MGRPO_ISAS ", running ") +
+      isa_name(isa());
+}
+
+TORCH_LIBRARY(mgrpo_native, m) {
+  m.def("build_info() -> str", &build_info);
+
+  m.def(
+      "token_stats_forward(Tensor logits, Tensor? labels, Tensor? mask, Tensor? temperature_per_row, float temperature, "
+      "bool want_logprob, bool want_entropy, bool want_self_certainty) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+} // namespace mgrpo
+
+// An import of the module loads the library, whose static initializers register the ops. There is nothing else in it.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
