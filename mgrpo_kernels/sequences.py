@@ -48,3 +48,26 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
 def group_index(offsets: Tensor, batch: int) -> Tensor:
     """Return each rollout's group, ``(B,)`` int64, from offsets ``(P+1,)``. No host sync."""
     return torch.searchsorted(offsets[1:].contiguous(), torch.arange(batch, device=offsets.device), right=True)
+
+
+def sequence_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the offsets ``(B+1,)``, int64, of the sequences in `values`: padded ``(B, L)``, or packed ``(N,)`` with `cu_seqlens`.
+
+    Raises:
+        TypeError: cu_seqlens is no int32 or int64 tensor.
+        ValueError: neither padded nor packed, or cu_seqlens of the wrong shape or device. Its values are for
+            :func:`check_offset_values`.
+    """
+    if cu_seqlens is None:
+        if values.dim() != 2:
+            raise ValueError(
+                f"{name}: want padded (B, L), or packed (N,) with cu_seqlens, got {checks.shape_text(values.shape)} without"
+            )
+        batch, length = values.shape
+        return torch.arange(batch + 1, device=values.device, dtype=torch.int64) * length
+    checks.check_tensor("cu_seqlens", cu_seqlens, dtypes=checks.INTS, dim=1, device=values.device)
+    if values.dim() != 1:
+        raise ValueError(f"{name}: want packed (N,) with cu_seqlens, got {checks.shape_text(values.shape)}")
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: want shape (B+1,), got (0,)")
+    return cu_seqlens.to(torch.int64)
