@@ -34,6 +34,14 @@ TORCH_LIBRARY(mgrpo_native, m) {
   m.def(
       "token_stats_forward(Tensor logits, Tensor? labels, Tensor? mask, Tensor? temperature_per_row, float temperature, "
       "bool want_logprob, bool want_entropy, bool want_self_certainty) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "token_stats_backward(Tensor(a!) out, Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_self_certainty, Tensor logits, "
+      "Tensor? labels, Tensor? mask, Tensor? temperature_per_row, float temperature, Tensor logsumexp, Tensor? entropy) -> ()");
+
+#define TILE "Tensor? bias, Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, int vocab_start, Tensor? labels"
+  m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state) -> ()");
+  m.def("tile_gradient_(Tensor(a!) x, " TILE ", Tensor coefficients, Tensor logsumexp) -> ()");
+#undef TILE
 }
 
 } // namespace mgrpo

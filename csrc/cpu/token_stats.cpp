@@ -72,8 +72,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {logprob, entropy, self_certainty, logsumexp};
 }
 
+void backward(
+    const Tensor& out_, const std::optional<Tensor>& grad_logprob_, const std::optional<Tensor>& grad_entropy_,
+    const std::optional<Tensor>& grad_self_certainty_, const Tensor& logits_, const std::optional<Tensor>& labels_,
+    const std::optional<Tensor>& mask_, const std::optional<Tensor>& temperature_, double temperature, const Tensor& logsumexp_,
+    const std::optional<Tensor>& entropy_) {
+  if (logits_.numel() == 0) {
+    return;
+  }
+  const Tensor logits = last_dim_contiguous(logits_), out = last_dim_contiguous(out_); // `out` is `logits` when in place
+  const Tensor labels = contiguous_as(labels_, at::kLong), mask = contiguous_as(mask_, at::kBool),
+               temperature_per_row = contiguous_as(temperature_, at::kFloat), grad_logprob = contiguous_as(grad_logprob_, at::kFloat),
+               grad_entropy = contiguous_as(grad_entropy_, at::kFloat),
+               grad_self_certainty = contiguous_as(grad_self_certainty_, at::kFloat),
+               logsumexp = logsumexp_.to(at::kFloat).contiguous(), entropy = contiguous_as(entropy_, at::kFloat);
+  const auto offsets = row_offsets(logits), out_offsets = row_offsets(out);
+  MGRPO_CALL(token_stats_backward_kernel)
+  ({.dtype = logits.scalar_type(),
+    .logits = logits.const_data_ptr(),
+    .offsets = offsets.data(),
+    .out = out.mutable_data_ptr(),
+    .out_offsets = out_offsets.data(),
+    .rows = static_cast<int64_t>(offsets.size()),
+    .vocab = logits.size(-1),
+    .labels_per_row = labels.defined() ? labels.size(-1) : 0,
+    .labels = data_or_null<int64_t>(labels),
+    .mask = data_or_null<bool>(mask),
+    .temperature_per_row = data_or_null<float>(temperature_per_row),
+    .temperature = temperature,
+    .grad_logprob = data_or_null<float>(grad_logprob),
+    .grad_entropy = data_or_null<float>(grad_entropy),
+    .grad_self_certainty = data_or_null<float>(grad_self_certainty),
+    .logsumexp = logsumexp.const_data_ptr<float>(),
+    .entropy = data_or_null<float>(entropy)});
+  if (!out.is_same(out_)) {
+    out_.copy_(out);
+  }
+}
+
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {
   m.impl("token_stats_forward", &forward);
+  m.impl("token_stats_backward", &backward);
 }
 
 } // namespace

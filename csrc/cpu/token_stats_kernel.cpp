@@ -1,3 +1,4 @@
+#include "row_gradient.h"
 #include "row_state.h"
 #include "token_stats.h"
 
@@ -121,7 +122,79 @@ void forward(const TokenStatsForward& args) {
   }
 }
 
+template <typename T>
+void backward_row(const TokenStatsBackward& args, int64_t row) {
+  const T* x = static_cast<const T*>(args.logits) + args.offsets[row];
+  T* out = static_cast<T*>(args.out) + args.out_offsets[row];
+  if (args.mask && !args.mask[row]) {
+    std::fill_n(out, args.vocab, T(0.0f));
+    return;
+  }
+  const float inv = static_cast<float>(1.0 / (args.temperature_per_row ? args.temperature_per_row[row] : args.temperature));
+  const int64_t labels = args.grad_logprob ? args.labels_per_row : 0, first = row * args.labels_per_row;
+  double of_labels = 0;
+  for (int64_t k = first; k < first + labels; ++k) {
+    of_labels += args.grad_logprob[k];
+  }
+  const float of_entropy = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
+  const float of_certainty = args.grad_self_certainty ? args.grad_self_certainty[row] : 0.0f;
+  const double alpha = of_certainty - of_labels - (args.grad_entropy ? static_cast<double>(of_entropy) * args.entropy[row] : 0.0);
+  const RowGradient grad_z{
+      Vec(static_cast<float>(alpha)), Vec(-of_entropy), Vec(static_cast<float>(-of_certainty / static_cast<double>(args.vocab))),
+      Vec(args.logsumexp[row])};
+  const Vec scale(inv);
+  auto grad_x = [&](Vec v) { return grad_z(v * scale) * scale; };
+
+  // Where labels stand, their own gradient comes on top: computed before `out` overwrites the logits, in float32, written last.
+  float few[16];
+  std::unique_ptr<float[]> many;
+  float* at_label = labels <= 16 ? few : (many = std::make_unique<float[]>(labels)).get();
+  for (int64_t k = 0; k < labels; ++k) {
+    const int64_t label = args.labels[first + k];
+    double delta = 0;
+    for (int64_t other = first; other < first + labels; ++other) {
+      delta += args.labels[other] == label ? args.grad_logprob[other] : 0.0f;
+    }
+    const float z = static_cast<float>(x[label]) * inv;
+    at_label[k] = z == -std::numeric_limits<float>::infinity()
+        ? 0.0f
+        : (first_lane(grad_z(Vec(z))) + static_cast<float>(delta)) * inv;
+  }
+  int64_t i = 0;
+  for (; i + PAIR <= args.vocab; i += PAIR) {
+    const Pair v = load_pair(x + i);
+    store_pair(out + i, {grad_x(v.a), grad_x(v.b)});
+  }
+  if (const int64_t n = args.vocab - i; n > 0) {
+    const Pair v = load_pair(x + i, n, 0.0f);
+    store_pair(out + i, {grad_x(v.a), grad_x(v.b)}, n);
+  }
+  for (int64_t k = 0; k < labels; ++k) {
+    out[args.labels[first + k]] = static_cast<T>(at_label[k]);
+  }
+}
+
+template <typename T>
+void backward(const TokenStatsBackward& args) {
+  at::parallel_for(0, args.rows, std::max<int64_t>(1, BLOCK / args.vocab), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      backward_row<T>(args, row);
+    }
+  });
+}
+
 } // namespace
+
+void token_stats_backward_kernel(const TokenStatsBackward& args) {
+  switch (args.dtype) {
+    case c10::kFloat:
+      return backward<float>(args);
+    case c10::kBFloat16:
+      return backward<c10::BFloat16>(args);
+    default:
+      return backward<c10::Half>(args);
+  }
+}
 
 void token_stats_forward_kernel(const TokenStatsForward& args) {
   switch (args.dtype) {

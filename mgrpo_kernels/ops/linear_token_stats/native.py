@@ -1,7 +1,51 @@
-"""Placeholder until the kernels land."""
+"""C++ passes for CPU between the library's matmuls: csrc/cpu/linear_tile*.cpp."""
 
-from mgrpo_kernels.backend import native_unsupported as _base
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels.backend import native_unsupported as unsupported
+from mgrpo_kernels.ops.linear_token_stats import tiled
+from mgrpo_kernels.ops.linear_token_stats.specs import Head
+
+__all__ = ["CpuPasses", "backward", "forward", "unsupported"]
+
+FORWARD = tiled.TileShape(1024, 2048)
+BACKWARD = tiled.TileShape(1024, 2048)
 
 
-def unsupported(device, dtype):
-    return _base(device, dtype) or "not written yet"
+class CpuPasses:
+    """The two passes over a tile."""
+
+    @staticmethod
+    def state(x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
+        """Fold the tile into the running state."""
+        torch.ops.mgrpo_native.tile_state_(x, *_numbers(head), labels, state)
+
+    @staticmethod
+    def gradient_(x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
+        """Overwrite the tile with its gradient."""
+        torch.ops.mgrpo_native.tile_gradient_(x, *_numbers(head), labels, coefficients, logsumexp)
+
+
+def _numbers(head: Head) -> tuple[Tensor | None, Tensor | None, float, float, float | None, int]:
+    per_row, number = (head.temperature, 1.0) if isinstance(head.temperature, Tensor) else (None, head.temperature)
+    return head.bias, per_row, number, head.logit_scale, head.softcap, head.vocab_start
+
+
+def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
+    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
+    return tiled.forward(hidden, head, labels, CpuPasses, FORWARD)
+
+
+def backward(
+    hidden: Tensor,  # (N, H)
+    head: Head,
+    labels: Tensor | None,  # (N,)
+    coefficients: Tensor,  # (4, N)
+    logsumexp: Tensor,  # (N,)
+    need: tuple[bool, bool, bool],
+) -> tiled.Gradients:
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses, BACKWARD)

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <type_traits>
+
+#include <c10/core/ScalarType.h>
+
+#include "dispatch.h"
+
+namespace mgrpo {
+
+// A contiguous tile (rows, columns) of raw logits x, and the head between them and final logits z:
+// y = logit_scale (x + bias); y = softcap tanh(y / softcap) if softcap > 0; z = y / temperature.
+struct LinearTile {
+  c10::ScalarType dtype; // of x and bias
+  void* x;
+  int64_t rows, columns;
+  int64_t vocab_start; // vocabulary entry of column 0
+  const void* bias; // (columns,) or null
+  const float* temperature_per_row; // (rows,) or null
+  double temperature, logit_scale, softcap;
+  const int64_t* labels; // (rows,) or null
+};
+
+} // namespace mgrpo
+
+// Folds the tile into state (6, rows), whose rows lie `stride` apart: MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT.
+MGRPO_KERNEL(tile_state_kernel, void(const mgrpo::LinearTile&, float* state, int64_t stride))
+// Overwrites x with its gradient, of coefficients (4, rows), rows `stride` apart: alpha, beta, gamma, delta.
+MGRPO_KERNEL(
+    tile_gradient_kernel, void(const mgrpo::LinearTile&, const float* coefficients, int64_t stride, const float* logsumexp))

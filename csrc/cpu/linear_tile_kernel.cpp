@@ -1,0 +1,209 @@
+#include "row_gradient.h"
+#include "row_state.h"
+// after the inline namespace has been opened
+#include "linear_tile.h"
+
+namespace mgrpo {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// Heads without bias and softcap: z = factor x.
+struct Scaled {
+  Vec factor;
+
+  Scaled(const LinearTile& tile, double inv_temperature) : factor(static_cast<float>(tile.logit_scale * inv_temperature)) {}
+
+  template <typename T>
+  Pair operator()(Pair x, const T*, int64_t, int64_t) const {
+    return {x.a * factor, x.b * factor};
+  }
+  Vec slope(Vec) const {
+    return factor;
+  }
+};
+
+// All others. The chain's slope dz/dx is recovered from z: 1 - tanh^2.
+struct Capped {
+  Vec scale, cap, inv_cap, inv_temperature, temperature, slope_scale;
+  bool capped;
+
+  Capped(const LinearTile& tile, double inv_temperature_)
+      : scale(static_cast<float>(tile.logit_scale)),
+        cap(static_cast<float>(tile.softcap)),
+        inv_cap(static_cast<float>(tile.softcap > 0 ? 1.0 / tile.softcap : 0.0)),
+        inv_temperature(static_cast<float>(inv_temperature_)),
+        temperature(static_cast<float>(1.0 / inv_temperature_)),
+        slope_scale(static_cast<float>(tile.logit_scale * inv_temperature_)),
+        capped(tile.softcap > 0) {}
+
+  Vec z(Vec x) const {
+    Vec y = x * scale;
+    if (capped) {
+      y = cap * (y * inv_cap).tanh();
+    }
+    return y * inv_temperature;
+  }
+
+  template <typename T>
+  Pair operator()(Pair x, const T* bias, int64_t i, int64_t n) const {
+    if (bias) {
+      const Pair b = n >= PAIR ? load_pair(bias + i) : load_pair(bias + i, n, 0.0f);
+      x = {x.a + b.a, x.b + b.b};
+    }
+    return {z(x.a), z(x.b)};
+  }
+  Vec slope(Vec z) const {
+    if (!capped) {
+      return slope_scale;
+    }
+    const Vec tanh = z * temperature * inv_cap;
+    return slope_scale * (Vec(1.0f) - tanh * tanh);
+  }
+};
+
+bool is_scaled(const LinearTile& tile) {
+  return !tile.bias && !(tile.softcap > 0);
+}
+
+double inv_temperature(const LinearTile& tile, int64_t row) {
+  return 1.0 / (tile.temperature_per_row ? tile.temperature_per_row[row] : tile.temperature);
+}
+
+// The column of the row's label, or -1 if it lies elsewhere.
+int64_t label_column(const LinearTile& tile, int64_t row) {
+  const int64_t column = tile.labels ? tile.labels[row] - tile.vocab_start : -1;
+  return column >= 0 && column < tile.columns ? column : -1;
+}
+
+template <typename T, typename Transform>
+float final_logit(const LinearTile& tile, const Transform& transform, const T* x, int64_t column) {
+  return first_lane(transform(load_pair(x + column, 1, 0.0f), static_cast<const T*>(tile.bias), column, 1).a);
+}
+
+template <typename T, typename Transform>
+RowState row_state(const LinearTile& tile, const Transform& transform, const T* x, double inv) {
+  RowState state;
+  if constexpr (std::is_same_v<Transform, Scaled>) {
+    if (const double factor = tile.logit_scale * inv; factor > 0) { // z in units of x: no copy is needed
+      for (int64_t i = 0; i < tile.columns; i += BLOCK) {
+        add_block(state, x + i, std::min(BLOCK, tile.columns - i), static_cast<float>(factor));
+      }
+      state.max = static_cast<float>(state.max * factor);
+      state.sum *= factor;
+      return state;
+    }
+  }
+  float z[BLOCK];
+  for (int64_t begin = 0; begin < tile.columns; begin += BLOCK) {
+    const int64_t n = std::min(BLOCK, tile.columns - begin);
+    int64_t i = 0;
+    for (; i + PAIR <= n; i += PAIR) {
+      store_pair(z + i, transform(load_pair(x + begin + i), static_cast<const T*>(tile.bias), begin + i, PAIR));
+    }
+    if (i < n) {
+      store_pair(z + i, transform(load_pair(x + begin + i, n - i, 0.0f), static_cast<const T*>(tile.bias), begin + i, n - i), n - i);
+    }
+    add_block(state, z, n, 1.0f);
+  }
+  return state;
+}
+
+template <typename T, typename Transform>
+void fold(const LinearTile& tile, float* state, int64_t stride) {
+  at::parallel_for(0, tile.rows, std::max<int64_t>(1, 2 * BLOCK / tile.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* x = static_cast<const T*>(tile.x) + row * tile.columns;
+      const double inv = inv_temperature(tile, row);
+      const Transform transform(tile, inv);
+      RowState merged = row_state(tile, transform, x, inv);
+      float *max = state + row, *sum_exp = max + stride, *sum_expz = sum_exp + stride, *sum = sum_expz + stride,
+            *label = sum + stride, *count = label + stride;
+      RowState before;
+      before.max = *max;
+      before.sum_exp = *sum_exp;
+      before.sum_expz = *sum_expz;
+      before.sum = *sum;
+      if (merged.max == -std::numeric_limits<float>::infinity() && !std::isnan(merged.sum_exp)) {
+        merged.sum_exp = merged.sum_expz = 0;
+      }
+      before.merge(merged, 1.0f);
+      *max = before.max;
+      *sum_exp = static_cast<float>(before.sum_exp);
+      *sum_expz = static_cast<float>(before.sum_expz);
+      *sum = static_cast<float>(before.sum);
+      *count += static_cast<float>(tile.columns);
+      if (const int64_t column = label_column(tile, row); column >= 0) {
+        *label += final_logit(tile, transform, x, column);
+      }
+    }
+  });
+}
+
+template <typename T, typename Transform>
+void gradient(const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp) {
+  at::parallel_for(0, tile.rows, std::max<int64_t>(1, 2 * BLOCK / tile.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* x = static_cast<T*>(tile.x) + row * tile.columns;
+      const T* bias = static_cast<const T*>(tile.bias);
+      const Transform transform(tile, inv_temperature(tile, row));
+      const float* c = coefficients + row;
+      const float delta = c[3 * stride];
+      const RowGradient grad_z{Vec(c[0]), Vec(c[stride]), Vec(c[2 * stride]), Vec(logsumexp[row])};
+      auto grad_x = [&](Vec z) { return grad_z(z) * transform.slope(z); };
+
+      const int64_t column = label_column(tile, row);
+      float at_label = 0;
+      if (column >= 0) {
+        const Vec z(final_logit(tile, transform, x, column));
+        at_label = first_lane((grad_z(z) + Vec(delta)) * transform.slope(z));
+        if (first_lane(z) == -std::numeric_limits<float>::infinity()) {
+          at_label = 0;
+        }
+      }
+      int64_t i = 0;
+      for (; i + PAIR <= tile.columns; i += PAIR) {
+        const Pair z = transform(load_pair(x + i), bias, i, PAIR);
+        store_pair(x + i, {grad_x(z.a), grad_x(z.b)});
+      }
+      if (const int64_t n = tile.columns - i; n > 0) {
+        const Pair z = transform(load_pair(x + i, n, 0.0f), bias, i, n);
+        store_pair(x + i, {grad_x(z.a), grad_x(z.b)}, n);
+      }
+      if (column >= 0) {
+        x[column] = static_cast<T>(at_label);
+      }
+    }
+  });
+}
+
+template <typename Function>
+void for_dtype(c10::ScalarType dtype, Function function) {
+  switch (dtype) {
+    case c10::kFloat:
+      return function(float());
+    case c10::kBFloat16:
+      return function(c10::BFloat16());
+    default:
+      return function(c10::Half());
+  }
+}
+
+} // namespace
+
+void tile_state_kernel(const LinearTile& tile, float* state, int64_t stride) {
+  for_dtype(tile.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    is_scaled(tile) ? fold<T, Scaled>(tile, state, stride) : fold<T, Capped>(tile, state, stride);
+  });
+}
+
+void tile_gradient_kernel(const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp) {
+  for_dtype(tile.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    is_scaled(tile) ? gradient<T, Scaled>(tile, coefficients, stride, logsumexp)
+                    : gradient<T, Capped>(tile, coefficients, stride, logsumexp);
+  });
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace mgrpo
