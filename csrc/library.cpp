@@ -42,6 +42,15 @@ TORCH_LIBRARY(mgrpo_native, m) {
   m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state) -> ()");
   m.def("tile_gradient_(Tensor(a!) x, " TILE ", Tensor coefficients, Tensor logsumexp) -> ()");
 #undef TILE
+
+  m.def("ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] emit, float decay, int[] keys, int[] spans) -> ()");
+  m.def("iqr_filter(Tensor entropy, Tensor offsets, Tensor? mask, float k) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("group_advantages(Tensor rewards, Tensor offsets, Tensor? mask, int baseline, int scale, float eps) -> Tensor");
+  m.def(
+      "policy_loss(Tensor logprob, Tensor? old, Tensor advantages, Tensor? mask, Tensor offsets, Tensor? ref, Tensor? entropy, "
+      "Tensor? behaviour, Tensor? normalizer, Tensor? entropy_normalizer, Tensor? weights, Tensor? rollout_mask, int loss_type, "
+      "int importance_level, int kl_estimator, bool kl_bias_correction, int behaviour_mode, float[] numbers) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 } // namespace mgrpo

@@ -1,7 +1,12 @@
 """Fused kernels for reinforcement learning on language models, and M-GRPO built from them."""
 
 from mgrpo_kernels.backend import BackendUnavailable, backends, use_backend
+from mgrpo_kernels.ops.ema import ema_update_
+from mgrpo_kernels.ops.iqr_filter import iqr_filter, trajectory_entropy
+from mgrpo_kernels.ops.iqr_filter.specs import IqrFilter
 from mgrpo_kernels.ops.linear_token_stats import linear_token_stats
+from mgrpo_kernels.ops.policy_loss import group_advantages, grpo_loss, policy_loss
+from mgrpo_kernels.ops.policy_loss.specs import PolicyLoss
 from mgrpo_kernels.ops.token_stats import (
     entropy_from_logits,
     logprobs_and_entropy_from_logits,
@@ -12,12 +17,20 @@ from mgrpo_kernels.ops.token_stats.specs import TokenStats
 
 __all__ = [
     "BackendUnavailable",
+    "IqrFilter",
+    "PolicyLoss",
     "TokenStats",
     "backends",
+    "ema_update_",
     "entropy_from_logits",
+    "group_advantages",
+    "grpo_loss",
+    "iqr_filter",
     "linear_token_stats",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",
+    "policy_loss",
     "token_stats_from_logits",
+    "trajectory_entropy",
     "use_backend",
 ]

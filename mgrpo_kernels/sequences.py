@@ -71,3 +71,10 @@ def sequence_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Te
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens: want shape (B+1,), got (0,)")
     return cu_seqlens.to(torch.int64)
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum ``(T,)`` within each segment of offsets ``(B+1,)``: ``(B,)``. The same bits every time, which scatter-adds do not give."""
+    if values.numel() == 0 or offsets.shape[0] == 1:
+        return values.new_zeros(offsets.shape[0] - 1)
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)

@@ -9,10 +9,12 @@ from mgrpo_kernels.backend import native_unsupported as unsupported
 from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
-__all__ = ["CpuPasses", "backward", "forward", "unsupported"]
+__all__ = ["CpuPasses", "backward", "forward", "tile_shape", "unsupported"]
 
-FORWARD = tiled.TileShape(1024, 2048)
-BACKWARD = tiled.TileShape(1024, 2048)
+
+def tile_shape(dtype: torch.dtype) -> tiled.TileShape:
+    """Return the measured best: float32 matmuls lose a third of their rate on wider tiles, 16-bit ones gain."""
+    return tiled.TileShape(1024, 1024 if dtype == torch.float32 else 4096)
 
 
 class CpuPasses:
@@ -36,7 +38,7 @@ def _numbers(head: Head) -> tuple[Tensor | None, Tensor | None, float, float, fl
 
 def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
-    return tiled.forward(hidden, head, labels, CpuPasses, FORWARD)
+    return tiled.forward(hidden, head, labels, CpuPasses, tile_shape(hidden.dtype))
 
 
 def backward(
@@ -48,4 +50,4 @@ def backward(
     need: tuple[bool, bool, bool],
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses, BACKWARD)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses, tile_shape(hidden.dtype))

@@ -160,7 +160,7 @@ def _policy_term(
     free_slope = torch.where(ratio <= delta, ratio, 0.0) * advantage
     clipped_slope = torch.where((ratio >= low) & (ratio <= high), ratio, 0.0) * advantage
     slope = torch.where(free < clipped, free_slope, torch.where(free > clipped, clipped_slope, (free_slope + clipped_slope) / 2))
-    nothing = advantage == 0  # also where the ratio overflowed
+    nothing = (advantage == 0) & ~ratio.isnan()  # also where the ratio overflowed
     return _Term(torch.where(nothing, 0.0, -torch.minimum(free, clipped)), zero, torch.where(nothing, 0.0, -slope))
 
 

@@ -1,0 +1,187 @@
+"""The momentum update: an exponential moving average over thousands of tensors at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mgrpo_kernels import backend as backends
+from mgrpo_kernels import checks
+from mgrpo_kernels.ops.ema import native, reference, triton
+from mgrpo_kernels.ops.ema.specs import Batch, Span, key
+
+OP = "ema"
+backends.register(OP, reference=reference, native=native, triton=triton)
+
+
+def ema_update_(
+    ema: Sequence[Tensor],
+    params: Sequence[Tensor],
+    decay: float | Tensor,
+    *,
+    emit: Sequence[Tensor] | None = None,
+    stochastic_rounding: bool = False,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> None:
+    """Set ``ema = decay * ema + (1 - decay) * param`` for every pair, in place, in one launch for each device.
+
+    Computed in float32 (float64 for a float64 EMA). Where an EMA equals its parameter it stays so, bit for bit. Everything is
+    checked before anything is written.
+
+    Args:
+        ema: tensors of any floating dtypes and shapes. DTensors: each rank updates its own shard, with no communication.
+        params: as many, each of its EMA's shape, device and placement, of any floating dtype. Nothing here gets a gradient.
+        decay: in [0, 1]; or a 0-d tensor (on the GPU it is not read by the host, and so not checked).
+        emit: as many tensors again, which get the new EMA rounded to their dtype in the same pass.
+        stochastic_rounding: round bfloat16 and float16 EMAs up or down at random, in proportion, so that steps below half a
+            unit in the last place are not lost. Other dtypes are not touched by it.
+        seed: int, needed with `stochastic_rounding`; use a new one for each update. The random bits depend on (seed, position in
+            the list, element index in the whole tensor) alone, on every backend: shards round as the whole would.
+        backend: ``reference``, ``native`` or ``triton``; None picks.
+
+    A tensor that appears twice (tied parameters) is updated once, with its first position.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: lists of different lengths; a pair of different shape, device or placement; memory that overlaps itself; one EMA
+            for two parameters; decay out of range; no seed.
+        BackendUnavailable: `backend` cannot run here.
+    """
+    checks.check_flag("stochastic_rounding", stochastic_rounding)
+    if stochastic_rounding and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed: want an int with stochastic_rounding, got {seed!r}")
+    _check_decay(decay)
+    lists = {"ema": list(ema), "params": list(params)} | ({} if emit is None else {"emit": list(emit)})
+    for name, tensors in lists.items():
+        if len(tensors) != len(lists["ema"]):
+            raise ValueError(f"{name}: want as many tensors as ema, {len(lists['ema'])}, got {len(tensors)}")
+    kept = [i for i in _first_of_tied(lists) if lists["ema"][i].numel()]
+    spans = {i: _span(f"ema[{i}]", lists["ema"][i]) if stochastic_rounding else Span(0, 1, 1) for i in kept}
+    local = {name: [_local(tensor).detach() for tensor in tensors] for name, tensors in lists.items()}
+
+    by_device: dict[torch.device, list[int]] = {}
+    for i in kept:
+        if local["ema"][i].numel():  # a rank may hold nothing of a sharded tensor
+            by_device.setdefault(local["ema"][i].device, []).append(i)
+    chosen = {device: backends.choose(OP, backend, device, torch.float32) for device in by_device}
+    for device, members in by_device.items():
+        keys = [word for i in members for word in key(seed, i)] if stochastic_rounding and seed is not None else []
+        ema_update_op(
+            [local["ema"][i] for i in members],
+            [local["params"][i] for i in members],
+            [local["emit"][i] for i in members] if emit is not None else [],
+            torch.as_tensor(decay, dtype=torch.float64).to(device),
+            keys,
+            [number for i in members for number in spans[i]],
+            chosen[device],
+        )
+
+
+def _check_decay(decay: float | Tensor) -> None:
+    if isinstance(decay, Tensor):
+        checks.check_tensor("decay", decay, dim=0)
+        if decay.device.type != "cpu":
+            return
+        decay = decay.item()
+    checks.check_number("decay", decay, at_least=0.0, at_most=1.0)
+
+
+def _first_of_tied(lists: dict[str, list[Tensor]]) -> list[int]:
+    """Check every position against its EMA and return the positions that are not repeats of one before."""
+    seen: dict[tuple[Any, ...], int] = {}
+    kept = []
+    for i, ema in enumerate(lists["ema"]):
+        for name, tensors in lists.items():
+            _check_pair(f"{name}[{i}]", tensors[i], f"ema[{i}]", ema)
+            if name != "params":
+                local = _local(tensors[i])
+                if local.numel() > 1 and torch._debug_has_internal_overlap(local) == 1:
+                    raise ValueError(f"{name}[{i}]: want memory that does not overlap itself, got strides {local.stride()}")
+        place = _place(ema)
+        first = seen.setdefault(place, i) if _local(ema).numel() else i
+        if first == i:
+            kept.append(i)
+        elif _place(lists["params"][first]) != _place(lists["params"][i]):
+            raise ValueError(f"ema[{i}]: want a tensor of its own, got ema[{first}] again with another parameter")
+    return kept
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    local = _local(tensor)
+    return local.data_ptr(), tuple(local.shape), local.stride(), local.dtype
+
+
+def _check_pair(name: str, tensor: Any, of: str, ema: Tensor) -> None:
+    checks.check_tensor(name, tensor)
+    if tensor.shape != ema.shape:
+        raise ValueError(f"{name}: want the shape of {of}, {checks.shape_text(ema.shape)}, got {checks.shape_text(tensor.shape)}")
+    placed, wanted = _placement(tensor), _placement(ema)
+    if placed != wanted:
+        raise ValueError(f"{name}: want the placement of {of}, {wanted}, got {placed}")
+    if isinstance(tensor, DTensor) and any(isinstance(placement, Partial) for placement in tensor.placements):
+        raise ValueError(f"{name}: want a DTensor that is sharded or replicated, got placements {tensor.placements}")
+    if tensor.device != ema.device:
+        raise ValueError(f"{name}: want a tensor on {of}'s device {ema.device}, got one on {tensor.device}")
+
+
+def _placement(tensor: Tensor) -> Any:
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else "a plain tensor"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _span(name: str, tensor: Tensor) -> Span:
+    """Return where this rank's part lies in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return Span(0, max(1, tensor.numel()), 0)
+    if any(type(placement).__name__ == "_StridedShard" for placement in tensor.placements):
+        raise ValueError(f"{name}: want plain Shard placements with stochastic_rounding, got {tensor.placements}")
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    cut = [dim for dim in range(tensor.dim()) if shape[dim] != tensor.shape[dim]]
+    if len(cut) > 1:
+        raise ValueError(f"{name}: want a tensor sharded along one dimension with stochastic_rounding, got {tensor.placements}")
+    if not cut:
+        return Span(0, max(1, tensor.numel()), 0)
+    behind = tensor.shape[cut[0] + 1 :].numel()
+    return Span(offset[cut[0]] * behind, max(1, shape[cut[0]] * behind), tensor.shape[cut[0]] * behind)
+
+
+@torch.library.custom_op("mgrpo_kernels::ema_update_", mutates_args=("ema", "emit"))
+def ema_update_op(
+    ema: list[Tensor],
+    params: list[Tensor],
+    emit: list[Tensor],  # as many, or none
+    decay: Tensor,  # 0-d float64
+    keys: list[int],  # two for each tensor, or none
+    spans: list[int],  # three for each tensor
+    backend: str,
+) -> None:
+    """Update every tensor of `ema`, all of one device, and write every one of `emit`."""
+    written = [tensor.contiguous() for tensor in ema], [tensor.contiguous() for tensor in emit]
+    backends.implementation(OP, backend).update_(
+        Batch(
+            written[0],
+            [tensor.contiguous() for tensor in params],
+            written[1],
+            decay,
+            list(zip(keys[::2], keys[1::2], strict=True)),
+            [Span(*spans[i : i + 3]) for i in range(0, len(spans), 3)],
+        )
+    )
+    for targets, results in zip((ema, emit), written, strict=True):
+        for target, result in zip(targets, results, strict=True):
+            if result is not target:
+                target.copy_(result)
+
+
+@ema_update_op.register_fake
+def _(*args: Any) -> None:
+    return None
