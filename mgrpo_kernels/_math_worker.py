@@ -1,8 +1,8 @@
 """math-verify in a process of its own, so that it can be killed: SymPy may hang, or ask for all the memory there is.
 
-Both ends of the pipe are here: :class:`MathWorker` asks, and this file, run as a script, answers. It imports nothing of the
-package, so the worker never loads torch. A question is a line of JSON ``[first, second, seconds]``; the answer is ``true`` or
-``false``.
+Both ends of the pipe are here: :class:`MathWorker` asks, and this file, run as a script, answers. It imports nothing of
+the package, so the worker never loads torch. A question is a line of JSON ``[first, second, seconds]``; the answer is
+``true`` or ``false``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MEMORY_BYTES = 4 << 30  # address space; an ordinary question needs 0.1 GiB
 class MathWorker:
     """Asks math-verify whether two answers are equal, in one worker process that starts with the first question.
 
-    A question that takes longer than `limit` seconds is given up: the worker is killed, the two answers count as different, and
-    the next question starts a new worker. An answer that is too much on its own is asked about once only.
+    A question that takes longer than `limit` seconds is given up: the worker is killed, the two answers count as
+    different, and the next question starts a new worker. An answer too hard on its own is asked about once only.
 
     Args:
         limit: seconds for one question.
@@ -82,7 +82,7 @@ class MathWorker:
         process = self._process
         if (
             process is None or process.poll() is not None
-        ):  # died between two questions, or belongs to the parent of a fork
+        ):  # none yet, died since, or is another process's (after a fork)
             self.close()
             process = self._process = self._start()
         reply = self._exchange(process, json.dumps([first, second, self.limit]), self.limit)
@@ -111,7 +111,7 @@ class MathWorker:
         return process
 
     def _exchange(self, process: subprocess.Popen[str], line: str | None, seconds: float) -> str | None:
-        """Write a line, if there is one, and return the reply; None, with the worker killed, if it dies or takes too long."""
+        """Write a line, if there is one, and return the reply; None, the worker killed, if it dies or is too slow."""
         assert process.stdin is not None
         assert process.stdout is not None
         reply = ""
@@ -126,9 +126,7 @@ class MathWorker:
             pass  # it died before it read the question: the same as no reply
         finally:
             timer.cancel()
-            if not reply.endswith(
-                "\n"
-            ):  # an interrupted question (Ctrl-C) too: its late reply must not meet the next one
+            if not reply.endswith("\n"):  # interrupted (Ctrl-C), too: a late reply must not meet the next question
                 self.close()
         return reply.strip() if reply.endswith("\n") else None
 
@@ -162,9 +160,7 @@ def _serve() -> None:
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     for line in sys.stdin:
         first, second, seconds = json.loads(line)
-        if (
-            sys.platform != "win32"
-        ):  # the asker kills us in time; should it have died itself, this ends a hanging question
+        if sys.platform != "win32":  # the asker kills us in time; should it be dead, this ends a hanging question
             signal.setitimer(signal.ITIMER_REAL, seconds + 1.0)
         print(json.dumps(equal(first, second)), file=replies, flush=True)
         if sys.platform != "win32":

@@ -1,11 +1,13 @@
 r"""Answers: finding them in a text, telling whether two are equal, and the majority vote.
 
-Two answers are equal as mathematics if what they say is equal: ``1/2``, ``0.5`` and ``\frac12``. Plain numbers and plain words
-are decided here, exactly and in microseconds; everything else is a question to math-verify, in a process that can be killed.
+Two answers are equal as mathematics if what they say is equal: ``1/2``, ``0.5`` and ``\frac12``. Plain numbers and
+plain words are decided here, exactly and in microseconds; everything else is a question to math-verify, in a process
+that can be killed.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -28,18 +30,18 @@ class Vote(NamedTuple):
     """The outcome of :func:`majority_vote`; tensors are on the CPU."""
 
     labels: list[str | None]
-    """P labels: the winner as its first voter spelled it, or None (nobody's answer parsed, or share below min_share)."""
+    """P labels: the winner as its first voter spelled it; None if no answer parsed, or its share is below min_share."""
     share: Tensor
     """(P,) float32 in [0, 1]: the winner's share of the voters' parsed answers, 0 where there are none."""
     cluster: Tensor
-    """(B,) int64: equal answers of a group have the same number, from 0 in each group by first appearance; -1 for none."""
+    """(B,) int64: equal answers of a group share a number, from 0 in each group by first appearance; -1 for none."""
     cluster_share: Tensor
     """(B,) float32 in [0, 1]: the share of the rollout's own cluster among the voters' parsed answers."""
     agrees: Tensor
     """(B,) float32: 1 where the rollout's answer equals its group's label, else 0."""
 
 
-# --- Finding the answer in a text ------------------------------------------------------------------------------------------
+# --- Finding the answer in a text
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$]\S*)")
@@ -53,9 +55,9 @@ _IN_BRACKETS = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer that a response states, or None.
 
-    In this order: the last ``\boxed{x}`` (``\fbox{x}`` and ``\boxed x`` too) that is closed and not empty; the last ``#### x``;
-    the last ``A: x``, ``answer: x`` or ``the answer is x``, to the end of the sentence. Markdown's ``**``, math delimiters around
-    the whole answer, and a full stop at its end are no part of it.
+    In this order: the last ``\boxed{x}`` (``\fbox{x}`` and ``\boxed x`` too) that is closed and not empty; the last
+    ``#### x``; the last ``A: x``, ``answer: x`` or ``the answer is x``, to the end of the sentence. Markdown's ``**``,
+    math delimiters around the whole answer, and a full stop at its end are no part of it.
 
     Args:
         text: one response.
@@ -106,7 +108,7 @@ def _last_box(text: str) -> str | None:
     return _last(_trim(content) for _, content in sorted(boxes))
 
 
-# --- Telling whether two answers are equal -----------------------------------------------------------------------------------
+# --- Telling whether two answers are equal
 
 
 class _Reading(NamedTuple):
@@ -116,15 +118,16 @@ class _Reading(NamedTuple):
     text: str  # without what makes no difference: equal texts are equal answers
     number: Fraction | None  # exact value of a plain number; a percentage's as it stands, 50 for 50%
     percent: bool
-    words: str | None  # a plain word or name, or None
+    words: str | None  # a plain word, a name or a time of day; or None
 
 
 def answers_equal(a: str | None, b: str | None, equivalence: Equivalence = "math") -> bool:
     r"""Return whether two answers are equal; None and empty answers are equal to nothing.
 
-    As mathematics ("math"): plain numbers by exact value, in any spelling (``1/2``, ``0.5``, ``\frac12``, ``1{,}000``, ``2.5
-    million``), where units and currency signs do not count, and a percentage equals both its number and its hundredth (50% = 50
-    = 0.5); plain words whatever their case; all else by math-verify, which compares floating-point numbers to 6 digits.
+    As mathematics ("math"): plain numbers by exact value, in any spelling (``1/2``, ``0.5``, ``\frac12``, ``1{,}000``,
+    ``2.5 million``), where units and currency signs do not count, and a percentage equals both its number and its
+    hundredth (50% = 50 = 0.5); plain words whatever their case; all else by math-verify, which compares floating-point
+    numbers to 6 digits.
 
     Args:
         a: one answer; the first of its cluster where `equivalence` is a function.
@@ -168,12 +171,14 @@ def _equal_as_math(a: str, b: str) -> bool:
             return one.number == two.number
         share, plain = (one.number, two.number) if one.percent else (two.number, one.number)
         return plain in (share, share / 100)
+    if not one.text or not two.text:
+        return False
     if one.text == two.text or (one.words is not None and one.words == two.words):
         return True
     # math-verify reads a word as a product of letters, to which "listen" and "silent" are equal.
     plain_one = one.words is not None or one.number is not None
     plain_two = two.words is not None or two.number is not None
-    if (plain_one and plain_two) or not one.text or not two.text or max(len(a), len(b)) > _MAX_LENGTH:
+    if (plain_one and plain_two) or max(len(a), len(b)) > _MAX_LENGTH:
         return False
     return _ask(*sorted((one.formula, two.formula)))
 
@@ -210,6 +215,7 @@ _MATH_WORDS = {"pi": r"\pi", "infinity": r"\infty"}
 _STYLED = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|operatorname|boldsymbol)\s*\{([^{}]*)\}")
 _NO_DIFFERENCE = re.compile(r"(?<!\d) | (?!\d)")  # every space but the one between two digits
 _CHOICE = re.compile(r"\(([A-Za-z])\)")
+_TIME = re.compile(r"(\d{1,2}(?::\d\d)?) ?([ap])\.? ?m\.?", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z]{3,}(?:[ '-][A-Za-z]+)*|no", re.IGNORECASE)
 
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d{1,3}(?: \d{3})+|\d+\.?\d*|\.\d+)"
@@ -226,15 +232,15 @@ _SCALES = {
     "trillion": 10**12,
     "dozen": 12,
 }
-# A unit does not count: \text{cents}, " inches^2", " km/h". It needs three letters, or to be known: "5 xy" is a product.
-# am and pm are no units: they tell two times apart. Nor are words that join numbers or make another number of this one.
+# A unit does not count: \text{cents}, " inches^2", " km/h". It has three letters or is known: "5 xy" is a product.
+# am and pm are no units: they tell two times apart. Nor are words that join numbers or make another number of one.
 _NOT_UNITS = (
     r"(?!(?:a\.?m|p\.?m|pi|sqrt|sin|cos|tan|log|mod|and|or|to|plus|minus|times|over|by|if|base|infinity|half)\b)"
 )
 _UNIT_WORD = rf"{_NOT_UNITS}(?:[A-Za-z]{{3,}}|cm|mm|km|kg|mg|ml|ft|in|mi|lb|oz|hr|of|a)"
 _UNIT = (
-    rf"(?: ?\\(?:text|textrm|mbox|mathrm) ?\{{ ?{_NOT_UNITS}(?P<styled>[A-Za-z][A-Za-z ./^0-9]*?)[ .]?\}}"
-    rf"| (?P<spelled>{_UNIT_WORD}(?:[ /]{_UNIT_WORD})*(?:/[hs])?)) ?(?:\^ ?\{{?[23]\}}?)?"
+    rf"(?: ?\\(?:text|textrm|mbox|mathrm) ?\{{ ?{_NOT_UNITS}[A-Za-z][A-Za-z ./^0-9]*?[ .]?\}}"
+    rf"| {_UNIT_WORD}(?:[ /]{_UNIT_WORD})*(?:/[hs])?) ?(?:\^ ?\{{?[23]\}}?)?"
 )
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?) ?(?:(?:(?P<whole>\d+) ?)?{_FRACTION}"
@@ -261,13 +267,16 @@ def _read(answer: str) -> _Reading:
     if formula.startswith("{") and formula.find("}") == len(formula) - 1:
         formula = formula[1:-1].strip()
     formula = _MATH_WORDS.get(formula.lower(), formula)
-    number, percent = _number(formula)
+    whole = _STYLED.fullmatch(formula)
+    number, percent = _number(whole[1].strip() if whole else formula)
     # Names and choices: \text{(C)}, (C) and C; \text{Evelyn} and evelyn.
-    plain = _STYLED.sub(r"\1", formula).strip()
+    plain = " ".join(_STYLED.sub(r"\1", formula).split())
     if match := _CHOICE.fullmatch(plain):
         plain = match[1]
     styled = plain != formula and re.fullmatch(r"[A-Za-z][A-Za-z '-]+", plain)
     words = plain.casefold() if number is None and (styled or _WORDS.fullmatch(plain)) else None
+    if match := _TIME.fullmatch(plain):  # math-verify takes am and pm for units
+        words = f"{match[1]} {match[2].lower()}m"
     return _Reading(formula, _NO_DIFFERENCE.sub("", plain), number, percent, words)
 
 
@@ -297,7 +306,7 @@ def _number(formula: str) -> tuple[Fraction | None, bool]:
     return (-number if part["sign"] == "-" else number), part["percent"] is not None
 
 
-# --- The vote ----------------------------------------------------------------------------------------------------------------
+# --- The vote
 
 
 def majority_vote(
@@ -310,15 +319,16 @@ def majority_vote(
 ) -> Vote:
     """Let each group's voters elect the label that the whole group is then scored by.
 
-    Equal answers form a cluster; an answer joins the first cluster whose first answer it equals, the voters' before the others',
-    so that who may not vote has no say in the label. The largest cluster of voters wins; of two as large, the one that came first.
+    Equal answers form a cluster: an answer joins the first cluster whose first answer it equals. Voters are clustered
+    before the others, so that who may not vote has no say in the label. The largest cluster of voters wins; of two as
+    large, the one whose first voter came first.
 
     Args:
         answers: B answers; None or an empty one did not parse, and neither votes nor agrees.
         groups: group size G, or ascending int offsets (P+1,); groups may be empty.
         voters: (B,) bool, as a tensor or a sequence: who may vote. Everybody is scored. None: all.
-        equivalence: "math" and "exact" as in :func:`answers_equal`, or a function (first of the cluster, new answer) -> bool. It
-            is not called for an answer that its group has had before in the same characters.
+        equivalence: "math" and "exact" as in :func:`answers_equal`, or a function (first of the cluster, new answer) ->
+            bool. It is not called for an answer that its group has had before in the same characters.
         min_share: in [0, 1]. A winner with a smaller share of the voters' parsed answers gives no label.
 
     Raises:
@@ -343,8 +353,7 @@ def majority_vote(
     cluster: list[int] = []
     cluster_share: list[float] = []
     agrees: list[bool] = []
-    bounds = offsets.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(offsets.tolist()):
         firsts, of_rollout = _clusters(answers[start:end], may_vote[start:end], same)
         votes = [0] * len(firsts)
         for c, votes_too in zip(of_rollout, may_vote[start:end], strict=True):
