@@ -4,6 +4,7 @@ from mgrpo_kernels.backend import BackendUnavailable, backends, use_backend
 from mgrpo_kernels.ops.ema import ema_update_
 from mgrpo_kernels.ops.iqr_filter import iqr_filter, trajectory_entropy
 from mgrpo_kernels.ops.iqr_filter.specs import IqrFilter
+from mgrpo_kernels.ops.linear_policy_loss import linear_policy_loss
 from mgrpo_kernels.ops.linear_token_stats import linear_token_stats
 from mgrpo_kernels.ops.policy_loss import group_advantages, grpo_loss, policy_loss
 from mgrpo_kernels.ops.policy_loss.specs import PolicyLoss
@@ -26,6 +27,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "iqr_filter",
+    "linear_policy_loss",
     "linear_token_stats",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",

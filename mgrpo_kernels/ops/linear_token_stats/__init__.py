@@ -163,15 +163,15 @@ def linear_token_stats_op(
         weight, bias, temperature if temperature_per_row is None else temperature_per_row, logit_scale, softcap, vocab_start,
         workspace_bytes,
     )  # fmt: skip
-    rows = _kept_rows(mask)
+    rows = kept_rows(mask)
     forward = backends.implementation(OP, backend).forward
-    state = forward(_take(hidden, rows), head._replace(temperature=_take(head.temperature, rows)), _take(labels, rows))
+    state = forward(take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows))
     if tp_group is not None:
         state = _statistics.merge(_all_gather(state, tp_group))
     vocab = state.new_full((), weight.shape[0]) if tp_group is None else _vocab_size(state, weight, tp_group)
     if labels is not None and (debug or hidden.device.type == "cpu"):
         checks.check_label_values(labels, mask, int(vocab))
-    statistics = _statistics.finish(state, _take(labels, rows))
+    statistics = _statistics.finish(state, take(labels, rows))
     if rows is not None:
         statistics = [stat.new_zeros(hidden.shape[0]).index_copy_(0, rows, stat) for stat in statistics]
     elif mask is not None:
@@ -220,13 +220,13 @@ def linear_token_stats_backward_op(
         weight, bias, temperature if temperature_per_row is None else temperature_per_row, logit_scale, softcap, vocab_start,
         workspace_bytes,
     )  # fmt: skip
-    rows = _kept_rows(mask)
-    kept = _take(hidden, rows)
+    rows = kept_rows(mask)
+    kept = take(hidden, rows)
     if rows is None and mask is not None:
         kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
     grad_hidden, grad_weight, grad_bias = backends.implementation(OP, backend).backward(
-        kept, head._replace(temperature=_take(head.temperature, rows)), _take(labels, rows),
-        coefficients if rows is None else coefficients[:, rows], _take(logsumexp, rows), (need_hidden, need_weight, need_bias),
+        kept, head._replace(temperature=take(head.temperature, rows)), take(labels, rows),
+        coefficients if rows is None else coefficients[:, rows], take(logsumexp, rows), (need_hidden, need_weight, need_bias),
     )  # fmt: skip
     if grad_hidden is not None:
         if tp_group is not None:
@@ -274,12 +274,13 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 linear_token_stats_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _kept_rows(mask: Tensor | None) -> Tensor | None:
+def kept_rows(mask: Tensor | None) -> Tensor | None:
     """On a CPU, masked rows are left out of the matmuls. On a GPU their number is unknown without a host sync: None."""
     return mask.nonzero().squeeze(-1) if mask is not None and mask.device.type == "cpu" else None
 
 
-def _take(value: Any, rows: Tensor | None) -> Any:
+def take(value: Any, rows: Tensor | None) -> Any:
+    """Return these rows of a tensor; anything else, and everything for None, as it is."""
     return value[rows] if isinstance(value, Tensor) and rows is not None else value
 
 

@@ -16,6 +16,7 @@ from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+CoefficientsOf = Callable[[slice, _statistics.Statistics], Tensor]  # (rows, their statistics) -> (4, n)
 
 
 class Passes(Protocol):
@@ -128,7 +129,7 @@ def forward_backward(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    coefficients_of: Callable[[slice, _statistics.Statistics], Tensor],
+    coefficients_of: CoefficientsOf,
     need: tuple[bool, bool, bool],
     passes: Passes,
     columns_at_once: int,
@@ -137,7 +138,7 @@ def forward_backward(
     """Return the gradients of hidden (float32), weight and bias (float32), with the matmul of the logits done only once.
 
     A block of rows keeps all its logits in the workspace until `coefficients_of` has said, from its statistics, what the
-    gradient is: (rows, statistics) -> coefficients ``(4, n)``.
+    gradient is.
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
     rows_at_once = max(1, (head.workspace_bytes or workspace_bytes) // (vocab * hidden.element_size()))

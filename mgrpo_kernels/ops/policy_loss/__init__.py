@@ -151,8 +151,7 @@ def policy_loss(
     tokens = check_tokens(
         logprobs, old_logprobs, mask, cu_seqlens, ref_logprobs, entropy, behaviour_logprobs, normalizer, entropy_normalizer, options
     )
-    checks.check_tensor("advantages", advantages, device=logprobs.device)
-    return _run(tokens._replace(advantages=_flat_advantages(advantages, logprobs, tokens)), None, options, backend)
+    return _run(tokens._replace(advantages=flat_advantages(advantages, logprobs, tokens)), None, options, backend)
 
 
 def grpo_loss(
@@ -235,10 +234,12 @@ def check_tokens(
     normalizer: float | Tensor | None,
     entropy_normalizer: float | Tensor | None,
     options: LossOptions,
+    *,
+    name: str = "logprobs",
 ) -> Tokens:
-    """Check per-token inputs against each other and return them flat, advantages still missing."""
-    checks.check_tensor("logprobs", logprobs)
-    offsets = sequences.sequence_offsets("logprobs", logprobs, cu_seqlens)
+    """Check per-token inputs against each other and return them flat, advantages still missing. `name` is what errors call `logprobs`."""
+    checks.check_tensor(name, logprobs)
+    offsets = sequences.sequence_offsets(name, logprobs, cu_seqlens)
     rows = logprobs.shape
     mask = checks.check_mask("mask", mask, rows, logprobs.device)
     for name, values in (
@@ -281,7 +282,9 @@ def statistics_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
-def _flat_advantages(advantages: Tensor, logprobs: Tensor, tokens: Tokens) -> Tensor:
+def flat_advantages(advantages: Tensor, logprobs: Tensor, tokens: Tokens) -> Tensor:
+    """Return advantages flat, ``(B,)`` or ``(T,)``."""
+    checks.check_tensor("advantages", advantages, device=logprobs.device)
     number = tokens.offsets.shape[0] - 1
     if advantages.shape != logprobs.shape and advantages.shape != (number,):
         raise ValueError(
@@ -304,11 +307,11 @@ def _check_groups(
 
 def _run(tokens: Tokens, groups: Groups | None, options: LossOptions, backend: str | None) -> PolicyLoss:
     name = backends.choose(OP, backend, tokens.logprob.device, tokens.logprob.dtype)
-    loss, metrics, _, _ = policy_loss_op(*_pack(tokens, groups, options), name)
+    loss, metrics, _, _ = policy_loss_op(*pack(tokens, groups, options), name)
     return PolicyLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
 
 
-def _pack(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[Any, ...]:
+def pack(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[Any, ...]:
     """Return the three records as the custom op's arguments: tensors, then numbers, then names."""
     rewards, group_offsets, rollout_mask, baseline, scale, eps = groups or (None, None, None, BASELINES[0], SCALES[0], 0.0)
     delta = float("inf") if options.clip_delta is None else options.clip_delta
@@ -322,7 +325,7 @@ def _pack(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[
     return (*tokens[:-1], rewards, group_offsets, rollout_mask, [float(n) for n in numbers], names, options.kl_bias_correction)
 
 
-def _unpack(
+def unpack(
     tensors: tuple[Tensor | None, ...], numbers: list[float], names: str, kl_bias_correction: bool
 ) -> tuple[Tokens, Groups | None, LossOptions]:
     baseline, scale, loss_type, level, estimator, mode = names.split(",")
@@ -384,7 +387,7 @@ def policy_loss_op(
     tensors = (
         logprob, old, advantages, mask, offsets, ref, entropy, behaviour, normalizer, entropy_normalizer, rewards, group_offsets, rollout_mask,
     )  # fmt: skip
-    tokens, groups, options = _unpack(tensors, numbers, names, kl_bias_correction)
+    tokens, groups, options = unpack(tensors, numbers, names, kl_bias_correction)
     sequences.check_offset_values("cu_seqlens", offsets, logprob.shape[0])
     if groups is not None:
         sequences.check_offset_values("groups", groups.offsets, groups.rewards.shape[0])

@@ -13,7 +13,7 @@ from mgrpo_kernels import sequences
 from mgrpo_kernels.backend import reference_unsupported as unsupported
 from mgrpo_kernels.ops.policy_loss.specs import CLIPPED, COUNT_SEQUENCES, SEQUENCE_MEANS, Groups, LossOptions, Tokens
 
-__all__ = ["forward", "group_advantages", "token_weights", "unsupported"]
+__all__ = ["forward", "group_advantages", "own_normalizer", "token_weights", "unsupported"]
 
 
 def group_advantages(groups: Groups) -> Tensor:
@@ -103,7 +103,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
 
     entropy = torch.zeros_like(logprob) if tokens.entropy is None else clean(tokens.entropy)
     number_of_tokens = mask.sum().to(dtype)
-    normalizer = _or_one(_own_normalizer(number_of_tokens, count, options) if tokens.normalizer is None else tokens.normalizer)
+    normalizer = _or_one(own_normalizer(number_of_tokens, count, options) if tokens.normalizer is None else tokens.normalizer)
     entropy_normalizer = _or_one(number_of_tokens if tokens.entropy_normalizer is None else tokens.entropy_normalizer)
     scales = torch.stack([1.0 / normalizer.to(dtype), options.entropy_coef / entropy_normalizer.to(dtype)])
     loss = (share * torch.where(mask, term.value, 0.0)).sum() * scales[0] - entropy.sum() * scales[1]
@@ -216,7 +216,8 @@ def _kl(difference: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     return difference.exp() - difference - 1, 1 - difference.exp()
 
 
-def _own_normalizer(number_of_tokens: Tensor, number_of_sequences: Tensor, options: LossOptions) -> Tensor:
+def own_normalizer(number_of_tokens: Tensor, number_of_sequences: Tensor, options: LossOptions) -> Tensor:
+    """Return what the loss of these alone is divided by."""
     if options.loss_type in COUNT_SEQUENCES:
         return number_of_sequences
     if options.loss_type == "dr_grpo":

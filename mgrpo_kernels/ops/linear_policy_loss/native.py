@@ -1,0 +1,29 @@
+"""Three matmuls on a CPU, in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels.backend import native_unsupported as unsupported
+from mgrpo_kernels.ops.linear_token_stats import native, tiled
+from mgrpo_kernels.ops.linear_token_stats.specs import Head
+
+__all__ = ["forward_backward", "fusion", "unsupported"]
+
+COLUMNS = 1024
+WORKSPACE_BYTES = 224 * 2**20
+
+
+def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Return whether to fuse, and why."""
+    if dtype == torch.float32:
+        return True, "3 matmuls take less time than 4"
+    return False, "the CPU's 16-bit matmul has no float32 output, and summing the weight's gradient outside it costs more than it saves"
+
+
+def forward_backward(
+    hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
+) -> tiled.Gradients:
+    """Return the gradients of hidden, weight and bias, float32, None where `need` says so."""
+    return tiled.forward_backward(hidden, head, labels, coefficients_of, need, native.CpuPasses, COLUMNS, WORKSPACE_BYTES)
