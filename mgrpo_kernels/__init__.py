@@ -1,6 +1,7 @@
 """Fused kernels for reinforcement learning on language models, and M-GRPO built from them."""
 
 from mgrpo_kernels.backend import BackendUnavailable, backends, use_backend
+from mgrpo_kernels.momentum import MomentumModel
 from mgrpo_kernels.ops.ema import ema_update_
 from mgrpo_kernels.ops.iqr_filter import iqr_filter, trajectory_entropy
 from mgrpo_kernels.ops.iqr_filter.specs import IqrFilter
@@ -15,15 +16,19 @@ from mgrpo_kernels.ops.token_stats import (
     token_stats_from_logits,
 )
 from mgrpo_kernels.ops.token_stats.specs import TokenStats
+from mgrpo_kernels.vote import Vote, extract_answer, majority_vote
 
 __all__ = [
     "BackendUnavailable",
     "IqrFilter",
+    "MomentumModel",
     "PolicyLoss",
     "TokenStats",
+    "Vote",
     "backends",
     "ema_update_",
     "entropy_from_logits",
+    "extract_answer",
     "group_advantages",
     "grpo_loss",
     "iqr_filter",
@@ -31,6 +36,7 @@ __all__ = [
     "linear_token_stats",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",
+    "majority_vote",
     "policy_loss",
     "token_stats_from_logits",
     "trajectory_entropy",
