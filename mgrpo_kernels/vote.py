@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,9 +44,10 @@ class Vote(NamedTuple):
 # --- Finding the answer in a text
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{|\\.|[{}]", re.DOTALL)
-_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$]\S*)")
-_HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*([^\n]*)")
-_PHRASE = re.compile(r"(?:(?<!\w)A[^\S\n]*:|\banswer[^\S\n]*(?::|is\b[^\S\n]*:?))[^\S\n]*([^\n]*)", re.IGNORECASE)
+# "\boxed 5" ends at a space, at the formula's end or before a comma.
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$](?:(?!\\[)\]]|[,;](?:\s|$))[^\s$])*)")
+_HASHES = re.compile(r"(?<!#)####(?!#)")
+_PHRASE = re.compile(r"(?<!\w)A[^\S\n]*:|\banswer[^\S\n]*(?::|is\b[^\S\n]*:?)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|\*|$)")
 _IN_DOLLARS = re.compile(r"(\$\$?)([^$]*)\1")
 _IN_BRACKETS = re.compile(r"\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
@@ -69,13 +70,19 @@ def extract_answer(text: str) -> str | None:
         raise TypeError(f"text: want a string, got {type(text).__name__}")
     return (
         _last_box(text)
-        or _last(_trim(match[1]) for match in _HASHES.finditer(text))
-        or _last(_trim(_SENTENCE_END.split(match[1].lstrip("* "), maxsplit=1)[0]) for match in _PHRASE.finditer(text))
+        or _last(_trim(rest) for rest in reversed(_after(_HASHES, text)))
+        or _last(_trim(_SENTENCE_END.split(rest.lstrip("* "), 1)[0]) for rest in reversed(_after(_PHRASE, text)))
     )
 
 
-def _last(found: Any) -> str | None:
-    return next((answer for answer in reversed(list(found)) if answer), None)
+def _last(from_the_end: Iterable[str]) -> str | None:
+    return next((answer for answer in from_the_end if answer), None)
+
+
+def _after(marker: re.Pattern[str], text: str) -> list[str]:
+    """Return what follows each marker, up to the next one or the end of its line."""
+    spans = [match.span() for match in marker.finditer(text)] + [(len(text), len(text))]
+    return [text[end:start].split("\n", 1)[0] for (_, end), (start, _) in itertools.pairwise(spans)]
 
 
 def _trim(answer: str) -> str:
@@ -83,7 +90,9 @@ def _trim(answer: str) -> str:
     before = None
     while before != answer:
         before = answer
-        answer = answer.strip().removesuffix(".").removeprefix("**").removesuffix("**").strip()
+        answer = answer.strip().removeprefix("**").removesuffix("**").strip()
+        if not answer.endswith(r"\right."):
+            answer = answer.removesuffix(".")
         if match := _IN_DOLLARS.fullmatch(answer) or _IN_BRACKETS.fullmatch(answer):
             answer = next(group for group in reversed(match.groups()) if group is not None)
     return answer
@@ -91,21 +100,20 @@ def _trim(answer: str) -> str:
 
 def _last_box(text: str) -> str | None:
     """Return what the last box holds that is closed and not empty. One pass: a text of unclosed boxes costs no more."""
-    open_braces: list[tuple[int, int] | None] = []  # a box's (start, start of its content); None for any other brace
-    boxes: list[tuple[int, str]] = []
+    open_braces: list[int | None] = []  # where a box's content starts; None for any other brace
+    boxes: list[tuple[int, int]] = []  # (start, end) of its content
     for match in _BRACES.finditer(text):
         token = match[0]
         if token == "{":
             open_braces.append(None)
         elif token == "}":
-            box = open_braces.pop() if open_braces else None
-            if box is not None:
-                boxes.append((box[0], text[box[1] : match.start()]))
+            start = open_braces.pop() if open_braces else None
+            if start is not None:
+                boxes.append((start, match.start()))
         elif token.endswith("{") and len(token) > 2:  # not the two characters of an escaped brace
-            open_braces.append((match.start(), match.end()))
-    # "\boxed 5" ends at a space, at the formula's end or at the sentence's.
-    boxes += [(match.start(), re.split(r"\$|\\[)\]]|[,;]$", match[1])[0]) for match in _BARE_BOX.finditer(text)]
-    return _last(_trim(content) for _, content in sorted(boxes))
+            open_braces.append(match.end())
+    boxes += [match.span(1) for match in _BARE_BOX.finditer(text)]
+    return _last(_trim(text[start:end]) for start, end in sorted(boxes, reverse=True))
 
 
 # --- Telling whether two answers are equal
