@@ -156,6 +156,7 @@ def _serve() -> None:
         # verify() tells the gold answer from the other one, and may differ by direction: x > 2 and (2, oo).
         return verify(one, two, timeout_seconds=None) or verify(two, one, timeout_seconds=None)
 
+    equal("x + 1", "1 + x")  # the first question loads what the others need: not on its time
     print(_READY, file=replies, flush=True)
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     for line in sys.stdin:

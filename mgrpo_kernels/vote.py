@@ -205,7 +205,7 @@ _CLEANING = [
     for pattern, replacement in [
         (r",\\!\s*", ""),  # 10,\!080
         (r"\{,\}", ","),  # 10{,}080
-        (r"\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\(?:left|right)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\?[$€£]|\\(?:dollars?|euro|pounds)(?![A-Za-z])", ""),

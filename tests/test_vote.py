@@ -1,0 +1,755 @@
+"""Answers and the majority vote: extraction, equality on the real gold answers, the vote against a plain one, a hanging SymPy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mgrpo_kernels._math_worker as math_worker
+import mgrpo_kernels.vote as vote_module
+from mgrpo_kernels._math_worker import MathWorker
+from mgrpo_kernels.vote import Vote, answers_equal, extract_answer, majority_vote
+
+REPO = Path(__file__).resolve().parents[1]
+DATA = REPO.parent / "shared" / "data"
+HANGS = "9^{9^{9^{9}}}"
+
+
+@pytest.fixture
+def no_worker(monkeypatch):
+    """Every question to math-verify is an error."""
+
+    def equal(self, first, second):
+        raise AssertionError(f"math-verify was asked about {first!r} and {second!r}")
+
+    monkeypatch.setattr(MathWorker, "equal", equal)
+    vote_module._ask.cache_clear()
+
+
+@pytest.fixture
+def worker():
+    """A worker of the test's own."""
+    mine = MathWorker(limit=10.0)
+    yield mine
+    mine.close()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone_within(pid: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while alive(pid):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+# --- extract_answer
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
+        (r"\boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{x^{2^{3}}}", "x^{2^{3}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed 5", "5"),
+        (r"It is $\boxed 5$.", "5"),
+        (r"It is \(\boxed 5\).", "5"),
+        ("\\boxed\n{8}", "8"),
+        (r"\boxed{5.}", "5"),
+        (r"\boxed{ $5$ }", "5"),
+        (r"} \boxed{5} {", "5"),
+        (r"\boxed{5} \boxed{6", "5"),  # cut off: the last box that is closed
+        (r"\boxed{6", None),
+        (r"\boxed{6 #### 4", "4"),
+        (r"\boxed{5} #### 4", "5"),
+        (r"#### 4 \boxed{5} the answer is 3", "5"),
+        (r"\boxedx{3}", None),
+        (r"\boxed{}", None),
+        (r"\boxed{ } #### 4", "4"),
+        ("#### 1,000\nQ: next", "1,000"),
+        ("####5\n#### 6.", "6"),
+        ("#### 5 #### 6", "6"),
+        ("#### $18", "$18"),
+        ("#### **-3.5**", "-3.5"),
+        ("#### 4\nthe answer is 3", "4"),
+        ("####", None),
+        ("##### A heading", None),
+        ("A: 5", "5"),
+        ("a: 5.", "5"),
+        ("Q: 2+3? A: 7 apples. Good.", "7 apples"),
+        ("A: 1\nA: 2", "2"),
+        ("A: 1\nthe answer is 2", "2"),
+        ("the answer is 2\nA: 1", "1"),
+        ("The answer is 3.5.", "3.5"),
+        ("THE ANSWER IS 3.5", "3.5"),
+        ("the answer is: **42**.", "42"),
+        ("**Answer:** 12", "12"),
+        ("**A: 5**", "5"),
+        ("the answer is 5. No, the answer is 6.", "6"),
+        ("The answer is 5\n\nThe answer is ", "5"),
+        ("The answer is $\\frac12$.", r"\frac12"),
+        ("The answer is \\(x=5\\).", "x=5"),
+        ("The answer is \\[ 3 \\]", "3"),
+        ("the answer is 1.5. So", "1.5"),
+        ("NASA: 5", None),
+        ("the answer isn't known", None),
+        ("A: ", None),
+        ("", None),
+        ("nothing of the kind: 5", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_extract_answer_wants_a_string():
+    with pytest.raises(TypeError, match="text: want a string, got NoneType"):
+        extract_answer(None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 20_000,
+        r"\boxed{" * 20_000 + "}" * 20_000,
+        r"\boxed{" + "." * 20_000 + "}",
+        r"\boxed " * 20_000,
+        "A: . " * 20_000,
+        "the answer is " * 20_000,
+        "####" * 20_000,
+        "A: " + "$" * 20_001,
+        "answer" + " " * 20_000,
+    ],
+    ids=lambda text: text[:9],
+)
+def test_extraction_is_linear_in_a_degenerate_text(text):
+    start = time.monotonic()
+    extract_answer(text)
+    assert time.monotonic() - start < 2.0  # takes 0.03 s; a quadratic search takes minutes
+
+
+@given(st.text(alphabet="\\boxed{}$#*. \nA:answer is1", max_size=80))
+@settings(max_examples=300, deadline=None)
+def test_extraction_takes_any_text(text):
+    answer = extract_answer(text)
+    assert answer is None or (answer == answer.strip() and answer in text and answer)
+
+
+# --- answers_equal
+
+
+def golds() -> list[str]:
+    """Every distinct gold answer of the real data."""
+    if not DATA.is_dir():
+        pytest.skip("the folder shared/data with gsm8k and math-ttt is absent")
+    answers = []
+    for split in ("train", "test"):
+        with (DATA / "gsm8k" / f"{split}.jsonl").open(encoding="utf-8") as file:
+            answers += [json.loads(line)["answer"].split("####")[1].strip() for line in file]
+    for name in ("math", "amc", "aime"):
+        answers += [row["answer"] for row in json.loads((DATA / "math-ttt" / f"{name}.json").read_text("utf-8"))]
+    return list(dict.fromkeys(answers))
+
+
+def plain_value(gold: str) -> Fraction | None:
+    """A gold answer's value where it is an integer or a decimal: by other means than the library's."""
+    digits = gold.replace(",\\!", "").replace(" ", "")
+    if re.fullmatch(r"-?\d{1,3}(,\d{3})+|-?\d*\.?\d+", digits):
+        return Fraction(digits.replace(",", ""))
+    return None
+
+
+def as_stated(gold: str) -> list[str]:
+    """Responses that state the gold answer."""
+    return [
+        f"So the sum is $\\boxed{{{gold}}}$.",
+        f"\\fbox{{ {gold} }}",
+        f"Because of that.\n#### {gold}",
+        f"#### {gold}.\n",
+        f"A: {gold}",
+        f"**Answer:** **{gold}**",
+        f"The answer is ${gold}$.",
+    ]
+
+
+def spellings(gold: str) -> list[str]:
+    """Other usual ways to write the gold answer."""
+    found = [
+        f"${gold}$",
+        f"\\({gold}\\)",
+        f"{gold}.",
+        f" {gold} ",
+        f"\\boxed{{{gold}}}",
+        gold.replace("\\frac", "\\dfrac"),
+        gold.replace("\\frac", "\\tfrac"),
+        re.sub(r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2", gold),
+        re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", gold),
+        gold.replace("^\\circ", ""),
+        gold.replace("^\\circ", " degrees"),
+        gold.replace("\\$", "$"),
+        re.sub(r"\\(text|mbox)\{([^}]*)\}", r"\2", gold),
+        re.sub(r"_(\d)$", r"_{\1}", gold),
+        gold.replace(" ", ""),
+    ]
+    if "\\text" not in gold:
+        brackets = re.sub(r"\\(left|right) ?", "", gold)
+        found += [brackets, re.sub(r"([)\]])", r"\\right\1", re.sub(r"([(\[])", r"\\left\1", brackets))]
+        found += [brackets.replace("(", "( ").replace(")", " )")]
+    value = plain_value(gold)
+    if value is not None:
+        number = str(value) if value.denominator == 1 else str(float(value))
+        sign, size = ("-", number[1:]) if value < 0 else ("", number)
+        found += [number, f"{number}0" if "." in number else f"{number}.0", f"{sign}0{size}", f"{sign}\\${size}"]
+        found += [f"\\text{{{number}}}", f"{number}\\%", f"{number}%", f"{number} dollars", f"{number}\\text{{ cm}}^2"]
+        found += [f"${number}", f"{number}^\\circ", f"{number} apples", f"{number}/1", f"\\frac{{{number}}}{{1}}"]
+        found += [str(value), f"{sign}\\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"]
+        if value.denominator == 1:
+            grouped = f"{int(value):,}"
+            found += [grouped, *(grouped.replace(",", comma) for comma in (",\\!", "{,}", "\\,", " "))]
+    return found
+
+
+def test_every_gold_answer_equals_itself(no_worker):
+    """In any spelling, from either side, and without math-verify."""
+    for gold in golds():
+        stated = [extract_answer(text) for text in as_stated(gold)]
+        for answer in stated + spellings(gold):
+            assert answers_equal(gold, answer), (gold, answer)
+            assert answers_equal(answer, gold), (answer, gold)
+
+
+def test_different_plain_golds_differ(no_worker):
+    """All pairs of the integers and decimals in the data, against their values."""
+    values = {gold: value for gold in golds() if (value := plain_value(gold)) is not None}
+    assert len(values) > 1000
+    for (a, one), (b, two) in itertools.combinations(values.items(), 2):
+        assert answers_equal(a, b) == (one == two), (a, b)
+
+
+def test_different_golds_differ():
+    """A sample of all pairs that take math-verify."""
+    answers = golds()
+    others = [gold for gold in answers if plain_value(gold) is None]
+    rng = random.Random(0)
+    pairs = rng.sample(list(itertools.combinations(others, 2)), 150)
+    pairs += [(gold, rng.choice(answers)) for gold in others]
+    really_equal = {
+        frozenset(pair)
+        for pair in [
+            ("1,-2", "-2,1"),
+            ("2 \\sqrt{5}", "2\\sqrt{5}"),
+            ("\\frac{1}{4}", "\\frac14"),
+            ("36^\\circ", "\\$36"),
+        ]
+    }
+    for a, b in pairs:
+        if a != b and plain_value(b) is None:
+            assert answers_equal(a, b) == (frozenset((a, b)) in really_equal), (a, b)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("144", "144.0"),
+        ("25", "025"),
+        (r"\frac32", "1.5"),
+        ("1/2", "0.5"),
+        ("1/2", r"\frac12"),
+        (r"\dfrac{1}{2}", r"\tfrac 12"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+        (r"-\frac{1}{2}", "-.5"),
+        (r"1\frac{4}{5}", "9/5"),
+        ("1 4/5", "1.8"),
+        (r"50\%", "50"),
+        (r"50\%", "0.5"),
+        ("50%", "50 percent"),
+        ("1,000", "1000"),
+        ("1{,}000", "1 000"),
+        ("2.5 million", "2,500,000"),
+        ("2 dozen eggs", "24"),
+        ("$18", "18 dollars"),
+        ("€ 5", "5"),
+        ("60 km/h", "60"),
+        (r"5\text{ m}", "5"),
+        (r"\text{5 apples}", "5"),
+        (r"\mathbf{12}", "12.0"),
+        ("12 hours.", "12"),
+        ("−5", "-5"),  # noqa: RUF001 - the minus sign
+        ("- 5", "-5"),
+        ("{144}", "144"),
+        ("90°", r"90^{\circ}"),
+        ("π", r"\pi"),
+        ("pi", r"\pi"),
+        ("√5", r"\sqrt{5}"),
+        ("3 sqrt(13)", r"3\sqrt{13}"),
+        ("52_8", "52_{8}"),
+        ("52_8", "42"),
+        (r"\text{Evelyn}", "evelyn"),
+        (r"\text{(C)}", "C"),
+        ("(C)", r"\textbf{(C)}"),
+        ("10 a.m.", r"10 \text{ AM}"),
+        ("9" * 5000, "9" * 5000),
+    ],
+)
+def test_equal_without_math_verify(no_worker, a, b):
+    assert answers_equal(a, b)
+    assert answers_equal(b, a)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("1/3", "0.333333"),
+        ("0.1", "0.10000000000000001"),
+        ("1 4/5", "14/5"),
+        ("2 million", "2"),
+        (r"50\%", "5"),
+        (r"50\%", r"0.5\%"),
+        ("listen", "silent"),
+        (r"\text{listen}", "silent"),
+        ("Evelyn", "5"),
+        ("10 am", "10 pm"),
+        (r"10 \text{ am}", r"10 \text{ pm}"),
+        ("52_8", "52"),
+        ("9" * 5000, "9" * 4999 + "8"),
+        ("x" * 300, "x^{300}"),
+        ("$", "$$"),
+        ("5", ""),
+        ("5", "  "),
+        ("5", None),
+        (None, None),
+        ("", ""),
+    ],
+)
+def test_different_without_math_verify(no_worker, a, b):
+    assert not answers_equal(a, b)
+    assert not answers_equal(b, a)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("5", r"\sqrt{25}"),
+        ("(a+5)(b+2)", "ab + 2a + 5b + 10"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)"),
+        ("x=5", "5"),
+        (r"(2,\infty)", "x > 2"),  # math-verify says so from one side only
+        ("1,-2", "-2, 1"),
+        (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"),
+        (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt 3}"),
+        (
+            r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}",
+            r"\begin{bmatrix}-\frac13\\\frac{2}{3}\\\frac{5}{3}\end{bmatrix}",
+        ),
+        (".0000672", r"6.72 \times 10^{-5}"),
+    ],
+)
+def test_equal_by_math_verify(a, b):
+    assert answers_equal(a, b)
+    assert answers_equal(b, a)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("(1,2)", "(2,1)"),
+        ("(3,4)", "(3,4]"),
+        ("1/0", "2"),
+        ("1 or 2", "1"),
+        ("5 xy", "5"),
+        ("x+1", "x-1"),
+        ("}{", r"\frac"),
+    ],
+)
+def test_different_by_math_verify(a, b):
+    assert not answers_equal(a, b)
+    assert not answers_equal(b, a)
+
+
+def numbers_spelled() -> st.SearchStrategy[tuple[Fraction, str]]:
+    integers = st.integers(-(10**6), 10**6)
+
+    def spell(n: int, d: int, way: int) -> tuple[Fraction, str]:
+        value, sign = Fraction(n, d), "-" if n < 0 else ""
+        ways = [f"{n}/{d}", f"\\frac{{{n}}}{{{d}}}", f"{sign}\\dfrac{{{abs(n)}}}{{{d}}}"]
+        ways += [f"{sign}{abs(n) // d} \\frac{{{abs(n) % d}}}{{{d}}}", f"{sign}{abs(n) // d} {abs(n) % d}/{d}"]
+        if d in (1, 2, 4, 5, 10):
+            ways += [f"{n / d:.4f}", f"{n / d:,.2f}"]
+        return value, ways[way % len(ways)]
+
+    return st.builds(spell, integers, st.integers(1, 12), st.integers(0, 100))
+
+
+@given(numbers_spelled(), numbers_spelled())
+@settings(max_examples=300, deadline=None)
+def test_plain_numbers_are_equal_if_their_values_are(one, two):
+    assert answers_equal(one[1], two[1]) == (one[0] == two[0])
+    assert answers_equal(one[1], str(one[0]))
+
+
+@given(st.text(alphabet="0123456789.,/+-% _{}^\\fractex$()", max_size=30))
+@settings(max_examples=500, deadline=None)
+def test_reading_takes_any_answer(text):
+    vote_module._read(text)
+
+
+def test_exact_and_own_equivalence():
+    assert answers_equal("5", "5", "exact")
+    assert not answers_equal("5", "5.0", "exact")
+    assert answers_equal("5", "6", lambda a, b: abs(int(a) - int(b)) < 2)
+
+
+def test_equality_errors():
+    with pytest.raises(ValueError, match="equivalence: want one of math, exact, got 'near'"):
+        answers_equal("1", "2", "near")
+    with pytest.raises(TypeError, match="equivalence: want 'math', 'exact' or a function, got int"):
+        answers_equal("1", "2", 3)
+    with pytest.raises(TypeError, match="equivalence: want a function that returns a bool, got NoneType"):
+        answers_equal("1", "2", lambda a, b: None)
+    with pytest.raises(TypeError, match="b: want a string or None, got int"):
+        answers_equal("1", 2)
+
+
+# --- majority_vote
+
+
+def test_vote(no_worker):
+    vote = majority_vote(["1/2", "3", None, "0.5", "", "4", "4.0", "5"], 4)
+    assert vote.labels == ["1/2", "4"]
+    assert vote.share.tolist() == pytest.approx([2 / 3, 2 / 3])
+    assert vote.cluster.tolist() == [0, 1, -1, 0, -1, 0, 0, 1]
+    assert vote.cluster_share.tolist() == pytest.approx([2 / 3, 1 / 3, 0, 2 / 3, 0, 2 / 3, 2 / 3, 1 / 3])
+    assert vote.agrees.tolist() == [1, 0, 0, 1, 0, 1, 1, 0]
+    assert [field.dtype for field in vote[1:]] == [torch.float32, torch.int64, torch.float32, torch.float32]
+    assert Vote._fields == ("labels", "share", "cluster", "cluster_share", "agrees")
+
+
+def test_ties_go_to_the_voters_answer_that_came_first():
+    assert majority_vote(["2", "1", "1", "2"], 4).labels == ["2"]
+    assert majority_vote(["2", "1", "1", "2"], 4, voters=[False, True, True, True]).labels == ["1"]
+    tied = majority_vote(["2", "1", "2"], 3, voters=[False, True, True])
+    assert tied.labels == ["1"]  # one vote each, and the voter for 1 came first
+    assert tied.cluster.tolist() == [0, 1, 0]
+    assert tied.agrees.tolist() == [0, 1, 0]
+
+
+def test_everybody_is_scored():
+    voters = torch.tensor([False, False, True, True, False])
+    vote = majority_vote(["7", "7", "5", "5.0", "5"], 5, voters=voters)
+    assert vote.labels == ["5"]
+    assert vote.share.tolist() == [1.0]
+    assert vote.cluster.tolist() == [0, 0, 1, 1, 1]
+    assert vote.cluster_share.tolist() == [0, 0, 1, 1, 1]
+    assert vote.agrees.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_who_may_not_vote_has_no_say():
+    """50% equals 50 and 0.5: as the first of a cluster it would unite the two."""
+    answers = ["50%", "0.5", "50", "50"]
+    vote = majority_vote(answers, 4, voters=[False, True, True, True])
+    assert vote.labels == ["50"]
+    assert vote.share.tolist() == pytest.approx([2 / 3])
+
+
+def test_nobody_answers():
+    for vote in (
+        majority_vote([None, "", "  "], 3),
+        majority_vote(["1", "1", "2"], 3, voters=[False] * 3),
+    ):
+        assert vote.labels == [None]
+        assert vote.share.tolist() == [0]
+        assert vote.cluster_share.tolist() == [0, 0, 0]
+        assert vote.agrees.tolist() == [0, 0, 0]
+
+
+def test_min_share():
+    answers = ["1", "1", "2", "3", None]
+    assert majority_vote(answers, 5, min_share=0.5).labels == ["1"]
+    vote = majority_vote(answers, 5, min_share=0.51)
+    assert vote.labels == [None]
+    assert vote.share.tolist() == [0.5]
+    assert vote.cluster_share.tolist() == [0.5, 0.5, 0.25, 0.25, 0]
+    assert vote.agrees.tolist() == [0] * 5
+    assert majority_vote(["1"], 1, min_share=1.0).labels == ["1"]
+    assert majority_vote([None], 1).labels == [None]
+
+
+def test_groups_of_any_size():
+    for dtype in (torch.int32, torch.int64):
+        vote = majority_vote(["1", "2", "2"], torch.tensor([0, 0, 1, 3, 3], dtype=dtype))
+        assert vote.labels == [None, "1", "2", None]
+        assert vote.share.tolist() == [0, 1, 1, 0]
+        assert vote.cluster.tolist() == [0, 0, 0]
+    empty = majority_vote([], 4)
+    assert empty.labels == []
+    assert [tuple(field.shape) for field in empty[1:]] == [(0,)] * 4
+    assert empty.cluster.dtype == torch.int64
+    assert majority_vote([], torch.tensor([0, 0])).labels == [None]
+
+
+def test_own_equivalence_sees_the_first_of_the_cluster_and_the_new_answer():
+    asked = []
+
+    def near(first: str, new: str) -> bool:
+        asked.append((first, new))
+        return abs(int(first) - int(new)) <= 1
+
+    vote = majority_vote(["5", "6", "7", "7", "4"], 5, equivalence=near)
+    assert vote.cluster.tolist() == [0, 0, 1, 1, 0]
+    assert vote.labels == ["5"]
+    assert asked == [("5", "6"), ("5", "7"), ("5", "4")]
+
+
+def plain_vote(answers, size, voters, min_share):
+    """The vote once more, in the plainest words."""
+    labels, share, cluster, cluster_share, agrees = [], [], [], [], []
+    for start in range(0, len(answers), size):
+        group, votes = answers[start : start + size], voters[start : start + size]
+        counted = [a for a, v in zip(group, votes, strict=True) if v and a]
+        best = max(counted, key=lambda a: (counted.count(a), -counted.index(a)), default=None)
+        top = counted.count(best) / len(counted) if counted else 0.0
+        label = best if top >= min_share else None
+        labels.append(label)
+        share.append(top)
+        seen = list(dict.fromkeys(a for a in group if a))
+        cluster += [seen.index(a) if a else -1 for a in group]
+        cluster_share += [counted.count(a) / len(counted) if a and counted else 0.0 for a in group]
+        agrees += [float(bool(a) and a == label) for a in group]
+    return labels, share, cluster, cluster_share, agrees
+
+
+@given(st.data(), st.integers(1, 6), st.integers(0, 4), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+@settings(max_examples=200, deadline=None)
+def test_against_the_plain_vote(data, size, prompts, min_share):
+    B = size * prompts
+    answers = data.draw(st.lists(st.sampled_from([None, "", "1", "2", "3"]), min_size=B, max_size=B))
+    voters = data.draw(st.lists(st.booleans(), min_size=B, max_size=B))
+    want = plain_vote(answers, size, voters, min_share)
+    for equivalence in ("exact", "math"):
+        vote = majority_vote(answers, size, voters=voters, equivalence=equivalence, min_share=min_share)
+        assert vote.labels == want[0]
+        assert vote.cluster.tolist() == want[2]
+        for got, numbers in zip(
+            (vote.share, vote.cluster_share, vote.agrees), (want[1], want[3], want[4]), strict=True
+        ):
+            assert got.tolist() == pytest.approx(numbers)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        (("12", 1), {}, TypeError, "answers: want a sequence of strings and None, got str"),
+        ((5, 1), {}, TypeError, "answers: want a sequence of strings and None, got int"),
+        ((["1", 2], 1), {}, TypeError, "answers: want strings and None, got int at 1"),
+        ((["1"] * 4, 3), {}, ValueError, "groups: want a group size >= 1 that divides the 4 rollouts, got 3"),
+        ((["1"], 0), {}, ValueError, "groups: want a group size >= 1"),
+        ((["1"], 1.0), {}, TypeError, r"groups: want an int or int offsets \(P\+1,\), got float"),
+        ((["1"], torch.tensor([0.0, 1.0])), {}, TypeError, "groups: want dtype int32 or int64, got float32"),
+        (
+            (["1"] * 3, torch.tensor([0, 2])),
+            {},
+            ValueError,
+            r"groups: want ascending offsets from 0 to 3, got \[0, 2\]",
+        ),
+        ((["1"] * 3, torch.tensor([0, 3, 2, 3])), {}, ValueError, "groups: want ascending offsets from 0 to 3"),
+        ((["1"], 1), {"voters": torch.tensor([1])}, TypeError, "voters: want dtype bool, got int64"),
+        ((["1"], 1), {"voters": torch.tensor([True, True])}, ValueError, r"voters: want shape \(1,\), got \(2,\)"),
+        ((["1"], 1), {"voters": [True, True]}, ValueError, "voters: want one bool for each of the 1 answers, got 2"),
+        ((["1"], 1), {"voters": [1]}, TypeError, r"voters\[0\]: want a bool, got int"),
+        ((["1"], 1), {"voters": True}, TypeError, "voters: want a bool tensor or a sequence of bools, got bool"),
+        ((["1"], 1), {"equivalence": "near"}, ValueError, "equivalence: want one of math, exact, got 'near'"),
+        ((["1"], 1), {"equivalence": None}, TypeError, "equivalence: want 'math', 'exact' or a function, got NoneType"),
+        ((["1", "2"], 2), {"equivalence": lambda a, b: 1}, TypeError, "a function that returns a bool, got int"),
+        ((["1"], 1), {"min_share": 1.5}, ValueError, "min_share: want a finite number >= 0.0 and <= 1.0, got 1.5"),
+        ((["1"], 1), {"min_share": float("nan")}, ValueError, "min_share: want a finite number"),
+        ((["1"], 1), {"min_share": "half"}, TypeError, "min_share: want a number, got str"),
+    ],
+)
+def test_vote_errors(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        majority_vote(*arguments, **options)
+
+
+# --- the worker
+
+
+def test_a_hanging_question_is_given_up(worker, caplog):
+    assert worker.equal("5", r"\sqrt{25}")
+    first = worker._process.pid
+    worker.limit = 1.0
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="mgrpo_kernels"):
+        assert not worker.equal(HANGS, r"\sqrt{2}")
+    assert time.monotonic() - start < 30.0  # two limits of 1 s, and as many starts of a worker
+    assert HANGS in caplog.text
+    assert r"\\sqrt{2}" in caplog.text
+    assert "no verdict within 1 s" in caplog.text
+    assert not alive(first)
+    assert worker.equal("2", r"\sqrt{4}")  # a new worker
+
+    pid = worker._process.pid
+    assert not worker.equal(r"\sqrt{3}", HANGS)  # known by now: not asked again
+    assert worker._process.pid == pid
+    assert worker.equal(r"\frac{2}{\sqrt 2}", r"\sqrt{2}")  # and what it was compared with is not blamed
+
+
+def test_a_vote_survives_a_hang(worker, monkeypatch):
+    monkeypatch.setattr(vote_module, "_worker", worker)
+    worker.limit = 1.0
+    vote_module._ask.cache_clear()
+    vote = majority_vote([r"\sqrt{8}", HANGS, r"2\sqrt{2}", "3", HANGS], 5)
+    assert vote.cluster.tolist() == [0, 1, 0, 2, 1]
+    assert vote.labels == [r"\sqrt{8}"]
+    vote_module._ask.cache_clear()
+
+
+def test_a_dead_worker_is_replaced(worker):
+    assert worker.equal("5", r"\sqrt{25}")
+    worker._process.kill()
+    worker._process.wait()
+    assert worker.equal("6", r"\sqrt{36}")
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_question(worker):
+    assert worker.equal("5", r"\sqrt{25}")
+    worker.limit = 60.0
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {worker._process.pid}"])
+    start = time.monotonic()
+    assert worker._ask(HANGS, "0") is None
+    killer.wait()
+    assert time.monotonic() - start < 30.0
+    assert worker.equal("6", r"\sqrt{36}")
+
+
+def test_the_worker_may_not_take_all_memory(worker):
+    assert worker.equal("5", r"\sqrt{25}")
+    limits = Path(f"/proc/{worker._process.pid}/limits").read_text()
+    assert re.search(rf"Max address space +{4 << 30} ", limits), limits
+
+
+def test_an_interrupted_question_leaves_no_late_reply(worker):
+    assert worker.equal("5", r"\sqrt{25}")
+    worker.limit = 60.0
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            worker.equal(HANGS, "3")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert worker.equal("6", r"\sqrt{36}")
+    assert not worker.equal("6", r"\sqrt{35}")
+
+
+def test_without_math_verify(worker, monkeypatch):
+    monkeypatch.setattr(math_worker.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r'want math-verify, .* got none installed; pip install "mgrpo_kernels\[train\]"'
+    ):
+        worker.equal("5", r"\sqrt{25}")
+    monkeypatch.setattr(vote_module, "_worker", worker)
+    vote_module._ask.cache_clear()
+    assert majority_vote(["1/2", "0.5", "yes"], 3).labels == ["1/2"]  # plain answers need none
+
+
+def test_a_worker_that_does_not_start(worker, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="the math-verify worker did not start"):
+        worker.equal("5", r"\sqrt{25}")
+
+
+def run_script(tmp_path: Path, body: str) -> subprocess.Popen[str]:
+    """Run a script that has no __main__ guard."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(REPO)!r})\nimport mgrpo_kernels.vote as v\n{body}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_script_without_a_main_guard(tmp_path):
+    process = run_script(
+        tmp_path,
+        "print(v.answers_equal('5', '\\\\sqrt{25}'), v._worker._process.pid, flush=True)\n"
+        "maps = open(f'/proc/{v._worker._process.pid}/maps').read()\n"
+        "print('torch' in maps, flush=True)\n",
+    )
+    out, _ = process.communicate(timeout=60)
+    verdict, pid, torch_too = out.split()
+    assert process.returncode == 0
+    assert verdict == "True"
+    assert torch_too == "False"
+    assert gone_within(int(pid), 5.0)  # it ends with the script
+
+
+def test_a_killed_asker_leaves_no_hanging_worker(tmp_path):
+    process = run_script(
+        tmp_path,
+        "v._worker.limit = 1.5\n"
+        "v.answers_equal('5', '\\\\sqrt{25}')\n"
+        "print(v._worker._process.pid, flush=True)\n"
+        f"v.answers_equal('{HANGS}', 'x')\n",
+    )
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    time.sleep(0.5)  # by now it hangs
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert gone_within(pid, 10.0)
+
+
+def test_a_forked_process_has_a_worker_of_its_own(worker):
+    assert worker.equal("5", r"\sqrt{25}")
+    pid = worker._process.pid
+    child = os.fork()
+    if child == 0:
+        same = worker.equal("6", r"\sqrt{36}") and worker._process.pid != pid
+        worker.close()
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert worker.equal("7", r"\sqrt{49}")
+    assert worker._process.pid == pid
+
+
+def test_repeated_pairs_are_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(MathWorker, "equal", lambda self, a, b: asked.append((a, b)) or True)
+    vote_module._ask.cache_clear()
+    for _ in range(3):
+        assert answers_equal("x+1", "1+x")
+        assert answers_equal("1+x", "x+1")
+    assert len(asked) == 1
+    vote_module._ask.cache_clear()
