@@ -199,6 +199,15 @@ def _ask(first: str, second: str) -> bool:
     return _worker.equal(first, second)
 
 
+_SCALES = {
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+}
+
 # What makes no difference to an answer's meaning, in the order in which it goes.
 _CLEANING = [
     (re.compile(pattern), replacement)
@@ -208,10 +217,13 @@ _CLEANING = [
         (r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\(?:left|right)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (rf"\\(?:text|textrm|mbox|mathrm)\s*\{{\s*({'|'.join(_SCALES)}|percent)\s*\}}", r" \1"),
         (r"\\?[$€£]|\\(?:dollars?|euro|pounds)(?![A-Za-z])", ""),
         (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|°", ""),
         (r"\\%", "%"),
         (r"[−–]", "-"),  # noqa: RUF001 - the minus sign and the dash that stand for it
+        (r"×", r"\\times "),  # noqa: RUF001 - the sign, not the letter
         (r"π", r"\\pi "),
         (r"∞", r"\\infty "),
         (r"(?:√|(?<![\\A-Za-z])sqrt)\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
@@ -232,18 +244,11 @@ _FRACTION = (
     rf"\\frac ?(?:\{{ ?(?P<over>{_SIGNED}) ?\}}|(?P<over_digit>\d)) ?"
     rf"(?:\{{ ?(?P<under>{_SIGNED}) ?\}}|(?P<under_digit>\d))"
 )
-_SCALES = {
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-    "dozen": 12,
-}
 # A unit does not count: \text{cents}, " inches^2", " km/h". It has three letters or is known: "5 xy" is a product.
 # am and pm are no units: they tell two times apart. Nor are words that join numbers or make another number of one.
 _NOT_UNITS = (
-    r"(?!(?:a\.?m|p\.?m|pi|sqrt|sin|cos|tan|log|mod|and|or|to|plus|minus|times|over|by|if|base|infinity|half)\b)"
+    r"(?!(?:a\.?m|p\.?m|pi|sqrt|sin|cos|tan|log|mod|and|or|to|plus|minus|times|over|by|if|base|infinity|half|"
+    rf"{'|'.join(_SCALES)})\b)"
 )
 _UNIT_WORD = rf"{_NOT_UNITS}(?:[A-Za-z]{{3,}}|cm|mm|km|kg|mg|ml|ft|in|mi|lb|oz|hr|of|a)"
 _UNIT = (
@@ -254,7 +259,8 @@ _NUMBER = re.compile(
     rf"(?P<sign>[+-]?) ?(?:(?:(?P<whole>\d+) ?)?{_FRACTION}"
     rf"|(?:(?P<mixed>\d+) )?(?P<top>{_UNSIGNED}) ?/ ?(?P<bottom>{_UNSIGNED})"
     rf"|(?P<digits>\d+)_\{{ ?(?P<base>\d\d?) ?\}}"
-    rf"|(?P<decimal>{_UNSIGNED}))"
+    rf"|(?P<decimal>{_UNSIGNED})(?:e(?P<e>[+-]?\d{{1,3}})| ?(?:\\times|\\cdot|\*) ?10 ?\^ ?"
+    rf"(?:\{{ ?(?P<power>[+-]?\d{{1,3}}) ?\}}|(?P<bare_power>-?\d{{1,3}})))?)"
     rf"(?: (?P<scale>{'|'.join(_SCALES)})(?![A-Za-z]))?"
     rf"(?: ?(?P<percent>%| percent(?![A-Za-z])))?(?:{_UNIT})?",
     re.IGNORECASE,
@@ -304,7 +310,7 @@ def _number(formula: str) -> tuple[Fraction | None, bool]:
             return None, False
         number = Fraction(int(part["digits"], base))
     elif part["decimal"]:
-        number = value("decimal")
+        number = value("decimal") * Fraction(10) ** int(value("e", "power", "bare_power"))
     else:
         under = value("under", "under_digit", "bottom")
         if under == 0:
