@@ -86,7 +86,7 @@ RowState row_state(const LinearTile& tile, const Transform& transform, const T* 
   if constexpr (std::is_same_v<Transform, Scaled>) {
     if (const double factor = tile.logit_scale * inv; factor > 0) { // z in units of x: no copy is needed
       for (int64_t i = 0; i < tile.columns; i += BLOCK) {
-        add_block(state, x + i, std::min(BLOCK, tile.columns - i), static_cast<float>(factor));
+        add_block<true>(state, x + i, std::min(BLOCK, tile.columns - i), factor * LOG2_E);
       }
       state.max = static_cast<float>(state.max * factor);
       state.sum *= factor;
@@ -103,7 +103,7 @@ RowState row_state(const LinearTile& tile, const Transform& transform, const T* 
     if (i < n) {
       store_pair(z + i, transform(load_pair(x + begin + i, n - i, 0.0f), static_cast<const T*>(tile.bias), begin + i, n - i), n - i);
     }
-    add_block(state, z, n, 1.0f);
+    add_block<true>(state, z, n, LOG2_E);
   }
   return state;
 }
@@ -121,15 +121,15 @@ void fold(const LinearTile& tile, float* state, int64_t stride) {
       RowState before;
       before.max = *max;
       before.sum_exp = *sum_exp;
-      before.sum_expz = *sum_expz;
+      before.sum_expt = *sum_expz * LOG2_E;
       before.sum = *sum;
       if (merged.max == -std::numeric_limits<float>::infinity() && !std::isnan(merged.sum_exp)) {
-        merged.sum_exp = merged.sum_expz = 0;
+        merged.sum_exp = merged.sum_expt = 0;
       }
-      before.merge(merged, 1.0f);
+      before.merge(merged, LOG2_E);
       *max = before.max;
       *sum_exp = static_cast<float>(before.sum_exp);
-      *sum_expz = static_cast<float>(before.sum_expz);
+      *sum_expz = static_cast<float>(before.sum_expt * LOG_2);
       *sum = static_cast<float>(before.sum);
       *count += static_cast<float>(tile.columns);
       if (const int64_t column = label_column(tile, row); column >= 0) {

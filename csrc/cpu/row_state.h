@@ -9,29 +9,30 @@ inline namespace CPU_CAPABILITY {
 
 // Logits are seen in blocks that stay in the L1 cache: one pass for the maximum, one for the sums. Sums within a block are float32
 // (PAIR chains of 2^7 terms), those over blocks float64.
-constexpr int64_t BLOCK = 4096;
+constexpr int64_t BLOCK = 2048;
 
-// Of logits x with z = x / temperature. Only MAX and SUM are in units of x.
+// Of logits x with t = (x - max x) / (temperature log 2): base 2, which saves an instruction in the inner loop.
 struct RowState {
-  float max = -std::numeric_limits<float>::infinity();
-  double sum_exp = 0; // sum exp(z - max z); NaN exactly if a NaN or +inf was seen
-  double sum_expz = 0; // sum exp(z - max z) (z - max z)
-  double sum = 0; // sum x
+  float max = -std::numeric_limits<float>::infinity(); // of x
+  double sum_exp = 0; // sum 2^t; NaN exactly if a NaN or +inf was seen
+  double sum_expt = 0; // sum 2^t t
+  double sum = 0; // of x
 
-  void rescale(float new_max, float inv_temperature) {
+  // `factor` is 1 / (temperature log 2), here and below.
+  void rescale(float new_max, double factor) {
     if (new_max > max) {
-      const double shift = (static_cast<double>(max) - new_max) * inv_temperature, scale = std::exp(shift);
-      sum_expz = std::isinf(shift) ? 0 * sum_exp : scale * (sum_expz + shift * sum_exp);
+      const double shift = (static_cast<double>(max) - new_max) * factor, scale = std::exp2(shift);
+      sum_expt = std::isinf(shift) ? 0 * sum_exp : scale * (sum_expt + shift * sum_exp);
       sum_exp *= scale;
       max = new_max;
     }
   }
 
-  void merge(RowState other, float inv_temperature) {
-    rescale(other.max, inv_temperature);
-    other.rescale(max, inv_temperature);
+  void merge(RowState other, double factor) {
+    rescale(other.max, factor);
+    other.rescale(max, factor);
     sum_exp += other.sum_exp;
-    sum_expz += other.sum_expz;
+    sum_expt += other.sum_expt;
     sum += other.sum;
   }
 };
@@ -55,42 +56,49 @@ inline float block_max(const T* x, int64_t n) {
   return maximum(at::vec::clamp_min(top.a, top.b));
 }
 
-// Adds a block of n <= BLOCK logits.
-template <typename T>
-inline void add_block(RowState& state, const T* x, int64_t n, float inv_temperature) {
+// Adds a block of n <= BLOCK logits. SUM: whether anyone wants state.sum.
+template <bool SUM, typename T>
+inline void add_block(RowState& state, const T* x, int64_t n, double factor) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
   const float top = block_max(x, n);
-  state.rescale(top, inv_temperature);
+  state.rescale(top, factor);
   const Vec max(state.max == lowest ? 0.0f : state.max); // a block of -inf alone (or a NaN beside them) must not give inf - inf
-  const Vec inv(inv_temperature);
+  const Vec by(static_cast<float>(factor));
   struct Sums {
-    Vec exp{0.0f}, expz{0.0f}, x{0.0f};
-    void add(Vec value, Vec max, Vec inv) {
-      const Vec shifted = at::vec::clamp_min((value - max) * inv, Vec(EXP_LOWEST));
-      const Vec e = exp_nonpositive(shifted);
+    Vec exp{0.0f}, expt{0.0f}, x{0.0f};
+    void add(Vec value, Vec max, Vec by) {
+      const Vec t = at::vec::clamp_min((value - max) * by, Vec(EXP2_LOWEST));
+      const Vec e = exp2(t);
       exp = exp + e;
-      expz = at::vec::fmadd(e, shifted, expz);
-      x = x + value;
+      expt = at::vec::fmadd(e, t, expt);
+      if constexpr (SUM) {
+        x = x + value;
+      }
     }
   } sums[2];
   int64_t i = 0;
   for (; i + PAIR <= n; i += PAIR) {
+    // The maximum of the next block must not wait for memory: this loop has time to fetch it. (A fetch past the end does nothing.)
+    __builtin_prefetch(x + i + BLOCK);
+    __builtin_prefetch(x + i + BLOCK + WIDTH);
     const Pair v = load_pair(x + i);
-    sums[0].add(v.a, max, inv);
-    sums[1].add(v.b, max, inv);
+    sums[0].add(v.a, max, by);
+    sums[1].add(v.b, max, by);
   }
   if (i < n) {
     const Pair v = load_pair(x + i, n - i, lowest);
     const Pair zero_padded = load_pair(x + i, n - i, 0.0f);
     const Vec before_a = sums[0].x, before_b = sums[1].x;
-    sums[0].add(v.a, max, inv);
-    sums[1].add(v.b, max, inv);
+    sums[0].add(v.a, max, by);
+    sums[1].add(v.b, max, by);
     sums[0].x = before_a + zero_padded.a; // -inf is nothing to the other sums
     sums[1].x = before_b + zero_padded.b;
   }
   state.sum_exp += sum(sums[0].exp + sums[1].exp);
-  state.sum_expz += sum(sums[0].expz + sums[1].expz);
-  state.sum += sum(sums[0].x + sums[1].x);
+  state.sum_expt += sum(sums[0].expt + sums[1].expt);
+  if constexpr (SUM) {
+    state.sum += sum(sums[0].x + sums[1].x);
+  }
 }
 
 } // namespace CPU_CAPABILITY

@@ -10,10 +10,11 @@ namespace {
 constexpr int64_t PART = 4 * BLOCK;
 
 template <typename T>
-RowState part_state(const T* x, int64_t n, float inv_temperature) {
+RowState part_state(const T* x, int64_t n, double factor, bool want_sum) {
   RowState state;
   for (int64_t i = 0; i < n; i += BLOCK) {
-    add_block(state, x + i, std::min(BLOCK, n - i), inv_temperature);
+    want_sum ? add_block<true>(state, x + i, std::min(BLOCK, n - i), factor)
+             : add_block<false>(state, x + i, std::min(BLOCK, n - i), factor);
   }
   return state;
 }
@@ -30,7 +31,7 @@ bool has_nan(const T* x, int64_t n) {
 }
 
 template <typename T>
-void write_row(const TokenStatsForward& args, int64_t row, const T* x, const RowState& state, float inv_temperature) {
+void write_row(const TokenStatsForward& args, int64_t row, const T* x, const RowState& state, double inv_temperature) {
   constexpr float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   double max = static_cast<double>(state.max), log_sum = std::log(state.sum_exp), entropy;
   if (std::isnan(state.sum_exp)) {
@@ -41,7 +42,7 @@ void write_row(const TokenStatsForward& args, int64_t row, const T* x, const Row
     log_sum = 0;
     entropy = nan;
   } else {
-    entropy = log_sum - state.sum_expz / state.sum_exp;
+    entropy = log_sum - LOG_2 * state.sum_expt / state.sum_exp;
   }
   args.logsumexp[row] = static_cast<float>(max * inv_temperature + log_sum);
   if (args.entropy) {
@@ -78,10 +79,12 @@ void forward(const TokenStatsForward& args) {
   const int64_t parts = (args.vocab + PART - 1) / PART;
   auto row_start = [&](int64_t row) { return static_cast<const T*>(args.logits) + args.offsets[row]; };
   auto inv_temperature = [&](int64_t row) {
-    return static_cast<float>(1.0 / (args.temperature_per_row ? args.temperature_per_row[row] : args.temperature));
+    return 1.0 / (args.temperature_per_row ? args.temperature_per_row[row] : args.temperature);
   };
+  auto factor = [&](int64_t row) { return inv_temperature(row) * LOG2_E; };
   auto state_of = [&](int64_t row, int64_t part) {
-    return part_state(row_start(row) + part * PART, std::min(PART, args.vocab - part * PART), inv_temperature(row));
+    return part_state(
+        row_start(row) + part * PART, std::min(PART, args.vocab - part * PART), factor(row), args.self_certainty != nullptr);
   };
   auto masked = [&](int64_t row) { return args.mask && !args.mask[row]; };
 
@@ -94,7 +97,7 @@ void forward(const TokenStatsForward& args) {
         }
         RowState state;
         for (int64_t part = 0; part < parts; ++part) {
-          state.merge(state_of(row, part), inv_temperature(row));
+          state.merge(state_of(row, part), factor(row));
         }
         write_row(args, row, row_start(row), state, inv_temperature(row));
       }
@@ -116,7 +119,7 @@ void forward(const TokenStatsForward& args) {
     }
     RowState state;
     for (int64_t part = 0; part < parts; ++part) {
-      state.merge(states[row * parts + part], inv_temperature(row));
+      state.merge(states[row * parts + part], factor(row));
     }
     write_row(args, row, row_start(row), state, inv_temperature(row));
   }

@@ -66,25 +66,32 @@ inline float maximum(Vec v) { // of numbers: a NaN may be lost
   return at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return at::vec::clamp_min(y, x); }, v);
 }
 
-// exp(x) for x <= 0 (in fact x < 88). NaN stays NaN; below EXP_LOWEST, -inf too, the result is exp(EXP_LOWEST), about 1e-38: next to
-// a sum that holds an exp(0) it is nothing. Error below 1.5 ulp near 0, growing by 1 ulp each 40 below it, where softmax has no weight.
-constexpr float EXP_LOWEST = -87.0f;
+// 2^t for EXP2_LOWEST <= t < 127. NaN stays NaN. Error below 1.5 ulp.
+// t = n + f, |f| <= 1/2; n + 127 is read off the mantissa of t + 1.5 2^23 + 127, and is the exponent of 2^n.
+constexpr float EXP2_LOWEST = -126.0f;
 
-// x = n log 2 + r, |r| <= log(2) / 2; n + 127 is read off the mantissa of x / log 2 + 1.5 2^23 + 127, and is the exponent of 2^n.
-inline Vec exp_nonpositive(Vec x) {
+inline Vec exp2(Vec t) {
   using at::vec::fmadd;
   using Int = at::vec::Vectorized<int32_t>;
   const Vec magic(12582912.0f + 127.0f);
-  x = at::vec::clamp_min(x, Vec(EXP_LOWEST)); // NaN passes
-  const Vec shifted = fmadd(x, Vec(1.44269504088896341f), magic);
-  const Vec r = fmadd(shifted - magic, Vec(-0.693147180559945309f), x);
-  Vec p(0.00828929059f);
-  p = fmadd(p, r, Vec(0.0418978221f));
-  p = fmadd(p, r, Vec(0.166676521f));
-  p = fmadd(p, r, Vec(0.499991506f));
-  p = fmadd(p, r, Vec(0.999999701f));
-  p = fmadd(p, r, Vec(1.0f));
+  const Vec shifted = t + magic;
+  const Vec f = t - (shifted - magic);
+  Vec p(0.00132633746f); // the minimax polynomial of exp, in units of log 2
+  p = fmadd(p, f, Vec(0.00967150703f));
+  p = fmadd(p, f, Vec(0.0555074491f));
+  p = fmadd(p, f, Vec(0.240222427f));
+  p = fmadd(p, f, Vec(0.693146974f));
+  p = fmadd(p, f, Vec(1.0f));
   return p * at::vec::cast<float>(at::vec::cast<int32_t>(shifted) << Int(23)); // a product, so that a NaN in p wins
+}
+
+constexpr double LOG2_E = 1.44269504088896340736, LOG_2 = 0.69314718055994530942;
+
+// e^x for x <= 0 (in fact x < 88); below EXP_LOWEST, -inf too, the result is about 1e-38: next to a sum that holds an e^0 it is nothing.
+constexpr float EXP_LOWEST = -87.0f;
+
+inline Vec exp_nonpositive(Vec x) {
+  return exp2(at::vec::clamp_min(x, Vec(EXP_LOWEST)) * Vec(static_cast<float>(LOG2_E))); // NaN passes
 }
 
 } // namespace CPU_CAPABILITY
