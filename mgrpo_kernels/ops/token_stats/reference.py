@@ -25,14 +25,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob ``(..., K)``, entropy, self_certainty, logsumexp ``(...)``; those not wanted are empty."""
     z = _scaled(logits, temperature)
-    logsumexp = z.logsumexp(-1)
+    logsumexp, logp = z.logsumexp(-1), z.log_softmax(-1)
     logprob, entropy, self_certainty = (z.new_empty(0) for _ in range(3))
     if wanted.logprob and labels is not None:
         inside = (labels >= 0) & (labels < z.shape[-1])
-        picked = z.gather(-1, labels.clamp(0, z.shape[-1] - 1).long())
-        logprob = torch.where(inside, picked - logsumexp.unsqueeze(-1), torch.nan)
+        logprob = torch.where(inside, logp.gather(-1, labels.clamp(0, z.shape[-1] - 1).long()), torch.nan)
     if wanted.entropy:
-        logp = z - logsumexp.unsqueeze(-1)
         entropy = -torch.where(logp == -torch.inf, 0.0, logp.exp() * logp).sum(-1)  # 0 log 0 = 0
     if wanted.self_certainty:
         self_certainty = logsumexp - z.mean(-1)
