@@ -711,14 +711,23 @@ def test_a_script_without_a_main_guard(tmp_path):
         tmp_path,
         "print(v.answers_equal('5', '\\\\sqrt{25}'), v._worker._process.pid, flush=True)\n"
         "maps = open(f'/proc/{v._worker._process.pid}/maps').read()\n"
-        "print('torch' in maps, flush=True)\n",
+        "print('torch' in maps, flush=True)\n"
+        # A child that outlives the script, and holds the worker's pipe open.
+        "import os, time\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os.close(1); time.sleep(30); os._exit(0)\n"
+        "print(child)\n",
     )
     out, _ = process.communicate(timeout=60)
-    verdict, pid, torch_too = out.split()
-    assert process.returncode == 0
-    assert verdict == "True"
-    assert torch_too == "False"
-    assert gone_within(int(pid), 5.0)  # it ends with the script
+    verdict, pid, torch_too, child = out.split()
+    try:
+        assert process.returncode == 0
+        assert verdict == "True"
+        assert torch_too == "False"
+        assert gone_within(int(pid), 5.0)  # it ends with the script
+    finally:
+        os.kill(int(child), signal.SIGKILL)
 
 
 def test_a_killed_asker_leaves_no_hanging_worker(tmp_path):
@@ -727,7 +736,7 @@ def test_a_killed_asker_leaves_no_hanging_worker(tmp_path):
         "v._worker.limit = 1.5\n"
         "v.answers_equal('5', '\\\\sqrt{25}')\n"
         "print(v._worker._process.pid, flush=True)\n"
-        f"v.answers_equal('{HANGS}', 'x')\n",
+        f"v.answers_equal('{HANGS}', '\\\\sqrt{{2}}')\n",
     )
     assert process.stdout is not None
     pid = int(process.stdout.readline())
@@ -735,6 +744,8 @@ def test_a_killed_asker_leaves_no_hanging_worker(tmp_path):
     process.kill()
     process.wait()
     process.stdout.close()
+    time.sleep(0.2)
+    assert alive(pid)  # the end of its pipe means nothing to it
     assert gone_within(pid, 10.0)
 
 
