@@ -17,8 +17,8 @@ def launch(
 ) -> None:
     """Run `kernel` over `grid` on the device of `like`.
 
-    `enable_fp_fusion` is always said, because Triton 3.10 changes its default. True spares the row kernels an instruction
-    for every element; False is for those whose results must have the reference's bits.
+    `enable_fp_fusion` is always said, because Triton 3.10 changes its default. True spares the row kernels an
+    instruction for every element; False is for those whose results must have the reference's bits.
     """
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=enable_fp_fusion, **options)
@@ -37,10 +37,10 @@ class RowTile(NamedTuple):
         return self.steps * self.lanes
 
 
-def row_tile(columns: int, element_size: int, *, steps: int = 4) -> RowTile:
-    """Return the tile for rows of `columns`: 16-byte loads by 256 threads, fewer where a row is short."""
+def row_tile(columns: int, element_size: int, *, steps: int = 4, threads: int = 256) -> RowTile:
+    """Return the tile for rows of `columns`: 16-byte loads by at most `threads`, fewer where a row is short."""
     vector = 16 // element_size
-    lanes = max(32 * vector, min(256 * vector, power_of_2(columns)))
+    lanes = max(32 * vector, min(threads * vector, power_of_2(columns)))
     steps = max(1, min(steps, power_of_2(columns) // lanes))
     warp = 64 if torch.version.hip else 32
     return RowTile(steps, lanes, max(1, lanes // (warp * vector)))

@@ -57,7 +57,7 @@ def _write_masked_row(
             tl.store(logprob + row * number_of_labels + k, tl.zeros([BLOCK_K], tl.float32), mask=k < number_of_labels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner"])  # the number of rows, mostly
 def forward_kernel(
     logits, labels, mask, temperature, scale,
     logprob, entropy, self_certainty, logsumexp, states,
@@ -99,7 +99,7 @@ def forward_kernel(
         tl.store(state + 3, row_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "parts"])
 def merge_kernel(
     logits, labels, mask, temperature, scale,
     logprob, entropy, self_certainty, logsumexp, states,
@@ -126,7 +126,7 @@ def merge_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "out_inner"])
 def backward_kernel(
     logits, out, labels, mask, temperature, scale,
     grad_logprob, grad_entropy, grad_self_certainty, logsumexp, entropy,

@@ -1,0 +1,115 @@
+"""Kernels of the fused head: what happens to a tile of raw logits between the matmuls. A program takes one row."""
+
+import triton
+import triton.language as tl
+
+from mgrpo_kernels.ops._triton.kernels import (
+    LN_2,
+    LOG2_E,
+    NEGLIGIBLE,
+    add_tile,
+    empty_lanes,
+    merge_lanes,
+    narrow,
+    tanh,
+)
+
+
+@triton.jit
+def _final(raw, bias, column, inside, logit_scale, softcap, inverse):
+    """Return final logits z of raw ones, and the slope of softcap's tanh. Softcap of None: none, and slope 1."""
+    y = raw.to(tl.float32)
+    if bias is not None:
+        y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    y *= logit_scale
+    if softcap is not None:
+        bent = tanh(y / softcap)
+        return softcap * bent * inverse, 1.0 - bent * bent
+    else:
+        return y * inverse, 1.0
+
+
+@triton.jit(do_not_specialize=["first", "state_stride"])  # they change from tile to tile, or with the number of rows
+def state_kernel(
+    x, bias, labels, temperature, state,
+    scale, logit_scale, softcap, first, width, row_stride, state_stride, state_row_stride,
+    STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Fold a row of a tile ``(n, width)``, vocabulary entries `first` and on, into its state, a column of ``(6, n)``."""
+    row = tl.program_id(0).to(tl.int64)
+    inverse = scale if temperature is None else scale / tl.load(temperature + row)
+    x += row * row_stride
+    maximum, sum_exp, sum_expz = empty_lanes(LANES)
+    total = tl.zeros([LANES], tl.float32)
+    columns = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for start in range(0, width, STEPS * LANES):
+        column = start + columns
+        inside = column < width
+        z, _ = _final(tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse)
+        total += tl.sum(tl.where(inside, z, 0.0), 0)
+        z = tl.where(inside, z, float("-inf"))
+        maximum, sum_exp, sum_expz = add_tile(z, LOG2_E, maximum, sum_exp, sum_expz, True)
+    tile_maximum, tile_exp, tile_expz = merge_lanes(LOG2_E, maximum, sum_exp, sum_expz)
+    tile_exp = tl.where(tile_exp == float("inf"), float("nan"), tile_exp)  # +inf among the logits
+
+    place = state + row * state_row_stride  # MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT as in ops/_statistics.py
+    old_maximum = tl.load(place)
+    old_exp = tl.load(place + state_stride)
+    old_expz = tl.load(place + 2 * state_stride)
+    new_maximum = tl.maximum(old_maximum, tile_maximum)
+    old_shift = tl.maximum(old_maximum - new_maximum, NEGLIGIBLE)
+    old_scale = tl.exp(old_shift)
+    tile_shift = tl.maximum(tile_maximum - new_maximum, NEGLIGIBLE)
+    tile_scale = tl.exp(tile_shift)
+    expz = old_scale * (old_expz + old_exp * old_shift) + tile_scale * (LN_2 * tile_expz + tile_exp * tile_shift)
+    tl.store(place, new_maximum)
+    tl.store(place + state_stride, old_exp * old_scale + tile_exp * tile_scale)
+    tl.store(place + 2 * state_stride, expz)
+    tl.store(place + 3 * state_stride, tl.load(place + 3 * state_stride) + tl.sum(total, 0))
+    if labels is not None:
+        column = tl.load(labels + row).to(tl.int64) - first
+        there = (column >= 0) & (column < width)
+        raw = tl.load(x + column, mask=there, other=0.0)
+        z, _ = _final(raw, bias, column, there, logit_scale, softcap, inverse)
+        tl.store(place + 4 * state_stride, tl.load(place + 4 * state_stride) + tl.where(there, z, 0.0))
+    tl.store(place + 5 * state_stride, tl.load(place + 5 * state_stride) + width)
+
+
+@triton.jit(do_not_specialize=["first", "coefficient_stride"])
+def gradient_kernel(
+    x, bias, labels, temperature, coefficients, logsumexp,
+    scale, logit_scale, softcap, first, width, row_stride, coefficient_stride, coefficient_row_stride,
+    STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Overwrite a row of a tile of raw logits with its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * row_stride
+    place = coefficients + row * coefficient_row_stride
+    alpha = tl.load(place)
+    beta = tl.load(place + coefficient_stride)
+    gamma = tl.load(place + 2 * coefficient_stride)
+    delta = tl.load(place + 3 * coefficient_stride)
+    columns = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    if (alpha == 0.0) & (beta == 0.0) & (gamma == 0.0) & (delta == 0.0):  # masked: nothing of it is read
+        zeros = tl.zeros([STEPS, LANES], x.dtype.element_ty)
+        for start in range(0, width, STEPS * LANES):
+            tl.store(x + start + columns, zeros, mask=start + columns < width)
+        return
+    inverse = scale if temperature is None else scale / tl.load(temperature + row)
+    lse = tl.load(logsumexp + row)
+    if labels is not None:
+        hit = tl.load(labels + row).to(tl.int64) - first
+        hit = tl.where((hit >= 0) & (hit < width), hit, -1).to(tl.int32)
+    for start in range(0, width, STEPS * LANES):
+        column = start + columns
+        inside = column < width
+        z, slope = _final(
+            tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse
+        )
+        logp = z - lse
+        p = tl.exp2(logp * LOG2_E)
+        grad = p * (alpha + beta * tl.where(logp == float("-inf"), 0.0, logp)) + gamma
+        if labels is not None:
+            grad = tl.where(column == hit, grad + delta, grad)
+        grad = tl.where(z == float("-inf"), 0.0, grad * inverse * slope * logit_scale)
+        tl.store(x + column, narrow(grad, x.dtype.element_ty), mask=inside)
