@@ -24,10 +24,12 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 
 # -ffp-contract=off: an FMA stands where the source says so, whichever instruction set the object is for.
-FLAGS = (
-    "-std=c++20 -O3 -g0 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -fvisibility-inlines-hidden "
-    "-Wno-psabi -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized"  # at::vec and GCC 12's intrinsics are noisy
-).split()
+FLAGS = [
+    *("-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    # at::vec and GCC 12's intrinsics are noisy
+    *("-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 if sys.platform == "linux":
     FLAGS.append("-fopenmp")  # not when linking: the OpenMP runtime must be the one that torch has loaded
 
@@ -35,8 +37,14 @@ if sys.platform == "linux":
 # the linker keeps the first, and that must be the one that every CPU can run.
 ISAS = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISAS["AVX2"] = "-mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX2".split()
-    ISAS["AVX512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -DCPU_CAPABILITY_AVX512".split()
+    ISAS["AVX2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
+    ISAS["AVX512"] = [
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")),
+        "-DCPU_CAPABILITY_AVX512",
+    ]
 
 
 class BuildNative(BuildExtension):

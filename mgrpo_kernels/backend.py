@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ _PREFERENCE = {"cpu": ("native", "reference")}
 _PREFERENCE_ELSEWHERE = ("native", "triton", "reference")
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(RuntimeError):  # noqa: N818 - a public name
     """The backend that was asked for cannot run here; the message says why."""
 
 
@@ -46,7 +46,7 @@ def register(op: str, **modules: Backend) -> None:
     _registry[op] = modules
 
 
-def implementation(op: str, backend: str) -> Backend:
+def implementation(op: str, backend: str) -> Any:  # each op has its own functions beyond Backend's
     """Return the module that runs `op` on `backend`, as picked before by :func:`choose`."""
     return _registry[op][backend]
 
@@ -155,7 +155,7 @@ def native_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """What all Triton kernels need: triton, a GPU (or the interpreter), a dtype they are written for."""
     try:
-        import triton  # noqa: F401, PLC0415 - optional: there is no triton for macOS or Windows
+        import triton  # noqa: F401 - optional: there is no triton for macOS or Windows
     except ImportError as error:
         return f"triton cannot be imported ({error})"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

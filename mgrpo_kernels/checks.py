@@ -77,7 +77,7 @@ def check_number(
         raise TypeError(f"{name}: want a number, got {type(value).__name__}")
     fine = (
         value == value  # noqa: PLR0124 - NaN
-        and abs(value) != float("inf")
+        and value not in (float("inf"), -float("inf"))
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)
@@ -90,7 +90,7 @@ def check_number(
             if bound is not None
         ]
         raise ValueError(f"{name}: want a finite number{' ' if bounds else ''}{' and '.join(bounds)}, got {value}")
-    return value
+    return value  # type: ignore[return-value]
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -119,11 +119,15 @@ def check_temperature(value: Any, shape: Sequence[int], device: torch.device) ->
         return float(check_number("temperature", value, above=0.0)), None
     check_tensor("temperature", value, device=device)
     if value.requires_grad:
-        raise ValueError("temperature: want a tensor without requires_grad (it gets no gradient), got one that requires grad")
+        raise ValueError(
+            "temperature: want a tensor without requires_grad (it gets no gradient), got one that requires grad"
+        )
     if value.dim() > len(shape) or any(
         size not in (1, want) for size, want in zip(reversed(value.shape), reversed(tuple(shape)), strict=False)
     ):
-        raise ValueError(f"temperature: want a shape that broadcasts to {shape_text(shape)}, got {shape_text(value.shape)}")
+        raise ValueError(
+            f"temperature: want a shape that broadcasts to {shape_text(shape)}, got {shape_text(value.shape)}"
+        )
     value = value if value.dtype == torch.float64 else value.float()
     return 1.0, value.expand(tuple(shape))
 
@@ -146,4 +150,6 @@ def check_label_values(labels: Tensor, mask: Tensor | None, vocab: int) -> None:
         bad &= mask if mask.dim() == labels.dim() else mask.unsqueeze(-1)
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
-        raise ValueError(f"labels: want values in [0, {vocab}) where the mask is True, got {labels[bad][0].item()} at {where}")
+        raise ValueError(
+            f"labels: want values in [0, {vocab}) where the mask is True, got {labels[bad][0].item()} at {where}"
+        )

@@ -62,10 +62,14 @@ class MomentumModel:
             ValueError: decay out of range; parameters whose shape or placement has changed.
         """
         if self._swapped:
-            raise RuntimeError("update: want the policy's own parameters, got them swapped for the momentum model's (swapped_into)")
+            raise RuntimeError(
+                "update: want the policy's own parameters, got them swapped for the momentum model's (swapped_into)"
+            )
         parameters = self._parameters(self._model)
         if self._elsewhere:
-            parameters = [p.to(ema.device, non_blocking=True) for p, ema in zip(parameters, self.ema.values(), strict=True)]
+            parameters = [
+                p.to(ema.device, non_blocking=True) for p, ema in zip(parameters, self.ema.values(), strict=True)
+            ]
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # the copies must have arrived before a CPU kernel reads them
         rounded = any(ema.dtype in (torch.bfloat16, torch.float16) for ema in self.ema.values())
@@ -83,7 +87,9 @@ class MomentumModel:
         parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         if parameters.keys() != self.ema.keys():
             odd = sorted(parameters.keys() ^ self.ema.keys())
-            raise ValueError(f"model: want the parameters that the momentum model tracks, got a difference in {', '.join(odd[:5])}")
+            raise ValueError(
+                f"model: want the parameters that the momentum model tracks, got a difference in {', '.join(odd[:5])}"
+            )
         return [parameters[name].detach() for name in self.ema]
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,7 +162,8 @@ class MomentumModel:
 
     def distance(self, model: nn.Module) -> Tensor:
         """Return ||theta_q - theta_k|| / ||theta_q|| over all parameters, 0-d float32: how far the average lags behind."""
-        apart, size = [], []
+        apart: list[Tensor] = []
+        size: list[Tensor] = []
         with torch.no_grad():
             for ema, parameter in zip(self.ema.values(), self._parameters(model), strict=True):
                 value = parameter.to(device=ema.device, dtype=torch.float32)

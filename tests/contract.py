@@ -23,7 +23,9 @@ def each_backend(op: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [name for name in BACKENDS if name in backends._registry[op]])
 
 
-def assert_no_worse_than_plain(got: Tensor, plain: Tensor, truth: Tensor, *, factor: float = 1.5, floor: float = 1e-6) -> None:
+def assert_no_worse_than_plain(
+    got: Tensor, plain: Tensor, truth: Tensor, *, factor: float = 1.5, floor: float = 1e-6
+) -> None:
     """Hold `got`'s error against the float64 `truth` to `factor` times that of plain PyTorch in the working precision.
 
     The error is the root mean square; the largest one may be twice as far out again, for it is one draw of many roundings.
@@ -36,9 +38,14 @@ def assert_no_worse_than_plain(got: Tensor, plain: Tensor, truth: Tensor, *, fac
     if not finite.any():
         return
     floor = floor * max(1.0, truth[finite].abs().max().item())
-    for name, norm, allowance in (("rms", lambda e: e.square().mean().sqrt(), factor), ("max", lambda e: e.abs().max(), 2 * factor)):
+    for name, norm, allowance in (
+        ("rms", lambda e: e.square().mean().sqrt(), factor),
+        ("max", lambda e: e.abs().max(), 2 * factor),
+    ):
         error, plain_error = (norm(each[finite].double() - truth[finite]).item() for each in (got, plain))
-        assert error <= allowance * plain_error + floor, f"{name} error {error:.3e}, plain PyTorch's {plain_error:.3e}, floor {floor:.1e}"
+        assert error <= allowance * plain_error + floor, (
+            f"{name} error {error:.3e}, plain PyTorch's {plain_error:.3e}, floor {floor:.1e}"
+        )
 
 
 class _Allocations(TorchDispatchMode):

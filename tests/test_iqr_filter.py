@@ -1,5 +1,7 @@
 """Trajectory entropy and the IQR filter, on every backend."""
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -27,7 +29,7 @@ def test_is_torch_quantile_of_each_group(backend, sizes, seed, k, coarse):
     entropy[torch.rand(batch, generator=generator) < 0.15] = torch.nan
     mask = torch.rand(batch, generator=generator) > 0.2
     got = iqr_filter(entropy, offsets, k=k, mask=mask, backend=backend)
-    for group, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for group, (begin, end) in enumerate(itertools.pairwise(offsets)):
         valid = mask[begin:end] & ~entropy[begin:end].isnan()
         members = entropy[begin:end][valid]
         if members.numel() == 0:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from contract import assert_no_worse_than_plain, each_backend, forbid_large_allocations, poisoned_memory
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import linear_token_stats
 from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native
@@ -56,11 +57,15 @@ def run(function, tensors, weights):
 def test_values_and_gradients(backend, dtype, bias, options, workspace):
     *tensors, labels = make(dtype, bias=bias)
     weights = torch.randn(3, labels.shape[0])
-    truth = run(lambda h, w, b: plain(h, w, b, labels, **options), [None if t is None else t.double() for t in tensors], weights)
+    truth = run(
+        lambda h, w, b: plain(h, w, b, labels, **options), [None if t is None else t.double() for t in tensors], weights
+    )
     usual = run(lambda h, w, b: plain(h, w, b, labels, **options), tensors, weights)
     with poisoned_memory():
         got = run(
-            lambda h, w, b: linear_token_stats(h, w, labels, bias=b, stats=ALL, backend=backend, workspace_bytes=workspace, **options),
+            lambda h, w, b: linear_token_stats(
+                h, w, labels, bias=b, stats=ALL, backend=backend, workspace_bytes=workspace, **options
+            ),
             tensors,
             weights,
         )
@@ -142,7 +147,12 @@ def test_leading_dimensions_strides_and_temperature_per_row(backend):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     strided = linear_token_stats(
-        h.transpose(0, 1).contiguous().transpose(0, 1), w.t().contiguous().t(), labels, stats=ALL, temperature=temperature, backend=backend
+        h.transpose(0, 1).contiguous().transpose(0, 1),
+        w.t().contiguous().t(),
+        labels,
+        stats=ALL,
+        temperature=temperature,
+        backend=backend,
     )
     for a, b in zip(strided, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -152,7 +162,11 @@ def test_leading_dimensions_strides_and_temperature_per_row(backend):
 def test_same_bits_every_time(backend):
     h, w, _, labels = make()
     runs = [
-        run(lambda a, b, _: linear_token_stats(a, b, labels, stats=ALL, backend=backend), [h, w, None], torch.ones(3, len(labels)))
+        run(
+            lambda a, b, _: linear_token_stats(a, b, labels, stats=ALL, backend=backend),
+            [h, w, None],
+            torch.ones(3, len(labels)),
+        )
         for _ in range(2)
     ]
     for first, again in zip(runs[0][0] + list(runs[0][1]), runs[1][0] + list(runs[1][1]), strict=True):
@@ -177,7 +191,9 @@ def test_gradcheck_in_float64():
 
     def function(h, w, b):
         return tuple(
-            linear_token_stats(h, w, labels, bias=b, stats=ALL, softcap=2.0, logit_scale=0.9, temperature=1.1, mask=mask)
+            linear_token_stats(
+                h, w, labels, bias=b, stats=ALL, softcap=2.0, logit_scale=0.9, temperature=1.1, mask=mask
+            )
         )
 
     torch.autograd.gradcheck(function, [t.requires_grad_() for t in (h, w, b)])
@@ -196,7 +212,7 @@ def test_opcheck(backend):
 @each_backend(OP)
 def test_compiles_whole_and_recompiles_once(backend):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def function(h, w, labels):
         stats = linear_token_stats(h, w, labels, backend=backend)
@@ -216,7 +232,11 @@ def test_16_bit_gradients_are_no_worse_than_plain_ones_over_many_tiles():
     weights = torch.randn(3, 64)
     truth = run(lambda a, b, _: plain(a, b, None, labels), [h.double(), w.double(), None], weights)
     usual = run(lambda a, b, _: plain(a, b, None, labels), [h, w, None], weights)
-    got = run(lambda a, b, _: linear_token_stats(a, b, labels, stats=ALL, backend="native", workspace_bytes=SMALL), [h, w, None], weights)
+    got = run(
+        lambda a, b, _: linear_token_stats(a, b, labels, stats=ALL, backend="native", workspace_bytes=SMALL),
+        [h, w, None],
+        weights,
+    )
     for mine, theirs, true in zip(got[1], usual[1], truth[1], strict=True):
         rms = [(x.double() - true).square().mean().sqrt().item() for x in (mine, theirs)]
         assert rms[0] <= 1.5 * rms[1]
@@ -263,7 +283,9 @@ def test_three_ranks_equal_one(backend, tmp_path):
     h, w, b, labels = make(bias=True)
     leaves = [t.clone().requires_grad_() for t in (h, w, b)]
     mask = torch.arange(len(labels)) % 5 != 0
-    stats = linear_token_stats(leaves[0], leaves[1], labels, bias=leaves[2], stats=ALL, mask=mask, softcap=6.0, backend=backend)
+    stats = linear_token_stats(
+        leaves[0], leaves[1], labels, bias=leaves[2], stats=ALL, mask=mask, softcap=6.0, backend=backend
+    )
     sum(stat.sum() * (i + 1) for i, stat in enumerate(stats)).backward()
     for part in parts:
         for got, want in zip(part[:3], stats, strict=True):
@@ -273,7 +295,7 @@ def test_three_ranks_equal_one(backend, tmp_path):
         torch.testing.assert_close(torch.cat([part[i] for part in parts]), leaves[i - 3].grad, rtol=1e-4, atol=1e-5)
 
 
-GOOD = dict(hidden=torch.zeros(2, 3), weight=torch.zeros(5, 3), labels=torch.zeros(2, dtype=torch.int64))
+GOOD = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torch.zeros(2, dtype=torch.int64)}
 
 
 @pytest.mark.parametrize(

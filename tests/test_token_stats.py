@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from contract import DTYPES, assert_no_worse_than_plain, each_backend, poisoned_memory
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mgrpo_kernels
 from mgrpo_kernels import (
@@ -154,7 +155,10 @@ def test_strides(backend, dtype):
         results = [ours(view, labels, backend) for view in views]
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
-        grads = [torch.autograd.grad(sum(stat.sum() for stat in stats), view)[0] for stats, view in zip(results, views, strict=True)]
+        grads = [
+            torch.autograd.grad(sum(stat.sum() for stat in stats), view)[0]
+            for stats, view in zip(results, views, strict=True)
+        ]
         assert torch.equal(*grads)
 
 
@@ -236,7 +240,7 @@ def test_opcheck(backend):
 @each_backend(OP)
 def test_compiles_whole_and_recompiles_once(backend):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def function(logits, labels):
         stats = ours(logits, labels, backend)

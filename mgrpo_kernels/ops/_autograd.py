@@ -11,6 +11,8 @@ def forbid_second_derivative(backward_op: CustomOpDef) -> None:
     """Make a derivative of `backward_op` an error that says so, not one about a missing formula."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{backward_op._qualname} cannot be differentiated: want a first derivative only, got a second")
+        raise RuntimeError(
+            f"{backward_op._qualname} cannot be differentiated: want a first derivative only, got a second"
+        )
 
     backward_op.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)

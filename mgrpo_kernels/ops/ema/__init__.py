@@ -102,7 +102,9 @@ def _first_of_tied(lists: dict[str, list[Tensor]]) -> list[int]:
             if name != "params":
                 local = _local(tensors[i])
                 if local.numel() > 1 and torch._debug_has_internal_overlap(local) == 1:
-                    raise ValueError(f"{name}[{i}]: want memory that does not overlap itself, got strides {local.stride()}")
+                    raise ValueError(
+                        f"{name}[{i}]: want memory that does not overlap itself, got strides {local.stride()}"
+                    )
         place = _place(ema)
         first = seen.setdefault(place, i) if _local(ema).numel() else i
         if first == i:
@@ -120,7 +122,9 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def _check_pair(name: str, tensor: Any, of: str, ema: Tensor) -> None:
     checks.check_tensor(name, tensor)
     if tensor.shape != ema.shape:
-        raise ValueError(f"{name}: want the shape of {of}, {checks.shape_text(ema.shape)}, got {checks.shape_text(tensor.shape)}")
+        raise ValueError(
+            f"{name}: want the shape of {of}, {checks.shape_text(ema.shape)}, got {checks.shape_text(tensor.shape)}"
+        )
     placed, wanted = _placement(tensor), _placement(ema)
     if placed != wanted:
         raise ValueError(f"{name}: want the placement of {of}, {wanted}, got {placed}")
@@ -147,7 +151,9 @@ def _span(name: str, tensor: Tensor) -> Span:
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     cut = [dim for dim in range(tensor.dim()) if shape[dim] != tensor.shape[dim]]
     if len(cut) > 1:
-        raise ValueError(f"{name}: want a tensor sharded along one dimension with stochastic_rounding, got {tensor.placements}")
+        raise ValueError(
+            f"{name}: want a tensor sharded along one dimension with stochastic_rounding, got {tensor.placements}"
+        )
     if not cut:
         return Span(0, max(1, tensor.numel()), 0)
     behind = tensor.shape[cut[0] + 1 :].numel()

@@ -106,7 +106,7 @@ def linear_policy_loss(
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
 
     need = tuple(torch.is_grad_enabled() and each is not None and each.requires_grad for each in (hidden, weight, bias))
-    fused, why = backends.implementation(OP, name).fusion(hidden.device, hidden.dtype)  # type: ignore[attr-defined]
+    fused, why = backends.implementation(OP, name).fusion(hidden.device, hidden.dtype)
     if fused and not is_token_level(options, behaviour_logprobs):
         fused, why = False, "this loss weighs whole sequences"
     if fused and tp_group is not None:
@@ -204,7 +204,7 @@ def linear_policy_loss_op(
     )
     labels = take(labels, rows)
     total, metrics = number_of_tokens.new_zeros(()), torch.zeros(len(METRICS), device=hidden.device)
-    loss_of = backends.implementation(LOSS_OP, backend).forward  # type: ignore[attr-defined]
+    loss_of = backends.implementation(LOSS_OP, backend).forward
 
     def coefficients_of(block: slice, statistics: _statistics.Statistics) -> Tensor:
         nonlocal total, metrics
@@ -223,7 +223,7 @@ def linear_policy_loss_op(
         weight, bias, temperature if temperature_per_row is None else take(temperature_per_row, rows), logit_scale, softcap, 0,
         workspace_bytes,
     )  # fmt: skip
-    grad_hidden, grad_weight, grad_bias = backends.implementation(OP, backend).forward_backward(  # type: ignore[attr-defined]
+    grad_hidden, grad_weight, grad_bias = backends.implementation(OP, backend).forward_backward(
         kept, head, labels, coefficients_of, (need_hidden, need_weight, need_bias)
     )
     metrics[METRICS.index("sequences")] = number_of_sequences.float()
@@ -297,7 +297,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         return (*[None] * 24,)
     grads = ctx.saved_tensors
     # Nearly always the loss is what backward starts from. On a CPU that can be seen, and saves a copy of the weight's gradient.
-    as_is = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss == 1
+    as_is = (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and grad_loss.device.type == "cpu"
+        and grad_loss == 1
+    )
     if not as_is:
         grads = linear_policy_loss_backward_op(grad_loss, *grads)
     return (*(grad if need else None for grad, need in zip(grads, ctx.need, strict=True)), *[None] * 21)

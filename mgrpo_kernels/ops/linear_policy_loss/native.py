@@ -19,11 +19,16 @@ def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether to fuse, and why."""
     if dtype == torch.float32:
         return True, "3 matmuls take less time than 4"
-    return False, "the CPU's 16-bit matmul has no float32 output, and summing the weight's gradient outside it costs more than it saves"
+    return (
+        False,
+        "the CPU's 16-bit matmul has no float32 output, and summing the weight's gradient outside it costs more than it saves",
+    )
 
 
 def forward_backward(
     hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
 ) -> tiled.Gradients:
     """Return the gradients of hidden, weight and bias, float32, None where `need` says so."""
-    return tiled.forward_backward(hidden, head, labels, coefficients_of, need, native.CpuPasses, COLUMNS, WORKSPACE_BYTES)
+    return tiled.forward_backward(
+        hidden, head, labels, coefficients_of, need, native.CpuPasses, COLUMNS, WORKSPACE_BYTES
+    )

@@ -127,7 +127,9 @@ def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> 
         checks.check_number("workspace_bytes", workspace_bytes, at_least=MIN_WORKSPACE)
 
 
-def check_tp_group(tp_group: dist.ProcessGroup | None, vocab_start: int | None, weight: Tensor) -> tuple[str | None, int]:
+def check_tp_group(
+    tp_group: dist.ProcessGroup | None, vocab_start: int | None, weight: Tensor
+) -> tuple[str | None, int]:
     """Return the group's name (None: the vocabulary is whole) and this rank's first vocabulary entry."""
     if tp_group is None:
         if vocab_start not in (None, 0):
@@ -171,7 +173,7 @@ def linear_token_stats_op(
     vocab = state.new_full((), weight.shape[0]) if tp_group is None else _vocab_size(state, weight, tp_group)
     if labels is not None and (debug or hidden.device.type == "cpu"):
         checks.check_label_values(labels, mask, int(vocab))
-    statistics = _statistics.finish(state, take(labels, rows))
+    statistics = list(_statistics.finish(state, take(labels, rows)))
     if rows is not None:
         statistics = [stat.new_zeros(hidden.shape[0]).index_copy_(0, rows, stat) for stat in statistics]
     elif mask is not None:
@@ -254,7 +256,17 @@ _autograd.forbid_second_derivative(linear_token_stats_backward_op)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group, ctx.vocab_start, ctx.workspace, _, ctx.backend = inputs
+    (
+        *tensors,
+        ctx.temperature,
+        ctx.logit_scale,
+        ctx.softcap,
+        ctx.tp_group,
+        ctx.vocab_start,
+        ctx.workspace,
+        _,
+        ctx.backend,
+    ) = inputs
     _, entropy, _, logsumexp, vocab = output
     ctx.set_materialize_grads(False)  # a statistic that nobody used costs nothing in backward
     ctx.mark_non_differentiable(logsumexp, vocab)
@@ -285,7 +297,7 @@ def take(value: Any, rows: Tensor | None) -> Any:
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _all_gather(state: Tensor, tp_group: str) -> Tensor:

@@ -119,7 +119,9 @@ def backward(
             tile_head = of_tile(head, rows, columns)
             x = _view(workspace, rows, columns)
             torch.mm(hidden[rows], tile_head.weight.t(), out=x)
-            passes.gradient_(x, tile_head, None if labels is None else labels[rows], coefficients[:, rows], logsumexp[rows])
+            passes.gradient_(
+                x, tile_head, None if labels is None else labels[rows], coefficients[:, rows], logsumexp[rows]
+            )
             sums.add(x, hidden[rows], tile_head.weight, rows, columns)
         sums.close(columns)
     return sums.result()

@@ -149,7 +149,16 @@ def policy_loss(
         behaviour_mode, behaviour_cap, cispo_cap, sapo_temperature, vespo_k, vespo_lambda, max_response_tokens,
     ))  # fmt: skip
     tokens = check_tokens(
-        logprobs, old_logprobs, mask, cu_seqlens, ref_logprobs, entropy, behaviour_logprobs, normalizer, entropy_normalizer, options
+        logprobs,
+        old_logprobs,
+        mask,
+        cu_seqlens,
+        ref_logprobs,
+        entropy,
+        behaviour_logprobs,
+        normalizer,
+        entropy_normalizer,
+        options,
     )
     return _run(tokens._replace(advantages=flat_advantages(advantages, logprobs, tokens)), None, options, backend)
 
@@ -211,7 +220,16 @@ def grpo_loss(
         behaviour_mode, behaviour_cap, cispo_cap, sapo_temperature, vespo_k, vespo_lambda, max_response_tokens,
     ))  # fmt: skip
     tokens = check_tokens(
-        logprobs, old_logprobs, mask, cu_seqlens, ref_logprobs, entropy, behaviour_logprobs, normalizer, entropy_normalizer, options
+        logprobs,
+        old_logprobs,
+        mask,
+        cu_seqlens,
+        ref_logprobs,
+        entropy,
+        behaviour_logprobs,
+        normalizer,
+        entropy_normalizer,
+        options,
     )
     checked = _check_groups(rewards, groups, rollout_mask, "rollout_mask", baseline, scale, eps)
     number = tokens.offsets.shape[0] - 1
@@ -242,19 +260,25 @@ def check_tokens(
     offsets = sequences.sequence_offsets(name, logprobs, cu_seqlens)
     rows = logprobs.shape
     mask = checks.check_mask("mask", mask, rows, logprobs.device)
-    for name, values in (
+    for argument, values in (
         ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("entropy", entropy), ("behaviour_logprobs", behaviour_logprobs),
     ):  # fmt: skip
         if values is not None:
-            checks.check_tensor(name, values, shape=rows, device=logprobs.device)
+            checks.check_tensor(argument, values, shape=rows, device=logprobs.device)
     if options.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs: want a tensor with kl_coef {options.kl_coef}, got None")
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy: want a tensor with entropy_coef {options.entropy_coef}, got None")
     if options.loss_type == "dr_grpo" and options.max_response_tokens is None and normalizer is None:
         raise ValueError("max_response_tokens: want an int with loss_type 'dr_grpo' and no normalizer, got None")
-    if options.loss_type == "vespo" and behaviour_logprobs is not None and options.behaviour_mode.startswith("sequence"):
-        raise ValueError(f"behaviour_mode: want token_truncate or token_mask with loss_type 'vespo', got {options.behaviour_mode!r}")
+    if (
+        options.loss_type == "vespo"
+        and behaviour_logprobs is not None
+        and options.behaviour_mode.startswith("sequence")
+    ):
+        raise ValueError(
+            f"behaviour_mode: want token_truncate or token_mask with loss_type 'vespo', got {options.behaviour_mode!r}"
+        )
 
     def flat(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(-1)
@@ -286,7 +310,7 @@ def flat_advantages(advantages: Tensor, logprobs: Tensor, tokens: Tokens) -> Ten
     """Return advantages flat, ``(B,)`` or ``(T,)``."""
     checks.check_tensor("advantages", advantages, device=logprobs.device)
     number = tokens.offsets.shape[0] - 1
-    if advantages.shape != logprobs.shape and advantages.shape != (number,):
+    if advantages.shape not in (logprobs.shape, (number,)):
         raise ValueError(
             f"advantages: want shape ({number},) or {checks.shape_text(logprobs.shape)}, got {checks.shape_text(advantages.shape)}"
         )
@@ -313,7 +337,14 @@ def _run(tokens: Tokens, groups: Groups | None, options: LossOptions, backend: s
 
 def pack(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[Any, ...]:
     """Return the three records as the custom op's arguments: tensors, then numbers, then names."""
-    rewards, group_offsets, rollout_mask, baseline, scale, eps = groups or (None, None, None, BASELINES[0], SCALES[0], 0.0)
+    rewards, group_offsets, rollout_mask, baseline, scale, eps = groups or (
+        None,
+        None,
+        None,
+        BASELINES[0],
+        SCALES[0],
+        0.0,
+    )
     delta = float("inf") if options.clip_delta is None else options.clip_delta
     numbers = [
         eps, options.clip_low, options.clip_high, delta, options.kl_coef, options.entropy_coef, options.behaviour_cap, options.cispo_cap,
@@ -322,12 +353,21 @@ def pack(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[A
     names = ",".join(
         (baseline, scale, options.loss_type, options.importance_level, options.kl_estimator, options.behaviour_mode)
     )
-    return (*tokens[:-1], rewards, group_offsets, rollout_mask, [float(n) for n in numbers], names, options.kl_bias_correction)
+    return (
+        *tokens[:-1],
+        rewards,
+        group_offsets,
+        rollout_mask,
+        [float(n) for n in numbers],
+        names,
+        options.kl_bias_correction,
+    )
 
 
 def unpack(
     tensors: tuple[Tensor | None, ...], numbers: list[float], names: str, kl_bias_correction: bool
 ) -> tuple[Tokens, Groups | None, LossOptions]:
+    """Return what :func:`pack` was given."""
     baseline, scale, loss_type, level, estimator, mode = names.split(",")
     eps, low, high, delta, kl, bonus, cap, cispo_cap, *pairs, length = numbers
     *token_tensors, rewards, group_offsets, rollout_mask = tensors
@@ -383,9 +423,10 @@ def policy_loss_op(
     kl_bias_correction: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics ``(8,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors still to apply ``(2,)``."""
+    """Return loss, metrics ``(8,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors to apply ``(2,)``."""
     tensors = (
-        logprob, old, advantages, mask, offsets, ref, entropy, behaviour, normalizer, entropy_normalizer, rewards, group_offsets, rollout_mask,
+        logprob, old, advantages, mask, offsets, ref, entropy, behaviour, normalizer, entropy_normalizer,
+        rewards, group_offsets, rollout_mask,
     )  # fmt: skip
     tokens, groups, options = unpack(tensors, numbers, names, kl_bias_correction)
     sequences.check_offset_values("cu_seqlens", offsets, logprob.shape[0])

@@ -26,7 +26,12 @@ __all__ = ["forward", "group_advantages", "unsupported"]
 def group_advantages(groups: Groups) -> Tensor:
     """Return the advantages ``(B,)``."""
     return torch.ops.mgrpo_native.group_advantages(
-        groups.rewards, groups.offsets, groups.mask, BASELINES.index(groups.baseline), SCALES.index(groups.scale), groups.eps
+        groups.rewards,
+        groups.offsets,
+        groups.mask,
+        BASELINES.index(groups.baseline),
+        SCALES.index(groups.scale),
+        groups.eps,
     )
 
 

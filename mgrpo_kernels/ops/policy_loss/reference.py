@@ -103,7 +103,9 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
 
     entropy = torch.zeros_like(logprob) if tokens.entropy is None else clean(tokens.entropy)
     number_of_tokens = mask.sum().to(dtype)
-    normalizer = _or_one(own_normalizer(number_of_tokens, count, options) if tokens.normalizer is None else tokens.normalizer)
+    normalizer = _or_one(
+        own_normalizer(number_of_tokens, count, options) if tokens.normalizer is None else tokens.normalizer
+    )
     entropy_normalizer = _or_one(number_of_tokens if tokens.entropy_normalizer is None else tokens.entropy_normalizer)
     scales = torch.stack([1.0 / normalizer.to(dtype), options.entropy_coef / entropy_normalizer.to(dtype)])
     loss = (share * torch.where(mask, term.value, 0.0)).sum() * scales[0] - entropy.sum() * scales[1]
@@ -117,7 +119,11 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     ratios = torch.where(mask, ratio, 0.0)
     metrics = torch.stack(
         [number_of_tokens, count, torch.where(mask, kl, 0.0).sum(), entropy.sum(), ratios.sum()]
-        + [ratios.max() if ratios.numel() else ratios.new_zeros(()), clip_low.sum().to(dtype), clip_high.sum().to(dtype)]
+        + [
+            ratios.max() if ratios.numel() else ratios.new_zeros(()),
+            clip_low.sum().to(dtype),
+            clip_high.sum().to(dtype),
+        ]
     ).float()
     return loss, metrics, gradient, scales
 
@@ -159,7 +165,9 @@ def _policy_term(
     free, clipped = ratio.clamp(max=delta) * advantage, ratio.clamp(low, high) * advantage
     free_slope = torch.where(ratio <= delta, ratio, 0.0) * advantage
     clipped_slope = torch.where((ratio >= low) & (ratio <= high), ratio, 0.0) * advantage
-    slope = torch.where(free < clipped, free_slope, torch.where(free > clipped, clipped_slope, (free_slope + clipped_slope) / 2))
+    slope = torch.where(
+        free < clipped, free_slope, torch.where(free > clipped, clipped_slope, (free_slope + clipped_slope) / 2)
+    )
     nothing = (advantage == 0) & ~ratio.isnan()  # also where the ratio overflowed
     return _Term(torch.where(nothing, 0.0, -torch.minimum(free, clipped)), zero, torch.where(nothing, 0.0, -slope))
 

@@ -26,7 +26,9 @@ class PolicyLoss(NamedTuple):
     """A policy loss and its metrics."""
 
     loss: Tensor  # 0-d, differentiable
-    metrics: dict[str, Tensor]  # 0-d float32, detached: sums and counts (ratio_max: a maximum), so that micro-batches add up
+    metrics: dict[
+        str, Tensor
+    ]  # 0-d float32, detached: sums and counts (ratio_max: a maximum), so that micro-batches add up
 
 
 class LossOptions(NamedTuple):

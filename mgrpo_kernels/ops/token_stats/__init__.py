@@ -87,7 +87,17 @@ def token_stats_from_logits(
     name = backends.choose(OP, backend, logits.device, logits.dtype)
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logprob, entropy, self_certainty, _ = token_stats_op(
-        logits, labels, mask, per_row, number, wanted.logprob, wanted.entropy, wanted.self_certainty, inplace, debug, name
+        logits,
+        labels,
+        mask,
+        per_row,
+        number,
+        wanted.logprob,
+        wanted.entropy,
+        wanted.self_certainty,
+        inplace,
+        debug,
+        name,
     )
     return TokenStats(
         (logprob if many else logprob.squeeze(-1)) if wanted.logprob else None,
@@ -210,7 +220,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     rest = (labels, mask, per_row, ctx.temperature, logsumexp, entropy, ctx.backend)
     if ctx.inplace:
         if torch.is_grad_enabled():
-            raise RuntimeError("inplace_backward: want a first derivative only (create_graph=False), got create_graph=True")
+            raise RuntimeError(
+                "inplace_backward: want a first derivative only (create_graph=False), got create_graph=True"
+            )
         grad = logits.detach()
         _backward_into(grad, grad_logprob, grad_entropy, grad_self_certainty, logits, *rest)
     else:
@@ -241,7 +253,9 @@ def entropy_from_logits(
     logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """Return the entropy of softmax(logits / temperature), ``(...)``, in nats. See :func:`token_stats_from_logits`."""
-    stats = token_stats_from_logits(logits, None, stats=("entropy",), temperature=temperature, mask=mask, backend=backend)
+    stats = token_stats_from_logits(
+        logits, None, stats=("entropy",), temperature=temperature, mask=mask, backend=backend
+    )
     assert stats.entropy is not None
     return stats.entropy
 

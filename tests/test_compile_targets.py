@@ -1,0 +1,229 @@
+"""Every @triton.jit kernel compiled for every target, with no GPU: no spills, 16-byte loads, 64-bit addressing.
+
+The launches are those that the backends would make: a script of its own (this file, run without the interpreter) records them
+instead of running them, and compiles what they ask for.
+"""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "mgrpo_kernels" / "ops"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = (torch.float32, torch.bfloat16)
+VOCAB = 151936  # of Qwen
+# Kernels that stream rows or tensors through memory: these must move 16 bytes a load.
+STREAMING = (
+    "token_stats.forward_kernel",
+    "token_stats.backward_kernel",
+    "linear_token_stats.state_kernel",
+    "linear_token_stats.gradient_kernel",
+)
+# A tensor of rows x vocabulary may pass 2^31 elements: the argument whose offsets must be int64.
+HUGE = {
+    "token_stats.forward_kernel": "logits",
+    "token_stats.merge_kernel": "logits",
+    "token_stats.backward_kernel": "logits",
+    "linear_token_stats.state_kernel": "x",
+    "linear_token_stats.gradient_kernel": "x",
+}
+
+
+# ---------------------------------------------------------------------------------------------- the launches to compile
+
+
+def token_stats(backend, dtype):
+    from mgrpo_kernels.ops.token_stats.specs import Wanted
+
+    grad = torch.ones(4)
+    for rows, labels_each, wanted in ((4, 1, (True, True, False)), (4, 5, (True, True, True)), (1, 1, (True, False, False))):
+        logits, labels = torch.zeros(rows, VOCAB, dtype=dtype), torch.zeros(rows, labels_each, dtype=torch.int64)
+        per_row = grad[:rows] if labels_each > 1 else 0.7
+        mask = torch.ones(rows, dtype=torch.bool) if labels_each > 1 else None
+        with mock.patch("mgrpo_kernels.ops._triton.launch.processors", lambda device, rows=rows: 1 if rows > 1 else 132):
+            backend.forward(logits, labels, mask, per_row, Wanted(*wanted))
+        grads = (torch.ones(rows, labels_each), grad[:rows] if wanted[1] else None, grad[:rows] if wanted[2] else None)
+        backend.backward(torch.empty_like(logits), *grads, logits, labels, mask, per_row, grad[:rows], grad[:rows])
+
+
+def linear_token_stats(backend, dtype):
+    from mgrpo_kernels.ops.linear_token_stats.specs import Head
+
+    x, labels = torch.zeros(64, 8192, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+    weight, bias, row = torch.zeros(8192, 8, dtype=dtype), torch.zeros(8192, dtype=dtype), torch.ones(64)
+    for head in (Head(weight, None, 0.7, 1.0, None, 0, None), Head(weight, bias, row, 0.5, 30.0, 8192, None)):
+        backend.GpuPasses.state(x, head, labels, torch.zeros(6, 64))
+        backend.GpuPasses.gradient_(x, head, labels, torch.ones(4, 64), row)
+
+
+LAUNCHES = {"token_stats": token_stats, "linear_token_stats": linear_token_stats}
+
+
+# -------------------------------------------------------------------------------- the script: records, compiles, reports
+
+
+def record(op, dtype):
+    """Return the distinct (kernel, arguments by name, options) of an op's launches."""
+    backend = importlib.import_module(f"mgrpo_kernels.ops.{op}.triton")
+    calls = []
+
+    def note(kernel, grid, like, *args, enable_fp_fusion=True, **options):
+        names = [parameter.name for parameter in kernel.params]
+        calls.append((kernel, dict(zip(names, args, strict=False)), options | {"enable_fp_fusion": enable_fp_fusion}))
+
+    with mock.patch.object(backend, "launch", note):
+        LAUNCHES[op](backend, dtype)
+    return calls
+
+
+def source(kernel, args, options):
+    """Return what Triton would compile for a launch with these arguments: their types and what it specialises on."""
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = options[parameter.name] if parameter.is_constexpr else args[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + POINTERS[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and special
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+POINTERS = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+def report(target, op, dtype, call):
+    """Compile one launch and return what the compiler says of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel, args, options = call
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    compiler_options = {key: options[key] for key in ("num_warps", "enable_fp_fusion") if key in options}
+    compiled = triton.compile(source(kernel, args, options), target=gpu, options=compiler_options)
+    name = f"{op}.{kernel.__name__}"
+    entry = {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "shared": compiled.metadata.shared}
+    if amd:
+        text = compiled.asm["amdgcn"]
+        entry["spilled"] = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text))
+        entry["spilled"] += sum(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text))
+        entry["registers"] = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        entry["wide_loads"] = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+    else:
+        usage = resource_usage(compiled.asm["cubin"])
+        entry["spilled"] = usage["STACK"] + usage["LOCAL"]
+        entry["registers"] = usage["REG"]
+        entry["wide_loads"] = len(re.findall(r"ld\.global[.\w:]*\.v(?:4\.(?:b|f|u)32|2\.b64|8\.b32|4\.b64)", compiled.asm["ptx"]))
+    huge = HUGE.get(name)
+    if huge is not None:
+        entry["int64_offsets"] = bool(re.search(rf"tt\.addptr %{huge}\w*, %[\w#]+ : !tt\.ptr<\w+>, i64", str(compiled.asm["ttir"])))
+    return entry
+
+
+def resource_usage(cubin):
+    """Return registers and bytes of stack (where spills go) of a cubin, as NVIDIA's own tool reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def compile_all(targets):
+    results = {}
+    for target in targets:
+        with mock.patch.object(torch.version, "hip", "an AMD build" if target.startswith("gfx") else None):
+            calls = [(op, dtype, call) for op in LAUNCHES for dtype in DTYPES for call in record(op, dtype)]
+        results[target] = [report(target, *call) for call in calls]
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Target -> the reports of all its kernels. Two processes at a time; Triton's cache makes a second run quick."""
+    pytest.importorskip("triton", reason="there is no triton for this platform")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    running = [
+        subprocess.Popen([sys.executable, __file__, *half], env=environment, stdout=subprocess.PIPE, text=True)
+        for half in (TARGETS[::2], TARGETS[1::2])
+    ]
+    outputs = [process.communicate(timeout=600)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    return {target: reports for output in outputs for target, reports in json.loads(output).items()}
+
+
+def kernels_in_source():
+    """Return op.function of every @triton.jit function that the package holds and no other one calls."""
+    found = {}
+    for path in sorted(PACKAGE.glob("*/*kernels.py")):
+        text = path.read_text()
+        for name in re.findall(r"^@triton\.jit[^\n]*\ndef (\w+)", text, re.MULTILINE):
+            found[f"{path.parent.name}.{name}"] = name
+    sources = [path.read_text() for path in PACKAGE.glob("*/*kernels.py")]
+    return {key for key, name in found.items() if sum(len(re.findall(rf"\b{name}\(", text)) for text in sources) == 1}
+
+
+def test_no_jit_function_hides_outside_the_kernel_files():
+    other = [path for path in PACKAGE.parent.rglob("*.py") if not path.name.endswith("kernels.py")]
+    assert not [path.name for path in other if "@triton.jit" in path.read_text()]
+
+
+def test_every_kernel_is_compiled(compiled):
+    assert set(compiled) == set(TARGETS)
+    for reports in compiled.values():
+        assert {entry["kernel"] for entry in reports} == kernels_in_source()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills(compiled, target):
+    assert [entry for entry in compiled[target] if entry["spilled"]] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_16_byte_loads(compiled, target):
+    streaming = [entry for entry in compiled[target] if entry["kernel"] in STREAMING]
+    assert {entry["kernel"] for entry in streaming} == set(STREAMING)
+    assert [entry for entry in streaming if not entry["wide_loads"]] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_addressed_in_64_bits(compiled, target):
+    huge = [entry for entry in compiled[target] if "int64_offsets" in entry]
+    assert {entry["kernel"] for entry in huge} == set(HUGE)
+    assert [entry for entry in huge if not entry["int64_offsets"]] == []
+
+
+if __name__ == "__main__":
+    json.dump(compile_all(sys.argv[1:]), sys.stdout)

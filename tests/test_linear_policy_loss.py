@@ -1,0 +1,248 @@
+"""From hidden states to the loss: the fused form, the composed form and plain PyTorch give the same."""
+
+import logging
+
+import pytest
+import torch
+from contract import each_backend, forbid_large_allocations, poisoned_memory
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mgrpo_kernels import linear_policy_loss, linear_token_stats, policy_loss
+from mgrpo_kernels.ops import linear_policy_loss as op_module  # noqa: F401 - the package, not the function
+from mgrpo_kernels.ops.linear_policy_loss import OP
+from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES, METRICS
+
+B, L, H, V = 4, 7, 16, 501
+SMALL = 2**16  # bytes: a few rows at a time
+
+
+def batch(seed=0, *, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator) * scale
+
+    mask = torch.rand(B, L, generator=generator) > 0.3
+    mask[2] = False
+    hidden, weight = noise(B, L, H), noise(V, H, scale=0.3)
+    labels = torch.randint(0, V, (B, L), generator=generator)
+    hidden[~mask], labels[~mask] = torch.nan, -100
+    old = noise(B, L, scale=0.2) - 6
+    return {
+        "head": [hidden, weight, noise(V) if bias else None], "labels": labels, "mask": mask, "old": old,
+        "ref_logprobs": old + noise(B, L, scale=0.1), "behaviour": old + noise(B, L, scale=0.5), "advantages": noise(B),
+    }  # fmt: skip
+
+
+def run(data, *, times=1.0, fused=True, behaviour=True, **options):
+    leaves = [None if t is None else t.clone().requires_grad_() for t in data["head"]]
+    hidden, weight, bias = leaves
+    common = {
+        "mask": data["mask"], "ref_logprobs": data["ref_logprobs"], "kl_coef": 0.1, "max_response_tokens": L,
+        "behaviour_logprobs": data["behaviour"] if behaviour else None,
+    }  # fmt: skip
+    head = {"bias": bias, "temperature": 0.9, "softcap": 8.0}
+    workspace = options.pop("workspace_bytes", None)
+    if fused:
+        result = linear_policy_loss(
+            hidden,
+            weight,
+            data["labels"],
+            data["old"],
+            data["advantages"],
+            **head,
+            **common,
+            **options,
+            workspace_bytes=workspace,
+        )
+    else:
+        stats = linear_token_stats(
+            hidden, weight, data["labels"], **head, mask=data["mask"], backend=options["backend"]
+        )
+        result = policy_loss(stats.logprob, data["old"], data["advantages"], entropy=stats.entropy, **common, **options)
+    (result.loss * times).backward()
+    return [result.loss.detach(), *result.metrics.values()], [leaf.grad for leaf in leaves if leaf is not None]
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(
+    ("behaviour", "mode"), [(False, "token_mask"), (True, "token_mask"), (True, "sequence_truncate")]
+)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.02])
+def test_is_its_two_parts(backend, loss_type, behaviour, mode, entropy_coef):
+    if loss_type == "vespo" and mode.startswith("sequence"):
+        mode = "token_truncate"  # the other has no meaning there
+    data = batch(bias=entropy_coef == 0)
+    options = {"loss_type": loss_type, "behaviour_mode": mode, "behaviour": behaviour, "entropy_coef": entropy_coef}
+    want = run(data, fused=False, backend="reference", **options)
+    with poisoned_memory():
+        got = run(data, backend=backend, **options)
+        tiled = run(data, backend=backend, workspace_bytes=SMALL, times=3.0, **options)
+    for mine, theirs in zip(got[0], want[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for mine, small, theirs in zip(got[1], tiled[1], want[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(small / 3.0, theirs, rtol=1e-3, atol=1e-5)
+        assert (mine[data["mask"].logical_not()] == 0).all() if mine.shape == (B, L, H) else True
+
+
+@each_backend(OP)
+def test_packed_is_padded(backend):
+    data = batch()
+    keep = data["mask"]
+    hidden, weight, _bias = data["head"]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
+    padded = linear_policy_loss(
+        hidden,
+        weight.clone().requires_grad_(),
+        data["labels"],
+        data["old"],
+        data["advantages"],
+        mask=keep,
+        backend=backend,
+    )
+    packed = linear_policy_loss(
+        hidden[keep], weight.clone().requires_grad_(), data["labels"][keep], data["old"][keep], data["advantages"],
+        cu_seqlens=offsets, backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(padded.loss, packed.loss)
+    for name in METRICS:
+        torch.testing.assert_close(padded.metrics[name], packed.metrics[name])
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_parts_get_nothing(backend, frozen):
+    data = batch(bias=False)
+    whole = run(data, backend=backend)[1]
+    leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(data["head"][:2])]
+    linear_policy_loss(
+        *leaves, data["labels"], data["old"], data["advantages"], mask=data["mask"], ref_logprobs=data["ref_logprobs"], kl_coef=0.1,
+        behaviour_logprobs=data["behaviour"], temperature=0.9, softcap=8.0, backend=backend,
+    ).loss.backward()  # fmt: skip
+    assert leaves[frozen].grad is None
+    assert torch.equal(leaves[1 - frozen].grad, whole[1 - frozen])
+
+
+@each_backend(OP)
+def test_without_gradients_it_is_only_a_loss(backend):
+    data = batch()
+    hidden, weight, bias = data["head"]
+    with torch.no_grad():
+        result = linear_policy_loss(
+            hidden,
+            weight,
+            data["labels"],
+            data["old"],
+            data["advantages"],
+            bias=bias,
+            mask=data["mask"],
+            backend=backend,
+        )
+    assert result.loss.isfinite()
+    assert not result.loss.requires_grad
+
+
+@each_backend(OP)
+def test_all_masked_and_retained_graph(backend):
+    data = batch()
+    data["mask"] = torch.zeros(B, L, dtype=torch.bool)
+    (loss, *_), grads = run(data, backend=backend)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads)
+
+    data = batch()
+    weight = data["head"][1].clone().requires_grad_()
+    loss = linear_policy_loss(
+        data["head"][0], weight, data["labels"], data["old"], data["advantages"], mask=data["mask"], backend=backend
+    ).loss
+    first = torch.autograd.grad(loss, weight, retain_graph=True)[0].clone()
+    assert torch.equal(first * 2, torch.autograd.grad(loss, weight, torch.tensor(2.0))[0])
+
+
+@each_backend(OP)
+def test_nothing_of_size_n_times_v(backend):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 100, H, generator=generator, requires_grad=True)
+    weight = torch.randn(1000, H, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 1000, (4, 100), generator=generator)
+    with forbid_large_allocations(400 * 1000):
+        linear_policy_loss(
+            hidden, weight, labels, None, torch.ones(4), workspace_bytes=2**20, backend=backend
+        ).loss.backward()
+
+
+@each_backend(OP)
+def test_compiles_whole_and_agrees(backend):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(hidden, weight, labels, advantages):
+        return linear_policy_loss(hidden, weight, labels, None, advantages, backend=backend).loss * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for length in (4, 6, 9, 13):
+        hidden, weight = torch.randn(3, length, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+        labels, advantages = torch.randint(0, V, (3, length)), torch.randn(3)
+        pairs = [
+            torch.autograd.grad(f(hidden, weight, labels, advantages), (hidden, weight)) for f in (compiled, function)
+        ]
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 2
+
+
+def test_16_bit_on_a_cpu_composes_and_says_so(caplog):
+    from mgrpo_kernels.ops.linear_policy_loss import _logged
+
+    _logged.clear()
+    data = batch(bias=False)
+    with caplog.at_level(logging.INFO, "mgrpo_kernels"):
+        for dtype in (torch.float32, torch.bfloat16):
+            leaves = [t.to(dtype).requires_grad_() for t in data["head"][:2]]
+            linear_policy_loss(
+                *leaves, data["labels"], data["old"], data["advantages"], mask=data["mask"], backend="native"
+            ).loss.backward()
+    said = [record.message for record in caplog.records if record.message.startswith("linear_policy_loss ")]
+    assert "forms the gradient in the forward pass" in said[0]
+    assert "composes the general ops" in said[1]
+
+
+def test_second_derivative_is_refused():
+    data = batch(bias=False)
+    weight = data["head"][1].clone().requires_grad_()
+    loss = linear_policy_loss(
+        data["head"][0], weight, data["labels"], data["old"], data["advantages"], mask=data["mask"]
+    ).loss
+    (grad,) = torch.autograd.grad(loss.square(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        grad.sum().backward()
+
+
+GOOD = {
+    "hidden": torch.zeros(2, 3, 4, requires_grad=True), "weight": torch.zeros(5, 4), "labels": torch.zeros(2, 3, dtype=torch.int64),
+    "old_logprobs": None, "advantages": torch.zeros(2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels: want shape \(2, 3\), got \(2,\)"),
+        ({"labels": None}, TypeError, "labels: want a tensor, got NoneType"),
+        ({"labels": torch.full((2, 3), 5)}, ValueError, r"labels: want values in \[0, 5\) where the mask is True, got 5"),
+        ({"hidden": torch.zeros(6, 4), "labels": torch.zeros(6, dtype=torch.int64)}, ValueError, r"labels: want padded \(B, L\), or packed"),
+        ({"weight": torch.zeros(5, 3)}, ValueError, r"weight: want shape \(V, 4\)"),
+        ({"advantages": torch.zeros(3)}, ValueError, r"advantages: want shape \(2,\) or \(2, 3\), got \(3,\)"),
+        ({"kl_coef": 1.0}, ValueError, "ref_logprobs: want a tensor with kl_coef 1.0, got None"),
+        ({"loss_type": "x"}, ValueError, "loss_type: want one of"),
+        ({"softcap": -1.0}, ValueError, "softcap: want a finite number > 0"),
+        ({"workspace_bytes": 1}, ValueError, "workspace_bytes: want a finite number >= 65536"),
+        ({"vocab_start": 1}, ValueError, "vocab_start: want None or 0 without a tp_group"),
+        ({"temperature": 0}, ValueError, "temperature: want a finite number > 0"),
+    ],
+)  # fmt: skip
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        linear_policy_loss(**{**GOOD, **change})
