@@ -46,11 +46,17 @@ def token_stats(backend, dtype):
     from mgrpo_kernels.ops.token_stats.specs import Wanted
 
     grad = torch.ones(4)
-    for rows, labels_each, wanted in ((4, 1, (True, True, False)), (4, 5, (True, True, True)), (1, 1, (True, False, False))):
+    for rows, labels_each, wanted in (
+        (4, 1, (True, True, False)),
+        (4, 5, (True, True, True)),
+        (1, 1, (True, False, False)),
+    ):
         logits, labels = torch.zeros(rows, VOCAB, dtype=dtype), torch.zeros(rows, labels_each, dtype=torch.int64)
         per_row = grad[:rows] if labels_each > 1 else 0.7
         mask = torch.ones(rows, dtype=torch.bool) if labels_each > 1 else None
-        with mock.patch("mgrpo_kernels.ops._triton.launch.processors", lambda device, rows=rows: 1 if rows > 1 else 132):
+        with mock.patch(
+            "mgrpo_kernels.ops._triton.launch.processors", lambda device, rows=rows: 1 if rows > 1 else 132
+        ):
             backend.forward(logits, labels, mask, per_row, Wanted(*wanted))
         grads = (torch.ones(rows, labels_each), grad[:rows] if wanted[1] else None, grad[:rows] if wanted[2] else None)
         backend.backward(torch.empty_like(logits), *grads, logits, labels, mask, per_row, grad[:rows], grad[:rows])
@@ -138,10 +144,14 @@ def report(target, op, dtype, call):
         usage = resource_usage(compiled.asm["cubin"])
         entry["spilled"] = usage["STACK"] + usage["LOCAL"]
         entry["registers"] = usage["REG"]
-        entry["wide_loads"] = len(re.findall(r"ld\.global[.\w:]*\.v(?:4\.(?:b|f|u)32|2\.b64|8\.b32|4\.b64)", compiled.asm["ptx"]))
+        entry["wide_loads"] = len(
+            re.findall(r"ld\.global[.\w:]*\.v(?:4\.(?:b|f|u)32|2\.b64|8\.b32|4\.b64)", compiled.asm["ptx"])
+        )
     huge = HUGE.get(name)
     if huge is not None:
-        entry["int64_offsets"] = bool(re.search(rf"tt\.addptr %{huge}\w*, %[\w#]+ : !tt\.ptr<\w+>, i64", str(compiled.asm["ttir"])))
+        entry["int64_offsets"] = bool(
+            re.search(rf"tt\.addptr %{huge}\w*, %[\w#]+ : !tt\.ptr<\w+>, i64", str(compiled.asm["ttir"]))
+        )
     return entry
 
 

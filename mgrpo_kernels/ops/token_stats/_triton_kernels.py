@@ -157,9 +157,9 @@ def backward_kernel(
             k = first + tl.arange(0, BLOCK_K)
             by_p -= tl.sum(tl.load(grad_logprob + row * number_of_labels + k, mask=k < number_of_labels, other=0.0), 0)
     if grad_self_certainty is not None:
-        grad = tl.load(grad_self_certainty + row)
-        by_p += grad
-        by_one = -grad / vocab
+        by_one = tl.load(grad_self_certainty + row)
+        by_p += by_one
+        by_one = -by_one / vocab
     if grad_entropy is not None:
         by_surprise = -tl.load(grad_entropy + row)
         row_entropy = tl.load(entropy + row)
