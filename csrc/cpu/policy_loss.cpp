@@ -183,8 +183,10 @@ Term kl_term(const Options& o, float difference) {
       return {-difference, 1, 0};
     case 1:
       return {difference * difference / 2, -difference, 0};
-    default:
-      return {std::exp(difference) - difference - 1, 1 - std::exp(difference), 0};
+    default: {
+      const float exp = std::exp(difference);
+      return {exp - difference - 1, 1 - exp, 0};
+    }
   }
 }
 
@@ -202,6 +204,7 @@ Sums sequence_loss(const Inputs& in, const Options& o, int64_t index, int64_t be
   };
   const bool behaviour_by_sequence = o.behaviour == Behaviour::SequenceTruncate || o.behaviour == Behaviour::SequenceMask;
 
+  const bool whole_sequences = o.by_sequence || (in.behaviour && behaviour_by_sequence) || o.type == LossType::Vespo;
   Sequence sequence;
   const float lowest = std::log(1e-8f);
   double vespo = 0;
@@ -210,6 +213,9 @@ Sums sequence_loss(const Inputs& in, const Options& o, int64_t index, int64_t be
       continue;
     }
     ++sums.tokens;
+    if (!whole_sequences) {
+      continue;
+    }
     const float log_ratio = in.logprob[t] - old_of(t);
     sequence.log_ratio += log_ratio;
     const float log_behaviour = in.behaviour ? old_of(t) - in.behaviour[t] : 0;

@@ -1,0 +1,48 @@
+"""``python -m mgrpo_kernels``: which backend runs what here, and why not. What one pastes into a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import mgrpo_kernels
+from mgrpo_kernels import _native
+
+PACKAGES = ("torch", "triton", "transformers", "vllm", "flash-attn", "trl", "liger-kernel", "math-verify", "numpy")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """Return the whole report as text."""
+    lines = [f"mgrpo_kernels {_version('mgrpo_kernels')}, Python {platform.python_version()}, {platform.platform()}"]
+    lines += [f"  {package} {_version(package)}" for package in PACKAGES]
+    lines.append(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(
+            f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
+        )
+    missing = _native.missing()
+    lines.append(f"native: {torch.ops.mgrpo_native.build_info() if missing is None else missing}")
+    lines.append(
+        f"MGRPO_BACKEND={os.environ.get('MGRPO_BACKEND', '')} TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', '')}"
+    )
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        lines.append(f"backends on {device}, float32:")
+        for op, reasons in mgrpo_kernels.backends(device).items():
+            lines.append(f"  {op}")
+            lines += [f"    {backend}: {reason}" for backend, reason in reasons.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
