@@ -1,6 +1,7 @@
 """Fused kernels for reinforcement learning on language models, and M-GRPO built from them."""
 
 from mgrpo_kernels.backend import BackendUnavailable, backends, use_backend
+from mgrpo_kernels.lm_head import fuse_lm_head
 from mgrpo_kernels.momentum import MomentumModel
 from mgrpo_kernels.ops.ema import ema_update_
 from mgrpo_kernels.ops.iqr_filter import iqr_filter, trajectory_entropy
@@ -29,6 +30,7 @@ __all__ = [
     "ema_update_",
     "entropy_from_logits",
     "extract_answer",
+    "fuse_lm_head",
     "group_advantages",
     "grpo_loss",
     "iqr_filter",
