@@ -1,0 +1,1 @@
+"""A lean M-GRPO trainer: ``python -m mgrpo_kernels.train``."""

@@ -1,0 +1,113 @@
+"""The command line of the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgrpo_kernels.train.config import SECTIONS, Config, UsageError, build, fields_of, read_yaml
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return a parser with a group for each concern. An option that is not given is absent from its result."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mgrpo_kernels.train",
+        description="Train a language model by M-GRPO or a relative. Without a model it trains a small built-in one on sums.",
+        epilog="Command line over --config over the defaults. A run leaves metrics.jsonl, report.html, final/ and more.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    place = parser.add_argument_group("files")
+    place.add_argument("--config", metavar="FILE.yaml", help="options by name, as in a run's config.yaml")
+    place.add_argument("--output", metavar="DIR", help="where the run goes (default: runs/<method>-<date-time>)")
+    place.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output, with its own options where none are given",
+    )
+    place.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    for section in SECTIONS.values():
+        group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
+        for name, (field, kinds) in fields_of(section).items():
+            unit = f", {field.metadata['unit']}" if field.metadata["unit"] else ""
+            default = (
+                "none"
+                if field.default is None
+                else repr(field.default)
+                if isinstance(field.default, str)
+                else field.default
+            )
+            text = f"{field.metadata['help']} (default: {default}{unit})".replace("%", "%%")
+            flag = "--" + name.replace("_", "-")
+            kind = next(kind for kind in kinds if kind is not type(None))
+            if kind is bool:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            else:
+                group.add_argument(
+                    flag, type=kind, choices=field.metadata["choices"], metavar=_metavar(field, kind), help=text
+                )
+    return parser
+
+
+def _metavar(field: Any, kind: type) -> str | None:
+    return None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
+
+
+def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, bool]:
+    """Return configuration, output directory, resume and dry-run.
+
+    Raises:
+        UsageError: an option that is unknown, of the wrong type or out of range.
+    """
+    given = vars(make_parser().parse_args(arguments))
+    file, output = given.pop("config", None), given.pop("output", None)
+    resume, dry_run = given.pop("resume", False), given.pop("dry_run", False)
+    layers: list[dict[str, Any]] = []
+    if resume:
+        if output is None:
+            raise UsageError("resume: want --output DIR, the run to go on with, got none")
+        if not (Path(output) / "config.yaml").exists():
+            raise UsageError(f"resume: want a directory with a run (config.yaml), got {output}")
+        layers.append(read_yaml(Path(output) / "config.yaml"))
+    if file is not None:
+        layers.append(read_yaml(file))
+    layers.append(given)
+    if not any(layer.get(name) is not None for layer in layers for name in ("model", "data")):
+        from mgrpo_kernels.train.demo import OPTIONS
+
+        layers.insert(0, OPTIONS)
+    config = build(*layers)
+    place = (
+        Path(output)
+        if output is not None
+        else Path("runs") / f"{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
+    return config, place, resume, dry_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trainer; return the exit status: 0, 1 not finite, 2 wrong usage, 130 interrupted."""
+    try:
+        config, output, resume, dry_run = read_command_line(arguments)
+        from mgrpo_kernels.train.trainer import (
+            run,
+        )  # transformers takes seconds to import, and --help shall not wait for it
+
+        return run(config, output, resume=resume, dry_run=dry_run)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}; the last checkpoint stands, --resume goes on from there", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint stands, --resume goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Checkpoints that are complete or not there.
+
+A checkpoint is written beside its place, brought to the disk, and then renamed; ``latest`` is a link that is replaced in one go. So a
+run killed at any moment leaves ``latest`` naming a complete checkpoint, or nothing. Random numbers and the order of the data follow
+from the seed and the step, so a step number is all the state that they have.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from mgrpo_kernels.train.step import Learner
+
+
+class State(TypedDict):
+    """What a checkpoint holds."""
+
+    step: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    momentum: dict[str, Any] | None
+    metrics_bytes: int  # the size of metrics.jsonl at that step
+    samples_bytes: int
+
+
+def save(directory: Path, learner: Learner, step: int, metrics_bytes: int, samples_bytes: int, keep: int) -> Path:
+    """Write ``directory/step_N`` and let ``latest`` name it; then delete all but the `keep` newest (0: none). Return its path."""
+    state: State = {
+        "step": step,
+        "model": learner.policy.model.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "momentum": None if learner.momentum is None else learner.momentum.state_dict(),
+        "metrics_bytes": metrics_bytes,
+        "samples_bytes": samples_bytes,
+    }
+    place, new = directory / f"step_{step}", directory / f".step_{step}.new"
+    for leftover in (place, new):  # of a run that was killed here, and of one resumed from an earlier step
+        if leftover.exists() and latest(directory) != leftover:
+            shutil.rmtree(leftover)
+    if place.exists():
+        return place  # the very step that the run was resumed from
+    new.mkdir(parents=True)
+    with (new / "state.pt").open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(new)
+    new.rename(place)
+    sync_directory(directory)  # the checkpoint is there before anything names it
+    link = directory / ".latest.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(place.name)
+    link.replace(directory / "latest")
+    sync_directory(directory)
+    if keep:
+        for old in sorted(directory.glob("step_*"), key=step_of)[:-keep]:
+            shutil.rmtree(old)
+    return place
+
+
+def latest(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint, or None."""
+    link = directory / "latest"
+    return directory / link.readlink() if link.is_symlink() else None
+
+
+def load(place: Path, device: torch.device) -> State:
+    return torch.load(place / "state.pt", map_location=device, weights_only=True)
+
+
+def restore(state: State, learner: Learner) -> None:
+    """Put a checkpoint's state into a learner that was built from the same configuration.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    learner.policy.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    if (learner.momentum is None) != (state["momentum"] is None):
+        want = "none" if learner.momentum is None else "one"
+        raise ValueError(f"checkpoint: want {want} of the momentum model, got the opposite: the method has changed")
+    if learner.momentum is not None and state["momentum"] is not None:
+        decay = learner.momentum.decay
+        learner.momentum.load_state_dict(state["momentum"])
+        learner.momentum.decay = decay
+
+
+def step_of(place: Path) -> int:
+    return int(place.name.removeprefix("step_"))
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring a directory's entries to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_directory(new: Path, place: Path) -> None:
+    """Put a finished directory in another's place."""
+    if place.exists():
+        shutil.rmtree(place)
+    new.rename(place)
+    sync_directory(place.parent)

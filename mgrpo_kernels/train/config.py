@@ -1,0 +1,383 @@
+"""The trainer's options: one frozen dataclass per concern, checked when built.
+
+A field is an option: ``max_response_tokens`` is ``--max-response-tokens`` on the command line and ``max_response_tokens:`` in a YAML
+file. Its metadata carries the help text, from which ``--help`` is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mgrpo_kernels import checks
+from mgrpo_kernels.ops.policy_loss.specs import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
+from mgrpo_kernels.train.labels import METHODS
+
+DTYPES = ("float32", "bfloat16")
+DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
+
+
+class UsageError(ValueError):
+    """What a user can put right: an option, a file, a directory. Shown without a traceback."""
+
+
+def option(default: Any, text: str, *, unit: str = "", choices: Sequence[str] | None = None) -> Any:
+    """Return a dataclass field with what the command line needs to know about it."""
+    return field(default=default, metadata={"help": text, "unit": unit, "choices": choices})
+
+
+@dataclass(frozen=True)
+class _Section:
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            choices, value = each.metadata["choices"], getattr(self, each.name)
+            if choices is not None and value is not None:
+                checks.check_choice(each.name, value, choices)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
+    """model."""
+
+    model: str | None = option(None, "directory or hub name of a causal language model; none: the built-in one")
+    dtype: str = option(
+        "float32", "what the matrix products run in; weights, optimizer and average stay float32", choices=DTYPES
+    )
+    device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class DataConfig(_Section):
+    """data."""
+
+    data: str | None = option(None, "JSONL file of training prompts; none: the built-in sums")
+    eval_data: str | None = option(None, "JSONL file of held-out prompts with answers; none: no evaluation")
+    prompt_field: str = option("question", "field that holds the question")
+    answer_field: str = option(
+        "answer", "field that holds the true answer; training reads it for --method gold and for label_accuracy"
+    )
+    prompt_template: str = option(
+        DEFAULT_TEMPLATE, "text, or a file that holds it, in which {question} stands for the question"
+    )
+
+
+@dataclass(frozen=True)
+class MethodConfig(_Section):
+    """method."""
+
+    method: str = option("mgrpo", "where the reward comes from", choices=tuple(METHODS))
+    decay: float = option(0.99, "m of the momentum model: theta_k = m theta_k + (1 - m) theta_q, once a step")
+    decay_end: float | None = option(
+        None, "decay of the last step, reached along a cosine; none: the method's own, or no change"
+    )
+    iqr_filter: bool | None = option(None, "prune trajectories of low entropy; none: as the method has it")
+    iqr_k: float = option(0.75, "prune where entropy < Q1 - k (Q3 - Q1)")
+    filter_scope: str = option(
+        "both",
+        "pruned rollouts neither vote nor train (both), do not vote (vote), or do not vote and get reward 0 (penalise)",
+        choices=("both", "vote", "penalise"),
+    )
+    entropy_reduction: str = option("mean", "a trajectory's entropy over its tokens", choices=("mean", "sum"))
+    min_share: float = option(0.0, "a majority below this share gives no label")
+
+    def check(self) -> None:
+        checks.check_number("decay", self.decay, at_least=0.0, below=1.0)
+        if self.decay_end is not None:
+            checks.check_number("decay_end", self.decay_end, at_least=0.0, below=1.0)
+        checks.check_number("iqr_k", self.iqr_k, at_least=0.0)
+        checks.check_number("min_share", self.min_share, at_least=0.0, at_most=1.0)
+
+
+@dataclass(frozen=True)
+class RolloutConfig(_Section):
+    """rollouts."""
+
+    engine: str = option("transformers", "what samples", choices=("transformers", "vllm"))
+    prompts_per_step: int = option(8, "prompts of one step")
+    rollouts: int = option(32, "rollouts of each prompt, the momentum model's included")
+    momentum_rollouts: int | None = option(
+        None, "of these, sampled from the momentum model; none: as the method has it (mgrpo: 1/4)"
+    )
+    max_response_tokens: int = option(3072, "longest response", unit="tokens")
+    truncated: str = option(
+        "keep",
+        "one cut at that length trains (keep) or not (mask); it votes either way",
+        choices=("keep", "mask"),
+    )
+    temperature: float = option(1.1, "of sampling; log-probs, entropy and loss are at this temperature too")
+    tokens_per_microbatch: int = option(16384, "most tokens in one forward pass, padding included", unit="tokens")
+
+    def check(self) -> None:
+        if self.engine == "vllm":
+            raise ValueError("engine: want transformers, got 'vllm', which is not available in this version")
+        for name, least in (
+            ("prompts_per_step", 1),
+            ("rollouts", 2),
+            ("max_response_tokens", 1),
+            ("tokens_per_microbatch", 1),
+        ):
+            checks.check_number(name, getattr(self, name), at_least=least)
+        if self.momentum_rollouts is not None:
+            checks.check_number("momentum_rollouts", self.momentum_rollouts, at_least=0, below=self.rollouts)
+        checks.check_number("temperature", self.temperature, above=0.0)
+
+
+@dataclass(frozen=True)
+class LossConfig(_Section):
+    """loss."""
+
+    loss_type: str = option(
+        "dapo", "as TRL names them; dapo is the paper's mean over the step's tokens", choices=LOSS_TYPES
+    )
+    importance_level: str = option("token", "ratio per token or per sequence (GSPO)", choices=IMPORTANCE_LEVELS)
+    clip_low: float = option(0.2, "ratio is clipped below 1 - this")
+    clip_high: float = option(0.2, "ratio is clipped above 1 + this")
+    kl_coef: float = option(0.005, "weight of the KL term; 0 spares the reference model")
+    kl_estimator: str = option("k3", "estimator of the KL divergence", choices=KL_ESTIMATORS)
+    kl_reference: str = option(
+        "base", "the model at the start, the momentum model, or no KL term", choices=("base", "momentum", "none")
+    )
+    entropy_coef: float = option(0.0, "weight of an entropy bonus")
+
+    def check(self) -> None:
+        checks.check_number("clip_low", self.clip_low, at_least=0.0, at_most=1.0)
+        for name in ("clip_high", "kl_coef", "entropy_coef"):
+            checks.check_number(name, getattr(self, name), at_least=0.0)
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Section):
+    """optimizer (AdamW)."""
+
+    steps: int = option(500, "optimizer steps, one a batch")
+    learning_rate: float = option(1e-6, "peak")
+    lr_schedule: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
+    warmup: float = option(0.1, "linear warm-up", unit="share of the steps")
+    weight_decay: float = option(0.0, "of AdamW")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+
+    def check(self) -> None:
+        checks.check_number("steps", self.steps, at_least=1)
+        checks.check_number("learning_rate", self.learning_rate, above=0.0)
+        checks.check_number("warmup", self.warmup, at_least=0.0, below=1.0)
+        checks.check_number("weight_decay", self.weight_decay, at_least=0.0)
+        checks.check_number("max_grad_norm", self.max_grad_norm, above=0.0)
+
+
+@dataclass(frozen=True)
+class EvalConfig(_Section):
+    """evaluation."""
+
+    eval_every: int = option(
+        20, "evaluate after every so many steps, and before the first and after the last; 0: never", unit="steps"
+    )
+    eval_samples: int = option(8, "samples a prompt, for avg@k, pass@k and maj@k; greedy takes one more")
+    eval_pass_k: int | None = option(None, "k of pass@k, at most the samples; none: the samples")
+    eval_temperature: float = option(0.8, "of these samples")
+    eval_prompts: int | None = option(None, "evaluate on the first so many held-out prompts; none: all")
+
+    def check(self) -> None:
+        checks.check_number("eval_every", self.eval_every, at_least=0)
+        checks.check_number("eval_samples", self.eval_samples, at_least=1)
+        checks.check_number("eval_temperature", self.eval_temperature, above=0.0)
+        if self.eval_pass_k is not None:
+            checks.check_number("eval_pass_k", self.eval_pass_k, at_least=1, at_most=self.eval_samples)
+        if self.eval_prompts is not None:
+            checks.check_number("eval_prompts", self.eval_prompts, at_least=1)
+
+
+@dataclass(frozen=True)
+class RunConfig(_Section):
+    """run."""
+
+    seed: int = option(0, "of everything random")
+    checkpoint_every: int = option(50, "save after every so many steps, and after the last; 0: only then", unit="steps")
+    keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all")
+    samples_per_step: int = option(4, "rollouts of a prompt that samples.jsonl shows each step")
+    log_every: int = option(1, "print every so many steps", unit="steps")
+
+    def check(self) -> None:
+        checks.check_number("seed", self.seed, at_least=0, below=2**63)
+        for name in ("checkpoint_every", "keep_checkpoints", "samples_per_step"):
+            checks.check_number(name, getattr(self, name), at_least=0)
+        checks.check_number("log_every", self.log_every, at_least=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option, and what follows from them together."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    rollout: RolloutConfig
+    loss: LossConfig
+    optim: OptimConfig
+    eval: EvalConfig
+    run: RunConfig
+
+    def __post_init__(self) -> None:
+        if (self.model.model is None) != (self.data.data is None):
+            missing, given = ("data", "model") if self.data.data is None else ("model", "data")
+            raise ValueError(f"{missing}: want a value with --{given}, got none (the built-in task takes neither)")
+        if self.data.eval_data is not None and self.data.data is None:
+            raise ValueError("eval_data: want it together with --data, got it alone (the built-in task has its own)")
+        if self.policy_rollouts < 2:
+            raise ValueError(
+                f"momentum_rollouts: want at most {self.rollout.rollouts - 2} of {self.rollout.rollouts} rollouts, since an advantage "
+                f"takes two of the policy's, got {self.momentum_rollouts}"
+            )
+        row = METHODS[self.method.method]
+        if row.voters == "momentum" and self.momentum_rollouts < 1:
+            raise ValueError(
+                f"momentum_rollouts: want >= 1 with method {self.method.method}, whose labels they give, got 0"
+            )
+
+    @property
+    def momentum_rollouts(self) -> int:
+        """N, the rollouts of each prompt that the momentum model samples."""
+        given = self.rollout.momentum_rollouts
+        if given is not None:
+            return given
+        share = METHODS[self.method.method].momentum_share
+        return max(1, int(share * self.rollout.rollouts)) if share else 0
+
+    @property
+    def policy_rollouts(self) -> int:
+        """M = G - N."""
+        return self.rollout.rollouts - self.momentum_rollouts
+
+    @property
+    def filters(self) -> bool:
+        """Whether trajectories are pruned."""
+        given = self.method.iqr_filter
+        return METHODS[self.method.method].filters if given is None else given
+
+    @property
+    def needs_momentum(self) -> bool:
+        return self.momentum_rollouts > 0 or self.needs_reference == "momentum"
+
+    @property
+    def needs_reference(self) -> str | None:
+        """Which model the KL term is measured against, or None."""
+        return None if self.loss.kl_coef == 0 or self.loss.kl_reference == "none" else self.loss.kl_reference
+
+    @property
+    def decay_end(self) -> float:
+        given = self.method.decay_end
+        own = METHODS[self.method.method].decay_end
+        return given if given is not None else own if own is not None else self.method.decay
+
+    @property
+    def warmup_steps(self) -> int:
+        return -int(-self.optim.warmup * self.optim.steps // 1)  # rounded up
+
+    @property
+    def pass_k(self) -> int:
+        return self.eval.eval_samples if self.eval.eval_pass_k is None else self.eval.eval_pass_k
+
+    def derived(self) -> dict[str, Any]:
+        """Return what follows from the options, for the plan."""
+        batch = self.rollout.prompts_per_step * self.rollout.rollouts
+        return {
+            "rollouts of a step": f"{batch} = {self.rollout.prompts_per_step} prompts x "
+            f"({self.policy_rollouts} policy + {self.momentum_rollouts} momentum)",
+            "response tokens of a step": f"at most {batch * self.rollout.max_response_tokens:,}",
+            "filter": f"k {self.method.iqr_k}, {self.method.filter_scope}" if self.filters else "off",
+            "momentum model": f"decay {self.method.decay} -> {self.decay_end}" if self.needs_momentum else "off",
+            "KL reference": self.needs_reference or "off",
+            "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
+        }
+
+    def values(self) -> dict[str, Any]:
+        """Return every option by name."""
+        return {name: value for _, section in self.sections() for name, value in section.items()}
+
+    def sections(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return (title, options) of each concern."""
+        parts = [getattr(self, each.name) for each in dataclasses.fields(self)]
+        return [((type(part).__doc__ or "").rstrip("."), dataclasses.asdict(part)) for part in parts]
+
+    def to_yaml(self) -> str:
+        """Return the file that ``--config`` reads back as the same configuration."""
+        return "\n".join(f"# {title}\n{yaml.safe_dump(options, sort_keys=False)}" for title, options in self.sections())
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelConfig, "data": DataConfig, "method": MethodConfig, "rollout": RolloutConfig, "loss": LossConfig,
+    "optim": OptimConfig, "eval": EvalConfig, "run": RunConfig,
+}  # fmt: skip
+
+
+def fields_of(section: type[_Section]) -> dict[str, tuple[dataclasses.Field[Any], tuple[type, ...]]]:
+    """Return each option of a section with the types it may have."""
+    hints = typing.get_type_hints(section)
+    return {
+        each.name: (
+            each,
+            typing.get_args(hints[each.name]) if isinstance(hints[each.name], types.UnionType) else (hints[each.name],),
+        )
+        for each in dataclasses.fields(section)
+    }
+
+
+def build(*layers: Mapping[str, Any]) -> Config:
+    """Return the configuration that these layers of option -> value give, later ones over earlier ones, over the defaults.
+
+    Raises:
+        UsageError: an unknown option, or a value of the wrong type or out of range.
+    """
+    values = {name: value for layer in layers for name, value in layer.items()}
+    try:
+        parts: dict[str, Any] = {}
+        for key, section in SECTIONS.items():
+            kinds = {name: kinds for name, (_, kinds) in fields_of(section).items()}
+            parts[key] = section(
+                **{name: _typed(name, values.pop(name), of) for name, of in kinds.items() if name in values}
+            )
+        if values:
+            known = sorted(name for section in SECTIONS.values() for name in fields_of(section))
+            raise ValueError(f"{next(iter(values))}: want one of the options {', '.join(known)}, got an unknown one")
+        return Config(**parts)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    if float in kinds and isinstance(value, str):  # YAML reads 1e-6, without a point, as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name}: want {wanted}, got {value!r}")
+    return value
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the options in a YAML file.
+
+    Raises:
+        UsageError: unreadable, or no mapping of option to value.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"config: want a readable YAML file, got {path}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UsageError(f"config: want lines of 'option: value' in {path}, got {type(values).__name__}")
+    return {name.replace("-", "_"): value for name, value in values.items()}

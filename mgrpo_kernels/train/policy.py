@@ -1,0 +1,175 @@
+"""The language model as the trainer sees it: token ids in; hidden states, logits and the head out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from mgrpo_kernels.train.config import UsageError
+
+
+class HeadOptions(NamedTuple):
+    """What lies between hidden states and logits besides the weight."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+class Policy:
+    """A causal language model with its tokenizer. Always in evaluation mode: dropout would make log-probs disagree with the sampler.
+
+    Args:
+        model: a transformers causal language model, in float32.
+        tokenizer: its tokenizer.
+        dtype: what matrix products run in; other than float32 by autocast.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.eos = _eos(model, tokenizer)
+        config = model.config.get_text_config()
+        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
+        scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
+        self.head_options = HeadOptions(scale, getattr(config, "final_logit_softcapping", None))
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        # transformers 5 renamed the cache's keyword on the way.
+        self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Return the head's weight ``(V, H)`` and bias ``(V,)``."""
+        layer = self.model.get_output_embeddings()
+        return layer.weight, getattr(layer, "bias", None)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``: causal, so padding reaches nothing before it."""
+        return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """Extend `cache` by ids ``(B, L)``; return the logits ``(B, V)`` of the token after the last.
+
+        Args:
+            ids: left-padded.
+            mask: ``(B, cached + L)`` bool, True for tokens.
+            positions: ``(B, L)``.
+            cache: grows in place.
+        """
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_name: cache},
+        )
+        return out.logits[:, -1]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts))["input_ids"]
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        """Return the texts of ``(B, R)`` responses, without special tokens."""
+        return [
+            str(self.tokenizer.decode(row[kept], skip_special_tokens=True))
+            for row, kept in zip(tokens.cpu(), mask.cpu(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise UsageError for a model whose logits are not the ones that its head gives for its hidden states."""
+        ids = torch.tensor([[1, 2, 3, 0]], device=self.device)
+        weight, bias = self.head()
+        own = torch.nn.functional.linear(self.hidden(ids)[0, -1], weight, bias).float() * self.head_options.logit_scale
+        if (cap := self.head_options.softcap) is not None:
+            own = cap * torch.tanh(own / cap)
+        logits = self.model(input_ids=ids).logits[0, -1].float()
+        worst = (own - logits).abs().max().item()
+        if not worst <= 1e-3 * max(1.0, logits.abs().max().item()):
+            raise UsageError(
+                f"model: want logits that are the head's product with the last hidden state, got {type(self.model).__name__}, "
+                f"which differs by {worst:.3g}"
+            )
+
+
+def _eos(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a response."""
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    ids = of_model if isinstance(of_model, list) else [of_model]
+    found = sorted({each for each in [*ids, tokenizer.eos_token_id] if each is not None})
+    if not found:
+        raise UsageError(
+            "model: want a tokenizer or a generation configuration with an end-of-sequence token, got none"
+        )
+    return found
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that the option names.
+
+    Raises:
+        UsageError: cuda asked for, and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: want auto or cpu on a machine without a GPU, got 'cuda'")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def load_policy(name: str, device: torch.device, dtype: torch.dtype) -> Policy:
+    """Load a model and its tokenizer from a directory or a hub name, weights in float32.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(unreadable(name, error)) from error
+    policy = Policy(model.to(device), tokenizer, dtype)
+    policy.check()
+    return policy
+
+
+def count_parameters(model: str | PretrainedConfig) -> int:
+    """Return how many parameters a model has, from its configuration or its name, without its weights.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(unreadable(str(model), error)) from error
+    return sum(parameter.numel() for parameter in empty.parameters())
+
+
+def unreadable(name: str, error: Exception) -> str:
+    what = "a directory with a model" if Path(name).exists() else "an existing directory or a hub name"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"model: want {what} that transformers can load, got {name}: {reason}"

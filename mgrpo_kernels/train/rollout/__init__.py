@@ -1,0 +1,63 @@
+"""Sampling responses. An engine is anything with the one method of :class:`Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import MomentumModel
+
+
+class Rollouts(NamedTuple):
+    """B responses, padded to R tokens, as long as the longest: on the model's device."""
+
+    tokens: Tensor  # (B, R) int64, 0 beyond the end; an end-of-sequence token is part of the response
+    mask: Tensor  # (B, R) bool
+    logprobs: Tensor  # (B, R) float32, what the sampler gave each token, at its temperature; 0 beyond the end
+    finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the longest length
+
+
+class Engine(Protocol):
+    """What samples."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        *,
+        temperature: float,
+        generator: torch.Generator,
+        momentum: MomentumModel | None = None,
+    ) -> Rollouts:
+        """Sample `copies` responses to each prompt, those of one prompt together; from the momentum model where one is given.
+
+        A temperature of 0 is greedy; log-probs are then at temperature 1.
+        """
+
+
+def join(parts: Sequence[Rollouts]) -> Rollouts:
+    """Return all rows of some rollouts, padded to the longest."""
+    width = max(part.tokens.shape[1] for part in parts)
+
+    def padded(values: Tensor) -> Tensor:
+        return values if values.dim() == 1 else torch.nn.functional.pad(values, (0, width - values.shape[1]))
+
+    return Rollouts(*(torch.cat([padded(values) for values in column]) for column in zip(*parts, strict=True)))
+
+
+def interleave(policy: Rollouts, momentum: Rollouts | None, prompts: int) -> Rollouts:
+    """Return the rollouts prompt by prompt: first the policy's, then the momentum model's."""
+    if momentum is None:
+        return policy
+    first = policy.finished.shape[0]
+    rows = torch.cat(
+        [
+            torch.arange(first).view(prompts, -1),
+            torch.arange(first, first + momentum.finished.shape[0]).view(prompts, -1),
+        ],
+        dim=1,
+    ).reshape(-1)  # (B,)
+    return Rollouts(*(values[rows.to(values.device)] for values in join([policy, momentum])))

@@ -1,0 +1,101 @@
+"""Log-prob and entropy of every response token, from hidden states: no (N, V) tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import TokenStats, linear_token_stats
+from mgrpo_kernels.train.policy import Policy
+
+
+class Packed(NamedTuple):
+    """The N response tokens of some sequences, one sequence after the other."""
+
+    hidden: Tensor  # (N, H), of the position before each token
+    labels: Tensor  # (N,)
+    cu_seqlens: Tensor  # (B+1,) int32
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Split sequences into batches of at most `budget` tokens, padding included; one that is longer goes alone.
+
+    Like goes with like, so that little is padding: within and across batches, lengths fall.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def pack(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor, mask: Tensor) -> Packed:
+    """Run the decoder on prompts followed by their responses ``(B, R)``; return its states at the response tokens alone."""
+    lengths = mask.sum(-1)
+    before = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
+    width = max(int((before + lengths).max()) - 1, 1)  # what follows the last token is not asked for
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, (prompt, response, length) in enumerate(zip(prompts, tokens.cpu(), lengths.tolist(), strict=True)):
+        sequence = torch.cat([torch.tensor(prompt), response[:length]])[:width]
+        ids[row, : len(sequence)] = sequence
+    place = torch.arange(width, device=tokens.device)
+    states = (place >= (before - 1)[:, None]) & (place < (before - 1 + lengths)[:, None])  # (B, width)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    return Packed(policy.hidden(ids.to(tokens.device))[states], tokens[mask], cu_seqlens)
+
+
+@torch.no_grad()
+def score(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float,
+    budget: int,
+    stats: Sequence[str] = ("logprob", "entropy"),
+) -> TokenStats:
+    """Score responses under the model as it stands.
+
+    Args:
+        policy: the model.
+        prompts: B prompts, as token ids.
+        tokens: ``(B, R)``.
+        mask: ``(B, R)`` bool.
+        temperature: divides the logits.
+        budget: most tokens in one forward pass.
+        stats: out of logprob, entropy, self_certainty.
+
+    Returns:
+        TokenStats, ``(B, R)`` float32 in nats, 0 beyond the end; None where it was not asked for.
+
+    Raises:
+        FloatingPointError: the model gives NaN.
+    """
+    rows = torch.nonzero(mask.any(-1)).squeeze(-1).tolist()  # an empty response has nothing to score
+    lengths = mask.sum(-1).tolist()
+    out = {name: torch.zeros(tokens.shape, device=tokens.device) for name in stats}
+    weight, bias = policy.head()
+    for batch in micro_batches([len(prompts[row]) + lengths[row] for row in rows], budget):
+        chosen = torch.tensor([rows[each] for each in batch], device=tokens.device)
+        with policy.autocast():
+            packed = pack(policy, [prompts[row] for row in chosen.tolist()], tokens[chosen], mask[chosen])
+            result = linear_token_stats(
+                packed.hidden, weight, packed.labels, bias=bias, stats=tuple(stats), temperature=temperature,
+                **policy.head_options._asdict(),
+            )  # fmt: skip
+        for name, values in out.items():
+            part = torch.zeros(len(batch), tokens.shape[1], device=tokens.device)
+            part[mask[chosen]] = getattr(result, name)
+            values[chosen] = part
+    for name, values in out.items():
+        if bool(values.isnan().any()):
+            raise FloatingPointError(
+                f"score: want numbers, got NaN in {name}: the model's hidden states or head are not finite"
+            )
+    return TokenStats(*(out.get(name) for name in TokenStats._fields))

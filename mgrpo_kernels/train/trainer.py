@@ -1,0 +1,249 @@
+"""A run from start to end: output directory, model, steps, evaluations, checkpoints, and what is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.train import checkpoint, demo
+from mgrpo_kernels.train.config import Config, UsageError
+from mgrpo_kernels.train.data import Task, load_task, prompts_of_step
+from mgrpo_kernels.train.evaluate import evaluate
+from mgrpo_kernels.train.metrics import Lines, metrics_line
+from mgrpo_kernels.train.plan import describe, plan
+from mgrpo_kernels.train.policy import Policy, count_parameters, load_policy, pick_device
+from mgrpo_kernels.train.report import write_report
+from mgrpo_kernels.train.rollout.transformers import TransformersEngine
+from mgrpo_kernels.train.step import Learner, train_step
+from mgrpo_kernels.train.update import make_optimizer
+
+CACHE_SHARE = 16
+"""Tokens in the sampler's cache for each token of a micro-batch: a cached token holds only keys and values, a trained one all
+activations of all layers, which is more than 16 times as much in the usual shapes."""
+INTERRUPTED = 130
+
+
+class Interrupt:
+    """Whether the user, or the machine, has asked the run to stop. The first request waits for the step, the second does not."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        say("stopping after this step; once more to stop at once, without a checkpoint")
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Turn Ctrl-C and SIGTERM into a request, inside the block."""
+    interrupt = Interrupt()
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Raise UsageError where `output` holds another run, or cannot be resumed."""
+    holds_a_run = (output / "config.yaml").exists()
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output: want a directory, got the file {output}")
+    if holds_a_run and not resume:
+        raise UsageError(f"output: want a directory without a run, or --resume to go on with it, got {output}")
+    if resume and not holds_a_run:
+        raise UsageError(f"resume: want a directory with a run (config.yaml), got {output}")
+
+
+def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = False) -> int:
+    """Train; return the exit status: 0, or 130 where the run was interrupted.
+
+    Raises:
+        UsageError: something that the user can put right; nothing has been written then.
+        FloatingPointError: the training is no longer finite; the last checkpoint stands.
+    """
+    check_output(output, resume)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("report: want matplotlib for the curves, got none: pip install 'mgrpo_kernels[train]'")
+    device = pick_device(config.model.device)
+    task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
+    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
+    parameters = count_parameters(config.model.model or demo.model_config())
+    for line in [*describe(config), *plan(config, task, parameters, str(device))]:
+        say(line)
+    if dry_run:
+        return 0
+    policy = None if config.model.model is None else load_policy(config.model.model, device, dtype_of(config))
+    if policy is not None:
+        check_lengths(policy, task, config)
+    say(f"output: {output}")
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_text(output / "config.yaml", config.to_yaml())
+    if policy is None:
+        policy = demo_policy(config, output / "base", device)
+        check_lengths(policy, task, config)
+    learner = make_learner(config, task, policy)
+    with interruptible() as interrupt:
+        return train(learner, output, interrupt)
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+
+
+def demo_policy(config: Config, place: Path, device: torch.device) -> Policy:
+    """Return the built-in model, warm-started once for each output directory."""
+    if not place.exists():
+        say(
+            f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
+            f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
+        )
+        demo.make_model(place, config.run.seed, device)
+    return load_policy(str(place), device, dtype_of(config))
+
+
+def check_lengths(policy: Policy, task: Task, config: Config) -> None:
+    """Raise UsageError for an empty prompt, or one that leaves too little of the context for the longest response."""
+    for example, ids in zip(
+        examples := [*task.train, *task.held_out], policy.encode([each.prompt for each in examples]), strict=True
+    ):
+        if not ids:
+            raise UsageError(f"data: want prompts of at least one token, got {example.prompt!r}")
+        if policy.context is not None and len(ids) + config.rollout.max_response_tokens > policy.context:
+            raise UsageError(
+                f"max_response_tokens: want at most {policy.context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
+                f"share a context of {policy.context}, got {config.rollout.max_response_tokens} (prompt {example.prompt[:40]!r} ...)"
+            )
+
+
+def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
+    """Build everything that a step works on, as it is before the first."""
+    engine = TransformersEngine(
+        policy, config.rollout.max_response_tokens, CACHE_SHARE * config.rollout.tokens_per_microbatch
+    )
+    momentum = MomentumModel(policy.model, config.method.decay) if config.needs_momentum else None
+    references = {"base": lambda: MomentumModel(policy.model, 1.0), "momentum": lambda: momentum, None: lambda: None}
+    return Learner(
+        config, task, policy, engine, make_optimizer(policy, config), momentum, references[config.needs_reference]()
+    )
+
+
+def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
+    """Take the steps that are left, and leave final/ and the report behind; or stop early, with a checkpoint."""
+    config, checkpoints = learner.config, output / "checkpoints"
+    steps, every = config.optim.steps, config.run.checkpoint_every
+    start, metrics_bytes, samples_bytes = 0, 0, 0
+    found = checkpoint.latest(checkpoints)
+    if found is not None:
+        state = checkpoint.load(found, learner.policy.device)
+        checkpoint.restore(state, learner)
+        start, metrics_bytes, samples_bytes = state["step"], state["metrics_bytes"], state["samples_bytes"]
+        say(f"resuming after step {start}")
+    metrics, samples = Lines(output / "metrics.jsonl", metrics_bytes), Lines(output / "samples.jsonl", samples_bytes)
+
+    def save(step: int) -> Path:
+        return checkpoint.save(checkpoints, learner, step, metrics.sync(), samples.sync(), config.run.keep_checkpoints)
+
+    def measure(step: int) -> dict[str, float] | None:
+        due = config.eval.eval_every and (step in (0, steps) or step % config.eval.eval_every == 0)
+        if not (due and learner.task.held_out):
+            return None
+        return evaluate(learner.policy, learner.engine, learner.task, config, step)
+
+    try:
+        if found is None:
+            evaluation = measure(0)
+            if evaluation is not None:
+                metrics.write(metrics_line({"step": 0}, evaluation))
+                say(progress({"step": 0}, evaluation, steps))
+        for step in range(start + 1, steps + 1):
+            if interrupt.asked:
+                place = save(step - 1)
+                say(f"stopped after step {step - 1} of {steps}; saved {place}; go on with --output {output} --resume")
+                return INTERRUPTED
+            chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
+            values, shown = train_step(learner, [learner.task.train[each] for each in chosen], step)
+            evaluation = measure(step)
+            metrics.write(metrics_line(values, evaluation))
+            for each in shown:
+                samples.write(each)
+            if evaluation is not None or step % config.run.log_every == 0:
+                say(progress(values, evaluation, steps))
+            if step == steps or (every and step % every == 0):
+                save(step)
+    finally:
+        metrics.close()
+        samples.close()
+    save_final(learner.policy, output / "final")
+    write_report(output)
+    for line in closing(output, config):
+        say(line)
+    return 0
+
+
+def save_final(policy: Policy, place: Path) -> None:
+    """Write the trained model and its tokenizer, as transformers reads them."""
+    new = place.with_name(place.name + ".new")
+    policy.model.save_pretrained(new)
+    policy.tokenizer.save_pretrained(new)
+    checkpoint.replace_directory(new, place)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def progress(values: dict[str, Any], evaluation: dict[str, float] | None, steps: int) -> str:
+    """Return a step as a line of text."""
+    names = {
+        "reward_mean": "reward", "vote_share": "vote", "label_accuracy": "labels right", "entropy": "entropy",
+        "pruned_fraction": "pruned", "response_tokens": "length", "tokens_per_second": "tokens/s",
+    }  # fmt: skip
+    parts = [f"{text} {values[key]:.3g}" for key, text in names.items() if values.get(key) is not None]
+    if evaluation is not None:
+        parts.append(f"| held-out accuracy {evaluation['eval_accuracy']:.3f} greedy {evaluation['eval_greedy']:.3f}")
+    return f"step {values['step']:>{len(str(steps))}}/{steps}  {'  '.join(parts)}"
+
+
+def closing(output: Path, config: Config) -> list[str]:
+    """Return the last lines: what came out, where it is, and what to try next."""
+    from mgrpo_kernels.train.report import read_lines
+
+    accuracy = [
+        line["eval_accuracy"] for line in read_lines(output / "metrics.jsonl") if line.get("eval_accuracy") is not None
+    ]
+    result = (
+        [f"held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f} (best {max(accuracy):.3f})"] if accuracy else []
+    )
+    lines = [
+        *result,
+        f"written: {output}/report.html, curves.png, metrics.jsonl, samples.jsonl; the model is in {output}/final",
+    ]
+    if config.model.model is None:
+        command = "python -m mgrpo_kernels.train"
+        lines += [
+            "try next:",
+            f"  {command} --method srt --steps 1500       the majority vote alone, which may collapse",
+            f"  {command} --method gold                   the same with the true answers: the upper bound",
+            f"  {command} --model DIR --data FILE.jsonl   your own model and questions (--help lists every option)",
+        ]
+    return lines

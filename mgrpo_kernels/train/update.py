@@ -1,0 +1,122 @@
+"""One optimizer step on a whole batch, in micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import linear_policy_loss
+from mgrpo_kernels.ops.policy_loss.specs import COUNT_SEQUENCES
+from mgrpo_kernels.train.config import Config, LossConfig
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.score import micro_batches, pack
+
+
+class Batch(NamedTuple):
+    """The B rollouts that train; none may be empty."""
+
+    prompts: Sequence[Sequence[int]]
+    tokens: Tensor  # (B, R)
+    mask: Tensor  # (B, R) bool
+    old_logprobs: Tensor  # (B, R)
+    ref_logprobs: Tensor | None  # (B, R)
+    advantages: Tensor  # (B,)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the learning rate of step `step`, from 1: a function of the step alone, so that resuming needs no state of it."""
+    peak, warmup, steps = config.optim.learning_rate, config.warmup_steps, config.optim.steps
+    if step <= warmup:
+        return peak * step / warmup
+    if config.optim.lr_schedule == "constant":
+        return peak
+    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
+
+
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
+        lr=config.optim.learning_rate,
+        weight_decay=config.optim.weight_decay,
+    )
+
+
+def accumulate_gradient(
+    policy: Policy, batch: Batch, loss: LossConfig, *, max_tokens: int, temperature: float, budget: int
+) -> dict[str, float]:
+    """Add the gradient of the batch's loss to the parameters; return the loss and the sums of its metrics.
+
+    Every micro-batch is divided by the whole batch's count: how the batch is split changes rounding only.
+
+    Args:
+        policy: the model.
+        batch: what trains.
+        loss: its options.
+        max_tokens: longest response allowed, which dr_grpo divides by.
+        temperature: divides the logits.
+        budget: most tokens in one forward pass.
+    """
+    lengths = batch.mask.sum(-1).tolist()
+    tokens, sequences = sum(lengths), len(lengths)
+    normalizer = (
+        sequences
+        if loss.loss_type in COUNT_SEQUENCES
+        else sequences * max_tokens
+        if loss.loss_type == "dr_grpo"
+        else tokens
+    )
+    weight, bias = policy.head()
+    sums: dict[str, Tensor] = {}
+    for rows in micro_batches(
+        [len(prompt) + length for prompt, length in zip(batch.prompts, lengths, strict=True)], budget
+    ):
+        chosen = torch.tensor(rows, device=batch.tokens.device)
+        mask = batch.mask[chosen]
+        with policy.autocast():
+            packed = pack(policy, [batch.prompts[row] for row in rows], batch.tokens[chosen], mask)
+            result = linear_policy_loss(
+                packed.hidden, weight, packed.labels, batch.old_logprobs[chosen][mask], batch.advantages[chosen],
+                bias=bias, cu_seqlens=packed.cu_seqlens, temperature=temperature, **policy.head_options._asdict(),
+                ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[chosen][mask],
+                loss_type=loss.loss_type, importance_level=loss.importance_level, clip_low=loss.clip_low, clip_high=loss.clip_high,
+                kl_coef=0.0 if batch.ref_logprobs is None else loss.kl_coef, kl_estimator=loss.kl_estimator,
+                entropy_coef=loss.entropy_coef, normalizer=normalizer, entropy_normalizer=tokens,
+            )  # fmt: skip
+        result.loss.backward()
+        for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return {name: float(value) for name, value in sums.items() if name != "ratio_max"}
+
+
+def take_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, step: int
+) -> dict[str, Any]:
+    """Take one optimizer step; return its share of the metrics.
+
+    Raises:
+        FloatingPointError: the loss or the gradient is not finite. The weights are then as before.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    sums = accumulate_gradient(
+        policy, batch, config.loss, max_tokens=config.rollout.max_response_tokens, temperature=config.rollout.temperature,
+        budget=config.rollout.tokens_per_microbatch,
+    )  # fmt: skip
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optim.max_grad_norm))
+    if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"update: want a finite loss and gradient, got loss {sums['loss']} and gradient norm {norm}"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "loss": sums["loss"],
+        "grad_norm": norm,
+        "kl": None if batch.ref_logprobs is None else sums["kl_sum"] / sums["tokens"],
+        "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
+    }
