@@ -72,7 +72,38 @@ def linear_token_stats(backend, dtype):
         backend.GpuPasses.gradient_(x, head, labels, torch.ones(4, 64), row)
 
 
-LAUNCHES = {"token_stats": token_stats, "linear_token_stats": linear_token_stats}
+def policy_loss(backend, dtype):
+    from mgrpo_kernels.ops.policy_loss import specs
+
+    values, offsets, mask = (
+        torch.zeros(4096, dtype=dtype),
+        torch.arange(0, 4097, 512),
+        torch.ones(4096, dtype=torch.bool),
+    )
+    for kind, loss_type in enumerate(specs.LOSS_TYPES if dtype == torch.float32 else specs.LOSS_TYPES[:2]):
+        level, mode = specs.IMPORTANCE_LEVELS[kind % 2], specs.BEHAVIOUR_MODES[kind % 4]
+        mode = mode.replace("sequence", "token") if loss_type == "vespo" else mode
+        options = specs.LossOptions(
+            loss_type, level, kl_estimator=specs.KL_ESTIMATORS[kind % 3], kl_bias_correction=kind % 2 == 1, behaviour_mode=mode,
+            max_response_tokens=512, clip_delta=2.0 if kind == 0 else None,
+        )  # fmt: skip
+        some = values if kind % 2 else None
+        advantages = values if kind % 3 else values[:8]
+        tokens = specs.Tokens(values, values, advantages, mask, offsets, some, some, values, None, None)
+        scale, baseline = specs.SCALES[kind % 3], specs.BASELINES[kind % 2]
+        groups = specs.Groups(
+            torch.zeros(8), torch.arange(0, 9, 4), torch.ones(8, dtype=torch.bool), baseline, scale, 1e-6
+        )
+        if kind % 2:
+            backend.forward(tokens, None, options)
+            if kind == 1:  # short sequences
+                backend.forward(tokens._replace(offsets=torch.arange(0, 4097, 64), advantages=values), None, options)
+        else:
+            backend.forward(tokens._replace(advantages=None), groups, options)
+            backend.group_advantages(groups)
+
+
+LAUNCHES = {"token_stats": token_stats, "linear_token_stats": linear_token_stats, "policy_loss": policy_loss}
 
 
 # -------------------------------------------------------------------------------- the script: records, compiles, reports

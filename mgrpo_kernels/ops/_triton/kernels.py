@@ -67,3 +67,9 @@ def narrow(x, dtype: tl.constexpr):
 
 
 INTERPRETED = tl.constexpr(not isinstance(narrow, triton.JITFunction))
+
+
+@triton.jit
+def clamp(x, low, high):
+    """Return x between low and high. NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
