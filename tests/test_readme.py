@@ -1,0 +1,44 @@
+"""The README's annotated tree is the tree."""
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HIDDEN = {".gitignore", ".pre-commit-config.yaml"}  # what a reader expects to find
+
+
+def drawn():
+    """Return directory -> names below it, for every directory that the drawing opens. The root is ''."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## The tree\n\n```\n(.*?)```", text, re.DOTALL).group(1)
+    children, stack = {}, [""]
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        # Names come first; two spaces and a word without dot or slash begin the description.
+        names = []
+        for word in line.split():
+            if not re.fullmatch(r"[\w.\-/]+", word) or not (
+                "." in word or "/" in word or word in ("LICENSE", "Makefile")
+            ):
+                break
+            names.append(word)
+        del stack[depth + 1 :]
+        parent = stack[depth]
+        children.setdefault(parent, set()).update(name.rstrip("/") for name in names)
+        if len(names) == 1 and names[0].endswith("/"):
+            stack.append(f"{parent}{names[0]}")
+    return children
+
+
+def test_the_tree():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for directory, names in drawn().items():
+        inside = [path.removeprefix(directory) for path in tracked if path and path.startswith(directory)]
+        real = {path.split("/")[0] for path in inside}
+        listed = {name.split("/")[0] for name in names}
+        assert listed <= real, f"drawn, but not in {directory or 'the root'}: {sorted(listed - real)}"
+        missing = real - listed - HIDDEN - {"py.typed", "__init__.py"}
+        assert not missing, f"in {directory or 'the root'}, but not drawn: {sorted(missing)}"
