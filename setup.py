@@ -6,13 +6,15 @@ MGRPO_REQUIRE_NATIVE=1 makes that an error.
 
 import os
 import platform
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 
     NO_TORCH = None
 except ImportError as error:
@@ -53,6 +55,11 @@ class BuildNative(BuildExtension):
         try:
             if NO_TORCH:
                 raise RuntimeError(NO_TORCH)
+            compiler = get_cxx_compiler()
+            if shutil.which(shlex.split(compiler)[0]) is None:
+                raise RuntimeError(
+                    f"there is no C++ compiler {compiler!r} (the environment variable CXX names another)"
+                )
             super().run()
             report.unlink(missing_ok=True)
         except (Exception, SystemExit) as error:  # whatever a compiler driver raises
