@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from contract import assert_no_worse_than_plain, each_backend, forbid_large_allocations, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mgrpo_kernels import linear_token_stats
+from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native
 
 ALL = ("logprob", "entropy", "self_certainty")
@@ -249,6 +249,12 @@ def test_the_native_workspace_keeps_to_its_bound():
         assert shape.rows * shape.columns * 4 > size // 2 or shape == native.tile_shape(torch.float32)
 
 
+def policy(hidden, weight, labels, **options):
+    """A loss of two sequences on top of the head."""
+    advantages, offsets = torch.tensor([1.0, -0.5]), torch.tensor([0, 20, len(labels)])
+    return linear_policy_loss(hidden, weight, labels, None, advantages, cu_seqlens=offsets, **options).loss
+
+
 def _rank(rank, world, path, backend, results):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     h, w, b, labels = make(bias=True)
@@ -262,7 +268,9 @@ def _rank(rank, world, path, backend, results):
             tp_group=dist.group.WORLD, vocab_start=start, backend=backend,
         )  # fmt: skip
         sum(stat.sum() * (i + 1) for i, stat in enumerate(stats)).backward()
-    results[rank] = [stat.detach() for stat in stats] + [leaf.grad for leaf in leaves]
+    loss = policy(leaves[0], leaves[1], labels, tp_group=dist.group.WORLD, backend=backend)
+    results[rank] = [stat.detach() for stat in stats] + [leaf.grad for leaf in leaves] + [loss.detach()]
+    results[rank] += list(torch.autograd.grad(loss, leaves[:2]))
     bad = labels.clone()
     bad[1] = 701
     try:
@@ -293,6 +301,13 @@ def test_three_ranks_equal_one(backend, tmp_path):
         torch.testing.assert_close(part[3], leaves[0].grad, rtol=1e-4, atol=1e-5)
     for i in (4, 5):
         torch.testing.assert_close(torch.cat([part[i] for part in parts]), leaves[i - 3].grad, rtol=1e-4, atol=1e-5)
+
+    loss = policy(leaves[0], leaves[1], labels, backend=backend)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, leaves[:2])
+    for part in parts:
+        torch.testing.assert_close(part[6], loss.detach())
+        torch.testing.assert_close(part[7], grad_hidden, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.cat([part[8] for part in parts]), grad_weight, rtol=1e-4, atol=1e-6)
 
 
 GOOD = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torch.zeros(2, dtype=torch.int64)}
