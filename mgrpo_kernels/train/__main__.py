@@ -102,10 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"error: {error}; the last checkpoint stands, --resume goes on from there", file=sys.stderr)
+        print(
+            f"error: {error}. Nothing was saved after that; --resume goes on from the last checkpoint", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint stands, --resume goes on from there", file=sys.stderr)
+        print("stopped at once; --resume goes on from the last checkpoint, or from the start", file=sys.stderr)
         return 130
 
 

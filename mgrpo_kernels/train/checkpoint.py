@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.step import Learner
 
 
@@ -39,11 +40,11 @@ def save(directory: Path, learner: Learner, step: int, metrics_bytes: int, sampl
         "samples_bytes": samples_bytes,
     }
     place, new = directory / f"step_{step}", directory / f".step_{step}.new"
-    for leftover in (place, new):  # of a run that was killed here, and of one resumed from an earlier step
-        if leftover.exists() and latest(directory) != leftover:
-            shutil.rmtree(leftover)
-    if place.exists():
+    if latest(directory) == place:
         return place  # the very step that the run was resumed from
+    for leftover in [new, *(each for each in directory.glob("step_*") if step_of(each) >= step)]:
+        if leftover.exists():  # of a run that was killed while it saved
+            shutil.rmtree(leftover)
     new.mkdir(parents=True)
     with (new / "state.pt").open("wb") as file:
         torch.save(state, file)
@@ -57,9 +58,8 @@ def save(directory: Path, learner: Learner, step: int, metrics_bytes: int, sampl
     link.symlink_to(place.name)
     link.replace(directory / "latest")
     sync_directory(directory)
-    if keep:
-        for old in sorted(directory.glob("step_*"), key=step_of)[:-keep]:
-            shutil.rmtree(old)
+    for other in sorted(directory.glob("step_*"), key=step_of)[:-keep] if keep else []:
+        shutil.rmtree(other)
     return place
 
 
@@ -77,13 +77,13 @@ def restore(state: State, learner: Learner) -> None:
     """Put a checkpoint's state into a learner that was built from the same configuration.
 
     Raises:
-        ValueError: it does not fit.
+        UsageError: the run had a momentum model and this configuration has none, or the other way round.
     """
     learner.policy.model.load_state_dict(state["model"])
     learner.optimizer.load_state_dict(state["optimizer"])
     if (learner.momentum is None) != (state["momentum"] is None):
-        want = "none" if learner.momentum is None else "one"
-        raise ValueError(f"checkpoint: want {want} of the momentum model, got the opposite: the method has changed")
+        wanted = "no momentum model" if learner.momentum is None else "a momentum model"
+        raise UsageError(f"resume: want a run with {wanted}, as these options need, got one that differs")
     if learner.momentum is not None and state["momentum"] is not None:
         decay = learner.momentum.decay
         learner.momentum.load_state_dict(state["momentum"])

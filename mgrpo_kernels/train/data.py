@@ -49,7 +49,7 @@ def load_task(config: Config) -> Task:
         held_out = read_examples(
             config.data.eval_data, config.data.prompt_field, config.data.answer_field, template, True
         )
-    return Task(train, held_out[: config.eval.eval_prompts])
+    return Task(train, held_out)
 
 
 def read_template(text_or_file: str) -> str:

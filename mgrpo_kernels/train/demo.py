@@ -30,12 +30,11 @@ OPTIONS: dict[str, Any] = {
     "max_response_tokens": 12,
     "temperature": 1.0,
     "learning_rate": 2e-4,
-    "lr_schedule": "constant",
     "warmup": 0.0,
-    "steps": 400,
-    "eval_every": 50,
+    "steps": 200,
+    "eval_every": 25,
     "eval_temperature": 1.0,
-    "checkpoint_every": 100,
+    "checkpoint_every": 50,
     "log_every": 10,
 }
 """What differs from the defaults, which are the paper's, where no model is named."""
@@ -86,7 +85,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def model_config() -> LlamaConfig:
     """Return the model's shape: 2 layers of width 64."""
     return LlamaConfig(
-        vocab_size=len(CHARACTERS) + 2, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(CHARACTERS) + 2, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
 

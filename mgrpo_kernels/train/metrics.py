@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mgrpo_kernels.train.config import UsageError
 
 KEYS = {
     "step": "optimizer steps so far",
@@ -54,7 +58,7 @@ class Lines:
     def __init__(self, path: Path, size: int) -> None:
         self._file = path.open("ab")
         if self._file.tell() < size:
-            raise ValueError(
+            raise UsageError(
                 f"{path}: want at least the {size} bytes that the checkpoint knows of, got {self._file.tell()}"
             )
         self._file.truncate(size)
@@ -117,8 +121,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory held so far: the GPU's allocations, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, which has no GPU-less training here
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kilobytes, but on macOS bytes
     return peak if sys.platform == "darwin" else peak * 1024

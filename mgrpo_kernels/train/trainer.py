@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +13,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import checkpoint, demo
-from mgrpo_kernels.train.config import Config, UsageError
+from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
 from mgrpo_kernels.train.data import Task, load_task, prompts_of_step
 from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.metrics import Lines, metrics_line
@@ -39,7 +42,8 @@ class Interrupt:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        say("stopping after this step; once more to stop at once, without a checkpoint")
+        # print() could be interrupting itself
+        os.write(2, b"stopping after this step; once more to stop at once, without a checkpoint\n")
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.default_int_handler)
 
@@ -71,6 +75,19 @@ def check_output(output: Path, resume: bool) -> None:
         raise UsageError(f"resume: want a directory with a run (config.yaml), got {output}")
 
 
+def check_resume(config: Config, output: Path) -> list[str]:
+    """Return what has changed since the run in `output` began, a line each.
+
+    Raises:
+        UsageError: something that the steps already taken depend on.
+    """
+    before, now = build(read_yaml(output / "config.yaml")).values(), config.values()
+    for name in ("model", "seed"):
+        if now[name] != before[name]:
+            raise UsageError(f"{name}: want {before[name]}, which the run in {output} began with, got {now[name]}")
+    return [f"changed: {name}: {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
+
+
 def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = False) -> int:
     """Train; return the exit status: 0, or 130 where the run was interrupted.
 
@@ -79,13 +96,15 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
         FloatingPointError: the training is no longer finite; the last checkpoint stands.
     """
     check_output(output, resume)
+    changes = check_resume(config, output) if resume else []
+    transformers.utils.logging.disable_progress_bar()
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("report: want matplotlib for the curves, got none: pip install 'mgrpo_kernels[train]'")
     device = pick_device(config.model.device)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
     parameters = count_parameters(config.model.model or demo.model_config())
-    for line in [*describe(config), *plan(config, task, parameters, str(device))]:
+    for line in [*describe(config), *plan(config, task, parameters, str(device)), *changes]:
         say(line)
     if dry_run:
         return 0
@@ -200,6 +219,7 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
 def save_final(policy: Policy, place: Path) -> None:
     """Write the trained model and its tokenizer, as transformers reads them."""
     new = place.with_name(place.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
     policy.model.save_pretrained(new)
     policy.tokenizer.save_pretrained(new)
     checkpoint.replace_directory(new, place)
