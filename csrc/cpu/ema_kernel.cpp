@@ -10,17 +10,8 @@ namespace {
 constexpr int64_t PIECE = 1024;
 
 template <typename Function>
-void for_dtype(c10::ScalarType dtype, Function function) {
-  switch (dtype) {
-    case c10::kFloat:
-      return function(float());
-    case c10::kBFloat16:
-      return function(c10::BFloat16());
-    case c10::kHalf:
-      return function(c10::Half());
-    default:
-      return function(double());
-  }
+void for_any_dtype(c10::ScalarType dtype, Function function) {
+  dtype == c10::kDouble ? function(double()) : for_dtype(dtype, function);
 }
 
 template <typename T, typename C>
@@ -113,15 +104,15 @@ void update(const EmaChunk& chunk, double decay) {
   C ema[PIECE], param[PIECE];
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += PIECE) {
     const int64_t n = std::min(PIECE, chunk.end - begin);
-    for_dtype(tensor.ema_dtype, [&](auto zero) { load(static_cast<const decltype(zero)*>(tensor.ema) + begin, ema, n); });
-    for_dtype(tensor.param_dtype, [&](auto zero) { load(static_cast<const decltype(zero)*>(tensor.param) + begin, param, n); });
+    for_any_dtype(tensor.ema_dtype, [&](auto zero) { load(static_cast<const decltype(zero)*>(tensor.ema) + begin, ema, n); });
+    for_any_dtype(tensor.param_dtype, [&](auto zero) { load(static_cast<const decltype(zero)*>(tensor.param) + begin, param, n); });
     average(ema, param, n, decay);
     if constexpr (std::is_same_v<C, float>) {
       if (tensor.stochastic && sixteen_bit) {
         round_piece(ema, begin, n, tensor);
       }
     }
-    for_dtype(tensor.ema_dtype, [&](auto zero) {
+    for_any_dtype(tensor.ema_dtype, [&](auto zero) {
       auto* to = static_cast<decltype(zero)*>(tensor.ema) + begin;
       save(ema, to, n);
       if (tensor.emit && sixteen_bit) {
@@ -129,7 +120,7 @@ void update(const EmaChunk& chunk, double decay) {
       }
     });
     if (tensor.emit) {
-      for_dtype(tensor.emit_dtype, [&](auto zero) { save(ema, static_cast<decltype(zero)*>(tensor.emit) + begin, n); });
+      for_any_dtype(tensor.emit_dtype, [&](auto zero) { save(ema, static_cast<decltype(zero)*>(tensor.emit) + begin, n); });
     }
   }
 }

@@ -176,18 +176,6 @@ void gradient(const LinearTile& tile, const float* coefficients, int64_t stride,
   });
 }
 
-template <typename Function>
-void for_dtype(c10::ScalarType dtype, Function function) {
-  switch (dtype) {
-    case c10::kFloat:
-      return function(float());
-    case c10::kBFloat16:
-      return function(c10::BFloat16());
-    default:
-      return function(c10::Half());
-  }
-}
-
 } // namespace
 
 void tile_state_kernel(const LinearTile& tile, float* state, int64_t stride) {

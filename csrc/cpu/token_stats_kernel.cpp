@@ -189,25 +189,11 @@ void backward(const TokenStatsBackward& args) {
 } // namespace
 
 void token_stats_backward_kernel(const TokenStatsBackward& args) {
-  switch (args.dtype) {
-    case c10::kFloat:
-      return backward<float>(args);
-    case c10::kBFloat16:
-      return backward<c10::BFloat16>(args);
-    default:
-      return backward<c10::Half>(args);
-  }
+  for_dtype(args.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
 }
 
 void token_stats_forward_kernel(const TokenStatsForward& args) {
-  switch (args.dtype) {
-    case c10::kFloat:
-      return forward<float>(args);
-    case c10::kBFloat16:
-      return forward<c10::BFloat16>(args);
-    default:
-      return forward<c10::Half>(args);
-  }
+  for_dtype(args.dtype, [&](auto zero) { forward<decltype(zero)>(args); });
 }
 
 } // namespace CPU_CAPABILITY

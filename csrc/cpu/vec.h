@@ -10,6 +10,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
 
 namespace mgrpo {
 inline namespace CPU_CAPABILITY {
@@ -56,6 +58,21 @@ inline void store_pair(T* p, Pair v, int64_t n) {
   store_pair(values, v);
   for (int64_t i = 0; i < n; ++i) {
     p[i] = static_cast<T>(values[i]);
+  }
+}
+
+// Calls function(T()) with the element type that a dtype stands for.
+template <typename Function>
+inline void for_dtype(c10::ScalarType dtype, Function function) {
+  switch (dtype) {
+    case c10::kFloat:
+      return function(float());
+    case c10::kBFloat16:
+      return function(c10::BFloat16());
+    case c10::kHalf:
+      return function(c10::Half());
+    default:
+      TORCH_INTERNAL_ASSERT(false, "dtype ", dtype);
   }
 }
 

@@ -161,10 +161,8 @@ def linear_token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``, and the size of the whole vocabulary, 0-d."""
     checks.check_temperature_values(temperature_per_row)
-    head = Head(
-        weight, bias, temperature if temperature_per_row is None else temperature_per_row, logit_scale, softcap, vocab_start,
-        workspace_bytes,
-    )  # fmt: skip
+    per_token = temperature if temperature_per_row is None else temperature_per_row
+    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes)
     rows = kept_rows(mask)
     forward = backends.implementation(OP, backend).forward
     state = forward(take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows))
@@ -218,10 +216,8 @@ def linear_token_stats_backward_op(
     coefficients = _statistics.gradient_coefficients(
         grad_logprob, grad_entropy, grad_self_certainty, entropy, vocab, mask, logsumexp
     )
-    head = Head(
-        weight, bias, temperature if temperature_per_row is None else temperature_per_row, logit_scale, softcap, vocab_start,
-        workspace_bytes,
-    )  # fmt: skip
+    per_token = temperature if temperature_per_row is None else temperature_per_row
+    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes)
     rows = kept_rows(mask)
     kept = take(hidden, rows)
     if rows is None and mask is not None:

@@ -185,24 +185,11 @@ def _(grad_logprob: Any, grad_entropy: Any, grad_self_certainty: Any, logits: Te
 _autograd.forbid_second_derivative(token_stats_backward_op)
 
 
-def _backward_into(
-    out: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_self_certainty: Tensor | None,
-    logits: Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    temperature_per_row: Tensor | None,
-    temperature: float,
-    logsumexp: Tensor,
-    entropy: Tensor | None,
-    backend: str,
-) -> None:
-    backends.implementation(OP, backend).backward(
-        out, grad_logprob, grad_entropy, grad_self_certainty, logits, labels, mask,
-        temperature if temperature_per_row is None else temperature_per_row, logsumexp, entropy,
-    )  # fmt: skip
+def _backward_into(out: Tensor, *args: Any) -> None:
+    """Write the gradient into `out`. The rest as :func:`token_stats_backward_op` takes it."""
+    *tensors, per_row, number, logsumexp, entropy, backend = args
+    temperature = number if per_row is None else per_row
+    backends.implementation(OP, backend).backward(out, *tensors, temperature, logsumexp, entropy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
