@@ -24,7 +24,7 @@ class LmHead(NamedTuple):
     softcap: float | None
 
 
-def lm_head(model: nn.Module) -> LmHead:
+def lm_head(model: Any) -> LmHead:
     """Return the head of a transformers causal language model. Parameters, not copies: gradients reach them.
 
     Raises:
@@ -35,16 +35,15 @@ def lm_head(model: nn.Module) -> LmHead:
         raise TypeError(
             f"model: want a transformers causal language model with a linear head, got {type(model).__name__}"
         )
-    config: Any = model.config
-    config = config.get_text_config()
+    config = model.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)  # Granite
     scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     return LmHead(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
 
 
 def fuse_lm_head(
-    model: nn.Module, *, temperature: float | Tensor = 1.0, stats: Sequence[str] = ("logprob", "entropy")
-) -> nn.Module:
+    model: Any, *, temperature: float | Tensor = 1.0, stats: Sequence[str] = ("logprob", "entropy")
+) -> Any:
     """Make ``model(..., labels=labels)`` return :class:`TokenStats` instead of logits and loss; return the model.
 
     The full-vocabulary logits are never held. Without labels the model does what it did before, so ``generate`` still works.
@@ -76,12 +75,12 @@ def fuse_lm_head(
             softcap=head.softcap, mask=labels != IGNORED,
         )  # fmt: skip
 
-    _check(model, forward)
-    model.forward = forward  # type: ignore[method-assign]
+    _check(model)
+    model.forward = forward
     return model
 
 
-def _check(model: nn.Module, forward: Any) -> None:
+def _check(model: Any) -> None:
     """Raise ValueError unless the fused head's log-probs are those of the model's own logits, on two tokens."""
     head = lm_head(model)
     tokens = torch.tensor([[0, 1]], device=head.weight.device) % head.weight.shape[0]
