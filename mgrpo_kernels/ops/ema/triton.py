@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def update_(batch: Batch) -> None:
     """Update every ``batch.ema`` and write every ``batch.emit``."""
     from mgrpo_kernels.ops.ema import _triton_kernels as kernels
 
-    emits = batch.emit or [None] * len(batch.ema)
+    emits: Sequence[Tensor | None] = batch.emit or [None] * len(batch.ema)
     numbers = {dtype: number for number, dtype in enumerate(_DTYPES)}
     rows, chunks, seen, addresses = [], [], 0, 0
     first_chunk = 0
