@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import GPU, HEADS, HERE, TOKENS, assert_close, dtype_of, head_inputs, measure
+from harness import GPU, HEADS, HERE, ROUNDS, TOKENS, assert_close, dtype_of, head_inputs, measure
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats, policy_loss
 
@@ -52,6 +52,7 @@ def bench_linear_policy_loss(benchmark, shape, dtype, provider):
     fuses = provider == "ours" and (GPU or dtype == "float32")
     gemms = 4 if provider in ("ours", "composed") and not fuses else 3
     measure(
-        benchmark, run, ceiling=lambda: hidden.detach() @ weight.detach().t(), ceiling_name="matmul", gemms=gemms,
+        benchmark, run, ceiling=lambda: hidden.detach() @ weight.detach().t(), ceiling_name="matmul", rounds=ROUNDS,
+        gemms=gemms,
         flops=2.0 * TOKENS * width * vocab * gemms, gradient_bytes=(hidden.numel() + weight.numel()) * hidden.element_size(),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import GPU, HEADS, HERE, TOKENS, assert_close, dtype_of, head_inputs, measure, need
+from harness import GPU, HEADS, HERE, ROUNDS, TOKENS, assert_close, dtype_of, head_inputs, measure, need
 
 from mgrpo_kernels import linear_token_stats
 
@@ -62,6 +62,6 @@ def bench_linear_token_stats(benchmark, shape, dtype, step, provider):
     width, vocab = HEADS[shape]
     measure(
         benchmark, forward if step == "forward" else both, ceiling=lambda: hidden.detach() @ weight.detach().t(),
-        ceiling_name="matmul", gemms=gemms, flops=2.0 * TOKENS * width * vocab * gemms,
+        ceiling_name="matmul", rounds=ROUNDS, gemms=gemms, flops=2.0 * TOKENS * width * vocab * gemms,
         gradient_bytes=0 if step == "forward" else (hidden.numel() + weight.numel()) * hidden.element_size(),
     )  # fmt: skip
