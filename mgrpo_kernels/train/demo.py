@@ -90,7 +90,7 @@ def model_config() -> LlamaConfig:
     )  # fmt: skip
 
 
-def make_model(place: Path, seed: int, device: torch.device, warm_steps: int = WARM_STEPS) -> None:
+def make_model(place: Path, seed: int, device: torch.device, warm_steps: int) -> None:
     """Warm-start the model, and leave it with its tokenizer in `place`, complete or not at all."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "demo weights", 0).initial_seed())

@@ -62,6 +62,7 @@ class Lines:
                 f"{path}: want at least the {size} bytes that the checkpoint knows of, got {self._file.tell()}"
             )
         self._file.truncate(size)
+        self._file.seek(size)  # else tell() would go on counting from the old end
 
     def write(self, values: Mapping[str, Any]) -> None:
         line = json.dumps({key: _plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False)

@@ -42,10 +42,10 @@ class Interrupt:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        # print() could be interrupting itself
-        os.write(2, b"stopping after this step; once more to stop at once, without a checkpoint\n")
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.default_int_handler)
+        # not print(), which this may be interrupting
+        os.write(2, b"stopping after this step; once more to stop at once, without a checkpoint\n")
 
 
 @contextmanager
@@ -108,15 +108,17 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
         say(line)
     if dry_run:
         return 0
-    policy = None if config.model.model is None else load_policy(config.model.model, device, dtype_of(config))
-    if policy is not None:
-        check_lengths(policy, task, config)
+    policy = None
+    if config.model.model is None:
+        check_lengths(demo.make_tokenizer(), demo.model_config().max_position_embeddings, task, config)
+    else:
+        policy = load_policy(config.model.model, device, dtype_of(config))
+        check_lengths(policy.tokenizer, policy.context, task, config)
     say(f"output: {output}")
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", config.to_yaml())
     if policy is None:
         policy = demo_policy(config, output / "base", device)
-        check_lengths(policy, task, config)
     learner = make_learner(config, task, policy)
     with interruptible() as interrupt:
         return train(learner, output, interrupt)
@@ -133,21 +135,20 @@ def demo_policy(config: Config, place: Path, device: torch.device) -> Policy:
             f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
             f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
         )
-        demo.make_model(place, config.run.seed, device)
+        demo.make_model(place, config.run.seed, device, demo.WARM_STEPS)
     return load_policy(str(place), device, dtype_of(config))
 
 
-def check_lengths(policy: Policy, task: Task, config: Config) -> None:
+def check_lengths(tokenizer: Any, context: int | None, task: Task, config: Config) -> None:
     """Raise UsageError for an empty prompt, or one that leaves too little of the context for the longest response."""
-    for example, ids in zip(
-        examples := [*task.train, *task.held_out], policy.encode([each.prompt for each in examples]), strict=True
-    ):
+    longest, prompts = config.rollout.max_response_tokens, [example.prompt for example in (*task.train, *task.held_out)]
+    for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True):
         if not ids:
-            raise UsageError(f"data: want prompts of at least one token, got {example.prompt!r}")
-        if policy.context is not None and len(ids) + config.rollout.max_response_tokens > policy.context:
+            raise UsageError(f"data: want prompts of at least one token, got {prompt!r}")
+        if context is not None and len(ids) + longest > context:
             raise UsageError(
-                f"max_response_tokens: want at most {policy.context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
-                f"share a context of {policy.context}, got {config.rollout.max_response_tokens} (prompt {example.prompt[:40]!r} ...)"
+                f"max_response_tokens: want at most {context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
+                f"share a context of {context}, got {longest} (prompt {prompt[:40]!r} ...)"
             )
 
 

@@ -1,0 +1,103 @@
+"""Checkpoints: everything comes back, `latest` names a complete one, and old ones go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from mgrpo_kernels.train import checkpoint
+from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.metrics import Lines, metrics_line
+from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.step import train_step
+
+
+def test_a_restored_learner_goes_on_with_the_same_bits(policy: Policy, base: Path, tmp_path: Path) -> None:
+    learner = tiny.learner(policy)
+    train_step(learner, learner.task.train[:3], 1)
+    place = checkpoint.save(tmp_path, learner, 1, 11, 22, keep=2)
+    other = tiny.learner(load_policy(str(base), torch.device("cpu"), torch.float32))
+    state = checkpoint.load(place, torch.device("cpu"))
+    checkpoint.restore(state, other)
+    assert (state["step"], state["metrics_bytes"], state["samples_bytes"]) == (1, 11, 22)
+    for each in (learner, other):
+        train_step(each, learner.task.train[3:6], 2)
+    assert learner.momentum is not None
+    assert other.momentum is not None
+    for one, two in ((policy, other.policy), (learner.momentum, other.momentum)):
+        assert all(torch.equal(value, tiny.weights(two)[name]) for name, value in tiny.weights(one).items())
+
+
+def test_old_ones_go_and_latest_follows(policy: Policy, tmp_path: Path) -> None:
+    learner = tiny.learner(policy)
+    for step in (2, 4, 10):
+        checkpoint.save(tmp_path, learner, step, 0, 0, keep=2)
+        assert checkpoint.latest(tmp_path) == tmp_path / f"step_{step}"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_10", "step_4"]
+    checkpoint.save(tmp_path, learner, 12, 0, 0, keep=0)
+    assert len(list(tmp_path.glob("step_*"))) == 3
+
+
+def test_leftovers_of_a_killed_save_are_written_again(policy: Policy, tmp_path: Path) -> None:
+    learner = tiny.learner(policy)
+    assert checkpoint.latest(tmp_path) is None
+    checkpoint.save(tmp_path, learner, 2, 0, 0, keep=1)
+    for name in ("step_4", ".step_4.new", "step_6"):  # killed after the rename, before it, and in an earlier life
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"half")
+    checkpoint.save(tmp_path, learner, 4, 0, 0, keep=1)
+    assert checkpoint.load(tmp_path / "latest", torch.device("cpu"))["step"] == 4
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_4"]
+
+
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "Path.rename", "Path.symlink_to", "Path.replace"])
+def test_a_save_that_breaks_off_leaves_the_last_one(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    learner = tiny.learner(policy)
+    checkpoint.save(tmp_path, learner, 2, 0, 0, keep=3)
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    where, name = call.split(".")
+    monkeypatch.setattr({"torch": torch, "os": os, "Path": Path}[where], name, broken)
+    with pytest.raises(OSError, match="no space left"):
+        checkpoint.save(tmp_path, learner, 4, 0, 0, keep=3)
+    monkeypatch.undo()
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None
+    assert checkpoint.load(latest, torch.device("cpu"))["step"] == 2
+    checkpoint.save(tmp_path, learner, 4, 0, 0, keep=3)
+    assert checkpoint.load(tmp_path / "latest", torch.device("cpu"))["step"] == 4
+
+
+def test_another_method_is_refused(policy: Policy, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, tiny.learner(policy), 2, 0, 0, keep=1)
+    state = checkpoint.load(tmp_path / "latest", torch.device("cpu"))
+    with pytest.raises(UsageError, match="resume: want a run with no momentum model"):
+        checkpoint.restore(state, tiny.learner(policy, method="srt"))
+
+
+def test_lines_are_cut_back_and_never_nan(tmp_path: Path) -> None:
+    file = Lines(tmp_path / "m.jsonl", 0)
+    file.write({"a": 1.0, "b": float("nan"), "c": float("inf"), "d": torch.tensor(2.0)})
+    size = file.sync()
+    file.write({"a": 2.0})
+    file.close()
+    again = Lines(tmp_path / "m.jsonl", size)
+    assert again.sync() == size
+    again.write({"a": 3.0})
+    assert again.sync() == (tmp_path / "m.jsonl").stat().st_size
+    assert (tmp_path / "m.jsonl").read_text() == '{"a": 1.0, "b": null, "c": null, "d": 2.0}\n{"a": 3.0}\n'
+    with pytest.raises(UsageError, match="want at least the 999 bytes"):
+        Lines(tmp_path / "m.jsonl", 999)
+
+
+def test_a_key_that_is_not_documented_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="new_key"):
+        metrics_line({"step": 1, "new_key": 2}, None)

@@ -1,0 +1,153 @@
+"""Options: defaults, layers, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from mgrpo_kernels.train import __main__ as command
+from mgrpo_kernels.train.config import SECTIONS, UsageError, build, fields_of, read_yaml
+
+BAD = {
+    "iqr_k": (-0.1, "iqr_k: want a finite number >= 0.0, got -0.1"),
+    "decay": (1.0, "decay: want a finite number >= 0.0 and < 1.0, got 1.0"),
+    "decay_end": (1.5, "decay_end: want"),
+    "rollouts": (1, "rollouts: want a finite number >= 2, got 1"),
+    "momentum_rollouts": (32, "momentum_rollouts: want a finite number >= 0 and < 32, got 32"),
+    "warmup": (1.0, "warmup: want a finite number >= 0.0 and < 1.0, got 1.0"),
+    "steps": (0, "steps: want"),
+    "temperature": (0.0, "temperature: want"),
+    "learning_rate": (float("nan"), "learning_rate: want"),
+    "method": ("grpo", "method: want one of mgrpo, srt, "),
+    "filter_scope": ("all", "filter_scope: want one of both, vote, penalise, got 'all'"),
+    "truncated": ("drop", "truncated: want one of keep, mask"),
+    "loss_type": ("ppo", "loss_type: want one of grpo"),
+    "engine": ("vllm", "engine: want transformers, got 'vllm', which is not available in this version"),
+    "prompts_per_step": (0, "prompts_per_step: want"),
+    "tokens_per_microbatch": (0, "tokens_per_microbatch: want"),
+    "clip_low": (-1.0, "clip_low: want"),
+    "kl_coef": (-1.0, "kl_coef: want"),
+    "max_grad_norm": (0.0, "max_grad_norm: want"),
+    "eval_pass_k": (9, "eval_pass_k: want a finite number >= 1 and <= 8, got 9"),
+    "seed": (-1, "seed: want"),
+    "log_every": (0, "log_every: want"),
+    "data": ("x.jsonl", "model: want a value with --data, got none"),
+    "model": ("x", "data: want a value with --model, got none"),
+    "eval_data": ("x.jsonl", "eval_data: want it together with --data"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_values_name_the_option(name: str) -> None:
+    value, message = BAD[name]
+    with pytest.raises(UsageError) as caught:
+        build({name: value})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "many"}, "steps: want int, got 'many'"),
+        ({"steps": 1.5}, "steps: want int, got 1.5"),
+        ({"seed": True}, "seed: want int, got True"),
+        ({"decay": "high"}, "decay: want float, got 'high'"),
+        ({"iqr_filter": "yes"}, "iqr_filter: want bool or none, got 'yes'"),
+        ({"stepz": 1}, "stepz: want one of the options "),
+        ({"rollouts": 4, "momentum_rollouts": 3}, "momentum_rollouts: want at most 2 of 4 rollouts"),
+        ({"method": "co_rewarding", "momentum_rollouts": 0}, "momentum_rollouts: want >= 1 with method co_rewarding"),
+    ],
+)
+def test_wrong_types_unknown_options_and_combinations(values: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build(values)
+    assert str(caught.value).startswith(message)
+
+
+def test_defaults_are_the_papers() -> None:
+    config = build()
+    assert (config.rollout.prompts_per_step, config.rollout.rollouts, config.momentum_rollouts) == (8, 32, 8)
+    assert (config.method.decay, config.method.iqr_k, config.filters) == (0.99, 0.75, True)
+    assert (config.optim.learning_rate, config.optim.warmup, config.warmup_steps) == (1e-6, 0.1, 50)
+    assert (config.loss.loss_type, config.loss.kl_coef, config.loss.clip_low, config.loss.clip_high) == (
+        "dapo",
+        0.005,
+        0.2,
+        0.2,
+    )
+    assert (config.rollout.max_response_tokens, config.rollout.temperature, config.eval.eval_temperature) == (
+        3072,
+        1.1,
+        0.8,
+    )
+
+
+def test_methods_bring_their_own_rollouts_and_filter() -> None:
+    srt = build({"method": "srt"})
+    assert (srt.momentum_rollouts, srt.filters, srt.needs_momentum) == (0, False, False)
+    crossed = build({"method": "srt", "momentum_rollouts": 8, "iqr_filter": True})
+    assert (crossed.momentum_rollouts, crossed.filters, crossed.needs_momentum) == (8, True, True)
+    assert build({"method": "srt", "kl_reference": "momentum"}).needs_momentum
+    assert build({"method": "co_rewarding"}).decay_end == 0.9999
+
+
+def test_later_layers_win() -> None:
+    assert build({"steps": 3, "seed": 1}, {"steps": 5}).values() == {**build().values(), "steps": 5, "seed": 1}
+
+
+def test_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = tiny.config(method="gold", prompt_template="Q: {question}\n", iqr_filter=False)
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert build(read_yaml(tmp_path / "c.yaml")) == config
+
+
+def test_yaml_may_write_numbers_without_a_point(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-6\nmax-grad-norm: 2\n")
+    config = build(read_yaml(tmp_path / "c.yaml"))
+    assert (config.optim.learning_rate, config.optim.max_grad_norm) == (1e-6, 2.0)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just text"])
+def test_files_that_are_no_options(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"config: want .*c\.yaml"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_command_line_over_yaml_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"steps": 7, "seed": 3, "method": "srt"}))
+    config, output, resume, dry_run = command.read_command_line(["--config", str(file), "--seed", "4", "--dry-run"])
+    assert (config.optim.steps, config.run.seed, config.method.method) == (7, 4, "srt")
+    assert output.parent == Path("runs")
+    assert output.name.startswith("srt-")
+    assert (resume, dry_run) == (False, True)
+
+
+def test_unknown_yaml_key_ends_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("lerning_rate: 1\n")
+    assert command.main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "error: lerning_rate: want one of the options" in capsys.readouterr().err
+
+
+def test_resume_wants_an_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--resume"]) == 2
+    assert "resume: want --output DIR" in capsys.readouterr().err
+
+
+def test_help_shows_every_option_with_its_default() -> None:
+    text = " ".join(command.make_parser().format_help().split())
+    for section in SECTIONS.values():
+        for name, (field, _) in fields_of(section).items():
+            assert f"--{name.replace('_', '-')}" in text
+            assert field.metadata["help"][:30] in text
+    for shown in (
+        "(default: 1e-06)",
+        "(default: 0.1, share of the steps)",
+        "(default: 3072, tokens)",
+        "(default: none)",
+    ):
+        assert shown in text

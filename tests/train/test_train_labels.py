@@ -1,0 +1,65 @@
+"""The methods' rewards on a group whose right values can be read off."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mgrpo_kernels import majority_vote
+from mgrpo_kernels.train.labels import METHODS, Signals
+
+ANSWERS = ["1", "1", "2", None, "5", "6", "7", "8"]  # two prompts of four
+ENTROPY = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.6, 0.8])
+
+
+def rewards(method: str, seed: int = 0) -> list[float]:
+    signals = Signals(
+        vote=majority_vote(ANSWERS, 4),
+        group=4,
+        entropy=ENTROPY,
+        self_certainty=torch.arange(8.0),
+        correct=torch.tensor([0.0, 0, 1, 0, 1, 0, 0, 0]),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    got = METHODS[method].rewards(signals)
+    assert got.shape == (8,)
+    assert got.dtype == torch.float32
+    return pytest.approx(got.tolist())
+
+
+@pytest.mark.parametrize("method", ["mgrpo", "srt", "ttrl", "co_rewarding"])
+def test_agreement_with_the_label(method: str) -> None:
+    assert rewards(method) == [1, 1, 0, 0, 1, 0, 0, 0]
+
+
+def test_share_of_the_own_answer() -> None:
+    assert rewards("soft_vote") == [2 / 3, 2 / 3, 1 / 3, 0, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_empo_gives_nothing_to_a_group_that_is_too_uncertain() -> None:
+    assert rewards("empo") == [2 / 3, 2 / 3, 1 / 3, 0, 0, 0, 0, 0]
+
+
+def test_certainty_and_entropy() -> None:
+    assert rewards("intuitor") == [0, 1, 2, 0, 4, 5, 6, 7]
+    assert rewards("rent") == [-0.5, -0.1, -0.9, 0, -0.2, -0.4, -0.6, -0.8]
+
+
+def test_gold() -> None:
+    assert rewards("gold") == [0, 0, 1, 0, 1, 0, 0, 0]
+
+
+def test_coin_flips_follow_the_generator_alone() -> None:
+    flips = [torch.tensor(rewards("random", seed).expected) for seed in range(200)]
+    assert torch.equal(flips[0], torch.tensor(rewards("random", 0).expected))
+    assert set(torch.stack(flips).unique().tolist()) == {0.0, 1.0}
+    assert abs(float(torch.stack(flips).mean()) - 0.5) < 0.05
+
+
+def test_the_table_is_complete() -> None:
+    assert list(METHODS) == [
+        "mgrpo", "srt", "ttrl", "soft_vote", "empo", "intuitor", "rent", "co_rewarding", "gold", "random",
+    ]  # fmt: skip
+    assert {name for name, row in METHODS.items() if row.filters} == {"mgrpo"}
+    assert {name for name, row in METHODS.items() if row.momentum_share} == {"mgrpo", "co_rewarding"}
+    assert {name for name, row in METHODS.items() if row.needs_gold} == {"gold"}

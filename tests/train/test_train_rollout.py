@@ -1,0 +1,121 @@
+"""Sampling: against transformers' own generate, padding, chunks, endings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout import Rollouts, interleave, join
+from mgrpo_kernels.train.rollout.transformers import TransformersEngine, choose
+
+PROMPTS = ["3+4=", "1+2+3+4+5+6=", "9+9+9=", "0+5="]
+R = 12
+
+
+def engine(policy: Policy, max_tokens: int = R, cache_tokens: int = 10**6) -> TransformersEngine:
+    return TransformersEngine(policy, max_tokens, cache_tokens)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_greedy_equals_generate(policy: Policy) -> None:
+    ids = policy.encode(PROMPTS)
+    got = engine(policy).sample(ids, 1, temperature=0.0, generator=generator())
+    for row, prompt in enumerate(ids):
+        out = policy.model.generate(torch.tensor([prompt]), max_new_tokens=R, do_sample=False)[0, len(prompt) :]
+        assert got.tokens[row][got.mask[row]].tolist() == out.tolist()
+
+
+def test_left_padding_changes_nothing(policy: Policy) -> None:
+    ids = policy.encode(PROMPTS)
+    together = engine(policy).sample(ids, 1, temperature=0.0, generator=generator())
+    for row, prompt in enumerate(ids):
+        alone = engine(policy).sample([prompt], 1, temperature=0.0, generator=generator())
+        length = int(alone.mask.sum())
+        assert together.tokens[row, :length].tolist() == alone.tokens[0].tolist()
+        torch.testing.assert_close(together.logprobs[row, :length], alone.logprobs[0], atol=1e-5, rtol=1e-5)
+
+
+def test_ends_and_lengths(policy: Policy) -> None:
+    got = engine(policy).sample(policy.encode(PROMPTS), 16, temperature=1.5, generator=generator())
+    eos = policy.eos[0]
+    lengths = got.mask.sum(-1)
+    assert got.tokens.shape == got.mask.shape == got.logprobs.shape
+    assert got.mask.shape[1] == lengths.max()
+    assert 0 < int(got.finished.sum()) < 64  # both kinds are there to be looked at
+    for row, length in enumerate(lengths.tolist()):
+        assert got.mask[row, :length].all()
+        assert not got.mask[row, length:].any()
+        assert (got.tokens[row, length:] == 0).all()
+        assert (got.logprobs[row, length:] == 0).all()
+        assert (got.logprobs[row, :length] < 0).all()
+        assert eos not in got.tokens[row, : length - 1].tolist()
+        assert bool(got.finished[row]) == (got.tokens[row, length - 1] == eos)
+        assert got.finished[row] or length == R
+
+
+def test_chunks_and_copies_keep_their_order(policy: Policy) -> None:
+    ids = policy.encode(PROMPTS)
+    small = engine(policy, cache_tokens=3 * (R + 12)).sample(ids, 5, temperature=0.0, generator=generator())
+    whole = engine(policy).sample(ids, 5, temperature=0.0, generator=generator())
+    single = engine(policy).sample(ids, 1, temperature=0.0, generator=generator())
+    assert torch.equal(small.tokens, whole.tokens)
+    assert torch.equal(whole.tokens, single.tokens.repeat_interleave(5, 0))
+    one_at_a_time = engine(policy, cache_tokens=1).sample(ids, 1, temperature=0.0, generator=generator())
+    assert torch.equal(one_at_a_time.tokens, single.tokens)
+
+
+def test_same_generator_same_tokens(policy: Policy) -> None:
+    ids = policy.encode(PROMPTS)
+    first, again, other = (engine(policy).sample(ids, 4, temperature=1.0, generator=generator(s)) for s in (1, 1, 2))
+    assert torch.equal(first.tokens, again.tokens)
+    assert not (first.tokens.shape == other.tokens.shape and torch.equal(first.tokens, other.tokens))
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(20000, 4)
+    tokens, logprob = choose(logits, 0.7, generator())
+    want = torch.softmax(logits[0] / 0.7, -1)
+    got = torch.bincount(tokens, minlength=4) / 20000
+    torch.testing.assert_close(got, want, atol=0.015, rtol=0)
+    torch.testing.assert_close(logprob.exp(), want[tokens])
+
+
+def test_momentum_model_samples_and_leaves_the_policy_alone(policy: Policy) -> None:
+    momentum = MomentumModel(policy.model, 0.9)
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    ids = policy.encode(PROMPTS)
+    same = engine(policy).sample(ids, 2, temperature=1.0, generator=generator(), momentum=momentum)
+    own = engine(policy).sample(ids, 2, temperature=1.0, generator=generator())
+    assert torch.equal(same.tokens, own.tokens)
+    for value in momentum.ema.values():
+        value.mul_(0.3)
+    other = engine(policy).sample(ids, 2, temperature=1.0, generator=generator(), momentum=momentum)
+    assert not torch.equal(other.logprobs.sum(), own.logprobs.sum())
+    assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
+
+
+def test_nan_weights_stop_the_rollout(policy: Policy) -> None:
+    policy.model.get_output_embeddings().weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="rollout: want finite log-probs"):
+        engine(policy).sample(policy.encode(PROMPTS), 1, temperature=1.0, generator=generator())
+
+
+def rollouts(rows: int, width: int, start: int) -> Rollouts:
+    tokens = torch.arange(start, start + rows)[:, None].expand(rows, width)
+    return Rollouts(
+        tokens, torch.ones(rows, width, dtype=torch.bool), torch.zeros(rows, width), torch.ones(rows, dtype=torch.bool)
+    )
+
+
+def test_join_and_interleave() -> None:
+    joined = join([rollouts(1, 2, 5), rollouts(1, 3, 6)])
+    assert joined.tokens.tolist() == [[5, 5, 0], [6, 6, 6]]
+    assert joined.mask.tolist() == [[True, True, False], [True, True, True]]
+    both = interleave(rollouts(6, 2, 0), rollouts(2, 1, 10), prompts=2)
+    assert both.tokens[:, 0].tolist() == [0, 1, 2, 10, 3, 4, 5, 11]
+    assert both.mask[3].tolist() == [True, False]

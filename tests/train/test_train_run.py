@@ -1,0 +1,275 @@
+"""Whole runs in processes of their own: output, resume, kill -9, Ctrl-C, own data, wrong use."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from mgrpo_kernels.train import __main__ as command
+from mgrpo_kernels.train import checkpoint
+from mgrpo_kernels.train.config import build, read_yaml
+from mgrpo_kernels.train.metrics import EVALUATION, KEYS
+
+GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output of a run that nobody disturbed."""
+    output = tiny.output_with(base, tmp_path_factory.mktemp("whole") / "run")
+    assert command.main([*tiny.FLAGS, "--steps", str(STEPS), "--output", str(output)]) == 0
+    return output
+
+
+def test_output_directory(whole: Path) -> None:
+    assert {each.name for each in whole.iterdir()} == {
+        "base", "checkpoints", "config.yaml", "curves.png", "final", "metrics.jsonl", "report.html", "samples.jsonl",
+    }  # fmt: skip
+    assert build(read_yaml(whole / "config.yaml")) == tiny.config(steps=STEPS)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    for line in lines:
+        evaluated = line["step"] % 2 == 0
+        assert list(line) == [key for key in KEYS if evaluated or key not in EVALUATION]
+    assert all(line["loss"] is not None and line["time_update"] > 0 for line in lines[1:])
+    assert len((whole / "samples.jsonl").read_text().splitlines()) == 4 * STEPS
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (whole / "report.html").read_text()
+    assert "data:image/png;base64," in report
+    assert "http" not in report  # nothing outside the file
+    assert "learning_rate: 0.001" in report
+
+
+def test_final_model_loads_and_is_the_last_checkpoint(whole: Path) -> None:
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(whole / "final"),
+        AutoTokenizer.from_pretrained(whole / "final"),
+    )
+    assert tokenizer.decode(tokenizer("3+4=")["input_ids"]) == "3+4="
+    state = checkpoint.load(whole / "checkpoints" / "latest", torch.device("cpu"))
+    assert state["step"] == STEPS
+    assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+    assert any(
+        not torch.equal(value, other)
+        for value, other in zip(
+            model.state_dict().values(),
+            AutoModelForCausalLM.from_pretrained(whole / "base").state_dict().values(),
+            strict=True,
+        )
+    )
+
+
+def test_evaluating_does_not_change_training(whole: Path, base: Path, tmp_path: Path) -> None:
+    output = tiny.output_with(base, tmp_path / "run")
+    flags = [*tiny.FLAGS, "--steps", str(STEPS), "--eval-every", "0", "--samples-per-step", "0"]
+    assert command.main([*flags, "--output", str(output)]) == 0
+    trained = [{key: value for key, value in line.items() if key not in EVALUATION} for line in tiny.lines(whole)[1:]]
+    assert tiny.lines(output) == trained
+
+
+def wait_for(output: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text().splitlines()) <= step:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_and_resume_gives_the_same_bits(whole: Path, base: Path, tmp_path: Path, seed: int) -> None:
+    output, chance = tiny.output_with(base, tmp_path / "run"), random.Random(seed)
+    process = tiny.start(*tiny.FLAGS, "--steps", str(STEPS), "--output", str(output))
+    wait_for(output, chance.randrange(STEPS - 2))
+    time.sleep(chance.random() * 0.1)
+    process.kill()
+    process.communicate()
+    assert not (output / "final").exists()
+    assert command.main(["--output", str(output), "--resume"]) == 0
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert tiny.lines(output, name) == tiny.lines(whole, name)
+    for name in ("model.safetensors", "config.json"):
+        assert (output / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_resume_gives_the_same_bits(
+    whole: Path, base: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tiny.output_with(base, tmp_path / "run")
+    process = tiny.start(*tiny.FLAGS, "--steps", str(STEPS), "--checkpoint-every", "0", "--output", str(output))
+    wait_for(output, 2)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    step = len(tiny.lines(output)) - 1
+    assert text.splitlines()[-1] == (
+        f"stopped after step {step} of {STEPS}; saved {output}/checkpoints/step_{step}; go on with --output {output} --resume"
+    )
+    assert 2 <= step < STEPS
+    assert command.main(["--output", str(output), "--resume"]) == 0
+    assert tiny.lines(output) == tiny.lines(whole)
+
+
+def test_second_interrupt_stops_at_once(base: Path, tmp_path: Path) -> None:
+    output = tiny.output_with(base, tmp_path / "run")
+    flags = [
+        "--steps",
+        "5",
+        "--rollouts",
+        "512",
+        "--prompts-per-step",
+        "32",
+        "--eval-every",
+        "0",
+    ]  # a step takes seconds
+    process = tiny.start(*tiny.FLAGS, *flags, "--output", str(output))
+    assert process.stdout is not None
+    while not (output / "samples.jsonl").exists():  # made right before the first step
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    while "stopping after this step" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert text.splitlines()[-1].startswith("stopped at once; --resume goes on from the last checkpoint")
+    assert checkpoint.latest(output / "checkpoints") is None
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: Path) -> None:
+    before = tiny.lines(whole)
+    assert command.main(["--output", str(whole), "--resume"]) == 0
+    assert tiny.lines(whole) == before
+
+
+def test_resume_names_what_has_changed(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--output", str(whole), "--resume", "--steps", "20", "--dry-run"]) == 0
+    assert "changed: steps: 12 -> 20" in capsys.readouterr().out
+    assert command.main(["--output", str(whole), "--resume", "--seed", "1"]) == 2
+    assert "seed: want 0, which the run in" in capsys.readouterr().err
+    assert build(read_yaml(whole / "config.yaml")).optim.steps == STEPS
+
+
+def test_a_directory_with_another_run_is_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {each: each.stat().st_mtime_ns for each in whole.rglob("*")}
+    assert command.main([*tiny.FLAGS, "--output", str(whole)]) == 2
+    assert (
+        f"output: want a directory without a run, or --resume to go on with it, got {whole}" in capsys.readouterr().err
+    )
+    assert {each: each.stat().st_mtime_ns for each in whole.rglob("*")} == before
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    assert command.main([*tiny.FLAGS, "--output", str(output), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for shown in (
+        "rollouts of a step: 24 = 3 prompts x (6 policy + 2 momentum)",
+        "KL reference: base",
+        "memory: ",
+        "  seed: 0",
+    ):
+        assert shown in text
+    assert not output.exists()
+
+
+def test_a_run_that_is_no_longer_finite_says_so(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tiny.output_with(base, tmp_path / "run")
+    flags = [
+        *tiny.FLAGS,
+        "--learning-rate",
+        "1e18",
+        "--lr-schedule",
+        "constant",
+        "--checkpoint-every",
+        "1",
+        "--eval-every",
+        "0",
+    ]
+    assert command.main([*flags, "--output", str(output)]) == 1
+    assert "finite" in capsys.readouterr().err
+    taken = len(tiny.lines(output))
+    assert taken < 4
+    assert checkpoint.load(output / "checkpoints" / "latest", torch.device("cpu"))["step"] == taken
+    assert not (output / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "{dir}/none", "--data", "{dir}/data.jsonl"], "error: model: want "),
+        (["--model", "{dir}", "--data", "{dir}/data.jsonl"], "error: model: want a directory with a model"),
+        (["--model", "{dir}", "--data", "{dir}/none.jsonl"], "error: data: want a readable JSONL file"),
+        (["--model", "{dir}", "--data", "{dir}/broken.jsonl"], "broken.jsonl, line 2"),
+        (
+            ["--model", "{dir}", "--data", "{dir}/data.jsonl", "--prompt-field", "q"],
+            "want one of the fields answer, question",
+        ),
+        (["--engine", "vllm"], "engine: want transformers, got 'vllm', which is not available in this version"),
+        (["--max-response-tokens", "60"], "max_response_tokens: want at most 5"),
+    ],
+)
+def test_wrong_use_stops_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("mgrpo_kernels.train.demo.make_model", lambda *_: pytest.fail("work has begun"))
+    (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"question": "x", "answer": "1"}\n{"question": \n')
+    arguments = [flag.replace("{dir}", str(tmp_path)) for flag in flags]
+    assert command.main([*arguments, "--output", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(["--lerning-rate", "1"])
+    assert caught.value.code == 2
+    assert "--lerning-rate" in capsys.readouterr().err
+
+
+def make_byte_model(place: Path) -> None:
+    """Write a small model whose tokens are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: number for number, token in enumerate(["<end>", *alphabet])}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(place)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(alphabet) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(place)
+
+
+@pytest.mark.parametrize("method", ["mgrpo", "gold"])
+def test_gsm8k(tmp_path: Path, method: str) -> None:
+    if not GSM8K.exists():
+        pytest.skip("gsm8k is not in ../shared/data")
+    make_byte_model(tmp_path / "model")
+    flags = [
+        "--model", str(tmp_path / "model"), "--data", str(GSM8K), "--eval-data", str(GSM8K.with_name("test.jsonl")), "--eval-prompts", "2",
+        "--eval-samples", "2", "--eval-every", "2", "--steps", "3", "--prompts-per-step", "2", "--rollouts", "4", "--learning-rate", "1e-3",
+        "--max-response-tokens", "12", "--tokens-per-microbatch", "1024", "--method", method, "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert command.main(flags) == 0
+    lines = tiny.lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["eval_accuracy"] is not None for line in lines if "eval_accuracy" in line] == [True] * 3
+    assert all(line["behaviour_mismatch"] < 1e-4 for line in lines[1:])
+    assert all(line["response_tokens"] <= 12 and line["label_accuracy"] is not None for line in lines[1:])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.model_type == "qwen2"

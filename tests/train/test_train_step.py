@@ -1,0 +1,283 @@
+"""A whole step, and what it makes of groups in which nothing can be learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import MomentumModel, group_advantages, trajectory_entropy
+from mgrpo_kernels.train import step as steps
+from mgrpo_kernels.train.demo import after_hash
+from mgrpo_kernels.train.labels import METHODS
+from mgrpo_kernels.train.metrics import EVALUATION, KEYS, metrics_line
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout import Rollouts
+from mgrpo_kernels.train.step import Learner, decay_of, train_step, who_trains
+
+G, M = 8, 6  # of 8 rollouts 6 are the policy's
+
+
+def scripted(policy: Policy, responses: Callable[[int, bool], list[str]]) -> Any:
+    """Return an engine that says what it is told, padded as the real one pads; without '$' a response is cut."""
+
+    class Scripted:
+        def sample(
+            self, prompts: Sequence[Sequence[int]], copies: int, *, momentum: MomentumModel | None, **_: Any
+        ) -> Rollouts:
+            texts = [
+                text for prompt in range(len(prompts)) for text in responses(prompt, momentum is not None)[:copies]
+            ]
+            ids = policy.encode(texts)
+            width = max(1, *map(len, ids))
+            tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+            mask = torch.arange(width) < torch.tensor([len(row) for row in ids])[:, None]
+            finished = torch.tensor([text.endswith("$") for text in texts])
+            return Rollouts(tokens, mask, torch.full(tokens.shape, -1.0) * mask, finished)
+
+    return Scripted()
+
+
+def run(learner: Learner, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Tensor]]:
+    """Take one step; return its line, its samples, and how far each weight moved."""
+    learner.config = tiny.config(**changes)
+    before = tiny.weights(learner.policy)
+    values, samples = train_step(learner, learner.task.train[:3], 1)
+    line = metrics_line(values, None)
+    assert all(value is None or not isinstance(value, float) or math.isfinite(value) for value in line.values()), line
+    return line, samples, {name: value - before[name] for name, value in tiny.weights(learner.policy).items()}
+
+
+def moved(change: dict[str, Tensor]) -> bool:
+    assert all(torch.isfinite(value).all() for value in change.values())
+    return any(bool((value != 0).any()) for value in change.values())
+
+
+def test_a_step_fills_every_key(policy: Policy) -> None:
+    line, samples, change = run(tiny.learner(policy))
+    assert list(line) == [key for key in KEYS if key not in EVALUATION]
+    assert [key for key, value in line.items() if value is None] == ["time_sync"]
+    assert moved(change)
+    assert 0 < line["momentum_distance"] < 0.1
+    assert line["behaviour_mismatch"] < 1e-4
+    assert line["clip_fraction"] == 0.0  # one step a batch: the ratio is 1
+    assert line["kl"] == pytest.approx(0, abs=1e-6)  # the reference is the model itself at the first step
+    assert {sample["sampled_by"] for sample in samples} == {"policy", "momentum"}
+
+
+def test_momentum_model_moves_once_by_its_decay(policy: Policy) -> None:
+    learner = tiny.learner(policy)
+    assert learner.momentum is not None
+    before = tiny.weights(policy)
+    run(learner, decay=0.9)
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(learner.momentum.ema[name], 0.9 * before[name] + 0.1 * parameter.detach())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scope", ["both", "vote", "penalise"])
+def test_every_method_in_every_scope(policy: Policy, method: str, scope: str) -> None:
+    changes = {"method": method, "filter_scope": scope, "iqr_filter": True}
+    line, _, change = run(tiny.learner(policy, **changes), **changes)
+    assert moved(change)
+    assert (line["momentum_distance"] is None) == (METHODS[method].momentum_share == 0)
+
+
+@pytest.mark.parametrize("reference", ["base", "momentum", "none"])
+def test_kl_reference(policy: Policy, reference: str) -> None:
+    learner = tiny.learner(policy, kl_reference=reference)
+    run(learner, kl_reference=reference)
+    line, _, _ = run(learner, kl_reference=reference)
+    assert (line["kl"] is None) == (reference == "none")
+    assert reference == "none" or line["kl"] > 0
+
+
+ANSWERS = ["12#3$", "12#3$", "1#3$", "#4$", "#5$", "#6$", "#3$", "#4$"]
+
+
+def test_vote_reward_and_advantage_by_hand(policy: Policy) -> None:
+    learner = tiny.learner(policy, iqr_filter=False, samples_per_step=G)
+    learner.engine = scripted(policy, lambda prompt, momentum: ["#4$", "#4$"] if momentum else ANSWERS)
+    line, samples, _ = run(learner, iqr_filter=False, samples_per_step=G)
+    rewards = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0])  # 3: three votes, as many as 4 has, but it came first
+    want = group_advantages(rewards, G, mask=torch.arange(G) < M)
+    assert [sample["label"] for sample in samples] == ["3"] * G
+    assert [sample["reward"] for sample in samples] == rewards.tolist()
+    assert [sample["advantage"] for sample in samples] == pytest.approx(want.tolist())
+    assert [sample["sampled_by"] for sample in samples] == ["policy"] * M + ["momentum"] * 2
+    assert line["vote_share"] == pytest.approx(3 / 8)
+    assert line["reward_mean"] == pytest.approx(0.5)
+    assert line["distinct_labels"] == pytest.approx(1 / 3)
+    assert line["top_answer_share"] == pytest.approx(3 / 8)
+
+
+def prune_first(monkeypatch: pytest.MonkeyPatch, pruned: int) -> None:
+    """Let the filter prune the first rollouts of each prompt."""
+    real = steps.iqr_filter
+
+    def filtered(entropy: Tensor, groups: int, **options: Any) -> Any:
+        return real(entropy, groups, **options)._replace(keep=torch.arange(len(entropy)) % groups >= pruned)
+
+    monkeypatch.setattr(steps, "iqr_filter", filtered)
+
+
+@pytest.mark.parametrize(
+    ("scope", "rewards", "trains"),
+    [("both", [0, 0, 0, 1, 0, 0], 3), ("vote", [0, 0, 0, 1, 0, 0], 6), ("penalise", [0, 0, 0, 1, 0, 0], 6)],
+)
+def test_pruned_rollouts(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, scope: str, rewards: list[int], trains: int
+) -> None:
+    prune_first(monkeypatch, 3)
+    changes = {"filter_scope": scope, "samples_per_step": G}
+    learner = tiny.learner(policy, **changes)
+    learner.engine = scripted(policy, lambda prompt, momentum: ["#4$", "#4$"] if momentum else ANSWERS)
+    line, samples, _ = run(learner, **changes)
+    assert line["pruned_fraction"] == pytest.approx(3 / 8)
+    assert {sample["label"] for sample in samples} == {"4"}  # the three votes for 3 are pruned
+    assert [sample["reward"] for sample in samples][:M] == rewards
+    trained = [sample["advantage"] != 0 for sample in samples]
+    assert sum(trained) == trains
+    assert not any(trained[M:])
+
+
+def test_penalise_takes_the_reward_that_vote_gives(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune_first(monkeypatch, 1)
+    same = ["#4$", "#4$", "#5$", "#6$", "#7$", "#8$"]
+    got = {}
+    for scope in ("vote", "penalise"):
+        changes = {"filter_scope": scope, "samples_per_step": G}
+        learner = tiny.learner(policy, **changes)
+        learner.engine = scripted(policy, lambda prompt, momentum: ["#4$", "#4$"] if momentum else same)
+        got[scope] = [sample["reward"] for sample in run(learner, **changes)[1]][:3]
+    assert got == {"vote": [1, 1, 0], "penalise": [0, 1, 0]}
+
+
+def test_all_filtered_leaves_the_weights_and_goes_on(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune_first(monkeypatch, G)
+    line, _, change = run(tiny.learner(policy))
+    assert not moved(change)
+    assert (line["loss"], line["grad_norm"], line["reward_mean"], line["kl"]) == (None, None, None, None)
+    assert (line["pruned_fraction"], line["vote_share"], line["distinct_labels"]) == (1.0, 0.0, 0.0)
+    monkeypatch.undo()
+    assert moved(run(tiny.learner(policy))[2])
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [["12#3$"] * G, ["7$"] * G, ["12#34$"] * G, ["1234"] * G, ["$"] * G],
+    ids=["all tied", "no mark", "no digit", "all cut", "only the end"],
+)
+@pytest.mark.parametrize("truncated", ["keep", "mask"])
+def test_nothing_to_learn(policy: Policy, responses: list[str], truncated: str) -> None:
+    changes = {"kl_coef": 0.0, "truncated": truncated}
+    learner = tiny.learner(policy, **changes)
+    learner.engine = scripted(policy, lambda prompt, momentum: responses)
+    line, _, change = run(learner, **changes)
+    assert not moved(change)  # no advantage, no KL term: a gradient of exactly 0
+    assert line["response_tokens"] == len(responses[0])
+    real = tiny.learner(policy)
+    assert moved(run(real)[2])
+
+
+@pytest.mark.parametrize("empty", [range(1), range(5), range(8)])
+def test_empty_responses(policy: Policy, empty: range) -> None:
+    texts = ["" if place in empty else ANSWERS[place] for place in range(G)]
+    learner = tiny.learner(policy, samples_per_step=G)
+    learner.engine = scripted(policy, lambda prompt, momentum: texts[M:] if momentum else texts[:M])
+    line, samples, _ = run(learner, samples_per_step=G)
+    for place in empty:
+        assert samples[place]["advantage"] == 0
+        assert not samples[place]["pruned"]
+        assert math.isnan(samples[place]["entropy"])
+    assert (line["entropy"] is None) == (len(empty) >= M)
+
+
+def test_truncated_responses_vote_and_train_or_not(policy: Policy) -> None:
+    texts = ["#3", "#3$", "#4$", "#5$", "#6$", "#3"]
+    for truncated, trains in (("keep", 6), ("mask", 4)):
+        changes = {"truncated": truncated, "samples_per_step": G, "iqr_filter": False}
+        learner = tiny.learner(policy, **changes)
+        learner.engine = scripted(policy, lambda prompt, momentum: ["#7$", "#8$"] if momentum else texts)
+        _, samples, _ = run(learner, **changes)
+        assert {sample["label"] for sample in samples} == {"3"}
+        assert sum(sample["advantage"] != 0 for sample in samples) == trains
+        assert (samples[0]["advantage"] == 0) == (truncated == "mask")
+
+
+def test_every_trajectory_is_scored_by_its_sampler(policy: Policy) -> None:
+    learner = tiny.learner(policy)
+    assert learner.momentum is not None
+    for value in learner.momentum.ema.values():
+        value.mul_(0.5)
+    seen = steps.roll_out(learner, learner.task.train[:3], 1)
+    stats = steps.score_by_sampler(learner, seen)
+    torch.testing.assert_close(stats.logprob, seen.rollouts.logprobs, atol=1e-4, rtol=0)
+    entropy = trajectory_entropy(stats.entropy, mask=seen.rollouts.mask)
+    assert entropy[~seen.by_policy].mean() > entropy[seen.by_policy].mean()
+
+
+def test_ttrl_votes_with_all_and_trains_half(policy: Policy) -> None:
+    learner = tiny.learner(policy, method="ttrl")
+    seen = steps.roll_out(learner, learner.task.train[:3], 1)
+    trains = who_trains(learner.config, seen, torch.ones(24, dtype=torch.bool))
+    assert trains.view(3, G).tolist() == [[True] * 4 + [False] * 4] * 3
+
+
+def test_co_rewarding_takes_its_labels_from_the_momentum_model(policy: Policy) -> None:
+    learner = tiny.learner(policy, method="co_rewarding", samples_per_step=G)
+    learner.engine = scripted(
+        policy, lambda prompt, momentum: ["#7$", "#8$", "#8$", "#9$"] if momentum else ["#1$"] * 3 + ["#8$"]
+    )
+    _, samples, _ = run(learner, method="co_rewarding", samples_per_step=G)
+    assert {sample["label"] for sample in samples} == {"8"}
+
+
+def test_decay_schedule() -> None:
+    config = tiny.config(steps=101, decay=0.9, decay_end=0.99)
+    assert [decay_of(config, step) for step in (1, 51, 101)] == pytest.approx([0.9, 0.945, 0.99])
+    assert decay_of(tiny.config(), 3) == 0.99
+
+
+def test_a_step_that_is_not_finite_changes_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "group_advantages", lambda rewards, *_, **__: torch.full_like(rewards, torch.nan))
+    learner = tiny.learner(policy)
+    assert learner.momentum is not None
+    before, average = tiny.weights(policy), tiny.weights(learner.momentum)
+    with pytest.raises(FloatingPointError, match="update: want a finite loss"):
+        train_step(learner, learner.task.train[:3], 1)
+    assert all(torch.equal(before[name], value) for name, value in tiny.weights(policy).items())
+    assert all(torch.equal(average[name], value) for name, value in tiny.weights(learner.momentum).items())
+
+
+def test_bfloat16_products_keep_float32_weights(base: Any) -> None:
+    from mgrpo_kernels.train.policy import load_policy
+
+    policy = load_policy(str(base), torch.device("cpu"), torch.bfloat16)
+    line, _, change = run(tiny.learner(policy, dtype="bfloat16"), dtype="bfloat16")
+    assert moved(change)
+    assert {value.dtype for value in change.values()} == {torch.float32}
+    assert 1e-6 < line["behaviour_mismatch"] < 0.1
+
+
+def test_demo_answers() -> None:
+    assert [after_hash(text) for text in ("307#7", "#7", "307", "#", "#77", "#+", "1#2#3")] == [
+        "7",
+        "7",
+        None,
+        None,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny.config().run.seed = 1  # type: ignore[misc]

@@ -1,0 +1,101 @@
+"""The optimizer step: splits, losses, the schedule, and what is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from mgrpo_kernels import policy_loss
+from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout.transformers import TransformersEngine
+from mgrpo_kernels.train.score import score
+from mgrpo_kernels.train.update import Batch, accumulate_gradient, learning_rate, make_optimizer, take_step
+
+R = 12
+
+
+def batch(policy: Policy) -> Batch:
+    prompts = [prompt for prompt in policy.encode(["3+4=", "1+2+3+4+5+6="]) for _ in range(4)]
+    rollouts = TransformersEngine(policy, R, 10**6).sample(
+        prompts, 1, temperature=1.5, generator=torch.Generator().manual_seed(0)
+    )
+    scores = score(policy, prompts, rollouts.tokens, rollouts.mask, temperature=1.0, budget=10**6)
+    assert scores.logprob is not None
+    torch.manual_seed(1)
+    off = torch.randn(scores.logprob.shape) * rollouts.mask
+    return Batch(
+        prompts, rollouts.tokens, rollouts.mask, scores.logprob + 0.2 * off, scores.logprob - 0.1 * off, torch.randn(8)
+    )
+
+
+def gradient(policy: Policy, part: Batch, budget: int, **loss: object) -> tuple[dict[str, float], torch.Tensor]:
+    policy.model.zero_grad()
+    settings = tiny.config(**loss).loss
+    sums = accumulate_gradient(policy, part, settings, max_tokens=R, temperature=1.0, budget=budget)
+    return sums, torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_micro_batches_equal_the_whole_batch_and_plain_pytorch(policy: Policy, loss_type: str) -> None:
+    part = batch(policy)
+    options = {"loss_type": loss_type, "kl_coef": 0.1, "entropy_coef": 0.01}
+    whole, whole_gradient = gradient(policy, part, 10**6, **options)
+    for budget in (1, 45):
+        split, split_gradient = gradient(policy, part, budget, **options)
+        torch.testing.assert_close(split_gradient, whole_gradient, atol=1e-5, rtol=1e-4)
+        assert split == pytest.approx(whole, abs=1e-4)
+    policy.model.zero_grad()
+    rows = [
+        policy.model(torch.tensor([prompt + tokens[mask].tolist()])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for prompt, tokens, mask in zip(part.prompts, part.tokens, part.mask, strict=True)
+    ]
+    logprobs, entropy = torch.zeros(part.tokens.shape), torch.zeros(part.tokens.shape)
+    for row, logp in enumerate(rows):
+        kept = part.mask[row]
+        logprobs[row, kept] = logp.gather(-1, part.tokens[row][kept][:, None])[:, 0]
+        entropy[row, kept] = -(logp.exp() * logp).sum(-1)
+    loss = policy_loss(
+        logprobs, part.old_logprobs, part.advantages, mask=part.mask, ref_logprobs=part.ref_logprobs, entropy=entropy,
+        max_response_tokens=R, **options, backend="reference",
+    ).loss  # fmt: skip
+    loss.backward()
+    want = torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
+    assert whole["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(whole_gradient, want, atol=1e-5, rtol=1e-3)
+
+
+def test_a_step_moves_the_weights_against_the_gradient(policy: Policy) -> None:
+    part = batch(policy)
+    config = tiny.config()
+    before, (sums, grad) = tiny.weights(policy), gradient(policy, part, 10**6, kl_coef=0.05)
+    updated = take_step(policy, make_optimizer(policy, config), part, config, step=1)
+    assert updated["loss"] == pytest.approx(sums["loss"])
+    assert updated["grad_norm"] == pytest.approx(float(grad.norm()), rel=1e-4)
+    moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in policy.model.named_parameters()])
+    assert (moved * grad)[grad.abs() > 1e-6].le(0).all()
+    assert float(moved.abs().max()) == pytest.approx(config.optim.learning_rate, rel=1e-2)
+
+
+@pytest.mark.parametrize("where", ["advantages", "old_logprobs"])
+def test_nothing_moves_where_the_loss_is_not_finite(policy: Policy, where: str) -> None:
+    part = batch(policy)
+    broken = part._replace(**{where: torch.full_like(getattr(part, where), torch.nan)})
+    before, optimizer = tiny.weights(policy), make_optimizer(policy, tiny.config())
+    with pytest.raises(FloatingPointError, match="update: want a finite loss and gradient, got loss nan"):
+        take_step(policy, optimizer, broken, tiny.config(), step=1)
+    assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
+    assert not optimizer.state
+
+
+def test_learning_rate() -> None:
+    config = tiny.config(steps=100, warmup=0.1, learning_rate=1.0, lr_schedule="cosine")
+    rates = [learning_rate(config, step) for step in range(1, 101)]
+    assert rates[:11] == pytest.approx([0.1 * step for step in range(1, 11)] + [1.0])
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert 0 < rates[-1] < 1e-3
+    constant = tiny.config(steps=100, warmup=0.0, learning_rate=1.0, lr_schedule="constant")
+    assert {learning_rate(constant, step) for step in range(1, 101)} == {1.0}

@@ -1,0 +1,70 @@
+"""Helpers of the trainer's tests: small models, short runs, and their files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.train import demo
+from mgrpo_kernels.train.config import Config, build
+from mgrpo_kernels.train.data import Task
+from mgrpo_kernels.train.metrics import VARYING
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.step import Learner
+from mgrpo_kernels.train.trainer import make_learner
+
+WARM_STEPS = 120
+OPTIONS = {
+    **demo.OPTIONS, "prompts_per_step": 3, "rollouts": 8, "steps": 4, "learning_rate": 1e-3, "eval_every": 2, "eval_samples": 3,
+    "eval_prompts": 6, "checkpoint_every": 2, "log_every": 1, "kl_coef": 0.05,
+}  # fmt: skip
+FLAGS = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def make_base(place: Path) -> None:
+    demo.make_model(place, seed=0, device=torch.device("cpu"), warm_steps=WARM_STEPS)
+
+
+def config(**changes: Any) -> Config:
+    return build({**OPTIONS, **changes})
+
+
+def learner(policy: Policy, task: Task | None = None, **changes: Any) -> Learner:
+    task = demo.make_task(0) if task is None else task
+    settings = config(**changes)
+    return make_learner(settings, task._replace(held_out=task.held_out[: settings.eval.eval_prompts]), policy)
+
+
+def output_with(base: Path, place: Path) -> Path:
+    """Return an output directory in which the built-in model is already made."""
+    place.mkdir(parents=True)
+    shutil.copytree(base, place / "base")
+    return place
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the trainer in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mgrpo_kernels.train", *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], **options,
+    )  # fmt: skip
+
+
+def lines(output: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return a run's lines, without what varies from run to run."""
+    text = (output / name).read_text(encoding="utf-8")
+    assert "NaN" not in text
+    return [{key: value for key, value in json.loads(line).items() if key not in VARYING} for line in text.splitlines()]
+
+
+def weights(source: Policy | MomentumModel) -> dict[str, torch.Tensor]:
+    tensors = source.ema if isinstance(source, MomentumModel) else source.model.state_dict()
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
