@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mgrpo_kernels import MomentumModel, ema_update_
-from mgrpo_kernels.ops.ema import OP
+from mgrpo_kernels.ops.ema import OP, ema_update_op
 from mgrpo_kernels.ops.ema.specs import key, random_bits, round_stochastically
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -166,11 +166,25 @@ def test_gradients_do_not_matter_and_versions_do():
     assert ema._version > version
 
 
-def test_compiles():
+@each_backend(OP)
+def test_compiles_whole(backend):
     torch._dynamo.reset()
-    ema, param = [torch.zeros(3), torch.zeros(2, 2)], [torch.ones(3), torch.ones(2, 2)]
-    torch.compile(lambda: ema_update_(ema, param, 0.5), fullgraph=False, backend="aot_eager")()
-    assert all((e == 0.5).all() for e in ema)
+    tied = torch.zeros(2, 2)
+    ema, params, emit = (
+        [torch.zeros(3), tied, tied],
+        [torch.ones(3), torch.ones(2, 2)],
+        [torch.ones(3).bfloat16() for _ in range(3)],
+    )
+    params.append(params[1])
+    emit[1], emit[2] = torch.ones(2, 2), torch.ones(2, 2)
+
+    def function(ema, params, emit):
+        ema_update_(ema, params, 0.5, emit=emit, stochastic_rounding=True, seed=1, backend=backend)
+        return ema[0] * 2
+
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(ema, params, emit)
+    assert all((each == 0.5).all() for each in [*ema, *emit])
+    assert (got == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -348,3 +362,10 @@ def test_copy_to_and_state_dict():
 def test_bad_momentum_model(args, error, message):
     with pytest.raises(error, match=message):
         MomentumModel(*args)
+
+
+@each_backend(OP)
+def test_opcheck(backend):
+    ema, params, emit = ([torch.randn(3), torch.randn(2, 2)] for _ in range(3))
+    decay = torch.tensor(0.9, dtype=torch.float64)
+    torch.library.opcheck(ema_update_op, (ema, params, emit, decay, [], [0, 3, 0, 0, 4, 0], backend))

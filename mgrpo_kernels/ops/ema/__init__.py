@@ -61,7 +61,12 @@ def ema_update_(
     for name, tensors in lists.items():
         if len(tensors) != len(lists["ema"]):
             raise ValueError(f"{name}: want as many tensors as ema, {len(lists['ema'])}, got {len(tensors)}")
-    kept = [i for i in _first_of_tied(lists) if lists["ema"][i].numel()]
+    for name, tensors in lists.items():
+        for i, ema_i in enumerate(lists["ema"]):
+            _check_pair(f"{name}[{i}]", tensors[i], f"ema[{i}]", ema_i)
+    # While compiling there is no memory to look at; each of two tied tensors is then updated in a copy, with the same result.
+    kept = list(range(len(lists["ema"]))) if torch.compiler.is_compiling() else _first_of_tied(lists)
+    kept = [i for i in kept if lists["ema"][i].numel()]
     spans = {i: _span(f"ema[{i}]", lists["ema"][i]) if stochastic_rounding else Span(0, 1, 1) for i in kept}
     local = {name: [_local(tensor).detach() for tensor in tensors] for name, tensors in lists.items()}
 
@@ -93,20 +98,15 @@ def _check_decay(decay: float | Tensor) -> None:
 
 
 def _first_of_tied(lists: dict[str, list[Tensor]]) -> list[int]:
-    """Check every position against its EMA and return the positions that are not repeats of one before."""
+    """Check how memory is shared, and return the positions that are not repeats of one before."""
     seen: dict[tuple[Any, ...], int] = {}
     kept = []
     for i, ema in enumerate(lists["ema"]):
-        for name, tensors in lists.items():
-            _check_pair(f"{name}[{i}]", tensors[i], f"ema[{i}]", ema)
-            if name != "params":
-                local = _local(tensors[i])
-                if local.numel() > 1 and torch._debug_has_internal_overlap(local) == 1:
-                    raise ValueError(
-                        f"{name}[{i}]: want memory that does not overlap itself, got strides {local.stride()}"
-                    )
-        place = _place(ema)
-        first = seen.setdefault(place, i) if _local(ema).numel() else i
+        for name in lists.keys() - {"params"}:
+            local = _local(lists[name][i])
+            if local.numel() > 1 and torch._debug_has_internal_overlap(local) == 1:
+                raise ValueError(f"{name}[{i}]: want memory that does not overlap itself, got strides {local.stride()}")
+        first = seen.setdefault(_place(ema), i) if _local(ema).numel() else i
         if first == i:
             kept.append(i)
         elif _place(lists["params"][first]) != _place(lists["params"][i]):
