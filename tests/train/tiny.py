@@ -21,7 +21,7 @@ from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.step import Learner
 from mgrpo_kernels.train.trainer import make_learner
 
-WARM_STEPS = 120
+WARM_STEPS = 60
 OPTIONS = {
     **demo.OPTIONS, "prompts_per_step": 3, "rollouts": 8, "steps": 4, "learning_rate": 1e-3, "eval_every": 2, "eval_samples": 3,
     "eval_prompts": 6, "checkpoint_every": 2, "log_every": 1, "kl_coef": 0.05,
