@@ -5,6 +5,7 @@ instead of running them, and compiles what they ask for.
 """
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -137,8 +138,44 @@ LAUNCHES = {
 # -------------------------------------------------------------------------------- the script: records, compiles, reports
 
 
-def record(op, dtype):
-    """Return the distinct (kernel, arguments by name, options) of an op's launches."""
+def by_rows(backend, rows):
+    """Launch everything that takes a number of rows, tokens or rollouts."""
+    from mgrpo_kernels.ops.linear_token_stats.specs import Head
+    from mgrpo_kernels.ops.policy_loss import specs
+    from mgrpo_kernels.ops.token_stats.specs import Wanted
+
+    values, labels = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
+    x = torch.zeros(rows, 512)
+    if hasattr(backend, "group_advantages"):
+        offsets, mask = torch.arange(0, 4 * rows + 1, 4), torch.ones(4 * rows, dtype=torch.bool)
+        groups = specs.Groups(values, torch.tensor([0, rows]), None, "mean", "std", 1e-6)
+        tokens = specs.Tokens(torch.zeros(4 * rows), None, None, mask, offsets, None, None, None, None, None)
+        backend.forward(tokens, groups, specs.LossOptions())
+        backend.group_advantages(groups)
+    elif hasattr(backend, "GpuPasses"):
+        head = Head(torch.zeros(512, 8), None, 0.7, 1.0, None, rows, None)  # `rows` also as the tile's first entry
+        backend.GpuPasses.state(x, head, labels, torch.zeros(6, rows))
+        backend.GpuPasses.gradient_(x, head, labels, torch.zeros(4, rows), values)
+    else:
+        backend.forward(x, labels.unsqueeze(-1), None, 0.7, Wanted(True, True, False))
+        backend.backward(
+            torch.empty_like(x), values.unsqueeze(-1), values, None, x, labels.unsqueeze(-1), None, 0.7, values, values
+        )
+
+
+def count_variants():
+    """Return how many variants of each kernel the numbers of rows ask for."""
+    variants = {}
+    for op, rows in itertools.product(("token_stats", "linear_token_stats", "policy_loss"), (1, 2, 3, 16, 33, 4096)):
+        for kernel, args, options in record(op, rows, by_rows):
+            wanted = source(kernel, args, options)
+            seen = variants.setdefault(f"{op}.{kernel.__name__}", set())
+            seen.add(repr((wanted.signature, wanted.constants, wanted.attrs, sorted(options.items()))))
+    return {name: len(seen) for name, seen in variants.items()}
+
+
+def record(op, argument, launches=None):
+    """Return the (kernel, arguments by name, options) of an op's launches."""
     backend = importlib.import_module(f"mgrpo_kernels.ops.{op}.triton")
     calls = []
 
@@ -147,7 +184,7 @@ def record(op, dtype):
         calls.append((kernel, dict(zip(names, args, strict=False)), options | {"enable_fp_fusion": enable_fp_fusion}))
 
     with mock.patch.object(backend, "launch", note):
-        LAUNCHES[op](backend, dtype)
+        (launches or LAUNCHES[op])(backend, argument)
     return calls
 
 
@@ -240,14 +277,19 @@ def compile_all(targets):
 # ------------------------------------------------------------------------------------------------------------- the tests
 
 
+def environment():
+    """Return that of a process in which kernels compile."""
+    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(REPOSITORY)
+    }
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """Target -> the reports of all its kernels. Two processes at a time; Triton's cache makes a second run quick."""
     pytest.importorskip("triton", reason="there is no triton for this platform")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
     running = [
-        subprocess.Popen([sys.executable, __file__, *half], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, __file__, *half], env=environment(), stdout=subprocess.PIPE, text=True)
         for half in (TARGETS[::2], TARGETS[1::2])
     ]
     outputs = [process.communicate(timeout=600)[0] for process in running]
@@ -277,6 +319,20 @@ def test_every_kernel_is_compiled(compiled):
         assert {entry["kernel"] for entry in reports} == kernels_in_source()
 
 
+def test_the_number_of_rows_compiles_nothing_new():
+    output = subprocess.run(
+        [sys.executable, __file__, "variants"],
+        env=environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    variants = json.loads(output.stdout)
+    assert len(variants) == 6
+    assert {name: count for name, count in variants.items() if count > 1} == {}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills(compiled, target):
     assert [entry for entry in compiled[target] if entry["spilled"] > PARKED] == []
@@ -304,4 +360,4 @@ def test_rows_are_addressed_in_64_bits(compiled, target):
 
 
 if __name__ == "__main__":
-    json.dump(compile_all(sys.argv[1:]), sys.stdout)
+    json.dump(count_variants() if sys.argv[1:] == ["variants"] else compile_all(sys.argv[1:]), sys.stdout)

@@ -261,8 +261,8 @@ def test_policy_loss_of_long_sequences(options):
     close(got, loss_reference.forward(tokens, None, options), rtol=1e-4, atol=1e-5)
 
     groups = specs.Groups(
-        torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0]), torch.tensor([0, 3, 3, 5]), torch.tensor([True, True, True, False, True]),
-        "mean", "batch", 1e-6,
+        torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0], dtype=torch.float64), torch.tensor([0, 3, 3, 5]),
+        torch.tensor([True, True, True, False, True]), "mean", "batch", 1e-6,
     )  # fmt: skip
     tokens = tokens._replace(
         advantages=None, old=None, behaviour=None, normalizer=torch.tensor(3.0), entropy_normalizer=torch.tensor(70.0)
@@ -284,10 +284,10 @@ def test_policy_loss_of_nothing():
 
 def test_policy_loss_of_more_sequences_than_a_step():
     options = specs.LossOptions("sapo")
-    logprob = torch.randn(300)
-    weights = torch.rand(300)
+    logprob = torch.randn(140)
+    weights = torch.rand(140)
     tokens = specs.Tokens(
-        logprob, logprob + 0.1, torch.randn(300), None, torch.arange(301), None, logprob, None, None, None, weights
+        logprob, logprob + 0.1, torch.randn(140), None, torch.arange(141), None, logprob, None, None, None, weights
     )
     close(loss_triton.forward(tokens, None, options), loss_reference.forward(tokens, None, options), rtol=1e-4)
 
@@ -298,11 +298,10 @@ def test_group_advantages_of_many_and_of_large_groups(baseline, scale):
     sizes = torch.cat([torch.randint(0, 2, (130,)), torch.tensor([2, 130, 1])])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     rewards = torch.randn(int(offsets[-1])).round()
-    groups = specs.Groups(rewards, offsets, torch.rand(rewards.shape) > 0.2, baseline, scale, 1e-6)
-    close([loss_triton.group_advantages(groups)], [loss_reference.group_advantages(groups)])
-    rewards = rewards.clone()
-    rewards[-30] = NAN
-    groups = groups._replace(rewards=rewards, mask=None)
+    mask = torch.rand(rewards.shape) > 0.2
+    if scale == "std":
+        rewards[-30], mask[-30] = NAN, True
+    groups = specs.Groups(rewards, offsets, mask, baseline, scale, 1e-6)
     close([loss_triton.group_advantages(groups)], [loss_reference.group_advantages(groups)])
 
 
@@ -314,7 +313,7 @@ def test_group_advantages_of_many_and_of_large_groups(baseline, scale):
 def test_the_momentum_update_has_the_reference_bits(stochastic, aligned):
     torch.manual_seed(3)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    sizes = (1, 2047, 2048, 4097, 70_001)
+    sizes = (1, 2047, 2048, 4097, 33_001)
     shift = 0 if aligned else 1
     ema, params, emit = [], [], []
     for (a, b, c), size in zip(itertools.product(dtypes, repeat=3), itertools.cycle(sizes), strict=False):

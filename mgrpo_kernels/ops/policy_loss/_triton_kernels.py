@@ -17,7 +17,7 @@ def _kept_rewards(rewards, rollout_mask, i, inside):
     keep = inside
     if rollout_mask is not None:
         keep = inside & (tl.load(rollout_mask + i, mask=inside, other=0) != 0)
-    return tl.where(keep, tl.load(rewards + i, mask=inside, other=0.0), 0.0), keep
+    return tl.where(keep, tl.load(rewards + i, mask=inside, other=0.0).to(tl.float32), 0.0), keep
 
 
 @triton.jit
