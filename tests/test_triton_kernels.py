@@ -275,6 +275,17 @@ def test_policy_loss_of_long_sequences(options):
     )
 
 
+@pytest.mark.parametrize("level", specs.IMPORTANCE_LEVELS)
+def test_policy_loss_shows_a_nan_that_counts(level):
+    options = specs.LossOptions(importance_level=level, max_response_tokens=900)
+    tokens = long_tokens(options)
+    first = int(tokens.mask.nonzero()[0])
+    tokens.logprob[first] = NAN
+    got = loss_triton.forward(tokens, None, options)
+    assert got[1][specs.METRICS.index("ratio_max")].isnan()
+    close(got, loss_reference.forward(tokens, None, options), rtol=1e-4, atol=1e-5)
+
+
 def test_policy_loss_of_nothing():
     nothing = torch.zeros(0)
     tokens = specs.Tokens(nothing, None, nothing, None, torch.zeros(1, dtype=torch.int64), None, None, None, None, None)
@@ -308,8 +319,7 @@ def test_group_advantages_of_many_and_of_large_groups(baseline, scale):
 # ----------------------------------------------------------------------------------------------------- momentum, filter
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize(("stochastic", "aligned"), [(False, True), (True, True), (True, False)])
 def test_the_momentum_update_has_the_reference_bits(stochastic, aligned):
     torch.manual_seed(3)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
