@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mgrpo_kernels.lm_head import lm_head
 from mgrpo_kernels.train.config import UsageError
 
 
@@ -42,10 +43,12 @@ class Policy:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.eos = _eos(model, tokenizer)
+        try:
+            head = lm_head(model)
+        except TypeError as error:
+            raise UsageError(str(error)) from error
+        self.head_options = HeadOptions(head.logit_scale, head.softcap)
         config = model.config.get_text_config()
-        scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
-        scale = 1.0 / scaling if scaling else float(getattr(config, "logit_scale", None) or 1.0)
-        self.head_options = HeadOptions(scale, getattr(config, "final_logit_softcapping", None))
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         # transformers 5 renamed the cache's keyword on the way.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -59,8 +62,8 @@ class Policy:
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the head's weight ``(V, H)`` and bias ``(V,)``."""
-        layer = self.model.get_output_embeddings()
-        return layer.weight, getattr(layer, "bias", None)
+        head = lm_head(self.model)
+        return head.weight, head.bias
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``: causal, so padding reaches nothing before it."""

@@ -19,6 +19,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 CoefficientsOf = Callable[[slice, _statistics.Statistics], Tensor]  # (rows, their statistics) -> (4, n)
 
 
+ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows then begin where wide loads and matmuls want them
+
+
 class Passes(Protocol):
     """What a backend does with a tile. Both write in place, and nothing else."""
 
@@ -43,14 +46,17 @@ class TileShape(NamedTuple):
             return self
         elements = max(1, workspace_bytes // element_size)
         columns = max(1, min(self.columns, max(256, elements // self.rows), elements))
+        columns = columns - columns % ALIGNED if columns > ALIGNED else columns
         return TileShape(max(1, min(self.rows, elements // columns)), columns)
 
 
-def spans(total: int, size: int) -> Iterator[slice]:
-    """Cut [0, total) into slices of at most `size`, as even as they go."""
+def spans(total: int, size: int, multiple: int = 1) -> Iterator[slice]:
+    """Cut [0, total) into slices of at most `size`, as even as multiples of `multiple` go."""
     pieces = -(-total // size)
-    for i in range(pieces):
-        yield slice(total * i // pieces, total * (i + 1) // pieces)
+    even = -(-total // max(1, pieces))
+    step = max(1, min(size, -(-even // multiple) * multiple))
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
 
 
 def of_tile(head: Head, rows: slice, columns: slice) -> Head:
@@ -90,7 +96,7 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, s
     shape = shape.within(head.workspace_bytes, hidden.element_size())
     state = empty_state(number, hidden.device)
     workspace = hidden.new_empty(min(shape.rows, number) * min(shape.columns, vocab))
-    for columns in spans(vocab, shape.columns):
+    for columns in spans(vocab, shape.columns, ALIGNED):
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
             x = _view(workspace, rows, columns)
@@ -114,7 +120,7 @@ def backward(
     shape = shape.within(head.workspace_bytes, hidden.element_size())
     sums = _Sums(hidden, head, need, vocab_wide=False)
     workspace = hidden.new_empty(min(shape.rows, number) * min(shape.columns, vocab))
-    for columns in spans(vocab, shape.columns):
+    for columns in spans(vocab, shape.columns, ALIGNED):
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
             x = _view(workspace, rows, columns)
@@ -148,14 +154,14 @@ def forward_backward(
     workspace = hidden.new_empty(min(rows_at_once, number) * vocab)
     for rows in spans(number, rows_at_once):
         state = empty_state(rows.stop - rows.start, hidden.device)
-        for columns in spans(vocab, columns_at_once):
+        for columns in spans(vocab, columns_at_once, ALIGNED):
             tile_head = of_tile(head, rows, columns)
             x = _view(workspace, rows, columns, keep=True)
             torch.mm(hidden[rows], tile_head.weight.t(), out=x)
             passes.state(x, tile_head, labels[rows], state)
         statistics = _statistics.finish(state, labels[rows])
         coefficients = coefficients_of(rows, statistics)
-        for columns in spans(vocab, columns_at_once):
+        for columns in spans(vocab, columns_at_once, ALIGNED):
             tile_head = of_tile(head, rows, columns)
             x = _view(workspace, rows, columns, keep=True)
             passes.gradient_(x, tile_head, labels[rows], coefficients, statistics.logsumexp)
