@@ -1,6 +1,8 @@
 """The built-in task: sums modulo 10, and a small model that half guesses them and half works them out.
 
-The model is warm-started on direct answers (``#7``) and on scratchpads (``307#7``: the running sums, then the answer) in equal parts.
+The model is warm-started on direct answers (``#7``) and on scratchpads (``4+3+3=`` ``360#0``: the running sums, then the
+answer) in equal parts. Sums run from the last digit to the first: the digit to add then lies as far back whatever their number,
+which a small model learns in a few hundred steps with any seed; the other way round some seeds take thousands.
 Guessing is mostly wrong and working out mostly right, so the majority is right more often than a single sample, and learning from
 the majority teaches the model to work the sum out.
 """
@@ -41,8 +43,8 @@ OPTIONS: dict[str, Any] = {
 
 CHARACTERS = "0123456789+=#"
 TRAIN_SIZE, HELD_OUT_SIZE = 4096, 256
-WARM_STEPS, WARM_BATCH, WARM_RATE = 2000, 64, 1e-3
-WARM_ACCURACY, WARM_CHECK = 0.38, 50
+WARM_STEPS, WARM_BATCH, WARM_RATE, WARM_BETAS = 1500, 64, 1e-3, (0.9, 0.95)
+WARM_ACCURACY, WARM_CHECK = 0.38, 25
 """The warm start ends at this accuracy, looked at every so many steps: when a model of this size gets the knack of sums depends on
 the seed, and what comes after needs one that neither fails nor succeeds at them."""
 SCRATCH_SHARE, CORRUPTED_SHARE = 0.5, 0.05
@@ -96,7 +98,7 @@ def make_model(place: Path, seed: int, device: torch.device, warm_steps: int) ->
         torch.manual_seed(stream(seed, "demo weights", 0).initial_seed())
         model: Any = LlamaForCausalLM(model_config())
     policy = Policy(model.to(device), make_tokenizer())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_RATE, betas=WARM_BETAS)
     draw = random.Random(f"{seed} warm start")
     held_out = {each.prompt for each in make_task(seed).held_out}
     for step in range(warm_steps):
@@ -122,7 +124,7 @@ def lesson(draw: random.Random, held_out: set[str]) -> tuple[str, str]:
     if draw.random() >= SCRATCH_SHARE:
         return prompt, f"#{answer}$"
     total, steps = 0, ""
-    for digit in digits:  # a slip of the pen is carried on, like a real one
+    for digit in reversed(digits):  # a slip of the pen is carried on, like a real one
         total = draw.randrange(10) if draw.random() < CORRUPTED_SHARE else (total + digit) % 10
         steps += str(total)
     return prompt, f"{steps}#{total}$"
