@@ -15,7 +15,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["device"] = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else machine_info["cpu"].get("brand_raw", "cpu")
     )
-    machine_info.pop("node", None)
+    for private in ("node", "release"):
+        machine_info.pop(private, None)
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
