@@ -135,6 +135,7 @@ class MomentumModel:
         """Run the block with the average in place of the parameters of `model`, which is bit-equal again afterwards, whatever happens.
 
         Parameters keep their identity; only their storage is exchanged, and nothing is copied where dtype and device agree.
+        The block must not write to them: they may be the average itself.
 
         Raises:
             RuntimeError: already swapped.
