@@ -73,8 +73,12 @@ def sequence_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Te
     return cu_seqlens.to(torch.int64)
 
 
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum ``(T,)`` within each segment of offsets ``(B+1,)``: ``(B,)``. The same bits every time, which scatter-adds do not give."""
+def segment_reduce(values: Tensor, offsets: Tensor, how: str = "sum") -> Tensor:
+    """Reduce ``(T,)`` within each segment of offsets ``(B+1,)`` by "sum", "max" or "min": ``(B,)``.
+
+    The same bits every time, which scatter-adds do not give on a GPU.
+    """
     if values.numel() == 0 or offsets.shape[0] == 1:
-        return values.new_zeros(offsets.shape[0] - 1)
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+        nothing = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}[how]
+        return values.new_full((offsets.shape[0] - 1,), nothing)
+    return torch.segment_reduce(values, how, offsets=offsets, unsafe=True)

@@ -49,7 +49,7 @@ def trajectory_entropy(
     else:
         if not torch.compiler.is_compiling():
             sequences.check_offset_values("cu_seqlens", offsets, values.shape[0])
-        total, count = (sequences.segment_sum(each, offsets) for each in (values, counts))
+        total, count = (sequences.segment_reduce(each, offsets) for each in (values, counts))
     if reduction == "mean":
         return total / count  # 0 / 0 is the NaN of an empty trajectory
     return torch.where(count > 0, total, torch.nan)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mgrpo_kernels import sequences
 from mgrpo_kernels.backend import reference_unsupported as unsupported
 from mgrpo_kernels.ops.policy_loss.specs import CLIPPED, COUNT_SEQUENCES, SEQUENCE_MEANS, Groups, LossOptions, Tokens
+from mgrpo_kernels.sequences import segment_reduce
 
 __all__ = ["forward", "group_advantages", "own_normalizer", "token_weights", "unsupported"]
 
@@ -22,23 +23,23 @@ def group_advantages(groups: Groups) -> Tensor:
     group = sequences.group_index(offsets, rewards.shape[0])
     keep = torch.ones_like(rewards, dtype=torch.bool) if groups.mask is None else groups.mask
     kept = torch.where(keep, rewards, 0.0)
-    count = _sum(keep.to(rewards.dtype), offsets)
-    total = _sum(kept, offsets)
+    count = segment_reduce(keep.to(rewards.dtype), offsets)
+    total = segment_reduce(kept, offsets)
     mean = (total / count.clamp(min=1))[group]
     if groups.baseline == "leave_one_out":
         centred = kept - (total[group] - kept) / (count[group] - 1).clamp(min=1)
     else:
         centred = kept - mean
     if groups.scale == "std":
-        variance = _sum(torch.where(keep, kept - mean, 0.0).square(), offsets) / (count - 1).clamp(min=1)
+        variance = segment_reduce(torch.where(keep, kept - mean, 0.0).square(), offsets) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt()[group] + groups.eps)
     elif groups.scale == "batch":
         number = count.sum()
         spread = torch.where(keep, kept - kept.sum() / number.clamp(min=1), 0.0)
         centred = centred / ((spread.square().sum() / (number - 1).clamp(min=1)).sqrt() + groups.eps)
     # Equal rewards teach nothing; the mean's rounding must not make them look different.
-    highest = _reduce(torch.where(keep, kept, -torch.inf), offsets, "max")
-    lowest = _reduce(torch.where(keep, kept, torch.inf), offsets, "min")
+    highest = segment_reduce(torch.where(keep, kept, -torch.inf), offsets, "max")
+    lowest = segment_reduce(torch.where(keep, kept, torch.inf), offsets, "min")
     silent = (count < 2) | (highest == lowest)
     return torch.where(keep & ~silent[group], centred, 0.0)
 
@@ -47,7 +48,7 @@ def token_weights(mask: Tensor, offsets: Tensor, options: LossOptions, dtype: to
     """Return each token's share of the loss ``(T,)`` before the normalizer: 1 / length in means over sequences, else 1; 0 if masked."""
     share = mask.to(dtype)
     if options.loss_type in SEQUENCE_MEANS:
-        share = share / _sum(share, offsets).clamp(min=1)[sequences.group_index(offsets, mask.shape[0])]
+        share = share / segment_reduce(share, offsets).clamp(min=1)[sequences.group_index(offsets, mask.shape[0])]
     return share
 
 
@@ -77,9 +78,9 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     logprob, advantage = clean(tokens.logprob), clean(advantages)
     old = logprob if tokens.old is None else clean(tokens.old)
     log_ratio = logprob - old
-    lengths = _sum(mask.to(dtype), offsets).clamp(min=1)  # (B,)
+    lengths = segment_reduce(mask.to(dtype), offsets).clamp(min=1)  # (B,)
     by_sequence = options.importance_level == "sequence"
-    log_weight = (_sum(log_ratio, offsets) / lengths)[sequence] if by_sequence else log_ratio
+    log_weight = (segment_reduce(log_ratio, offsets) / lengths)[sequence] if by_sequence else log_ratio
     ratio = log_weight.exp()
     behaviour = _behaviour_weight(tokens, clean, old, mask, sequence, options)
 
@@ -98,7 +99,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     share = token_weights(mask, offsets, options, dtype) if tokens.weights is None else tokens.weights
     through_ratio = share * term.by_log_weight
     if by_sequence:  # d log_weight / d logprob = 1 / length, for every token of the sequence
-        through_ratio = (_sum(through_ratio, offsets) / lengths)[sequence]
+        through_ratio = (segment_reduce(through_ratio, offsets) / lengths)[sequence]
     gradient = torch.where(mask, share * term.by_logprob + through_ratio, 0.0)
 
     entropy = torch.zeros_like(logprob) if tokens.entropy is None else clean(tokens.entropy)
@@ -182,9 +183,11 @@ def _vespo_weight(
     options: LossOptions,
 ) -> Tensor:
     lowest = math.log(1e-8)
-    log_weight = _sum(log_ratio.clamp(-20.0, 20.0), tokens.offsets)
+    log_weight = segment_reduce(log_ratio.clamp(-20.0, 20.0), tokens.offsets)
     if behaviour is not None:
-        log_weight = log_weight + _sum(torch.where(mask, behaviour.log().clamp(lowest, 20.0), 0.0), tokens.offsets)
+        log_weight = log_weight + segment_reduce(
+            torch.where(mask, behaviour.log().clamp(lowest, 20.0), 0.0), tokens.offsets
+        )
     log_weight = log_weight.clamp(lowest, 20.0)[sequence]
     k = _by_sign(advantage >= 0, options.vespo_k, advantage)
     scale = _by_sign(advantage >= 0, options.vespo_lambda, advantage).clamp(min=1e-4)
@@ -208,7 +211,7 @@ def _behaviour_weight(
         return None
     log_weight = old - clean(tokens.behaviour)
     if options.behaviour_mode.startswith("sequence"):
-        log_weight = _sum(torch.where(mask, log_weight, 0.0), tokens.offsets)[sequence]
+        log_weight = segment_reduce(torch.where(mask, log_weight, 0.0), tokens.offsets)[sequence]
     weight = log_weight.exp()
     if options.behaviour_mode.endswith("truncate"):
         return weight.clamp(max=options.behaviour_cap)
@@ -236,15 +239,3 @@ def own_normalizer(number_of_tokens: Tensor, number_of_sequences: Tensor, option
 
 def _or_one(count: Tensor) -> Tensor:
     return torch.where(count == 0, 1.0, count)  # nothing was counted, nothing is divided
-
-
-def _reduce(values: Tensor, offsets: Tensor, how: str) -> Tensor:
-    if values.numel() == 0 or offsets.shape[0] == 1:
-        start = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}[how]
-        return values.new_full((offsets.shape[0] - 1,), start)
-    return torch.segment_reduce(values, how, offsets=offsets, unsafe=True)
-
-
-def _sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sum ``(T,)`` within each segment, ``(B,)``. The same bits every time, which scatter-adds do not give on a GPU."""
-    return _reduce(values, offsets, "sum")
