@@ -1,15 +1,17 @@
 """From hidden states to the loss: the fused form, the composed form and plain PyTorch give the same."""
 
 import logging
+from unittest import mock
 
 import pytest
 import torch
-from contract import each_backend, forbid_large_allocations, poisoned_memory
+from contract import assert_no_worse_than_plain, each_backend, forbid_large_allocations, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats, policy_loss
 from mgrpo_kernels.ops import linear_policy_loss as op_module  # noqa: F401 - the package, not the function
 from mgrpo_kernels.ops.linear_policy_loss import OP
+from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES, METRICS
 
 B, L, H, V = 4, 7, 16, 501
@@ -159,6 +161,39 @@ def test_all_masked_and_retained_graph(backend):
     ).loss
     first = torch.autograd.grad(loss, weight, retain_graph=True)[0].clone()
     assert torch.equal(first * 2, torch.autograd.grad(loss, weight, torch.tensor(2.0))[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_gradient_to_be_returned_holds_the_logits(scale):
+    rows, width, vocab = 200, 80, 501
+    assert 2 * rows * vocab > 2 * width * vocab > SMALL  # bytes of all logits, of the gradient, of the workspace
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, rows // 4, width, generator=generator).bfloat16()
+    weight = (torch.randn(vocab, width, generator=generator) * 0.2).bfloat16()
+    labels = torch.randint(0, vocab, (4, rows // 4), generator=generator)
+    old, advantages = torch.randn(4, rows // 4, generator=generator) * 0.1 - 6, torch.tensor([1.0, -1.0, 0.5, 2.0])
+
+    def gradients(dtype, function):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        return torch.autograd.grad(function(*leaves) * scale, leaves)
+
+    def eager(hidden, weight):
+        logprob = torch.log_softmax(hidden @ weight.T, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return policy_loss(logprob, old.to(logprob.dtype), advantages.to(logprob.dtype), loss_type="dapo").loss
+
+    def fused(hidden, weight):
+        return linear_policy_loss(
+            hidden, weight, labels, old, advantages, loss_type="dapo", workspace_bytes=SMALL, backend="triton"
+        ).loss
+
+    with (
+        poisoned_memory(),
+        mock.patch.object(tiled, "_workspace", side_effect=AssertionError("no workspace is needed")),
+    ):
+        got = gradients(torch.bfloat16, fused)
+    plain, truth = gradients(torch.bfloat16, eager), gradients(torch.float64, eager)
+    for mine, theirs, true in zip(got, plain, truth, strict=True):
+        assert_no_worse_than_plain(mine, theirs, true)
 
 
 @each_backend(OP)

@@ -46,14 +46,14 @@ def same_bits(got, want):
 @pytest.mark.parametrize("threads", [128, 256])
 def test_row_tiles(element_size, threads):
     for columns in (1, 2, 31, 200, 5000, 151936):
-        tile = launch.row_tile(columns, element_size, threads=threads)
+        tile = launch.row_tile(columns, element_size, threads, 4)
         assert tile.lanes == tile.num_warps * 32 * 16 // element_size  # 16 bytes for each thread
         assert tile.num_warps * 32 <= threads
         assert tile.elements < max(2 * columns, 2 * 32 * 16 // element_size)
 
 
 def test_rows_are_shared_only_where_they_are_few():
-    tile = launch.row_tile(151936, 2)
+    tile = launch.row_tile(151936, 2, 256, 4)
     with mock.patch.object(launch, "processors", return_value=132):
         assert launch.parts_of_row(8192, 151936, tile, torch.device("cpu")) == (1, -(-151936 // 8192) * 8192)
         for rows in (1, 7, 100, 527):
@@ -83,7 +83,7 @@ def logits_with_everything(vocab, dtype):
 @pytest.mark.parametrize("vocab", ["1", "tile-1", "tile", "tile+1", "2 tiles+3"])
 def test_token_stats_around_tiles(dtype, processors, vocab):
     torch.manual_seed(0)
-    tile = launch.row_tile(10**6, dtype.itemsize).elements
+    tile = launch.row_tile(10**6, dtype.itemsize, 256, 4).elements
     vocab = {"1": 1, "tile-1": tile - 1, "tile": tile, "tile+1": tile + 1, "2 tiles+3": 2 * tile + 3}[vocab]
     logits = logits_with_everything(vocab, dtype)
     mask = torch.ones(7, dtype=torch.bool)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_PROGRAMS_PER_PROCESSOR = 4  # fill a GPU when each has about 16 KiB of loads in flight
+from mgrpo_kernels.ops._triton import tuning
 
 
 def launch(
@@ -37,8 +37,8 @@ class RowTile(NamedTuple):
         return self.steps * self.lanes
 
 
-def row_tile(columns: int, element_size: int, *, steps: int = 4, threads: int = 256) -> RowTile:
-    """Return the tile for rows of `columns`: 16-byte loads by at most `threads`, fewer where a row is short."""
+def row_tile(columns: int, element_size: int, threads: int, steps: int) -> RowTile:
+    """Return the tile for rows of `columns`: `steps` 16-byte loads by `threads` each, fewer where a row is short."""
     vector = 16 // element_size
     lanes = max(32 * vector, min(threads * vector, power_of_2(columns)))
     steps = max(1, min(steps, power_of_2(columns) // lanes))
@@ -54,7 +54,7 @@ def power_of_2(number: int) -> int:
 def parts_of_row(rows: int, columns: int, tile: RowTile, device: torch.device) -> tuple[int, int]:
     """Return (parts, columns of a part): programs share a row where the rows are too few to fill the device."""
     tiles = -(-columns // tile.elements)
-    wanted = max(1, min(tiles, _PROGRAMS_PER_PROCESSOR * processors(device) // max(1, rows)))
+    wanted = max(1, min(tiles, tuning.of(device).programs_per_processor * processors(device) // max(1, rows)))
     part = -(-tiles // wanted) * tile.elements
     return -(-columns // part), part
 

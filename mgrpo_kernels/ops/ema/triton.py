@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
+from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops._triton.launch import launch
 from mgrpo_kernels.ops.ema.specs import Batch
 
 __all__ = ["unsupported", "update_"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as the kernel numbers them
-_CHUNK, _BLOCK = 32768, 2048  # elements of a program, and of each of its steps
 
 
 def update_(batch: Batch) -> None:
@@ -22,6 +22,7 @@ def update_(batch: Batch) -> None:
     from mgrpo_kernels.ops.ema import _triton_kernels as kernels
 
     emits: Sequence[Tensor | None] = batch.emit or [None] * len(batch.ema)
+    chunk, block, num_warps = tuning.of(batch.ema[0].device).ema
     numbers = {dtype: number for number, dtype in enumerate(_DTYPES)}
     rows, chunks, seen, addresses = [], [], 0, 0
     first_chunk = 0
@@ -31,7 +32,7 @@ def update_(batch: Batch) -> None:
         places = (ema.data_ptr(), param.data_ptr(), 0 if emit is None else emit.data_ptr())
         keys = batch.keys[i] if batch.keys else (0, 0)
         rows.append((*places, ema.numel(), combination, first_chunk, *keys, *batch.spans[i]))
-        chunks.append(-(-ema.numel() // _CHUNK))
+        chunks.append(-(-ema.numel() // chunk))
         first_chunk += chunks[-1]
         seen |= 1 << combination
         addresses |= places[0] | places[1] | places[2]
@@ -40,7 +41,7 @@ def update_(batch: Batch) -> None:
     launch(
         kernels.update_kernel, (first_chunk,), like,
         _on_device(torch.tensor(rows, dtype=torch.int64), like), _on_device(tensor_of_chunk, like), batch.decay,
-        SEEN=seen, STOCHASTIC=bool(batch.keys), ALIGNED=addresses % 16 == 0, CHUNK=_CHUNK, BLOCK=_BLOCK, num_warps=8,
+        SEEN=seen, STOCHASTIC=bool(batch.keys), ALIGNED=addresses % 16 == 0, CHUNK=chunk, BLOCK=block, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -286,7 +286,8 @@ _autograd.forbid_second_derivative(linear_policy_loss_backward_op)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, metrics, *grads = output
-    ctx.need = inputs[-4:-1]
+    *_, need_hidden, need_weight, need_bias, ctx.backend = inputs
+    ctx.need = (need_hidden, need_weight, need_bias)
     ctx.mark_non_differentiable(metrics, *grads)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*grads)
@@ -296,15 +297,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if grad_loss is None:
         return (*[None] * 24,)
     grads = ctx.saved_tensors
-    # Nearly always the loss is what backward starts from. On a CPU that can be seen, and saves a copy of the weight's gradient.
-    as_is = (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and grad_loss.device.type == "cpu"
-        and grad_loss == 1
-    )
-    if not as_is:
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         grads = linear_policy_loss_backward_op(grad_loss, *grads)
+    else:  # nobody will ask again: what was saved can be what is returned
+        backends.implementation(OP, ctx.backend).scale_(grads, grad_loss)
     return (*(grad if need else None for grad, need in zip(grads, ctx.need, strict=True)), *[None] * 21)
 
 

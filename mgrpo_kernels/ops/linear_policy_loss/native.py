@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from mgrpo_kernels.backend import native_unsupported as unsupported
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
-__all__ = ["forward_backward", "fusion", "unsupported"]
+__all__ = ["forward_backward", "fusion", "scale_", "unsupported"]
 
 COLUMNS = 1024
 WORKSPACE_BYTES = 224 * 2**20
@@ -28,7 +30,13 @@ def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 def forward_backward(
     hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
 ) -> tiled.Gradients:
-    """Return the gradients of hidden, weight and bias, float32, None where `need` says so."""
+    """Return the gradients of hidden, bias and weight, float32, None where `need` says so."""
     return tiled.forward_backward(
         hidden, head, labels, coefficients_of, need, native.CpuPasses, COLUMNS, WORKSPACE_BYTES
     )
+
+
+def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply `grads` in place by `factor`, 0-d. Nearly always it is 1."""
+    if factor != 1:
+        torch._foreach_mul_(list(grads), factor.item())

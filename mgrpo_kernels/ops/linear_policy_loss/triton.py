@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
+from mgrpo_kernels.ops._triton import tuning
+from mgrpo_kernels.ops._triton.launch import launch, processors
 from mgrpo_kernels.ops.linear_token_stats import tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
-__all__ = ["forward_backward", "fusion", "unsupported"]
+__all__ = ["forward_backward", "fusion", "scale_", "unsupported"]
 
-COLUMNS = 8192
-# Each block of rows adds to the whole float32 gradient of the weight: half the rows, and that traffic would set the pace.
-WORKSPACE_BYTES = 512 * 2**20
+_SCALE_BLOCK = 4096
 
 
 def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether to fuse, and why."""
+    if dtype == torch.float16:
+        return False, "float16 gradients are formed after the loss has been scaled up, or they vanish"
     return True, "3 matmuls take less time than 4"
 
 
 def forward_backward(
     hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
 ) -> tiled.Gradients:
-    """Return the gradients of hidden, weight and bias, float32, None where `need` says so."""
+    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` says so."""
+    everything = head.weight.shape[
+        0
+    ]  # columns at once: one matmul of a block's logits, and one over the whole vocabulary
     return tiled.forward_backward(
-        hidden, head, labels, coefficients_of, need, triton.GpuPasses, COLUMNS, WORKSPACE_BYTES
+        hidden,
+        head,
+        labels,
+        coefficients_of,
+        need,
+        triton.GpuPasses,
+        everything,
+        tuning.of(hidden.device).workspace_bytes,
     )
+
+
+def scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply contiguous `grads` in place by `factor`, 0-d float32. Nearly always it is 1: then nothing is read or written."""
+    from mgrpo_kernels.ops.linear_policy_loss import _triton_kernels as kernels
+
+    for grad in grads:
+        if grad.numel():
+            programs = min(-(-grad.numel() // _SCALE_BLOCK), 8 * processors(grad.device))
+            launch(kernels.scale_kernel, (programs,), grad, grad, factor, grad.numel(), BLOCK=_SCALE_BLOCK, num_warps=8)

@@ -20,6 +20,8 @@ def tile_shape(dtype: torch.dtype) -> tiled.TileShape:
 class CpuPasses:
     """The two passes over a tile."""
 
+    padding = 1  # the kernels want contiguous tiles
+
     @staticmethod
     def state(x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state."""
@@ -38,7 +40,7 @@ def _numbers(head: Head) -> tuple[Tensor | None, Tensor | None, float, float, fl
 
 def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
-    return tiled.forward(hidden, head, labels, CpuPasses, tile_shape(hidden.dtype))
+    return tiled.forward(hidden, head, labels, CpuPasses, _shape(hidden, head))
 
 
 def backward(
@@ -50,4 +52,8 @@ def backward(
     need: tuple[bool, bool, bool],
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses, tile_shape(hidden.dtype))
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses, _shape(hidden, head))
+
+
+def _shape(hidden: Tensor, head: Head) -> tiled.TileShape:
+    return tile_shape(hidden.dtype).within(head.workspace_bytes, hidden.element_size())

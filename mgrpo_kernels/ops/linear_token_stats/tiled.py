@@ -20,10 +20,15 @@ CoefficientsOf = Callable[[slice, _statistics.Statistics], Tensor]  # (rows, the
 
 
 ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows then begin where wide loads and matmuls want them
+# Elements of a product from which a GPU's matmul has no reason to split the inner dimension among its multiprocessors and to
+# add up the pieces in 16 bits, as it may where PyTorch's allow_bf16_reduced_precision_reduction stands (the default).
+UNSPLIT_FROM = 2**25
 
 
 class Passes(Protocol):
     """What a backend does with a tile. Both write in place, and nothing else."""
+
+    padding: int  # a tile's row stride is a multiple of this many elements
 
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold raw logits x ``(n, C)`` into the running ``state`` ``(6, n)`` float32 (any strides). `head` is sliced to the tile."""
@@ -35,13 +40,13 @@ class Passes(Protocol):
 
 
 class TileShape(NamedTuple):
-    """How many rows and columns of logits a tile has at most, where `workspace_bytes` does not ask for less."""
+    """How many rows and columns of logits a tile has at most."""
 
     rows: int
     columns: int
 
     def within(self, workspace_bytes: int | None, element_size: int) -> TileShape:
-        """Return a shape that keeps to `workspace_bytes`: first fewer columns, down to 256, then fewer rows."""
+        """Return a shape that keeps to `workspace_bytes`: first fewer columns, down to 256, then fewer rows. None: this one."""
         if workspace_bytes is None:
             return self
         elements = max(1, workspace_bytes // element_size)
@@ -90,16 +95,22 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(product) if first else total.add_(product)
 
 
+def rounds_once(product: torch.Size, device: torch.device) -> bool:
+    """Return whether a 16-bit matmul of this result's shape adds up in float32 from end to end."""
+    if device.type != "cuda" or product.numel() >= UNSPLIT_FROM:
+        return True
+    return not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
 def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, shape: TileShape) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)``. Weights are the outer loop: each is read once."""
     number, vocab = hidden.shape[0], head.weight.shape[0]
-    shape = shape.within(head.workspace_bytes, hidden.element_size())
     state = empty_state(number, hidden.device)
-    workspace = hidden.new_empty(min(shape.rows, number) * min(shape.columns, vocab))
+    workspace = _workspace(hidden, min(shape.rows, number), min(shape.columns, vocab), passes.padding)
     for columns in spans(vocab, shape.columns, ALIGNED):
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
-            x = _view(workspace, rows, columns)
+            x = _tile(workspace, rows, columns, passes.padding)
             torch.mm(hidden[rows], tile_head.weight.t(), out=x)
             passes.state(x, tile_head, None if labels is None else labels[rows], state[:, rows])
     return state
@@ -115,22 +126,36 @@ def backward(
     passes: Passes,
     shape: TileShape,
 ) -> Gradients:
-    """Return the gradients of hidden (float32), weight and bias (their dtype): each tile computed again, then two matmuls."""
+    """Return the gradients of hidden (float32), weight and bias (their dtype): each tile computed again, then two matmuls.
+
+    With weights as the outer loop a tile's part of the weight's gradient is complete before the next begins: 16-bit weights need
+    only a tile of float32 accumulator, and none where all rows fit one tile.
+    """
     number, vocab = hidden.shape[0], head.weight.shape[0]
-    shape = shape.within(head.workspace_bytes, hidden.element_size())
-    sums = _Sums(hidden, head, need, vocab_wide=False)
-    workspace = hidden.new_empty(min(shape.rows, number) * min(shape.columns, vocab))
+    sums = _Sums(hidden, head, need)
+    weight = _result(hidden, head) if need[1] else None
+    partial: Tensor | None = None
+    workspace = _workspace(hidden, min(shape.rows, number), min(shape.columns, vocab), passes.padding)
     for columns in spans(vocab, shape.columns, ALIGNED):
+        total = None if weight is None else weight[columns]
+        one_matmul = number <= shape.rows and total is not None and rounds_once(total.shape, total.device)
+        if total is not None and total.dtype != torch.float32 and not one_matmul:
+            if partial is None or partial.shape != total.shape:
+                partial = torch.empty(total.shape, device=total.device)
+            total = partial
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
-            x = _view(workspace, rows, columns)
+            x = _tile(workspace, rows, columns, passes.padding)
             torch.mm(hidden[rows], tile_head.weight.t(), out=x)
             passes.gradient_(
                 x, tile_head, None if labels is None else labels[rows], coefficients[:, rows], logsumexp[rows]
             )
-            sums.add(x, hidden[rows], tile_head.weight, rows, columns)
-        sums.close(columns)
-    return sums.result()
+            sums.add(x, tile_head.weight, rows, columns)
+            if total is not None:
+                accumulate(total, x.t(), hidden[rows], first=rows.start == 0)
+        if weight is not None and partial is not None and total is partial and number:
+            weight[columns].copy_(partial)
+    return sums.hidden, weight, sums.bias_in(hidden.dtype)
 
 
 def forward_backward(
@@ -143,74 +168,81 @@ def forward_backward(
     columns_at_once: int,
     workspace_bytes: int,
 ) -> Gradients:
-    """Return the gradients of hidden (float32), weight and bias (float32), with the matmul of the logits done only once.
+    """Return the gradients of hidden, bias (float32) and weight (its dtype), with the matmul of the logits done only once.
 
-    A block of rows keeps all its logits in the workspace until `coefficients_of` has said, from its statistics, what the
-    gradient is.
+    A block of rows keeps all its logits until `coefficients_of` has said, from its statistics, what the gradient is. The larger
+    the block, the fewer times the weight's gradient, with several blocks a float32 accumulator, is read and written. What will be
+    returned as a 16-bit gradient is not needed before the end: where it holds more logits than the workspace would (that is,
+    H rows), it is the workspace.
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
-    rows_at_once = max(1, (head.workspace_bytes or workspace_bytes) // (vocab * hidden.element_size()))
-    sums = _Sums(hidden, head, need, vocab_wide=True)
-    workspace = hidden.new_empty(min(rows_at_once, number) * vocab)
-    for rows in spans(number, rows_at_once):
+    stride = _padded(vocab, passes.padding)
+    fitting = max(1, (head.workspace_bytes or workspace_bytes) // (stride * hidden.element_size()))
+    weight = _result(hidden, head) if need[1] else None
+    total, workspace = weight, None
+    several = number > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device))
+    if weight is not None and weight.dtype != torch.float32 and several:
+        total = torch.empty(weight.shape, device=weight.device)
+        if weight.numel() // stride > fitting:
+            workspace, fitting = weight.view(-1), weight.numel() // stride
+    if workspace is None:
+        workspace = _workspace(hidden, min(fitting, number), vocab, passes.padding)
+    sums = _Sums(hidden, head, need)
+    for rows in spans(number, fitting, ALIGNED):
         state = empty_state(rows.stop - rows.start, hidden.device)
         for columns in spans(vocab, columns_at_once, ALIGNED):
             tile_head = of_tile(head, rows, columns)
-            x = _view(workspace, rows, columns, keep=True)
+            x = _tile(workspace, rows, columns, passes.padding, keep=True)
             torch.mm(hidden[rows], tile_head.weight.t(), out=x)
             passes.state(x, tile_head, labels[rows], state)
         statistics = _statistics.finish(state, labels[rows])
         coefficients = coefficients_of(rows, statistics)
         for columns in spans(vocab, columns_at_once, ALIGNED):
             tile_head = of_tile(head, rows, columns)
-            x = _view(workspace, rows, columns, keep=True)
+            x = _tile(workspace, rows, columns, passes.padding, keep=True)
             passes.gradient_(x, tile_head, labels[rows], coefficients, statistics.logsumexp)
-            sums.add(x, hidden[rows], tile_head.weight, rows, columns)
-    return sums.result()
+            sums.add(x, tile_head.weight, rows, columns)
+            if total is not None:
+                accumulate(total[columns], x.t(), hidden[rows], first=rows.start == 0)
+    if weight is not None and total is not None and total is not weight:
+        weight.copy_(total)
+    return sums.hidden, weight, sums.bias
 
 
-def _view(workspace: Tensor, rows: slice, columns: slice, *, keep: bool = False) -> Tensor:
-    """Return the tile's place: always the same, or with `keep` one for each span of columns. Contiguous, so that matmuls are fast."""
+def _padded(width: int, padding: int) -> int:
+    return -(-width // padding) * padding
+
+
+def _workspace(hidden: Tensor, rows: int, columns: int, padding: int) -> Tensor:
+    return hidden.new_empty(rows * _padded(columns, padding))
+
+
+def _tile(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep: bool = False) -> Tensor:
+    """Return the tile's place: always the same, or with `keep` one for each span of columns."""
     n, first = rows.stop - rows.start, columns.start if keep else 0
     width = columns.stop - columns.start
-    return workspace[n * first : n * (first + width)].view(n, width)
+    stride = _padded(width, padding)
+    return workspace[n * first : n * (first + stride)].view(n, stride)[:, :width]
+
+
+def _result(hidden: Tensor, head: Head) -> Tensor:
+    """Return room for the weight's gradient; zeros where there are no rows, and so no matmul writes it."""
+    make = torch.empty_like if hidden.shape[0] else torch.zeros_like
+    return make(head.weight, memory_format=torch.contiguous_format)
 
 
 class _Sums:
-    """The float32 accumulators of the three gradients.
+    """The float32 accumulators of the gradients of hidden and bias."""
 
-    With weights as the outer loop a tile's part of the weight's gradient is complete before the next begins, and 16-bit weights
-    need only a tile of accumulator; else (`vocab_wide`) the whole gradient accumulates.
-    """
+    def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool]) -> None:
+        self.hidden = torch.empty(hidden.shape, device=hidden.device) if need[0] else None
+        self.bias = torch.zeros(head.bias.shape, device=hidden.device) if need[2] and head.bias is not None else None
 
-    def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool], *, vocab_wide: bool) -> None:
-        wants_hidden, wants_weight, wants_bias = need
-        vocab = head.weight.shape[0]
-        empty = hidden.shape[0] == 0
-        make = torch.zeros if empty else torch.empty  # without rows no sum is ever begun
-        self.hidden = torch.zeros(hidden.shape, device=hidden.device) if wants_hidden else None
-        weight_dtype = torch.float32 if vocab_wide else head.weight.dtype
-        self.weight = make(head.weight.shape, dtype=weight_dtype, device=hidden.device) if wants_weight else None
-        self.bias = torch.zeros(vocab, device=hidden.device) if wants_bias and head.bias is not None else None
-        self.bias_dtype = torch.float32 if vocab_wide else hidden.dtype
-        self.tile: Tensor | None = None  # float32 accumulator of one span of columns
-
-    def add(self, grad: Tensor, hidden: Tensor, weight: Tensor, rows: slice, columns: slice) -> None:
+    def add(self, grad: Tensor, weight: Tensor, rows: slice, columns: slice) -> None:
         if self.hidden is not None:
             accumulate(self.hidden[rows], grad, weight, first=columns.start == 0)
-        if self.weight is not None:
-            total = self.weight[columns]
-            if total.dtype != torch.float32:
-                if self.tile is None or self.tile.shape != total.shape:
-                    self.tile = torch.empty(total.shape, device=total.device)
-                total = self.tile
-            accumulate(total, grad.t(), hidden, first=rows.start == 0)
         if self.bias is not None:
             self.bias[columns] += grad.sum(0, dtype=torch.float32)
 
-    def close(self, columns: slice) -> None:
-        if self.tile is not None and self.weight is not None:
-            self.weight[columns].copy_(self.tile)
-
-    def result(self) -> Gradients:
-        return self.hidden, self.weight, None if self.bias is None else self.bias.to(self.bias_dtype)
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)

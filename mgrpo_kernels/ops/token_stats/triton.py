@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
+from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops._triton.launch import launch, parts_of_row, power_of_2, row_tile
 from mgrpo_kernels.ops.token_stats.specs import Wanted
 
@@ -37,7 +38,7 @@ def forward(
 
     if _strides(logits) is None:
         logits = logits.contiguous()
-    tile = row_tile(vocab, logits.element_size())
+    tile = row_tile(vocab, logits.element_size(), *tuning.of(logits.device).stats_forward)
     parts, part = parts_of_row(rows, vocab, tile, logits.device)
     states = logsumexp.new_empty(rows, parts, 4) if parts > 1 else None
     inputs = (logits, _flat(labels) if wanted.logprob else None, _bytes(mask), *_temperature(temperature))
@@ -87,7 +88,7 @@ def backward(
     if labels is None:
         grad_logprob = None
     number_of_labels = labels.shape[-1] if labels is not None else 0
-    tile = row_tile(vocab, logits.element_size(), steps=2)
+    tile = row_tile(vocab, logits.element_size(), *tuning.of(logits.device).stats_backward)
     parts, part = parts_of_row(rows, vocab, tile, logits.device)
     launch(
         kernels.backward_kernel, (rows, parts), logits,

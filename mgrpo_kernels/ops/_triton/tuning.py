@@ -1,0 +1,58 @@
+"""Sizes that depend on the device and not on the problem: measured ones where there are any, reasoned ones elsewhere.
+
+``benchmarks/tune.py`` measures them on a device and writes ``tuned/<device>.json``, which is committed. Nothing is ever measured
+while the library runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "tuned"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """One device's choice. The defaults are reasoned for an H100 and never slow elsewhere: docs/kernels_without_a_gpu.md."""
+
+    stats_forward: tuple[int, int] = (256, 4)  # threads, and 16-byte loads that each has in flight
+    stats_backward: tuple[int, int] = (256, 2)
+    tile_state: tuple[int, int] = (
+        128,
+        4,
+    )  # the passes over tiles a few thousand columns wide: fewer threads to agree at its end
+    tile_gradient: tuple[int, int] = (128, 4)
+    programs_per_processor: int = 4  # how many fill a multiprocessor, when each has about 16 KiB of loads in flight
+    ema: tuple[int, int, int] = (32768, 2048, 8)  # elements of a program, elements of a step, warps
+    forward_tile: tuple[int, int] = (8192, 8192)  # rows and columns of logits at once
+    backward_rows: int = 16384  # likewise; columns as many as the workspace holds
+    workspace_bytes: int = 512 * 2**20
+    forward_matmul: str = "library"  # or "fused": our own matmul, whose logits never leave the multiprocessor
+    backward_matmul: str = "library"
+    fused_tile: tuple[int, int, int, int, int] = (128, 256, 64, 3, 8)  # rows, columns, inner, stages, warps
+
+
+def slug(device_name: str) -> str:
+    """Return a device's name as it stands in a file's: "NVIDIA H100 80GB HBM3" gives "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def read(path: Path) -> Tuning:
+    """Return the choice that a file holds under "tuning"."""
+    entries = json.loads(path.read_text(encoding="utf-8"))["tuning"]
+    return Tuning(**{name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()})
+
+
+@functools.cache
+def of(device: torch.device) -> Tuning:
+    """Return the device's own choice, or the defaults."""
+    if device.type != "cuda":
+        return Tuning()  # the interpreter
+    path = FOLDER / f"{slug(torch.cuda.get_device_name(device))}.json"
+    return read(path) if path.exists() else Tuning()
