@@ -176,7 +176,7 @@ def test_head_passes_over_uneven_tiles(dtype, bias, logit_scale, softcap, per_ro
         state[_statistics.MAX] = -INF
         for a, b in itertools.pairwise(cuts):
             tile = head._replace(bias=None if added is None else added[a:b], vocab_start=shard + a)
-            linear_triton.GpuPasses.state(x[:, a:b].contiguous(), tile, labels, state)
+            linear_triton.GpuPasses().state(x[:, a:b].contiguous(), tile, labels, state)
         states.append(state)
     same_bits(states[:1], states[1:])
     got = _statistics.finish(states[0], None)
@@ -190,7 +190,7 @@ def test_head_passes_over_uneven_tiles(dtype, bias, logit_scale, softcap, per_ro
     for a, b in itertools.pairwise(cuts):
         tile = head._replace(bias=None if added is None else added[a:b], vocab_start=shard + a)
         part = x[:, a:b].contiguous()
-        linear_triton.GpuPasses.gradient_(part, tile, labels, coefficients, got.logsumexp)
+        linear_triton.GpuPasses().gradient_(part, tile, labels, coefficients, got.logsumexp)
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
         torch.testing.assert_close(part.float(), expected[:, a:b], equal_nan=True, **tolerance)
 
@@ -202,7 +202,7 @@ def test_tanh_is_exact_to_rounding():
     head = Head(torch.zeros(1, 1), None, 1.0, 1.0, 1.0, 0, None)
     state = torch.zeros(6, x.shape[0])
     state[0] = -INF
-    linear_triton.GpuPasses.state(x.unsqueeze(1).contiguous(), head, torch.zeros_like(x, dtype=torch.int64), state)
+    linear_triton.GpuPasses().state(x.unsqueeze(1).contiguous(), head, torch.zeros_like(x, dtype=torch.int64), state)
     torch.testing.assert_close(state[_statistics.LABEL].double(), x.double().tanh(), rtol=3e-7, atol=0, equal_nan=True)
 
 
@@ -211,7 +211,7 @@ def test_16_bit_results_are_rounded_to_nearest():
     head = Head(torch.zeros(1, 1), None, 1.0, 1.0, None, 0, None)
     coefficients = torch.zeros(4, 300)
     coefficients[2] = torch.randn(300)  # gamma: the gradient itself
-    linear_triton.GpuPasses.gradient_(x, head, None, coefficients, torch.full((300,), 50.0))
+    linear_triton.GpuPasses().gradient_(x, head, None, coefficients, torch.full((300,), 50.0))
     assert torch.equal(x.squeeze(1), coefficients[2].bfloat16())
 
 

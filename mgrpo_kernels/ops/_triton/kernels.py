@@ -70,6 +70,15 @@ INTERPRETED = tl.constexpr(not isinstance(narrow, triton.JITFunction))
 
 
 @triton.jit
+def multiply(a, b, total):
+    """Return total + a @ b in float32. The interpreter holds bfloat16 as integers, and would multiply those."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
 def clamp(x, low, high):
     """Return x between low and high. NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))

@@ -11,6 +11,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,13 @@ class Tuning:
     workspace_bytes: int = 512 * 2**20
     forward_matmul: str = "library"  # or "fused": our own matmul, whose logits never leave the multiprocessor
     backward_matmul: str = "library"
-    fused_tile: tuple[int, int, int, int, int] = (128, 256, 64, 3, 8)  # rows, columns, inner, stages, warps
+    fused_tile: tuple[int, int, int, int, int] = (
+        128,
+        128,
+        64,
+        4,
+        8,
+    )  # rows, columns, inner, stages, warps: nothing spills
 
 
 def slug(device_name: str) -> str:
@@ -45,8 +52,11 @@ def slug(device_name: str) -> str:
 
 def read(path: Path) -> Tuning:
     """Return the choice that a file holds under "tuning"."""
-    entries = json.loads(path.read_text(encoding="utf-8"))["tuning"]
-    return Tuning(**{name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()})
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["tuning"]
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()
+    }
+    return Tuning(**values)
 
 
 @functools.cache

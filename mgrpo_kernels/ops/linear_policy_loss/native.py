@@ -32,7 +32,7 @@ def forward_backward(
 ) -> tiled.Gradients:
     """Return the gradients of hidden, bias and weight, float32, None where `need` says so."""
     return tiled.forward_backward(
-        hidden, head, labels, coefficients_of, need, native.CpuPasses, COLUMNS, WORKSPACE_BYTES
+        hidden, head, labels, coefficients_of, need, native.CpuPasses(), COLUMNS, WORKSPACE_BYTES
     )
 
 

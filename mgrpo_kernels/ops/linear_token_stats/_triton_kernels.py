@@ -1,4 +1,4 @@
-"""Kernels of the fused head: what happens to a tile of raw logits between the matmuls. A program takes one row."""
+"""Kernels of the fused head between the library's matmuls: what happens to a tile of raw logits. A program takes one row."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ from mgrpo_kernels.ops._triton.kernels import (
 
 
 @triton.jit
-def _final(raw, bias, column, inside, logit_scale, softcap, inverse):
+def final(raw, bias, column, inside, logit_scale, softcap, inverse):
     """Return final logits z of raw ones, and the slope of softcap's tanh. Softcap of None: none, and slope 1."""
     y = raw.to(tl.float32)
     if bias is not None:
@@ -27,6 +27,37 @@ def _final(raw, bias, column, inside, logit_scale, softcap, inverse):
         return softcap * bent * inverse, 1.0 - bent * bent
     else:
         return y * inverse, 1.0
+
+
+@triton.jit
+def fold(place, stride, maximum, sum_exp, sum_expz, total, count, inside):
+    """Fold the state of some columns, sum_expz in units of log 2, into rows of MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT."""
+    sum_exp = tl.where(sum_exp == float("inf"), float("nan"), sum_exp)  # +inf among the logits
+    old_maximum = tl.load(place, mask=inside)
+    old_exp = tl.load(place + stride, mask=inside)
+    old_expz = tl.load(place + 2 * stride, mask=inside)
+    new_maximum = tl.maximum(old_maximum, maximum)
+    old_shift = tl.maximum(old_maximum - new_maximum, NEGLIGIBLE)
+    old_scale = tl.exp(old_shift)
+    shift = tl.maximum(maximum - new_maximum, NEGLIGIBLE)
+    scale = tl.exp(shift)
+    expz = old_scale * (old_expz + old_exp * old_shift) + scale * (LN_2 * sum_expz + sum_exp * shift)
+    tl.store(place, new_maximum, mask=inside)
+    tl.store(place + stride, old_exp * old_scale + sum_exp * scale, mask=inside)
+    tl.store(place + 2 * stride, expz, mask=inside)
+    tl.store(place + 3 * stride, tl.load(place + 3 * stride, mask=inside) + total, mask=inside)
+    tl.store(place + 5 * stride, tl.load(place + 5 * stride, mask=inside) + count, mask=inside)
+
+
+@triton.jit
+def gradient(z, slope, hit, alpha, beta, gamma, delta, lse, inverse, logit_scale):
+    """Return the gradient of raw logits from final ones z; `hit` says where the label is, None: nowhere."""
+    logp = z - lse
+    p = tl.exp2(logp * LOG2_E)
+    grad = p * (alpha + beta * tl.where(logp == float("-inf"), 0.0, logp)) + gamma
+    if hit is not None:
+        grad = tl.where(hit, grad + delta, grad)
+    return tl.where(z == float("-inf"), 0.0, grad * inverse * slope * logit_scale)
 
 
 @triton.jit(do_not_specialize=["first", "state_stride"])  # they change from tile to tile, or with the number of rows
@@ -45,34 +76,19 @@ def state_kernel(
     for start in range(0, width, STEPS * LANES):
         column = start + columns
         inside = column < width
-        z, _ = _final(tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse)
+        z, _ = final(tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse)
         total += tl.sum(tl.where(inside, z, 0.0), 0)
         z = tl.where(inside, z, float("-inf"))
         maximum, sum_exp, sum_expz = add_tile(z, LOG2_E, maximum, sum_exp, sum_expz, True)
     tile_maximum, tile_exp, tile_expz = merge_lanes(LOG2_E, maximum, sum_exp, sum_expz)
-    tile_exp = tl.where(tile_exp == float("inf"), float("nan"), tile_exp)  # +inf among the logits
-
-    place = state + row * state_row_stride  # MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT as in ops/_statistics.py
-    old_maximum = tl.load(place)
-    old_exp = tl.load(place + state_stride)
-    old_expz = tl.load(place + 2 * state_stride)
-    new_maximum = tl.maximum(old_maximum, tile_maximum)
-    old_shift = tl.maximum(old_maximum - new_maximum, NEGLIGIBLE)
-    old_scale = tl.exp(old_shift)
-    tile_shift = tl.maximum(tile_maximum - new_maximum, NEGLIGIBLE)
-    tile_scale = tl.exp(tile_shift)
-    expz = old_scale * (old_expz + old_exp * old_shift) + tile_scale * (LN_2 * tile_expz + tile_exp * tile_shift)
-    tl.store(place, new_maximum)
-    tl.store(place + state_stride, old_exp * old_scale + tile_exp * tile_scale)
-    tl.store(place + 2 * state_stride, expz)
-    tl.store(place + 3 * state_stride, tl.load(place + 3 * state_stride) + tl.sum(total, 0))
+    place = state + row * state_row_stride
+    fold(place, state_stride, tile_maximum, tile_exp, tile_expz, tl.sum(total, 0), width, None)
     if labels is not None:
         column = tl.load(labels + row).to(tl.int64) - first
         there = (column >= 0) & (column < width)
         raw = tl.load(x + column, mask=there, other=0.0)
-        z, _ = _final(raw, bias, column, there, logit_scale, softcap, inverse)
+        z, _ = final(raw, bias, column, there, logit_scale, softcap, inverse)
         tl.store(place + 4 * state_stride, tl.load(place + 4 * state_stride) + tl.where(there, z, 0.0))
-    tl.store(place + 5 * state_stride, tl.load(place + 5 * state_stride) + width)
 
 
 @triton.jit(do_not_specialize=["first", "coefficient_stride"])
@@ -103,13 +119,11 @@ def gradient_kernel(
     for start in range(0, width, STEPS * LANES):
         column = start + columns
         inside = column < width
-        z, slope = _final(
+        z, slope = final(
             tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse
         )
-        logp = z - lse
-        p = tl.exp2(logp * LOG2_E)
-        grad = p * (alpha + beta * tl.where(logp == float("-inf"), 0.0, logp)) + gamma
         if labels is not None:
-            grad = tl.where(column == hit, grad + delta, grad)
-        grad = tl.where(z == float("-inf"), 0.0, grad * inverse * slope * logit_scale)
+            grad = gradient(z, slope, column == hit, alpha, beta, gamma, delta, lse, inverse, logit_scale)
+        else:
+            grad = gradient(z, slope, None, alpha, beta, gamma, delta, lse, inverse, logit_scale)
         tl.store(x + column, narrow(grad, x.dtype.element_ty), mask=inside)

@@ -17,18 +17,14 @@ def tile_shape(dtype: torch.dtype) -> tiled.TileShape:
     return tiled.TileShape(1024, 1024 if dtype == torch.float32 else 4096)
 
 
-class CpuPasses:
-    """The two passes over a tile."""
+class CpuPasses(tiled.Passes):
+    """The two passes over a tile, which must be contiguous."""
 
-    padding = 1  # the kernels want contiguous tiles
-
-    @staticmethod
-    def state(x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
+    def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state."""
         torch.ops.mgrpo_native.tile_state_(x, *_numbers(head), labels, state)
 
-    @staticmethod
-    def gradient_(x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
+    def gradient_(self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
         """Overwrite the tile with its gradient."""
         torch.ops.mgrpo_native.tile_gradient_(x, *_numbers(head), labels, coefficients, logsumexp)
 
@@ -40,7 +36,7 @@ def _numbers(head: Head) -> tuple[Tensor | None, Tensor | None, float, float, fl
 
 def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
-    return tiled.forward(hidden, head, labels, CpuPasses, _shape(hidden, head))
+    return tiled.forward(hidden, head, labels, CpuPasses(), _shape(hidden, head))
 
 
 def backward(
@@ -52,7 +48,7 @@ def backward(
     need: tuple[bool, bool, bool],
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses, _shape(hidden, head))
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(), _shape(hidden, head))
 
 
 def _shape(hidden: Tensor, head: Head) -> tiled.TileShape:

@@ -7,7 +7,7 @@ while it is in cache: :meth:`Passes.state` folds it into the rows' statistics, :
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +25,30 @@ ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows 
 UNSPLIT_FROM = 2**25
 
 
-class Passes(Protocol):
-    """What a backend does with a tile. Both write in place, and nothing else."""
+class Passes:
+    """What a backend does with a tile. A backend writes :meth:`state` and :meth:`gradient_`; the matmuls are the library's."""
 
-    padding: int  # a tile's row stride is a multiple of this many elements
+    padding = 1  # a tile's row stride is a multiple of this many elements
 
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold raw logits x ``(n, C)`` into the running ``state`` ``(6, n)`` float32 (any strides). `head` is sliced to the tile."""
-        ...
+        raise NotImplementedError
 
     def gradient_(self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
         """Overwrite raw logits x ``(n, C)`` with their gradient, of coefficients ``(4, n)`` and logsumexp ``(n,)`` float32."""
-        ...
+        raise NotImplementedError
+
+    def fill(self, x: Tensor, hidden: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
+        """Write the raw logits of `hidden` ``(n, H)`` to x ``(n, C)`` and fold them into the running state."""
+        torch.mm(hidden, head.weight.t(), out=x)
+        self.state(x, head, labels, state)
+
+    def fill_gradient(
+        self, x: Tensor, hidden: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor
+    ) -> None:
+        """Write the gradient of the raw logits of `hidden` ``(n, H)`` to x ``(n, C)``."""
+        torch.mm(hidden, head.weight.t(), out=x)
+        self.gradient_(x, head, labels, coefficients, logsumexp)
 
 
 class TileShape(NamedTuple):
@@ -111,8 +123,7 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, s
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
             x = _tile(workspace, rows, columns, passes.padding)
-            torch.mm(hidden[rows], tile_head.weight.t(), out=x)
-            passes.state(x, tile_head, None if labels is None else labels[rows], state[:, rows])
+            passes.fill(x, hidden[rows], tile_head, None if labels is None else labels[rows], state[:, rows])
     return state
 
 
@@ -146,9 +157,13 @@ def backward(
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
             x = _tile(workspace, rows, columns, passes.padding)
-            torch.mm(hidden[rows], tile_head.weight.t(), out=x)
-            passes.gradient_(
-                x, tile_head, None if labels is None else labels[rows], coefficients[:, rows], logsumexp[rows]
+            passes.fill_gradient(
+                x,
+                hidden[rows],
+                tile_head,
+                None if labels is None else labels[rows],
+                coefficients[:, rows],
+                logsumexp[rows],
             )
             sums.add(x, tile_head.weight, rows, columns)
             if total is not None:
@@ -193,8 +208,7 @@ def forward_backward(
         for columns in spans(vocab, columns_at_once, ALIGNED):
             tile_head = of_tile(head, rows, columns)
             x = _tile(workspace, rows, columns, passes.padding, keep=True)
-            torch.mm(hidden[rows], tile_head.weight.t(), out=x)
-            passes.state(x, tile_head, labels[rows], state)
+            passes.fill(x, hidden[rows], tile_head, labels[rows], state)
         statistics = _statistics.finish(state, labels[rows])
         coefficients = coefficients_of(rows, statistics)
         for columns in spans(vocab, columns_at_once, ALIGNED):

@@ -1,27 +1,29 @@
-"""Triton passes for GPUs between the library's matmuls: one launch for each tile of logits and pass."""
+"""Triton for GPUs: passes between the library's matmuls, one launch for each tile of logits and pass; or a matmul that includes them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
 from mgrpo_kernels.ops._triton import tuning
-from mgrpo_kernels.ops._triton.launch import launch, row_tile
+from mgrpo_kernels.ops._triton.launch import launch, processors, row_tile
 from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
-__all__ = ["GpuPasses", "backward", "forward", "unsupported"]
+__all__ = ["FusedPasses", "GpuPasses", "backward", "forward", "passes_of", "unsupported"]
+
+FUSED_FROM = 1024  # rows: below, too few tiles for our own matmul to fill a GPU
 
 
-class GpuPasses:
+class GpuPasses(tiled.Passes):
     """The two passes over a tile."""
 
     padding = tiled.ALIGNED
 
-    @staticmethod
-    def state(x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
+    def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state."""
         from mgrpo_kernels.ops.linear_token_stats import _triton_kernels as kernels
 
@@ -32,8 +34,7 @@ class GpuPasses:
             STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
         )  # fmt: skip
 
-    @staticmethod
-    def gradient_(x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
+    def gradient_(self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
         """Overwrite the tile with its gradient."""
         from mgrpo_kernels.ops.linear_token_stats import _triton_kernels as kernels
 
@@ -43,6 +44,48 @@ class GpuPasses:
             x, head.bias, _contiguous(labels), *_numbers(head, coefficients, logsumexp.contiguous()),
             x.shape[1], x.stride(0), *coefficients.stride(),
             STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+
+class FusedPasses(GpuPasses):
+    """Our own matmul, whose tile of logits meets the statistics before it leaves the registers."""
+
+    def fill(self, x: Tensor | None, hidden: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
+        """Fold the logits into the running state, and with `x` write them there too."""
+        from mgrpo_kernels.ops.linear_token_stats import _fused_triton_kernels as kernels
+
+        (number, width), columns = hidden.shape, head.weight.shape[0]
+        block_n = tuning.of(hidden.device).fused_tile[1]
+        states = torch.empty(-(-columns // block_n), 5, number, device=hidden.device)
+        sizes = (number, columns, width, 0 if x is None else x.stride(0))
+        self._launch(kernels.state_kernel, hidden, head, (_contiguous(labels), x, states), sizes)
+        launch(
+            kernels.merge_kernel, (-(-number // 32),), hidden, states, state, number, states.shape[0], columns, *state.stride(),
+            PARTS=32, ROWS=32, num_warps=4,
+        )  # fmt: skip
+
+    def fill_gradient(
+        self, x: Tensor, hidden: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor
+    ) -> None:
+        """Write the gradient of the logits to `x`."""
+        from mgrpo_kernels.ops.linear_token_stats import _fused_triton_kernels as kernels
+
+        sizes = (hidden.shape[0], head.weight.shape[0], hidden.shape[1], x.stride(0), *coefficients.stride())
+        tensors = (_contiguous(labels), x, coefficients, logsumexp.contiguous())
+        self._launch(kernels.gradient_kernel, hidden, head, tensors, sizes)
+
+    @staticmethod
+    def _launch(kernel: Any, hidden: Tensor, head: Head, tensors: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+        """Run a kernel with `tensors` from labels on, `temperature` after them, and `sizes` after `first`."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        block_m, block_n, block_k, stages, num_warps = tuning.of(hidden.device).fused_tile
+        labels, *rest = tensors
+        launch(
+            kernel, (processors(hidden.device),), hidden,
+            TensorDescriptor.from_tensor(hidden, [block_m, block_k]), TensorDescriptor.from_tensor(head.weight, [block_n, block_k]),
+            head.bias, labels, *_numbers(head, *rest), *sizes,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages, num_warps=num_warps,
         )  # fmt: skip
 
 
@@ -57,10 +100,34 @@ def _numbers(head: Head, *tensors: Tensor) -> tuple[Any, ...]:
     return _contiguous(per_row), *tensors, 1.0 / number, float(head.logit_scale), softcap, head.vocab_start
 
 
+def passes_of(matmul: str, hidden: Tensor, head: Head) -> GpuPasses:
+    """Return what works on tiles: :class:`FusedPasses` where `matmul`, the device's tuned choice, is "fused" and its operands allow it."""
+    operands = (hidden, head.weight)
+    fits = all(
+        # What tensor descriptors can describe; and float32 would be multiplied as TF32.
+        each.element_size() == 2
+        and each.stride(1) == 1
+        and (each.stride(0) * 2) % 16 == 0
+        and each.data_ptr() % 16 == 0
+        for each in operands
+    )
+    return FusedPasses() if matmul == "fused" and fits and hidden.shape[0] >= FUSED_FROM else GpuPasses()
+
+
 def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
-    shape = tiled.TileShape(*tuning.of(hidden.device).forward_tile)
-    return tiled.forward(hidden, head, labels, GpuPasses, shape.within(head.workspace_bytes, hidden.element_size()))
+    tuned = tuning.of(hidden.device)
+    passes = passes_of(tuned.forward_matmul, hidden, head)
+    if not isinstance(passes, FusedPasses):
+        shape = tiled.TileShape(*tuned.forward_tile).within(head.workspace_bytes, hidden.element_size())
+        return tiled.forward(hidden, head, labels, passes, shape)
+    state = tiled.empty_state(hidden.shape[0], hidden.device)
+    row_bytes = -(-head.weight.shape[0] // tuned.fused_tile[1]) * 5 * 4  # of the tiles' states
+    at_once = max(1, (head.workspace_bytes or tuned.workspace_bytes) // row_bytes)
+    for rows in tiled.spans(hidden.shape[0], at_once, tuned.fused_tile[0]):
+        tile_head = tiled.of_tile(head, rows, slice(0, head.weight.shape[0]))
+        passes.fill(None, hidden[rows], tile_head, None if labels is None else labels[rows], state[:, rows])
+    return state
 
 
 def backward(
@@ -72,8 +139,9 @@ def backward(
     need: tuple[bool, bool, bool],
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
+    passes = passes_of(tuning.of(hidden.device).backward_matmul, hidden, head)
     shape = backward_shape(hidden, head)
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, GpuPasses, shape)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape)
 
 
 def backward_shape(hidden: Tensor, head: Head) -> tiled.TileShape:
