@@ -1,31 +1,23 @@
-"""The IQR filter: kilobytes, so the cost is launches. The eager form is what one writes with torch.quantile."""
+"""The IQR filter: kilobytes, so the cost is launches. Bytes: an entropy read and a flag written, 5 each. Ceiling: one copy."""
 
 import pytest
 import torch
-from harness import DEVICE, measure
-
-from mgrpo_kernels import iqr_filter
+from harness import DEVICE, available, measure, simple_rows
+from peers import eager_filter
 
 PROMPTS, GROUP = 512, 32
 
 
-def ours(entropy):
-    return iqr_filter(entropy, GROUP).keep
-
-
-def eager(entropy):
-    groups = entropy.view(-1, GROUP)
-    q1, q3 = torch.quantile(groups, torch.tensor([0.25, 0.75], device=entropy.device), dim=1)
-    return (groups >= (q1 - 0.75 * (q3 - q1)).unsqueeze(1)).view(-1)
-
-
-PROVIDERS = {"ours": ours, "eager": eager}
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("provider", simple_rows("iqr_filter"))
 def bench_iqr_filter(benchmark, provider):
+    peer = available("iqr_filter", provider)
     torch.manual_seed(0)
     entropy = torch.rand(PROMPTS * GROUP, device=DEVICE)
-    function = PROVIDERS[provider]
-    assert torch.equal(function(entropy), eager(entropy))
-    measure(benchmark, lambda: function(entropy), ceiling=lambda: eager(entropy), ceiling_name="eager", rounds=20)
+
+    def check(outputs, grads):
+        assert torch.equal(outputs[0], eager_filter(entropy, GROUP)), "keep is not the reference's: no time is taken"
+
+    measure(
+        benchmark, "forward", lambda: (peer.function(entropy, GROUP),), check=check, ceiling=entropy.clone, ceiling_name="copy",
+        bytes=5 * entropy.numel(), computes=peer.computes,
+    )  # fmt: skip

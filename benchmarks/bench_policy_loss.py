@@ -1,42 +1,35 @@
-"""Group advantage and clipped loss, forward and backward, over a large batch of tokens. Bytes: 3 inputs, 1 gradient, 4 each."""
+"""Group advantages and the clipped loss with a KL penalty. Bytes: 3 inputs forward; backward reads them and writes 1, 4 each.
+
+The ceiling is a copy of that many bytes.
+"""
 
 import pytest
 import torch
-from harness import DEVICE, assert_close, measure
+from harness import DEVICE, STEPS, Truth, available, check_against, copy_of, measure, simple_rows, size
+from peers import KL_COEF
 
 from mgrpo_kernels import grpo_loss
 
-ROLLOUTS, LENGTH, GROUP = 256, 2048, 8
+OP = "policy_loss"
+ROLLOUTS, LENGTH, GROUP = size(256, 16), size(2048, 32), 8
 
 
-def ours(logprobs, old, ref, rewards):
-    return grpo_loss(logprobs, old, rewards, GROUP, ref_logprobs=ref, kl_coef=0.005, loss_type="dapo").loss
-
-
-def eager(logprobs, old, ref, rewards):
-    grouped = rewards.view(-1, GROUP)
-    advantages = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)).view(-1, 1)
-    ratio = (logprobs - old).exp()
-    difference = ref - logprobs
-    kl = difference.exp() - difference - 1
-    return (-torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + 0.005 * kl).mean()
-
-
-PROVIDERS = {"ours": ours, "eager": eager, "compile": torch.compile(eager)}
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-def bench_policy_loss(benchmark, provider):
+@pytest.mark.parametrize("provider", simple_rows(OP))
+@pytest.mark.parametrize("step", STEPS)
+def bench_policy_loss(benchmark, provider, step):
+    peer = available(OP, provider)
     torch.manual_seed(0)
-    logprobs = (torch.randn(ROLLOUTS, LENGTH, device=DEVICE) - 1).requires_grad_()
-    old, ref = (
-        logprobs.detach() + 0.1 * torch.randn_like(logprobs),
-        logprobs.detach() + 0.1 * torch.randn_like(logprobs),
-    )
+    logprobs = torch.randn(ROLLOUTS, LENGTH, device=DEVICE) - 1
+    old, ref = (logprobs + 0.1 * torch.randn_like(logprobs) for _ in range(2))
     rewards = (torch.rand(ROLLOUTS, device=DEVICE) > 0.5).float()
-
-    def run(function=PROVIDERS[provider]):
-        return torch.autograd.grad(function(logprobs, old, ref, rewards), logprobs)[0]
-
-    assert_close(run(), run(eager), 1e-4)
-    measure(benchmark, run, ceiling=lambda: run(eager), ceiling_name="eager", bytes=16 * logprobs.numel())
+    leaf = logprobs.requires_grad_()
+    loss = grpo_loss(
+        leaf, old, rewards, GROUP, ref_logprobs=ref, kl_coef=KL_COEF, loss_type="dapo", backend="reference"
+    ).loss
+    truth = Truth((loss.detach(),), (torch.ones_like(loss),), torch.autograd.grad(loss, leaf))
+    moved = {"forward": 12, "backward": 16, "both": 28}[step] * logprobs.numel()
+    measure(
+        benchmark, step, lambda: peer.function(leaf, old, ref, rewards, GROUP), (leaf,), truth.upstream,
+        check=check_against(truth, 1e-4), ceiling=copy_of(moved), ceiling_name="copy", bytes=moved, computes=peer.computes,
+        tokens=logprobs.numel(), gradient_bytes=0 if step == "forward" else 4 * logprobs.numel(),
+    )  # fmt: skip

@@ -1,24 +1,34 @@
-"""What the benchmarks share: real heads, honest clocks, ceilings measured beside the op, memory.
+"""What the benchmarks share: real heads, honest clocks, ceilings measured beside the op, truth to check against, memory.
 
-Every benchmark checks its result against the reference before it is timed. A ratio is the median over pairs of runs, op and
-ceiling in turn, so that a slow minute of a shared machine hits both.
+`measure` refuses a result that is not the reference's before it takes a time. A time is one call: on a GPU between two device
+events with the L2 cache flushed before, on a CPU the wall clock's. A ratio is the median over pairs, ceiling and op in turn, so
+that a slow minute of a shared machine hits both. Passes: ``forward`` without gradient, ``backward`` alone (a fresh graph for
+each round is built outside the clock), ``both``. MGRPO_BENCH_SMALL=1 shrinks every shape, to try the benchmarks themselves.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import gc
+import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import peers
 import pytest
 import torch
 from torch import Tensor
 
+from mgrpo_kernels import linear_token_stats, policy_loss
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
+SMALL = os.environ.get("MGRPO_BENCH_SMALL") == "1"
 
 
 class Head(NamedTuple):
@@ -35,15 +45,88 @@ HEADS = {
     "llama3-8b": Head(4096, 128256),
     "gemma2-9b": Head(3584, 256000),
 }
-TOKENS = 8192 if GPU else 1024
-ROUNDS = 5 if GPU else 3  # of what takes a CPU seconds
+if SMALL:
+    HEADS = dict.fromkeys(HEADS, Head(64, 1000))
+
+
+def size(full: int, small: int) -> int:
+    return small if SMALL else full
+
+
+TOKENS = size(8192 if GPU else 1024, 64)
+SEQUENCES = 8  # that the policy losses cut the tokens into
 HERE = list(HEADS) if GPU else ["qwen2.5-0.5b"]  # the others take a CPU minutes, and show nothing else
+DTYPES = ["bfloat16"] if GPU else ["bfloat16", "float32"]  # nobody trains a float32 head on a GPU
+STEPS = ["forward", "backward", "both"]
+MAIN_SHAPE, MAIN_PEERS = "qwen2.5-7b", ("ours", "eager", "trl", "liger")  # of `make gpu-check`
+SECONDS = 1.0 if GPU else 6.0  # of rounds for a row of a table
+TOLERANCE = {
+    torch.bfloat16: 2e-2,
+    torch.float32: 1e-4,
+}  # relative error, root mean square: a few roundings of the dtype
+
+
+def rows(op: str, shapes: Sequence[str] = HERE, dtypes: Sequence[str] = DTYPES, steps: Sequence[str] = STEPS) -> list:
+    """Return the parameters (shape, dtype, provider, step) of an op's benchmark.
+
+    A CPU leaves out what would take it minutes and is the difference of two other rows: float32's backward alone, and all but
+    ``both`` of a provider that is slow there, or computes a part only, in float32.
+    """
+    cases = []
+    for shape in shapes:
+        for dtype in dtypes:
+            for peer in sorted(
+                peers.PEERS[op].values(), key=lambda peer: peer.computes
+            ):  # the truth is kept from row to row
+                few = not GPU and (peer.slow_on_cpu or (dtype == "float32" and peer.computes == "logprob"))
+                for step in steps:
+                    if (few and step != "both") or (not GPU and dtype == "float32" and step == "backward"):
+                        continue
+                    main = shape == MAIN_SHAPE and dtype == "bfloat16" and peer.name.startswith(MAIN_PEERS)
+                    cases.append(
+                        pytest.param(
+                            shape, dtype, peer.name, step, id=f"{shape}-{dtype}-{peer.name}-{step}",
+                            marks=[pytest.mark.gpu_check] if main else [],
+                        )
+                    )  # fmt: skip
+    return cases
+
+
+def simple_rows(op: str) -> list:
+    """Return the parameter (provider) of an op that has one shape."""
+    return [
+        pytest.param(name, marks=[pytest.mark.gpu_check] if name.startswith(MAIN_PEERS) else [])
+        for name in peers.PEERS[op]
+    ]
+
+
+def available(op: str, provider: str) -> peers.Peer:
+    """Return the provider, or skip with the reason why it cannot run here."""
+    peer = peers.PEERS[op][provider]
+    why = peer.unavailable(DEVICE)
+    if why is not None:
+        pytest.skip(why)
+    return peer
+
+
+def room_for(what: str, wanted: float) -> None:
+    """Skip what would not fit in memory."""
+    if GPU:
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    if wanted > 0.9 * free:
+        pytest.skip(f"{what} needs about {wanted / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free")
+
+
+# Inputs and truth. Both are kept from row to row: they take a CPU longer than many a row.
 
 
 def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+@functools.lru_cache(maxsize=1)
 def head_inputs(head: str, dtype: torch.dtype, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
     """Return hidden ``(N, H)``, weight ``(V, H)`` and labels ``(N,)``: logits of about the spread that real ones have."""
     torch.manual_seed(0)
@@ -53,33 +136,146 @@ def head_inputs(head: str, dtype: torch.dtype, tokens: int = TOKENS) -> tuple[Te
     return hidden, weight, torch.randint(0, vocab, (tokens,), device=DEVICE)
 
 
+@functools.lru_cache(maxsize=1)
+def loss_inputs(head: str, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return old log-probs ``(B, L)`` close to the head's own, and advantages ``(B,)``."""
+    hidden, weight, labels = head_inputs(head, dtype, tokens)
+    with torch.no_grad():
+        logprob = linear_token_stats(hidden, weight, labels, stats=("logprob",)).logprob
+    torch.manual_seed(1)
+    assert logprob is not None
+    old = (logprob + 0.1 * torch.randn_like(logprob)).view(SEQUENCES, -1)
+    return old, torch.randn(SEQUENCES, device=DEVICE)
+
+
+class Truth(NamedTuple):
+    """What a provider of an op over a head must give, by the reference backend in float32."""
+
+    outputs: tuple[Tensor, ...]
+    upstream: tuple[Tensor, ...]  # gradients of the outputs
+    grads: tuple[Tensor, ...]
+
+
+def _through_head(head: str, dtype: torch.dtype, tokens: int, upstream: tuple[Tensor, ...]) -> Truth:
+    """Return log-prob (and entropy, if it has an upstream gradient), and the gradients that `upstream` gives, in slices of rows."""
+    hidden, weight, labels = head_inputs(head, dtype, tokens)
+    weight = weight.float().requires_grad_()
+    outputs, grad_hidden, grad_weight = [], [], torch.zeros_like(weight)
+    names = ("logprob", "entropy")[: len(upstream)]
+    for part in torch.arange(tokens, device=DEVICE).split(256):
+        some = hidden[part].float().requires_grad_()
+        stats = linear_token_stats(some, weight, labels[part], stats=names, backend="reference")
+        wanted = tuple(getattr(stats, name) for name in names)
+        left, right = torch.autograd.grad(wanted, (some, weight), [grad[part] for grad in upstream])
+        outputs.append([each.detach() for each in wanted])
+        grad_hidden.append(left)
+        grad_weight += right
+    return Truth(tuple(torch.cat(each) for each in zip(*outputs)), upstream, (torch.cat(grad_hidden), grad_weight))  # noqa: B905
+
+
+@functools.lru_cache(maxsize=1)
+def stats_truth(head: str, dtype: torch.dtype, tokens: int, computes: str) -> Truth:
+    """Return the truth of ``linear_token_stats``; of the log-prob alone the upstream gradient is 1, as a sum has it."""
+    torch.manual_seed(2)
+    upstream = (torch.ones(tokens, device=DEVICE),)
+    if "entropy" in computes:
+        upstream = torch.randn(tokens, device=DEVICE), torch.randn(tokens, device=DEVICE)
+    return _through_head(head, dtype, tokens, upstream)
+
+
+@functools.lru_cache(maxsize=1)
+def loss_truth(head: str, dtype: torch.dtype, tokens: int) -> Truth:
+    """Return the truth of ``linear_policy_loss``, of the clipped loss averaged over tokens ("dapo")."""
+    hidden, weight, labels = head_inputs(head, dtype, tokens)
+    old, advantages = loss_inputs(head, dtype, tokens)
+    weight = weight.float()
+    with torch.no_grad():
+        parts = [
+            linear_token_stats(hidden[part].float(), weight, labels[part], stats=("logprob",), backend="reference")
+            for part in torch.arange(tokens, device=DEVICE).split(256)
+        ]
+    logprob = torch.cat([part.logprob for part in parts]).view_as(old).requires_grad_()
+    loss = policy_loss(logprob, old, advantages, loss_type="dapo", backend="reference").loss
+    (upstream,) = torch.autograd.grad(loss, logprob)
+    truth = _through_head(head, dtype, tokens, (upstream.flatten(),))
+    return Truth((loss.detach(),), (torch.ones_like(loss),), truth.grads)
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "result") -> None:
+    """Refuse a wrong result before its time counts, by the root mean square of its error over that of the truth."""
+    assert got.numel() == want.numel(), f"{what}: want {want.numel()} values, got {got.numel()}: no time is taken"
+    want = want.float()
+    error = ((got.float().reshape(want.shape) - want).norm() / want.norm()).item()
+    assert error <= tolerance, (  # a NaN is not
+        f"{what}: relative error {error:.2e}, allowed {tolerance:.0e}: no time is taken of a wrong result"
+    )
+
+
+def check_against(truth: Truth, tolerance: float) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+    """Return a check of outputs and gradients (none, if only forward is timed). A provider may give a sum instead of the rows."""
+
+    def check(outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
+        assert len(outputs) == len(truth.outputs), f"want {len(truth.outputs)} outputs, got {len(outputs)}"
+        for i, (got, want) in enumerate(zip(outputs, truth.outputs, strict=True)):
+            assert_close(got, want.sum() if got.dim() == 0 else want, tolerance, f"output {i}")
+        for i, (got, want) in enumerate(zip(grads, truth.grads if grads else (), strict=True)):
+            assert_close(got, want, tolerance, f"gradient {i}")
+
+    return check
+
+
+# Clocks
+
+
 def synchronize() -> None:
     if GPU:
         torch.cuda.synchronize()
 
 
+@functools.lru_cache(maxsize=1)
+def _l2_flusher() -> Tensor:
+    return torch.empty(size(2**28, 2**10), dtype=torch.uint8, device=DEVICE)  # larger than any L2 cache so far
+
+
 def clock(function: Callable[[], object]) -> float:
-    """Return the seconds that one call takes, GPU work included."""
-    synchronize()
-    start = time.perf_counter()
+    """Return the seconds that one call takes; on a GPU by device events, behind a flush of L2 that also hides the first launch."""
+    if not GPU:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _l2_flusher().zero_()
+    first.record()
     function()
-    synchronize()
-    return time.perf_counter() - start
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def pairs(function: Callable[[], object], ceiling: Callable[[], object], rounds: int) -> Iterator[tuple[float, float]]:
+    """Yield the seconds of function and ceiling, in turn, after a warm-up."""
+    function(), ceiling()
+    for _ in range(rounds):
+        base = clock(ceiling)
+        yield clock(function), base
 
 
 def paired_ratio(function: Callable[[], object], ceiling: Callable[[], object], rounds: int = 5) -> float:
     """Return the median of time(function) / time(ceiling) over interleaved pairs, after a warm-up."""
-    function(), ceiling()
-    ratios = []
-    for _ in range(rounds):
-        base = clock(ceiling)
-        ratios.append(clock(function) / base)
-    return statistics.median(ratios)
+    return statistics.median(seconds / base for seconds, base in pairs(function, ceiling, rounds))
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """Return the value below which `share` of the samples lie, interpolated as ``torch.quantile`` does."""
+    return torch.tensor(samples, dtype=torch.float64).quantile(share).item()
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Return by how many bytes memory in use rises above where it was during one call."""
-    function()
+    """Return by how many bytes memory in use rises above where it was during one call.
+
+    On a GPU by the allocator's account; on a CPU the resident size, looked at every millisecond.
+    """
+    gc.collect()
     if GPU:
         synchronize()
         before = torch.cuda.memory_allocated()
@@ -87,57 +283,114 @@ def peak_memory(function: Callable[[], object]) -> int:
         function()
         synchronize()
         return torch.cuda.max_memory_allocated() - before
-    page = 4096
+    ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier call gave back would serve this one, and not be seen
 
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    highest, done = resident(), threading.Event()
-    before = highest
+    before = highest = resident()
+    done = threading.Event()
 
     def watch() -> None:
         nonlocal highest
-        while not done.wait(0.0005):
+        while not done.wait(0.001):
             highest = max(highest, resident())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    function()
-    done.set()
-    watcher.join()
+    try:
+        function()
+    finally:
+        highest = max(highest, resident())
+        done.set()
+        watcher.join()
     return highest - before
 
 
-def measure(
-    benchmark,
-    function: Callable[[], object],
-    *,
-    ceiling: Callable[[], object] | None = None,
-    ceiling_name: str = "",
-    rounds: int = 5,
-    **info: float,
-) -> None:
-    """Time `function`, record its ratio to `ceiling`, its memory, and `info` (bytes, flops, gemms: whose formula is in the file)."""
-    if ceiling is not None:
-        benchmark.extra_info[f"ratio_to_{ceiling_name}"] = paired_ratio(function, ceiling, rounds)
-    benchmark.extra_info["peak_memory_bytes"] = peak_memory(function)
-    benchmark.extra_info.update(info)
-
-    def synchronous() -> None:
-        function()
-        synchronize()
-
-    benchmark.pedantic(synchronous, rounds=rounds, warmup_rounds=1)
+# Ceilings
 
 
-def need(module: str) -> None:
-    """Skip where a peer is not installed."""
-    pytest.importorskip(module, reason=f"the peer {module} is not installed: pip install '.[peers]'")
-
-
-def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Check a result before its time counts: largest error against the largest value."""
-    error = (got.float() - want.float()).abs().max() / want.float().abs().max()
-    assert error <= tolerance, (
-        f"relative error {error:.2e}, allowed {tolerance:.0e}: no time is taken of a wrong result"
+def copy_of(count: float) -> Callable[[], object]:
+    """Return a copy that moves `count` bytes, half of them read and half written, in pieces of at most 512 MiB."""
+    piece = max(1, min(int(count / 2), size(2**29, 2**20)))
+    times, rest = divmod(int(count / 2), piece)
+    source, target = (
+        torch.randint(0, 255, (piece,), dtype=torch.uint8, device=DEVICE),
+        torch.empty(piece, dtype=torch.uint8, device=DEVICE),
     )
+
+    def copy() -> None:
+        for _ in range(times):
+            target.copy_(source)
+        if rest:
+            target[:rest].copy_(source[:rest])
+
+    return copy
+
+
+def measure(
+    benchmark: Any,
+    step: str,
+    forward: Callable[[], tuple[Tensor, ...]],
+    leaves: Sequence[Tensor] = (),
+    upstream: Sequence[Tensor] = (),
+    *,
+    check: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None],
+    ceiling: Callable[[], object],
+    ceiling_name: str,
+    ceilings: float = 1.0,
+    **info: object,
+) -> None:
+    """Check one call, then time `step` of `forward` beside its ceiling, and record both in ``benchmark.extra_info``.
+
+    Args:
+        benchmark: pytest-benchmark's fixture. Its own figures are wall clock; on a GPU ``extra_info`` has the device's.
+        step: "forward", "backward" or "both".
+        forward: returns the outputs.
+        leaves: what gradients are taken of; with `upstream`, the gradients of the outputs.
+        check: raises if outputs or gradients are wrong.
+        ceiling: work whose time is the least possible, or `ceilings` times which is (the matmuls of the op).
+        info: what the file's docstring gives a formula for: bytes, flops, gemms; shape; what is computed.
+    """
+
+    def graph() -> tuple[Tensor, ...] | None:
+        return forward() if step == "backward" else None
+
+    def run(outputs: tuple[Tensor, ...] | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        if step == "forward":
+            with torch.no_grad():
+                return forward(), ()
+        outputs = forward() if outputs is None else outputs
+        given = [
+            torch.ones_like(out) if out.dim() == 0 else grad.view_as(out).to(out.dtype)
+            for grad, out in zip(upstream, outputs, strict=True)
+        ]
+        return outputs, torch.autograd.grad(outputs, leaves, given)
+
+    result = run(graph())
+    check(*result)
+    del result
+    begin = time.perf_counter()
+    memory = peak_memory(
+        lambda: run(graph())
+    )  # backward: of forward and backward, or what forward keeps would not be seen
+    once = time.perf_counter() - begin
+    ceiling()
+    samples: list[float] = []
+    ratios: list[float] = []
+
+    def setup() -> tuple[tuple[object, float], dict[str, object]]:
+        base = clock(ceiling)
+        return (graph(), base), {}
+
+    def target(outputs: tuple[Tensor, ...] | None, base: float) -> None:
+        samples.append(clock(lambda: run(outputs)))
+        ratios.append(samples[-1] / base)
+
+    rounds = max(1 if once > 4 * SECONDS else 3, min(50, int(SECONDS / once)))
+    benchmark.pedantic(target, setup=setup, rounds=rounds)
+    ratio = statistics.median(ratios)
+    benchmark.extra_info.update(
+        p20_ms=1e3 * percentile(samples, 0.2), p50_ms=1e3 * percentile(samples, 0.5), p80_ms=1e3 * percentile(samples, 0.8),
+        ratio=ratio, ceiling=ceiling_name, share_of_ceiling=ceilings / ratio, peak_memory_bytes=memory, **info,
+    )  # fmt: skip
