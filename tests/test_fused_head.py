@@ -14,9 +14,7 @@ from mgrpo_kernels.ops.linear_token_stats import tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Head, transform, transform_gradient
 
 INF, NAN = torch.inf, torch.nan
-SMALL = dataclasses.replace(
-    tuning.Tuning(), fused_tile=(16, 32, 16, 3, 4), forward_matmul="fused", backward_matmul="fused"
-)
+SMALL = dataclasses.replace(tuning.Tuning(), fused_tile=(16, 32, 16, 3, 4), matmul="fused")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +52,7 @@ def test_passes(dtype, rows, width, vocab, options):
     raw = hidden.float() @ head.weight.float().T + (0 if head.bias is None else head.bias.float())
     z = transform(raw, head, head.temperature)
     want = _statistics.row_state(z, labels, head.vocab_start)
-    passes = triton.passes_of("fused", hidden, head)
+    passes = triton.passes_of(hidden, head)
     assert isinstance(passes, triton.FusedPasses)
 
     with poisoned_memory():
@@ -143,8 +141,9 @@ def test_the_ops_are_no_worse_than_plain(op):
 
 def test_operands_that_descriptors_cannot_describe_go_to_the_librarys_matmul():
     good, head = head_of(8, 16, 40, torch.bfloat16)
-    assert isinstance(triton.passes_of("fused", good, head), triton.FusedPasses)
-    assert not isinstance(triton.passes_of("library", good, head), triton.FusedPasses)
+    assert isinstance(triton.passes_of(good, head), triton.FusedPasses)
+    with mock.patch.object(tuning, "of", return_value=tuning.Tuning()):
+        assert not isinstance(triton.passes_of(good, head), triton.FusedPasses)
     odd, odd_head = head_of(8, 17, 40, torch.bfloat16)  # rows of 34 bytes
     single, single_head = head_of(8, 16, 40, torch.float32)
     shifted = torch.zeros(8 * 16 + 1, dtype=torch.bfloat16)[1:].view(8, 16)
@@ -154,4 +153,4 @@ def test_operands_that_descriptors_cannot_describe_go_to_the_librarys_matmul():
         (shifted, head),
         (good.t().contiguous().t(), head),
     ):
-        assert not isinstance(triton.passes_of("fused", hidden, its_head), triton.FusedPasses)
+        assert not isinstance(triton.passes_of(hidden, its_head), triton.FusedPasses)

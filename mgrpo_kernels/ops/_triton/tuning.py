@@ -34,8 +34,9 @@ class Tuning:
     forward_tile: tuple[int, int] = (8192, 8192)  # rows and columns of logits at once
     backward_rows: int = 16384  # likewise; columns as many as the workspace holds
     workspace_bytes: int = 512 * 2**20
-    forward_matmul: str = "library"  # or "fused": our own matmul, whose logits never leave the multiprocessor
-    backward_matmul: str = "library"
+    # Or "fused": our own, whose logits stay float32 in its registers. Forward and backward alike: logsumexp and gradient must be of
+    # the same logits, rounded to 16 bits or not.
+    matmul: str = "library"
     fused_tile: tuple[int, int, int, int, int] = (
         128,
         128,

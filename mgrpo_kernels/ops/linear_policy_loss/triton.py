@@ -29,13 +29,12 @@ def forward_backward(
     hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
 ) -> tiled.Gradients:
     """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` says so."""
-    tuned = tuning.of(hidden.device)
-    passes = triton.passes_of(tuned.forward_matmul, hidden, head)
+    passes = triton.passes_of(hidden, head)
     everything = head.weight.shape[
         0
     ]  # columns at once: one matmul of a block's logits, and one over the whole vocabulary
     return tiled.forward_backward(
-        hidden, head, labels, coefficients_of, need, passes, everything, tuned.workspace_bytes
+        hidden, head, labels, coefficients_of, need, passes, everything, tuning.of(hidden.device).workspace_bytes
     )
 
 

@@ -100,8 +100,8 @@ def _numbers(head: Head, *tensors: Tensor) -> tuple[Any, ...]:
     return _contiguous(per_row), *tensors, 1.0 / number, float(head.logit_scale), softcap, head.vocab_start
 
 
-def passes_of(matmul: str, hidden: Tensor, head: Head) -> GpuPasses:
-    """Return what works on tiles: :class:`FusedPasses` where `matmul`, the device's tuned choice, is "fused" and its operands allow it."""
+def passes_of(hidden: Tensor, head: Head) -> GpuPasses:
+    """Return what works on tiles: :class:`FusedPasses` where that is the device's tuned choice and the operands allow it."""
     operands = (hidden, head.weight)
     fits = all(
         # What tensor descriptors can describe; and float32 would be multiplied as TF32.
@@ -111,13 +111,14 @@ def passes_of(matmul: str, hidden: Tensor, head: Head) -> GpuPasses:
         and each.data_ptr() % 16 == 0
         for each in operands
     )
-    return FusedPasses() if matmul == "fused" and fits and hidden.shape[0] >= FUSED_FROM else GpuPasses()
+    chosen = tuning.of(hidden.device).matmul == "fused"
+    return FusedPasses() if chosen and fits and hidden.shape[0] >= FUSED_FROM else GpuPasses()
 
 
 def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
     tuned = tuning.of(hidden.device)
-    passes = passes_of(tuned.forward_matmul, hidden, head)
+    passes = passes_of(hidden, head)
     if not isinstance(passes, FusedPasses):
         shape = tiled.TileShape(*tuned.forward_tile).within(head.workspace_bytes, hidden.element_size())
         return tiled.forward(hidden, head, labels, passes, shape)
@@ -139,7 +140,7 @@ def backward(
     need: tuple[bool, bool, bool],
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
-    passes = passes_of(tuning.of(hidden.device).backward_matmul, hidden, head)
+    passes = passes_of(hidden, head)
     shape = backward_shape(hidden, head)
     return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape)
 
