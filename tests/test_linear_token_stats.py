@@ -282,7 +282,7 @@ def _rank(rank, world, path, backend, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@each_backend(OP)
 def test_three_ranks_equal_one(backend, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()

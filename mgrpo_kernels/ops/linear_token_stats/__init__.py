@@ -297,10 +297,11 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def _all_gather(state: Tensor, tp_group: str) -> Tensor:
+    """Return every rank's state ``(ranks, 6, N)``: all that a sharded vocabulary has to exchange, in one collective."""
     group = _group(tp_group)
-    states = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(states, state.contiguous(), group=group)
-    return torch.stack(states)
+    states = state.new_empty(dist.get_world_size(group) * state.shape[0], state.shape[1])
+    dist.all_gather_into_tensor(states, state.contiguous(), group=group)
+    return states.view(-1, *state.shape)
 
 
 def _vocab_size(state: Tensor, weight: Tensor, tp_group: str) -> Tensor:
