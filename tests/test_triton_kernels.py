@@ -152,7 +152,7 @@ def test_a_label_outside_gives_nan_and_reads_nothing_outside():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("logit_scale", "softcap", "per_row"), [(1.0, None, False), (-0.5, 30.0, True), (0.1, 2, False)]
+    ("logit_scale", "softcap", "per_row"), [(1.0, None, False), (-0.5, 30.0, True), (-0.5, None, True), (0.1, 2, False)]
 )
 def test_head_passes_over_uneven_tiles(dtype, bias, logit_scale, softcap, per_row):
     torch.manual_seed(1)
@@ -160,7 +160,7 @@ def test_head_passes_over_uneven_tiles(dtype, bias, logit_scale, softcap, per_ro
     x = (torch.randn(rows, vocab) * 4).to(dtype)
     x[1, 4000] = NAN
     added = torch.randn(vocab).to(dtype) if bias else None
-    if bias and softcap is None:
+    if bias and softcap is None and logit_scale > 0:
         added[::7] = -INF
     temperature = torch.rand(rows) + 0.5 if per_row else 0.7
     head = Head(torch.zeros(vocab, 1), added, temperature, logit_scale, softcap, shard, None)
@@ -193,6 +193,27 @@ def test_head_passes_over_uneven_tiles(dtype, bias, logit_scale, softcap, per_ro
         linear_triton.GpuPasses().gradient_(part, tile, labels, coefficients, got.logsumexp)
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
         torch.testing.assert_close(part.float(), expected[:, a:b], equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_head_rows_of_infinities(temperature):
+    x = torch.randn(4, 300)
+    x[0] = -INF
+    x[1, :200] = -INF  # the first tile
+    x[2, 5] = INF
+    head = Head(torch.zeros(300, 1), None, temperature, 1.5, None, 0, None)
+    labels = torch.tensor([3, 250, 6, 0])
+    state = torch.zeros(_statistics.STATE_ROWS, 4)
+    state[_statistics.MAX] = -INF
+    for a, b in ((0, 200), (200, 300)):
+        linear_triton.GpuPasses().state(x[:, a:b].contiguous(), head._replace(vocab_start=a), labels, state)
+    got = _statistics.finish(state, labels)
+    want = _statistics.finish(_statistics.row_state(transform(x, head, temperature), labels), labels)
+    assert got.logsumexp[0] == -INF
+    torch.testing.assert_close(got.logsumexp[[1, 3]], want.logsumexp[[1, 3]])
+    for mine, theirs in zip(got[:3], want[:3], strict=True):
+        torch.testing.assert_close(mine[[1, 3]], theirs[[1, 3]], rtol=1e-5, atol=1e-5)
+        assert mine[2].isnan()
 
 
 def test_tanh_is_exact_to_rounding():

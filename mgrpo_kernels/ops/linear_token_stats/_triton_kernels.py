@@ -64,11 +64,16 @@ def gradient(z, slope, hit, alpha, beta, gamma, delta, lse, inverse, logit_scale
 def state_kernel(
     x, bias, labels, temperature, state,
     scale, logit_scale, softcap, first, width, row_stride, state_stride, state_row_stride,
-    STEPS: tl.constexpr, LANES: tl.constexpr,
+    PLAIN: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Fold a row of a tile ``(n, width)``, vocabulary entries `first` and on, into its state, a column of ``(6, n)``."""
+    """Fold a row of a tile ``(n, width)``, vocabulary entries `first` and on, into its state, a column of ``(6, n)``.
+
+    PLAIN says that final logits are raw ones times a positive number: then the row's sums take that factor, not its elements.
+    """
     row = tl.program_id(0).to(tl.int64)
     inverse = scale if temperature is None else scale / tl.load(temperature + row)
+    factor = inverse * logit_scale if PLAIN else 1.0
+    unit = factor * LOG2_E
     x += row * row_stride
     maximum, sum_exp, sum_expz = empty_lanes(LANES)
     total = tl.zeros([LANES], tl.float32)
@@ -76,13 +81,15 @@ def state_kernel(
     for start in range(0, width, STEPS * LANES):
         column = start + columns
         inside = column < width
-        z, _ = final(tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse)
-        total += tl.sum(tl.where(inside, z, 0.0), 0)
+        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        if not PLAIN:
+            z, _ = final(z, bias, column, inside, logit_scale, softcap, inverse)
+        total += tl.sum(z if PLAIN else tl.where(inside, z, 0.0), 0)
         z = tl.where(inside, z, float("-inf"))
-        maximum, sum_exp, sum_expz = add_tile(z, LOG2_E, maximum, sum_exp, sum_expz, True)
-    tile_maximum, tile_exp, tile_expz = merge_lanes(LOG2_E, maximum, sum_exp, sum_expz)
+        maximum, sum_exp, sum_expz = add_tile(z, unit, maximum, sum_exp, sum_expz, True)
+    tile_maximum, tile_exp, tile_expz = merge_lanes(unit, maximum, sum_exp, sum_expz)
     place = state + row * state_row_stride
-    fold(place, state_stride, tile_maximum, tile_exp, tile_expz, tl.sum(total, 0), width, None)
+    fold(place, state_stride, tile_maximum * factor, tile_exp, tile_expz, tl.sum(total, 0) * factor, width, None)
     if labels is not None:
         column = tl.load(labels + row).to(tl.int64) - first
         there = (column >= 0) & (column < width)

@@ -28,10 +28,11 @@ class GpuPasses(tiled.Passes):
         from mgrpo_kernels.ops.linear_token_stats import _triton_kernels as kernels
 
         tile = row_tile(x.shape[1], x.element_size(), *tuning.of(x.device).tile_state)
+        plain = head.bias is None and head.softcap is None and head.logit_scale > 0
         launch(
             kernels.state_kernel, (x.shape[0],), x,
             x, head.bias, _contiguous(labels), *_numbers(head, state), x.shape[1], x.stride(0), *state.stride(),
-            STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
+            PLAIN=plain, STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
         )  # fmt: skip
 
     def gradient_(self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
