@@ -1,0 +1,65 @@
+"""The device that the tests of this folder run on, and their log.
+
+``pytest tests/gpu`` runs them on a GPU. With MGRPO_GPU_TESTS_ON=cpu the same tests run on CPU tensors, small, through Triton's
+interpreter, to prove the tests themselves; those that mean nothing there are marked ``device_only`` and are skipped.
+MGRPO_GPU_TESTS_LOG names a file that gets a line of JSON for each test as soon as it is over: a crash loses nothing.
+"""
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from on_device import DEVICE, ON_CPU
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "device_only: means nothing on a CPU")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if ON_CPU and item.get_closest_marker("device_only"):
+            item.add_marker(pytest.mark.skip(reason="device_only"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_run_as_meant():
+    """Fail where a GPU would be given the interpreter, or a CPU the compiler."""
+    setting = os.environ.get("TRITON_INTERPRET")
+    assert (setting == "1") == ON_CPU, f"want TRITON_INTERPRET=1 on a CPU alone, got {setting} for {DEVICE.type}"
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu():
+    """Send the CPU down a GPU's path where the ops know the difference: masked rows are not taken out."""
+    if not ON_CPU:
+        yield
+        return
+    with (
+        mock.patch("mgrpo_kernels.ops.linear_token_stats.kept_rows", return_value=None),
+        mock.patch("mgrpo_kernels.ops.linear_policy_loss.kept_rows", return_value=None),
+    ):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    """Give back what a test of gigabytes held, and see a failed kernel in the test that launched it."""
+    yield
+    if not ON_CPU:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def pytest_runtest_logreport(report):
+    log = os.environ.get("MGRPO_GPU_TESTS_LOG")
+    if log and (report.when == "call" or report.outcome != "passed"):
+        line = {
+            "test": report.nodeid, "outcome": report.outcome, "when": report.when, "seconds": round(report.duration, 3),
+            "figures": dict(report.user_properties),
+            "text": "" if report.passed else str(report.longrepr)[-6000:],
+        }  # fmt: skip
+        with Path(log).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
