@@ -26,7 +26,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["device"] = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else machine_info["cpu"].get("brand_raw", "cpu")
     )
-    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    installed = {
+        dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions()
+    }
     machine_info["peers"] = {name: installed[name] for name in PEERS if name in installed}
     for private in ("node", "release"):
         machine_info.pop(private, None)

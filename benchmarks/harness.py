@@ -59,7 +59,7 @@ HERE = list(HEADS) if GPU else ["qwen2.5-0.5b"]  # the others take a CPU minutes
 DTYPES = ["bfloat16"] if GPU else ["bfloat16", "float32"]  # nobody trains a float32 head on a GPU
 STEPS = ["forward", "backward", "both"]
 MAIN_SHAPE, MAIN_PEERS = "qwen2.5-7b", ("ours", "eager", "trl", "liger")  # of `make gpu-check`
-SECONDS = 1.0 if GPU else 6.0  # of rounds for a row of a table
+SECONDS = 0.02 if SMALL else 1.0 if GPU else 6.0  # of rounds for a row of a table
 TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float32: 1e-4,
@@ -149,28 +149,39 @@ def loss_inputs(head: str, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Ten
 
 
 class Truth(NamedTuple):
-    """What a provider of an op over a head must give, by the reference backend in float32."""
+    """What a provider must give, in float32: by the reference backend, or where that takes a CPU minutes by its formulas."""
 
     outputs: tuple[Tensor, ...]
     upstream: tuple[Tensor, ...]  # gradients of the outputs
     grads: tuple[Tensor, ...]
 
 
+def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch.log_softmax(hidden.float() @ weight.t(), -1)
+
+
 def _through_head(head: str, dtype: torch.dtype, tokens: int, upstream: tuple[Tensor, ...]) -> Truth:
-    """Return log-prob (and entropy, if it has an upstream gradient), and the gradients that `upstream` gives, in slices of rows."""
+    """Return log-prob (and entropy, if it has an upstream gradient), and the gradients that `upstream` gives, in slices of rows.
+
+    The formulas of ``linear_token_stats``, held to its reference backend in tests/test_benchmarks.py.
+    """
     hidden, weight, labels = head_inputs(head, dtype, tokens)
-    weight = weight.float().requires_grad_()
+    weight = weight.float()
     outputs, grad_hidden, grad_weight = [], [], torch.zeros_like(weight)
-    names = ("logprob", "entropy")[: len(upstream)]
-    for part in torch.arange(tokens, device=DEVICE).split(256):
-        some = hidden[part].float().requires_grad_()
-        stats = linear_token_stats(some, weight, labels[part], stats=names, backend="reference")
-        wanted = tuple(getattr(stats, name) for name in names)
-        left, right = torch.autograd.grad(wanted, (some, weight), [grad[part] for grad in upstream])
-        outputs.append([each.detach() for each in wanted])
-        grad_hidden.append(left)
-        grad_weight += right
-    return Truth(tuple(torch.cat(each) for each in zip(*outputs)), upstream, (torch.cat(grad_hidden), grad_weight))  # noqa: B905
+    for rows in torch.arange(tokens, device=DEVICE).split(256):
+        logp = _log_softmax(hidden[rows], weight)  # (256, V)
+        label = labels[rows].unsqueeze(-1)
+        probs = logp.exp()
+        grad = probs * -upstream[0][rows].unsqueeze(-1)
+        grad.scatter_add_(-1, label, upstream[0][rows].unsqueeze(-1))
+        outputs.append([logp.gather(-1, label).squeeze(-1)])
+        if len(upstream) > 1:
+            entropy = -torch.linalg.vecdot(probs, logp)
+            grad -= probs * (logp + entropy.unsqueeze(-1)) * upstream[1][rows].unsqueeze(-1)
+            outputs[-1].append(entropy)
+        grad_hidden.append(grad @ weight)
+        grad_weight.addmm_(grad.t(), hidden[rows].float())
+    return Truth(tuple(map(torch.cat, zip(*outputs, strict=True))), upstream, (torch.cat(grad_hidden), grad_weight))
 
 
 @functools.lru_cache(maxsize=1)
@@ -187,14 +198,13 @@ def stats_truth(head: str, dtype: torch.dtype, tokens: int, computes: str) -> Tr
 def loss_truth(head: str, dtype: torch.dtype, tokens: int) -> Truth:
     """Return the truth of ``linear_policy_loss``, of the clipped loss averaged over tokens ("dapo")."""
     hidden, weight, labels = head_inputs(head, dtype, tokens)
-    old, advantages = loss_inputs(head, dtype, tokens)
     weight = weight.float()
-    with torch.no_grad():
-        parts = [
-            linear_token_stats(hidden[part].float(), weight, labels[part], stats=("logprob",), backend="reference")
-            for part in torch.arange(tokens, device=DEVICE).split(256)
-        ]
-    logprob = torch.cat([part.logprob for part in parts]).view_as(old).requires_grad_()
+    old, advantages = loss_inputs(head, dtype, tokens)
+    parts = [
+        _log_softmax(hidden[rows], weight).gather(-1, labels[rows].unsqueeze(-1))
+        for rows in torch.arange(tokens, device=DEVICE).split(256)
+    ]
+    logprob = torch.cat(parts).view_as(old).requires_grad_()
     loss = policy_loss(logprob, old, advantages, loss_type="dapo", backend="reference").loss
     (upstream,) = torch.autograd.grad(loss, logprob)
     truth = _through_head(head, dtype, tokens, (upstream.flatten(),))
@@ -339,6 +349,7 @@ def measure(
     ceiling: Callable[[], object],
     ceiling_name: str,
     ceilings: float = 1.0,
+    patient: bool = False,
     **info: object,
 ) -> None:
     """Check one call, then time `step` of `forward` beside its ceiling, and record both in ``benchmark.extra_info``.
@@ -349,7 +360,8 @@ def measure(
         forward: returns the outputs.
         leaves: what gradients are taken of; with `upstream`, the gradients of the outputs.
         check: raises if outputs or gradients are wrong.
-        ceiling: work whose time is the least possible, or `ceilings` times which is (the matmuls of the op).
+        ceiling: work whose time, `ceilings` times, is the least possible (the matmuls of the pass; 0 leaves no share to speak of).
+        patient: one call takes minutes: it alone is checked, looked at for memory, and timed.
         info: what the file's docstring gives a formula for: bytes, flops, gemms; shape; what is computed.
     """
 
@@ -367,30 +379,47 @@ def measure(
         ]
         return outputs, torch.autograd.grad(outputs, leaves, given)
 
-    result = run(graph())
-    check(*result)
-    del result
-    begin = time.perf_counter()
-    memory = peak_memory(
-        lambda: run(graph())
-    )  # backward: of forward and backward, or what forward keeps would not be seen
-    once = time.perf_counter() - begin
-    ceiling()
     samples: list[float] = []
     ratios: list[float] = []
+    memory, once, result = 0, 0.0, ((), ())
+
+    def first() -> None:
+        nonlocal result
+        result = run(graph())
+
+    def second() -> None:
+        nonlocal once
+        begin = time.perf_counter()
+        run(graph())
+        synchronize()
+        once = time.perf_counter() - begin
+
+    if not patient:
+        first()
+        check(*result)
+        result = ((), ())
+        memory = peak_memory(second)  # backward: of forward and backward, or what forward keeps would not be seen
+    ceiling()
 
     def setup() -> tuple[tuple[object, float], dict[str, object]]:
         base = clock(ceiling)
-        return (graph(), base), {}
+        return (None if patient else graph(), base), {}
 
     def target(outputs: tuple[Tensor, ...] | None, base: float) -> None:
-        samples.append(clock(lambda: run(outputs)))
+        nonlocal memory
+        if patient:
+            memory = peak_memory(lambda: samples.append(clock(first)))
+        else:
+            samples.append(clock(lambda: run(outputs)))
         ratios.append(samples[-1] / base)
 
-    rounds = max(1 if once > 4 * SECONDS else 3, min(50, int(SECONDS / once)))
+    rounds = 1 if patient or once > 4 * SECONDS else max(3, min(50, int(SECONDS / max(once, 1e-9))))
     benchmark.pedantic(target, setup=setup, rounds=rounds)
+    if patient:
+        check(*result)
     ratio = statistics.median(ratios)
     benchmark.extra_info.update(
         p20_ms=1e3 * percentile(samples, 0.2), p50_ms=1e3 * percentile(samples, 0.5), p80_ms=1e3 * percentile(samples, 0.8),
-        ratio=ratio, ceiling=ceiling_name, share_of_ceiling=ceilings / ratio, peak_memory_bytes=memory, **info,
+        rounds=rounds, ratio=ratio, ceiling=ceiling_name, share_of_ceiling=ceilings / ratio if ceilings else None,
+        peak_memory_bytes=memory, **info,
     )  # fmt: skip
