@@ -2,11 +2,13 @@
 
 ``pytest tests/gpu`` runs them on a GPU. With MGRPO_GPU_TESTS_ON=cpu the same tests run on CPU tensors, small, through Triton's
 interpreter, to prove the tests themselves; those that mean nothing there are marked ``device_only`` and are skipped.
-MGRPO_GPU_TESTS_LOG names a file that gets a line of JSON for each test as soon as it is over: a crash loses nothing.
+MGRPO_GPU_TESTS_EVERY=n keeps the first of each test function's cases and every n-th after it. MGRPO_GPU_TESTS_LOG names a file that
+gets a line of JSON with what was collected, and one for each test as soon as it is over: a crash loses nothing.
 """
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -14,13 +16,24 @@ import pytest
 import torch
 from on_device import DEVICE, ON_CPU
 
+HERE = Path(__file__).resolve().parent
+LOG = os.environ.get("MGRPO_GPU_TESTS_LOG")
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "device_only: means nothing on a CPU")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    every, seen, kept, left_out = int(os.environ.get("MGRPO_GPU_TESTS_EVERY", "1")), Counter(), [], []
     for item in items:
-        if ON_CPU and item.get_closest_marker("device_only"):
+        ours = HERE in item.path.parents
+        (left_out if ours and seen[item.function] % every else kept).append(item)
+        seen[item.function] += 1
+    if left_out:
+        items[:] = kept
+        config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        if ON_CPU and HERE in item.path.parents and item.get_closest_marker("device_only"):
             item.add_marker(pytest.mark.skip(reason="device_only"))
 
 
@@ -53,13 +66,19 @@ def no_leftovers():
         torch.cuda.empty_cache()
 
 
+def pytest_collection_finish(session):
+    if LOG:
+        write({"collected": [item.nodeid for item in session.items]})
+
+
 def pytest_runtest_logreport(report):
-    log = os.environ.get("MGRPO_GPU_TESTS_LOG")
-    if log and (report.when == "call" or report.outcome != "passed"):
-        line = {
+    if LOG and (report.when == "call" or report.outcome != "passed"):
+        write({
             "test": report.nodeid, "outcome": report.outcome, "when": report.when, "seconds": round(report.duration, 3),
-            "figures": dict(report.user_properties),
-            "text": "" if report.passed else str(report.longrepr)[-6000:],
-        }  # fmt: skip
-        with Path(log).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            "figures": dict(report.user_properties), "text": "" if report.passed else str(report.longrepr)[-6000:],
+        })  # fmt: skip
+
+
+def write(line):
+    with Path(LOG).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

@@ -72,7 +72,7 @@ def test_loss_types(loss_type, blocks):
         "workspace_bytes": SMALL if blocks == "many blocks" else None,
     }  # fmt: skip
     inputs = batch(torch.float32)
-    got = hold(lambda inputs, backend: loss(inputs, backend, **options), inputs, plain="plain")
+    got = hold(lambda inputs, backend: loss(inputs, backend, **options), inputs, plain="plain", floor=2e-5)  # scalars: one draw each
     composed = run(lambda inputs, backend: loss(inputs, backend, form="composed", **options), inputs, DEVICE, "triton")
     for name, value in composed.items():
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=lambda text, name=name: f"{name}: {text}")

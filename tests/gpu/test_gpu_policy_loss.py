@@ -17,13 +17,19 @@ CASES = [
 ]
 
 
-def batch(length, *, whole_sequences=False):
-    """Log-probs with NaN where masked, one sequence all masked. Weights of whole sequences must not overflow: smaller steps."""
+def batch(length, *, whole_sequences=False, shifted=False):
+    """Log-probs with NaN where masked, one sequence all masked. Weights of whole sequences must not overflow: smaller steps.
+
+    `shifted`: the old log-probs of a sequence lie off together, so that its mean ratio is clipped.
+    """
     torch.manual_seed(0)
     shape, step = (SEQUENCES, length), 0.002 if whole_sequences else 0.3
     logprobs, mask = torch.randn(shape) * 0.5 - 2, torch.rand(shape) > 0.2
     mask[3] = False
     old, ref, behaviour = (logprobs + step * torch.randn(shape) for _ in range(3))
+    if shifted:
+        shift = torch.tensor([-0.4, 0.0, 0.4]).repeat(2).unsqueeze(1)
+        old, behaviour = old + shift, behaviour + shift
     inputs = {"logprobs": logprobs, "old": old, "ref": ref, "behaviour": behaviour, "entropy": torch.rand(shape)}
     inputs = {name: torch.where(mask, values, NAN) for name, values in inputs.items()}
     inputs["logprobs"].requires_grad_(), inputs["entropy"].requires_grad_()
@@ -38,7 +44,10 @@ def test_losses(loss_type, level, mode):
         "kl_estimator": ("k3", "k2", "k1")[i % 3], "kl_bias_correction": i % 2 == 1, "max_response_tokens": 64,
         "clip_delta": 1.15 if i % 4 == 1 else None,
     }  # fmt: skip
-    inputs = batch(SHORT if i % 4 == 3 else LONG, whole_sequences="sequence" in f"{level} {mode}")
+    inputs = batch(
+        SHORT if i % 4 == 3 else LONG, whole_sequences="sequence" in f"{level} {mode}" or loss_type == "vespo",
+        shifted=level == "sequence" and loss_type != "vespo",
+    )
     if i % 5 == 4:
         inputs["advantages"] = torch.randn(inputs["mask"].shape)
 
