@@ -100,7 +100,7 @@ def _round_stochastically(values, index, key_0, key_1, dtype: tl.constexpr):
 
 @triton.jit
 def _block(
-    ema, param, emit, i, numel, decay, row,
+    ema, param, emit, i, numel, decay, base, inner, stride, key_0, key_1,
     HAS_EMIT: tl.constexpr, ROUNDED: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Update elements i of a tensor: ema + (1 - decay) (param - ema), from the nearer end."""
@@ -117,14 +117,10 @@ def _block(
     updated = tl.where(toward_new < 0.5, old + toward_new * step, new - decay.to(wide) * step)
     updated = tl.where(old == new, old, updated)
     if ROUNDED:
-        inner = tl.load(row + INNER)
-        base = tl.load(row + BASE)
         if inner >= numel:
             index = base + i
         else:
-            index = base + (i // inner) * tl.load(row + STRIDE) + i % inner
-        key_0 = tl.load(row + KEY_0).to(tl.uint32)
-        key_1 = tl.load(row + KEY_1).to(tl.uint32)
+            index = base + (i // inner) * stride + i % inner
         updated = _round_stochastically(updated, index, key_0, key_1, ema.dtype.element_ty)
     result = _convert(updated, ema.dtype.element_ty)
     _store(ema, result, inside, MASKED)
@@ -147,6 +143,8 @@ def update_kernel(
     whole = begin + (end - begin) // BLOCK * BLOCK  # blocks up to here need no mask, and so load 16 bytes at once
     combination = tl.load(row + COMBINATION)
     rate = tl.load(decay)
+    base, inner, stride = tl.load(row + BASE), tl.load(row + INNER), tl.load(row + STRIDE)
+    key_0, key_1 = tl.load(row + KEY_0).to(tl.uint32), tl.load(row + KEY_1).to(tl.uint32)
     for code in tl.static_range(COMBINATIONS):
         if (SEEN >> code) & 1 and combination == code:
             ema = _pointer(tl.load(row + EMA), code % 4)
@@ -156,7 +154,11 @@ def update_kernel(
             rounded: tl.constexpr = STOCHASTIC and (code % 4 == 1 or code % 4 == 2)
             for first in range(begin, whole, BLOCK):
                 i = first + tl.arange(0, BLOCK)
-                _block(ema, param, emit, i, numel, rate, row, has_emit, rounded, False, ALIGNED)
+                _block(
+                    ema, param, emit, i, numel, rate, base, inner, stride, key_0, key_1, has_emit, rounded, False, ALIGNED
+                )  # fmt: skip
             if whole < end:
                 i = whole + tl.arange(0, BLOCK)
-                _block(ema, param, emit, i, numel, rate, row, has_emit, rounded, True, ALIGNED)
+                _block(
+                    ema, param, emit, i, numel, rate, base, inner, stride, key_0, key_1, has_emit, rounded, True, ALIGNED
+                )  # fmt: skip

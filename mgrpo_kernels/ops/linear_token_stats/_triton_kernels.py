@@ -23,7 +23,7 @@ def final(raw, bias, column, inside, logit_scale, softcap, inverse):
         y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     y *= logit_scale
     if softcap is not None:
-        bent = tanh(y / softcap)
+        bent = tanh(y * (1.0 / softcap))
         return softcap * bent * inverse, 1.0 - bent * bent
     else:
         return y * inverse, 1.0
@@ -54,10 +54,10 @@ def gradient(z, slope, hit, alpha, beta, gamma, delta, lse, inverse, logit_scale
     """Return the gradient of raw logits from final ones z; `hit` says where the label is, None: nowhere."""
     logp = z - lse
     p = tl.exp2(logp * LOG2_E)
-    grad = p * (alpha + beta * tl.where(logp == float("-inf"), 0.0, logp)) + gamma
+    grad = p * (alpha + beta * tl.maximum(logp, NEGLIGIBLE)) + gamma
     if hit is not None:
         grad = tl.where(hit, grad + delta, grad)
-    return tl.where(z == float("-inf"), 0.0, grad * inverse * slope * logit_scale)
+    return tl.where(z == float("-inf"), 0.0, grad * (inverse * logit_scale) * slope)
 
 
 @triton.jit(do_not_specialize=["first", "state_stride"])  # they change from tile to tile, or with the number of rows
