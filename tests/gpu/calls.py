@@ -37,7 +37,10 @@ def _labels(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def token_stats(sizes: Sizes, device: torch.device) -> Call:
-    logits, (labels, mask) = _values(sizes, device, sizes.rows, sizes.vocab).bfloat16().requires_grad_(), _labels(sizes, device)
+    logits, (labels, mask) = (
+        _values(sizes, device, sizes.rows, sizes.vocab).bfloat16().requires_grad_(),
+        _labels(sizes, device),
+    )
 
     def run():
         stats = mk.token_stats_from_logits(logits, labels, mask=mask, temperature=0.9, backend="triton")
@@ -94,7 +97,9 @@ def grpo_loss(sizes: Sizes, device: torch.device) -> Call:
     kept, leaf = _values(sizes, device, SEQUENCES) < 1.5, logprobs.requires_grad_()
 
     def run():
-        result = mk.grpo_loss(leaf, old, rewards, GROUP, mask=mask, rollout_mask=kept, loss_type="dapo", backend="triton")
+        result = mk.grpo_loss(
+            leaf, old, rewards, GROUP, mask=mask, rollout_mask=kept, loss_type="dapo", backend="triton"
+        )
         return result.loss.detach(), *torch.autograd.grad(result.loss, leaf)
 
     return Call(run, (leaf, old, rewards))
@@ -125,7 +130,16 @@ def ema(sizes: Sizes, device: torch.device) -> Call:
 
 CALLS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     make.__name__: make
-    for make in (token_stats, linear_token_stats, linear_policy_loss, policy_loss, grpo_loss, group_advantages, iqr_filter, ema)
+    for make in (
+        token_stats,
+        linear_token_stats,
+        linear_policy_loss,
+        policy_loss,
+        grpo_loss,
+        group_advantages,
+        iqr_filter,
+        ema,
+    )
 }
 
 

@@ -3,7 +3,7 @@
 ``pytest tests/gpu`` runs them on a GPU. With MGRPO_GPU_TESTS_ON=cpu the same tests run on CPU tensors, small, through Triton's
 interpreter, to prove the tests themselves; those that mean nothing there are marked ``device_only`` and are skipped.
 MGRPO_GPU_TESTS_EVERY=n keeps the first of each test function's cases and every n-th after it. MGRPO_GPU_TESTS_LOG names a file that
-gets a line of JSON with what was collected, and one for each test as soon as it is over: a crash loses nothing.
+gets lines of JSON with what was collected, and one for each test as soon as it is over: a crash loses nothing.
 """
 
 import json
@@ -19,11 +19,14 @@ from on_device import DEVICE, ON_CPU
 HERE = Path(__file__).resolve().parent
 LOG = os.environ.get("MGRPO_GPU_TESTS_LOG")
 
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "device_only: means nothing on a CPU")
 
 
 def pytest_collection_modifyitems(config, items):
+    if LOG:
+        write({"device_only": [item.nodeid for item in items if item.get_closest_marker("device_only")]})
     every, seen, kept, left_out = int(os.environ.get("MGRPO_GPU_TESTS_EVERY", "1")), Counter(), [], []
     for item in items:
         ours = HERE in item.path.parents

@@ -32,7 +32,9 @@ def run(function: Callable[[Inputs, str], Any], inputs: Inputs, device: torch.de
     for name, value in inputs.items():
         placed[name] = value
         if isinstance(value, Tensor):
-            placed[name] = value.detach().to(device, torch.float64 if wide and value.is_floating_point() else None, copy=True)
+            placed[name] = value.detach().to(
+                device, torch.float64 if wide and value.is_floating_point() else None, copy=True
+            )
             if value.requires_grad:
                 leaves[name] = placed[name].requires_grad_()
     outputs = function(placed, backend)
@@ -40,7 +42,9 @@ def run(function: Callable[[Inputs, str], Any], inputs: Inputs, device: torch.de
     upstream = inputs.get("upstream", [torch.randn(output.shape, generator=generator) for output in outputs])
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if leaves:
-        pairs = [(output, grad.to(output)) for output, grad in zip(outputs, upstream, strict=True) if output.requires_grad]
+        pairs = [
+            (output, grad.to(output)) for output, grad in zip(outputs, upstream, strict=True) if output.requires_grad
+        ]
         grads = torch.autograd.grad([each for each, _ in pairs], list(leaves.values()), [grad for _, grad in pairs])
         results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: value.cpu() for name, value in results.items()}
@@ -78,4 +82,6 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     """Fail unless both hold the same, NaN included."""
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, second[name], rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )

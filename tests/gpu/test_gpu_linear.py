@@ -21,7 +21,13 @@ SOFTCAP, SCALE = 8.0, 0.8
 def batch(rows, dtype, *, bias=False, mask=False, per_row=False, frozen=(), vocab=VOCAB, width=WIDTH):
     torch.manual_seed(0)
     hidden, weight = torch.randn(rows, width).to(dtype), (torch.randn(vocab, width) * 2.5 * width**-0.5).to(dtype)
-    inputs = {"hidden": hidden, "weight": weight, "labels": torch.randint(0, vocab, (rows,)), "temperature": 0.7, "mask": None}
+    inputs = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": torch.randint(0, vocab, (rows,)),
+        "temperature": 0.7,
+        "mask": None,
+    }
     inputs["labels"][0], inputs["labels"][-1] = 0, vocab - 1
     if bias:
         inputs["bias"] = torch.randn(vocab).to(dtype)
@@ -122,7 +128,11 @@ def test_accumulate_is_in_float32(dtype, transposed):
     """`out_dtype` of the library's 16-bit matmuls: results in 16 bits are off by up to 2^-9 or 2^-11, sums in float32 by far less."""
     torch.manual_seed(0)
     rows, inner, columns = 256, 8192, 192
-    a = torch.rand(inner, rows + 64, device=DEVICE).to(dtype)[:, :rows].t() if transposed else torch.rand(rows, inner, device=DEVICE).to(dtype)
+    a = (
+        torch.rand(inner, rows + 64, device=DEVICE).to(dtype)[:, :rows].t()
+        if transposed
+        else torch.rand(rows, inner, device=DEVICE).to(dtype)
+    )
     b = torch.rand(inner, columns, device=DEVICE).to(dtype)
     want = a.double() @ b.double()
     total = torch.full((rows, columns), NAN, device=DEVICE)

@@ -58,7 +58,9 @@ def loss(inputs, backend, *, form="fused", workspace_bytes=None, **options):
         stats = token_stats_from_logits(y, labels, temperature=HEAD["temperature"], mask=mask, backend="reference")
         backend = "reference"
     else:
-        stats = linear_token_stats(hidden, weight, labels, bias=bias, **HEAD, mask=mask, workspace_bytes=workspace_bytes, backend=backend)
+        stats = linear_token_stats(
+            hidden, weight, labels, bias=bias, **HEAD, mask=mask, workspace_bytes=workspace_bytes, backend=backend
+        )
     entropy = stats.entropy if options.get("entropy_coef") else stats.entropy.detach()
     result = policy_loss(stats.logprob, *rest, entropy=entropy, backend=backend, **options)
     return result.loss, *result.metrics.values()
@@ -72,10 +74,18 @@ def test_loss_types(loss_type, blocks):
         "workspace_bytes": SMALL if blocks == "many blocks" else None,
     }  # fmt: skip
     inputs = batch(torch.float32)
-    got = hold(lambda inputs, backend: loss(inputs, backend, **options), inputs, plain="plain", floor=2e-5)  # scalars: one draw each
+    got = hold(
+        lambda inputs, backend: loss(inputs, backend, **options), inputs, plain="plain", floor=2e-5
+    )  # scalars: one draw each
     composed = run(lambda inputs, backend: loss(inputs, backend, form="composed", **options), inputs, DEVICE, "triton")
     for name, value in composed.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4 * value.abs().max().item(), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name],
+            value,
+            rtol=1e-3,
+            atol=1e-4 * value.abs().max().item(),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
     assert (got["gradient of hidden"][~inputs["mask"]] == 0).all()
 
 
@@ -86,13 +96,21 @@ def test_16_bits(dtype, workspace):
     inputs = batch(dtype, bias=False)
     options = {"loss_type": "dapo", "workspace_bytes": workspace}
     truth, plain, got = (
-        run(lambda inputs, backend: loss(inputs, backend, **options), inputs, device, backend, wide=backend == "reference")
+        run(
+            lambda inputs, backend: loss(inputs, backend, **options),
+            inputs,
+            device,
+            backend,
+            wide=backend == "reference",
+        )
         for device, backend in ((CPU, "reference"), (DEVICE, "plain"), (DEVICE, "triton"))
     )
     for name in ("gradient of hidden", "gradient of weight"):
         error, usual = ((each[name].double() - truth[name]).square().mean().sqrt() for each in (got, plain))
         # Fused, the gradient is rounded once with the loss's own scale in it, and again with the upstream factor.
-        assert error <= 1.5 * usual + 1e-5 * truth[name].square().mean().sqrt(), f"{name}: error {error:.3e}, plain PyTorch's {usual:.3e}"
+        assert error <= 1.5 * usual + 1e-5 * truth[name].square().mean().sqrt(), (
+            f"{name}: error {error:.3e}, plain PyTorch's {usual:.3e}"
+        )
     assert abs(got["output 0"].double() - truth["output 0"]) < 2e-2
 
 

@@ -10,7 +10,9 @@ pytestmark = pytest.mark.device_only
 
 N, H, V = 8192, 3584, 152064  # Qwen2.5-7B
 MIB = 2**20
-SMALL_CHANGE = 40 * MIB  # statistics and states, a few dozen bytes for each row; and the library's matmul takes up to 32 MiB
+SMALL_CHANGE = (
+    40 * MIB
+)  # statistics and states, a few dozen bytes for each row; and the library's matmul takes up to 32 MiB
 
 
 @pytest.fixture
@@ -68,7 +70,9 @@ def test_linear_policy_loss(head, masked, record_property):
     old, advantages = torch.full_like(labels, -10.0, dtype=torch.float32), torch.randn(8, device=DEVICE)
 
     def both():
-        loss = linear_policy_loss(hidden.view(8, -1, H), weight, labels, old, advantages, mask=mask, loss_type="dapo").loss
+        loss = linear_policy_loss(
+            hidden.view(8, -1, H), weight, labels, old, advantages, mask=mask, loss_type="dapo"
+        ).loss
         torch.autograd.grad(loss, (hidden, weight))
 
     accumulator = 4 * V * H

@@ -31,7 +31,9 @@ def assert_bits(lists, **options):
     got = updated(lists, DEVICE, "triton", **options)
     for i, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         different = (mine != theirs) & ~(mine.isnan() & theirs.isnan())
-        assert not different.any(), f"tensor {i}, {mine.dtype}: {int(different.sum())} of {mine.numel()} elements differ"
+        assert not different.any(), (
+            f"tensor {i}, {mine.dtype}: {int(different.sum())} of {mine.numel()} elements differ"
+        )
 
 
 def mixed(sizes, seed=0, emit=True):

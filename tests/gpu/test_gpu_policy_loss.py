@@ -45,7 +45,8 @@ def test_losses(loss_type, level, mode):
         "clip_delta": 1.15 if i % 4 == 1 else None,
     }  # fmt: skip
     inputs = batch(
-        SHORT if i % 4 == 3 else LONG, whole_sequences="sequence" in f"{level} {mode}" or loss_type == "vespo",
+        SHORT if i % 4 == 3 else LONG,
+        whole_sequences="sequence" in f"{level} {mode}" or loss_type == "vespo",
         shifted=level == "sequence" and loss_type != "vespo",
     )
     if i % 5 == 4:
@@ -69,7 +70,14 @@ def test_packed_on_policy():
     packed["advantages"] = torch.randn(4)
 
     def function(inputs, backend):
-        result = policy_loss(inputs["logprobs"], None, inputs["advantages"], cu_seqlens=inputs["offsets"], loss_type="dapo", backend=backend)
+        result = policy_loss(
+            inputs["logprobs"],
+            None,
+            inputs["advantages"],
+            cu_seqlens=inputs["offsets"],
+            loss_type="dapo",
+            backend=backend,
+        )
         return result.loss, *result.metrics.values()
 
     hold(function, packed, floor=1e-5)
@@ -90,7 +98,16 @@ def rewards_of(sizes):
 @pytest.mark.parametrize("scale", SCALES)
 def test_group_advantages(baseline, scale):
     def function(inputs, backend):
-        return [group_advantages(inputs["rewards"], inputs["offsets"], mask=inputs["mask"], baseline=baseline, scale=scale, backend=backend)]
+        return [
+            group_advantages(
+                inputs["rewards"],
+                inputs["offsets"],
+                mask=inputs["mask"],
+                baseline=baseline,
+                scale=scale,
+                backend=backend,
+            )
+        ]
 
     got = hold(function, rewards_of(SIZES), floor=1e-5)["output 0"]
     assert (got[:6] == 0).all()  # they agree; one alone

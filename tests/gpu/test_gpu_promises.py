@@ -9,7 +9,15 @@ from calls import CALLS, SEQUENCES, Sizes, device_work
 from on_device import CPU, DEVICE, ON_CPU, pick
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mgrpo_kernels import backend, backends, ema_update_, iqr_filter, linear_token_stats, policy_loss, token_stats_from_logits
+from mgrpo_kernels import (
+    backend,
+    backends,
+    ema_update_,
+    iqr_filter,
+    linear_token_stats,
+    policy_loss,
+    token_stats_from_logits,
+)
 
 SIZES = pick(Sizes(512, 256, 5003, 20, 10_001), Sizes(16, 16, 300, 3, 101))
 OPS = list(CALLS)
@@ -126,7 +134,12 @@ def test_cuda_graph(op):
         assert_same(results, want)
 
 
-KERNELS = {"policy_loss": "loss_kernel", "grpo_loss": "loss_kernel", "iqr_filter": "filter_kernel", "ema": "update_kernel"}
+KERNELS = {
+    "policy_loss": "loss_kernel",
+    "grpo_loss": "loss_kernel",
+    "iqr_filter": "filter_kernel",
+    "ema": "update_kernel",
+}
 
 
 @pytest.mark.device_only
@@ -144,7 +157,10 @@ def test_one_triton_kernel(op, record_property):
 
 
 def head_stats(rows):
-    hidden, weight = torch.randn(rows, 16, device=DEVICE).requires_grad_(), torch.randn(300, 16, device=DEVICE).requires_grad_()
+    hidden, weight = (
+        torch.randn(rows, 16, device=DEVICE).requires_grad_(),
+        torch.randn(300, 16, device=DEVICE).requires_grad_(),
+    )
     labels = torch.randint(0, 300, (rows,), device=DEVICE)
 
     def function(hidden, weight, labels):
@@ -155,7 +171,10 @@ def head_stats(rows):
 
 
 def logit_stats(rows):
-    logits, labels = torch.randn(rows, 300, device=DEVICE).requires_grad_(), torch.randint(0, 300, (rows,), device=DEVICE)
+    logits, labels = (
+        torch.randn(rows, 300, device=DEVICE).requires_grad_(),
+        torch.randint(0, 300, (rows,), device=DEVICE),
+    )
 
     def function(logits, labels):
         stats = token_stats_from_logits(logits, labels, backend="triton")

@@ -46,7 +46,11 @@ def test_values_and_gradients(rows, vocab, dtype):
         assert not value[inputs["mask"]].isnan().any(), name
     # Of many long rows the truth of some, the last among them.
     some = torch.linspace(0, rows - 1, min(rows, CHECKED)).long()
-    few = {name: value.detach()[some].requires_grad_(value.requires_grad) for name, value in inputs.items() if name != "upstream"}
+    few = {
+        name: value.detach()[some].requires_grad_(value.requires_grad)
+        for name, value in inputs.items()
+        if name != "upstream"
+    }
     few["upstream"] = inputs["upstream"][:, some]
     hold(everything, few, got={name: value[some] for name, value in got.items()})
 
