@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -63,6 +64,7 @@ class Check:
         self.deadline = self.begin + 60 * minutes - RESERVE
         self.notes: list[str] = []
         self.lock = threading.Lock()
+        self.running: set[subprocess.Popen[bytes]] = set()
         out.mkdir(parents=True, exist_ok=True)
         for name in (
             "environment.json",
@@ -74,6 +76,15 @@ class Check:
             "log.txt",
         ):
             (out / name).unlink(missing_ok=True)  # of an earlier run
+
+    def stop(self, *_: object) -> None:
+        """End at once, with what there is: for SIGTERM and Ctrl-C."""
+        for process in list(self.running):  # each leads a session of its own, and would go on
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        self.notes.append("stopped from outside")
+        self.write("summary.txt", summary(self))
+        os._exit(1)
 
     def time_for(self, step: str) -> float | None:
         """Return how many seconds a step may take, None if it is dropped."""
@@ -102,7 +113,7 @@ class Check:
         place = self.out / name
         return json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
 
-    def run(self, title: str, command: Sequence[str | Path], seconds: float, **environment: str) -> Finished:
+    def run(self, title: str, command: Sequence[object], seconds: float, **environment: str) -> Finished:
         """Run a process of this interpreter for at most `seconds`: then it is interrupted, so that it can still write, and killed."""
         begin, cut_short = time.monotonic(), False
         settings = {
@@ -115,13 +126,16 @@ class Check:
                 [sys.executable, *map(str, command)], cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-            for patience, blow in ((seconds, signal.SIGINT), (15.0, signal.SIGKILL), (None, None)):
+            self.running.add(process)
+            for patience, blow in ((seconds, signal.SIGINT), (15.0, signal.SIGKILL)):
                 try:
                     process.wait(patience)
                     break
                 except subprocess.TimeoutExpired:
                     cut_short = True
                     os.killpg(process.pid, blow)
+            process.wait()
+            self.running.discard(process)
             output.seek(0)
             text = output.read().decode(errors="replace")
         result = Finished(process.returncode, cut_short, round(time.monotonic() - begin, 1), text[-6000:])
@@ -549,6 +563,8 @@ def main() -> int:
         measure_profile(dry_run, lambda table: write("profile.json", table))
         return 0
     check = Check(out, arguments.minutes, dry_run)
+    for stopped in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopped, check.stop)
     steps = [environment, tests, *([profile] if arguments.profile else []), benchmarks, tuning]
     for step in steps:
         print(f"[{time.monotonic() - check.begin:4.0f} s] {step.__name__}", flush=True)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,26 @@ def test_make_sets_nothing_up_for_another_interpreter():
         ["make", "-n", "gpu-check", "PY=python3", "OUT=x"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == "python3 scripts/gpu_check.py --out x"
+
+
+def test_stopped_from_outside_it_leaves_a_summary_and_no_process(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--out", str(tmp_path), "--dry-run-on-cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "environment" in process.stdout.readline()
+    time.sleep(0.5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
+    assert process.wait(10) == 1
+    assert "stopped from outside" in (tmp_path / "summary.txt").read_text()
+    assert children
+    time.sleep(0.2)
+    assert not any(alive(child) for child in children)
+
+
+def alive(number):
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
