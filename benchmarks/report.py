@@ -185,6 +185,7 @@ def plot_scaling(data: dict, rows: list[Row], path: Path) -> None:
 def label_ends(axes: Any, ends: list[tuple[float, int, str]]) -> None:
     """Name the lines at their ends, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.08)
     apart = (high / low) ** 0.055
     at = 0.0
     for y, x, provider in sorted(ends):
@@ -252,12 +253,8 @@ def plot_roofline(data: dict, rows: list[Row], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         passes = {"forward": "forward", "both": "forward + backward", "": "update"}[step]
         axes.set_title(f"{op}, {passes}", loc="left", fontweight="bold", fontsize=10)
-        axes.set_title(
-            f"ceiling: {some[0].info['ceiling']}" + (f", {shape}" if shape else ""),
-            loc="right",
-            fontsize=8.5,
-            color="#666666",
-        )
+        below = f"ceiling: {some[0].info['ceiling']}" + (f", {shape}" if shape else "")
+        axes.text(0.995, 0.03, below, transform=axes.transAxes, ha="right", fontsize=8.5, color="#666666")
         plain(axes)
         axes.tick_params(axis="y", length=0)
     figure.suptitle(heading(data, "Share of the ceiling measured beside it"), x=0.01, ha="left", fontsize=11)
