@@ -1,5 +1,6 @@
-// Group advantages and policy losses: one thread a sequence, a few scalar operations a token.
-// The formulas, with their sources, are in mgrpo_kernels/ops/policy_loss/reference.py; enumerations follow the tuples in specs.py.
+// Group advantages and policy losses. The formulas, with their sources, are in mgrpo_kernels/ops/policy_loss/reference.py.
+
+#include "policy_loss.h"
 
 #include <algorithm>
 #include <cmath>
@@ -15,18 +16,21 @@ namespace {
 
 using at::Tensor;
 
-enum class LossType { Grpo, Bnpo, Dapo, DrGrpo, Cispo, Sapo, Vespo, Luspo };
-enum class Behaviour { TokenTruncate, TokenMask, SequenceTruncate, SequenceMask };
 enum class Scale { Std, Batch, None };
 
 constexpr float inf = std::numeric_limits<float>::infinity();
 
-// NaN passes through both, as through torch.clamp.
-float at_most(float x, float high) {
-  return x > high ? high : x;
+int64_t blocks_of(int64_t tokens) {
+  return (tokens + POLICY_LOSS_BLOCK - 1) / POLICY_LOSS_BLOCK;
 }
-float clamp(float x, float low, float high) {
-  return x < low ? low : at_most(x, high);
+
+// Calls function(index) for each segment of a sequence, in order.
+template <typename Function>
+void for_parts(const PolicyLossTokens& in, int64_t sequence, Function function) {
+  const int64_t begin = in.offsets[sequence], end = in.offsets[sequence + 1];
+  for (int64_t block = begin / POLICY_LOSS_BLOCK; block * POLICY_LOSS_BLOCK < end && begin < end; ++block) {
+    function(block + sequence);
+  }
 }
 
 Tensor group_advantages(
@@ -86,193 +90,70 @@ Tensor group_advantages(
   return out;
 }
 
-struct Options {
-  LossType type;
-  bool by_sequence;
-  int64_t kl_estimator;
-  bool kl_bias_correction;
-  Behaviour behaviour;
-  float clip_low, clip_high, clip_delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap;
-  float sapo_temperature[2], vespo_k[2], vespo_lambda[2];
-  float max_response_tokens;
-
-  bool clipped() const {
-    return type != LossType::Cispo && type != LossType::Sapo && type != LossType::Vespo;
+// What the tokens of each sequence need of it, from the segments that its blocks have left.
+std::vector<PolicyLossSequence> sequence_values(const PolicyLossTokens& in) {
+  const PolicyLossOptions& o = in.options;
+  const bool mean = o.sequence_mean() && !in.weights, behaviour = in.behaviour && o.behaviour_by_sequence();
+  const bool vespo = o.type == LossType::Vespo, sums = o.by_sequence || vespo || behaviour;
+  std::vector<PolicyLossSequence> values;
+  if (!sums && !mean) {
+    return values;
   }
-  bool sequence_mean() const {
-    return type == LossType::Grpo || type == LossType::Sapo;
+  std::vector<PolicyLossSegment> segments;
+  if (sums || in.mask || in.rollout_mask) { // else lengths are known
+    segments.resize(blocks_of(in.tokens) + in.sequences);
+    MGRPO_CALL(policy_loss_segments_kernel)(in, segments.data());
   }
-  bool counts_sequences() const {
-    return sequence_mean() || type == LossType::Luspo || type == LossType::DrGrpo;
-  }
-};
-
-struct Inputs {
-  const float *logprob, *old, *advantages, *ref, *entropy, *behaviour, *weights; // null where absent
-  const bool *mask, *rollout_mask;
-  bool advantage_per_token;
-};
-
-// A token's loss and its two derivatives: by its log-prob directly, and by the log importance weight of its token or sequence.
-struct Term {
-  float value = 0, by_logprob = 0, by_log_weight = 0;
-};
-
-struct Sums {
-  double loss = 0, kl = 0, entropy = 0, ratio = 0;
-  float ratio_max = 0;
-  int64_t tokens = 0, clip_low = 0, clip_high = 0;
-
-  void add(const Sums& other) {
-    loss += other.loss;
-    kl += other.kl;
-    entropy += other.entropy;
-    ratio += other.ratio;
-    ratio_max = std::isnan(ratio_max) || ratio_max > other.ratio_max ? ratio_max : other.ratio_max;
-    tokens += other.tokens;
-    clip_low += other.clip_low;
-    clip_high += other.clip_high;
-  }
-};
-
-// What is one number for a whole sequence.
-struct Sequence {
-  float length = 0; // at least 1
-  double log_ratio = 0, log_behaviour = 0;
-  float vespo_log_weight = 0;
-};
-
-Term surrogate(const Options& o, float logprob, float ratio, float advantage, const Sequence& sequence) {
-  switch (o.type) {
-    case LossType::Cispo: {
-      const float factor = -at_most(ratio, o.cispo_cap) * advantage;
-      return {factor * logprob, factor, 0};
-    }
-    case LossType::Vespo: {
-      const bool negative = !(advantage >= 0);
-      const float scale = std::max(o.vespo_lambda[negative], 1e-4f), w = sequence.vespo_log_weight;
-      const float factor = -std::exp(scale + o.vespo_k[negative] * w - scale * std::exp(w)) * advantage;
-      return {factor * logprob, factor, 0};
-    }
-    case LossType::Sapo: {
-      const float temperature = o.sapo_temperature[!(advantage > 0)];
-      const float gate = 1 / (1 + std::exp(-temperature * (ratio - 1))), slope = gate * (1 - gate);
-      return {-gate * 4 / temperature * advantage, 0, slope == 0 ? 0 : -4 * slope * ratio * advantage};
-    }
-    default: {
-      if (advantage == 0 && !std::isnan(ratio)) { // also where the ratio overflowed
-        return {};
+  values.resize(in.sequences);
+  at::parallel_for(0, in.sequences, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      PolicyLossSegment total{.tokens = segments.empty() ? static_cast<double>(in.offsets[i + 1] - in.offsets[i]) : 0};
+      if (!segments.empty()) {
+        for_parts(in, i, [&](int64_t part) {
+          total.tokens += segments[part].tokens;
+          total.log_ratio += segments[part].log_ratio;
+          total.log_behaviour += segments[part].log_behaviour;
+          total.vespo_log_weight += segments[part].vespo_log_weight;
+        });
       }
-      const float low = 1 - o.clip_low, high = 1 + o.clip_high;
-      const float free = at_most(ratio, o.clip_delta) * advantage, clipped = clamp(ratio, low, high) * advantage;
-      const float free_slope = ratio <= o.clip_delta ? ratio * advantage : 0;
-      const float clipped_slope = ratio >= low && ratio <= high ? ratio * advantage : 0;
-      if (std::isnan(ratio) || std::isnan(advantage)) {
-        const float nan = ratio * advantage;
-        return {nan, 0, nan};
+      PolicyLossSequence& value = values[i];
+      value.length = static_cast<float>(std::max(total.tokens, 1.0));
+      if (o.by_sequence) {
+        value.ratio = std::exp(static_cast<float>(total.log_ratio) / value.length);
       }
-      const float slope = free < clipped ? free_slope : free > clipped ? clipped_slope : (free_slope + clipped_slope) / 2;
-      return {-std::min(free, clipped), 0, -slope};
+      if (behaviour) {
+        const float weight = std::exp(static_cast<float>(total.log_behaviour));
+        value.behaviour_weight = weight > o.behaviour_cap ? (o.truncates() ? o.behaviour_cap : 0) : weight;
+      }
+      for (int negative = 0; vespo && negative < 2; ++negative) {
+        const float given = static_cast<float>(total.vespo_log_weight), lowest = std::log(1e-8f);
+        const float w = given < lowest ? lowest : given > 20 ? 20 : given; // NaN stays
+        const float scale = std::max(o.vespo_lambda[negative], 1e-4f);
+        value.vespo_weight[negative] = std::exp(scale + o.vespo_k[negative] * w - scale * std::exp(w));
+      }
     }
-  }
+  });
+  return values;
 }
 
-Term kl_term(const Options& o, float difference) {
-  switch (o.kl_estimator) {
-    case 0:
-      return {-difference, 1, 0};
-    case 1:
-      return {difference * difference / 2, -difference, 0};
-    default: {
-      const float exp = std::exp(difference);
-      return {exp - difference - 1, 1 - exp, 0};
-    }
+// The weight is the exponential of a mean over the sequence: every counted token has its part in what goes through it.
+void add_through_ratio(
+    const PolicyLossTokens& in, const std::vector<PolicyLossSequence>& values, const std::vector<double>& through_ratio, float* gradient) {
+  std::vector<float> each(in.sequences);
+  for (int64_t i = 0; i < in.sequences; ++i) {
+    double total = 0;
+    for_parts(in, i, [&](int64_t part) { total += through_ratio[part]; });
+    each[i] = in.rollout_mask && !in.rollout_mask[i] ? 0 : static_cast<float>(total / values[i].length);
   }
-}
-
-Sums sequence_loss(const Inputs& in, const Options& o, int64_t index, int64_t begin, int64_t end, float* gradient) {
-  Sums sums;
-  auto counted = [&](int64_t t) { return (!in.rollout_mask || in.rollout_mask[index]) && (!in.mask || in.mask[t]); };
-  auto old_of = [&](int64_t t) { return in.old ? in.old[t] : in.logprob[t]; };
-
-  auto behaviour_of = [&](float log_weight) {
-    const float weight = std::exp(log_weight);
-    if (o.behaviour == Behaviour::TokenTruncate || o.behaviour == Behaviour::SequenceTruncate) {
-      return at_most(weight, o.behaviour_cap);
-    }
-    return weight > o.behaviour_cap ? 0.0f : weight;
-  };
-  const bool behaviour_by_sequence = o.behaviour == Behaviour::SequenceTruncate || o.behaviour == Behaviour::SequenceMask;
-
-  const bool whole_sequences = o.by_sequence || (in.behaviour && behaviour_by_sequence) || o.type == LossType::Vespo;
-  Sequence sequence;
-  const float lowest = std::log(1e-8f);
-  double vespo = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    if (!counted(t)) {
-      continue;
-    }
-    ++sums.tokens;
-    if (!whole_sequences) {
-      continue;
-    }
-    const float log_ratio = in.logprob[t] - old_of(t);
-    sequence.log_ratio += log_ratio;
-    const float log_behaviour = in.behaviour ? old_of(t) - in.behaviour[t] : 0;
-    sequence.log_behaviour += log_behaviour;
-    if (o.type == LossType::Vespo) {
-      vespo += clamp(log_ratio, -20, 20) + (in.behaviour ? clamp(std::log(behaviour_of(log_behaviour)), lowest, 20) : 0);
-    }
-  }
-  sequence.length = static_cast<float>(std::max<int64_t>(sums.tokens, 1));
-  sequence.vespo_log_weight = clamp(static_cast<float>(vespo), lowest, 20);
-
-  double through_ratio = 0;
-  for (int64_t t = begin; t < end; ++t) {
-    gradient[t] = 0;
-    if (!counted(t)) {
-      continue;
-    }
-    const float logprob = in.logprob[t], advantage = in.advantages[in.advantage_per_token ? t : index];
-    const float ratio = std::exp(o.by_sequence ? static_cast<float>(sequence.log_ratio) / sequence.length : logprob - old_of(t));
-    Term term = surrogate(o, logprob, ratio, advantage, sequence);
-    if (in.behaviour && o.type != LossType::Vespo) {
-      const float weight = behaviour_of(behaviour_by_sequence ? static_cast<float>(sequence.log_behaviour) : old_of(t) - in.behaviour[t]);
-      term = {term.value * weight, term.by_logprob * weight, term.by_log_weight * weight};
-    }
-    if (in.ref) {
-      Term kl = kl_term(o, in.ref[t] - logprob);
-      if (o.kl_bias_correction) {
-        kl = {kl.value * ratio, kl.by_logprob * ratio, kl.value * ratio};
+  at::parallel_for(0, in.tokens, 1 << 15, [&](int64_t begin, int64_t end) {
+    int64_t i = std::upper_bound(in.offsets, in.offsets + in.sequences + 1, begin) - in.offsets - 1;
+    for (int64_t t = begin; t < end; ++i) {
+      const float part[2] = {in.mask ? 0 : each[i], each[i]}; // a table, not a branch: masks are hard to predict
+      for (const int64_t until = std::min(end, in.offsets[i + 1]); t < until; ++t) {
+        gradient[t] += part[in.mask && in.mask[t]];
       }
-      sums.kl += kl.value;
-      term.value += o.kl_coef * kl.value;
-      term.by_logprob += o.kl_coef * kl.by_logprob;
-      term.by_log_weight += o.kl_coef * kl.by_log_weight;
     }
-    const float share = in.weights ? in.weights[t] : o.sequence_mean() ? 1 / sequence.length : 1;
-    sums.loss += static_cast<double>(share) * term.value;
-    gradient[t] = share * (o.by_sequence ? term.by_logprob : term.by_logprob + term.by_log_weight);
-    through_ratio += static_cast<double>(share) * term.by_log_weight;
-
-    sums.entropy += in.entropy ? in.entropy[t] : 0;
-    sums.ratio += ratio;
-    sums.ratio_max = ratio > sums.ratio_max || std::isnan(ratio) ? ratio : sums.ratio_max;
-    if (o.clipped()) {
-      const float seen = at_most(ratio, o.clip_delta);
-      sums.clip_low += seen < 1 - o.clip_low && advantage < 0;
-      sums.clip_high += seen > 1 + o.clip_high && advantage > 0;
-    } else if (o.type == LossType::Cispo) {
-      sums.clip_high += ratio > o.cispo_cap && advantage > 0;
-    }
-  }
-  if (o.by_sequence) { // the weight is the exponential of a mean: every token has its part
-    const float each = static_cast<float>(through_ratio / sequence.length);
-    for (int64_t t = begin; t < end; ++t) {
-      gradient[t] += counted(t) ? each : 0;
-    }
-  }
-  return sums;
+  });
 }
 
 Tensor as_float(const std::optional<Tensor>& x) {
@@ -294,12 +175,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
                offsets = offsets_.contiguous();
   TORCH_CHECK(numbers.size() == 14 && offsets.scalar_type() == at::kLong);
   auto number = [&](size_t i) { return static_cast<float>(numbers[i]); };
-  const Options options{
+  const PolicyLossOptions options{
       .type = static_cast<LossType>(loss_type),
       .by_sequence = importance_level == 1,
       .kl_estimator = kl_estimator,
       .kl_bias_correction = kl_bias_correction,
-      .behaviour = static_cast<Behaviour>(behaviour_mode),
+      .behaviour_mode = static_cast<BehaviourMode>(behaviour_mode),
       .clip_low = number(0),
       .clip_high = number(1),
       .clip_delta = number(2),
@@ -312,31 +193,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
       .vespo_lambda = {number(11), number(12)},
       .max_response_tokens = number(13)};
   const int64_t tokens = logprob.numel(), sequences = offsets.size(0) - 1;
-  const Inputs in{
+  const PolicyLossTokens in{
+      .options = options,
+      .tokens = tokens,
+      .sequences = sequences,
+      .offsets = offsets.const_data_ptr<int64_t>(),
       .logprob = logprob.const_data_ptr<float>(),
       .old = floats_or_null(old),
-      .advantages = advantages.const_data_ptr<float>(),
       .ref = floats_or_null(ref),
       .entropy = floats_or_null(entropy),
       .behaviour = floats_or_null(behaviour),
       .weights = floats_or_null(weights),
+      .advantages = advantages.const_data_ptr<float>(),
+      .advantage_per_token = advantages.numel() != sequences,
       .mask = mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
-      .rollout_mask = rollout_mask.defined() ? rollout_mask.const_data_ptr<bool>() : nullptr,
-      .advantage_per_token = advantages.numel() != sequences};
+      .rollout_mask = rollout_mask.defined() ? rollout_mask.const_data_ptr<bool>() : nullptr};
   TORCH_CHECK(advantages.numel() == sequences || advantages.numel() == tokens);
 
   Tensor gradient = at::empty({tokens}, logprob.options());
-  float* out = gradient.mutable_data_ptr<float>();
-  const int64_t* starts = offsets.const_data_ptr<int64_t>();
-  std::vector<Sums> parts(sequences);
-  at::parallel_for(0, sequences, std::max<int64_t>(1, 4096 * sequences / std::max<int64_t>(tokens, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      parts[i] = sequence_loss(in, options, i, starts[i], starts[i + 1], out);
-    }
-  });
-  Sums sums;
-  for (const Sums& part : parts) { // in order: the same bits every time
-    sums.add(part);
+  const std::vector<PolicyLossSequence> values = sequence_values(in);
+  std::vector<PolicyLossSums> parts(blocks_of(tokens));
+  std::vector<double> through_ratio(options.by_sequence ? parts.size() + sequences : 0);
+  MGRPO_CALL(policy_loss_kernel)
+  (in, values.empty() ? nullptr : values.data(), parts.data(), gradient.mutable_data_ptr<float>(), through_ratio.data());
+  if (options.by_sequence) {
+    add_through_ratio(in, values, through_ratio, gradient.mutable_data_ptr<float>());
+  }
+  PolicyLossSums sums{};
+  for (const PolicyLossSums& part : parts) { // in order: the same bits every time
+    sums.tokens += part.tokens;
+    sums.loss += part.loss;
+    sums.kl += part.kl;
+    sums.entropy += part.entropy;
+    sums.ratio += part.ratio;
+    sums.clip_low += part.clip_low;
+    sums.clip_high += part.clip_high;
+    sums.ratio_max = std::isnan(sums.ratio_max) || sums.ratio_max > part.ratio_max ? sums.ratio_max : part.ratio_max;
   }
   const float count = in.rollout_mask ? static_cast<float>(std::count(in.rollout_mask, in.rollout_mask + sequences, true))
                                       : static_cast<float>(sequences);

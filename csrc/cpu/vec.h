@@ -111,5 +111,27 @@ inline Vec exp_nonpositive(Vec x) {
   return exp2(at::vec::clamp_min(x, Vec(EXP_LOWEST)) * Vec(static_cast<float>(LOG2_E))); // NaN passes
 }
 
+// e^x for any x: inf above the largest float, subnormal numbers, 0 below the smallest; NaN stays NaN. Error below 1 ulp.
+// x = n log 2 + r, |r| <= log 2 / 2. n times the first part of log 2 is exact, with and without an FMA.
+inline Vec exp(Vec x) {
+  using at::vec::fmadd;
+  using Int = at::vec::Vectorized<int32_t>;
+  x = at::vec::clamp_max(at::vec::clamp_min(x, Vec(-104.0f)), Vec(89.0f)); // 0 and inf beyond
+  const Vec magic(12582912.0f);
+  const Vec shifted = fmadd(x, Vec(static_cast<float>(LOG2_E)), magic);
+  const Vec n = shifted - magic;
+  const Vec r = fmadd(n, Vec(2.12194440e-4f), fmadd(n, Vec(-0.693359375f), x));
+  Vec p(0.00138210424f); // e^r = 1 + r + r^2 p, minimax
+  p = fmadd(p, r, Vec(0.00836867094f));
+  p = fmadd(p, r, Vec(0.0416682623f));
+  p = fmadd(p, r, Vec(0.166665211f));
+  p = fmadd(p, r, Vec(0.499999940f));
+  p = fmadd(p * r, r, r) + Vec(1.0f);
+  // n is in the mantissa of `shifted`. From -150 to 128, it takes two factors.
+  const Int exponent = at::vec::cast<int32_t>(shifted) - at::vec::cast<int32_t>(magic), half = exponent >> Int(1);
+  auto power = [](Int e) { return at::vec::cast<float>((e + Int(127)) << Int(23)); };
+  return p * power(half) * power(exponent - half);
+}
+
 } // namespace CPU_CAPABILITY
 } // namespace mgrpo
