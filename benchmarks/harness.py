@@ -58,7 +58,18 @@ SEQUENCES = 8  # that the policy losses cut the tokens into
 HERE = list(HEADS) if GPU else ["qwen2.5-0.5b"]  # the others take a CPU minutes, and show nothing else
 DTYPES = ["bfloat16"] if GPU else ["bfloat16", "float32"]  # nobody trains a float32 head on a GPU
 STEPS = ["forward", "backward", "both"]
-MAIN_SHAPE, MAIN_PEERS = "qwen2.5-7b", ("ours", "eager", "trl", "liger")  # of `make gpu-check`
+MAIN_SHAPE = "qwen2.5-7b"  # of `make gpu-check`
+MAIN_PEERS = (
+    "ours",
+    "eager",
+    "trl",
+    "liger",
+    "cce",
+    "verl",
+    "torch",
+    "quack",
+    "flash-attn",
+)  # those that are installed there
 SECONDS = 0.02 if SMALL else 1.0 if GPU else 6.0  # of rounds for a row of a table
 TOLERANCE = {
     torch.bfloat16: 2e-2,

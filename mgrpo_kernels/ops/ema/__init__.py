@@ -81,11 +81,18 @@ def ema_update_(
             [local["ema"][i] for i in members],
             [local["params"][i] for i in members],
             [local["emit"][i] for i in members] if emit is not None else [],
-            torch.as_tensor(decay, dtype=torch.float64).to(device),
+            _on(device, decay),
             keys,
             [number for i in members for number in spans[i]],
             chosen[device],
         )
+
+
+def _on(device: torch.device, decay: float | Tensor) -> Tensor:
+    """Return the decay as 0-d float64 on the device: a number travels with a kernel, not by a copy that the host waits for."""
+    if isinstance(decay, Tensor) and decay.device.type != "cpu":
+        return decay.to(device, torch.float64)
+    return torch.full((), float(decay), dtype=torch.float64, device=device)
 
 
 def _check_decay(decay: float | Tensor) -> None:
