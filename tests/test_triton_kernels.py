@@ -1,5 +1,7 @@
 """The Triton kernels against the reference, under the interpreter: what the contract tests' small shapes do not reach."""
 
+import contextlib
+import importlib
 import itertools
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from mgrpo_kernels.ops import _statistics
-from mgrpo_kernels.ops._triton import launch
+from mgrpo_kernels.ops._triton import launch, tuning
 from mgrpo_kernels.ops.ema import reference as ema_reference
 from mgrpo_kernels.ops.ema import triton as ema_triton
 from mgrpo_kernels.ops.ema.specs import Batch, Span
@@ -374,6 +376,49 @@ def test_the_filter_of_large_groups():
         for k in (0.0, 0.75):
             arguments = (entropy, offsets, mask, k)
             same_bits(iqr_triton.forward(*arguments), iqr_reference.forward(*arguments))
+
+
+# ----------------------------------------------------------------------------------------------------------- every kernel
+
+
+def test_gradients_are_scaled_in_place():
+    from mgrpo_kernels.ops.linear_policy_loss import triton as fused_loss
+
+    for dtype in (torch.float32, torch.bfloat16):
+        grads = [torch.randn(70, 100).to(dtype), torch.randn(3).to(dtype), torch.empty(0, dtype=dtype)]
+        want = [(grad.float() * 0.3).to(dtype) for grad in grads]
+        fused_loss.scale_(grads, torch.tensor(0.3))
+        close(grads, want, rtol=0, atol=0)
+        fused_loss.scale_(grads, torch.tensor(1.0))
+        close(grads, want, rtol=0, atol=0)
+
+
+def test_every_kernel_meets_its_reference_in_the_interpreter():
+    """The tests named here compare with the reference; between them they must launch all kernels that the package holds."""
+    import compiled_launches
+    import test_fused_head
+
+    launched = set()
+
+    def note(kernel, *args, **options):
+        launched.add(compiled_launches.name_of(kernel.fn.__module__, kernel.fn.__name__))
+        launch.launch(kernel, *args, **options)
+
+    with contextlib.ExitStack() as stack:
+        for op in compiled_launches.LAUNCHES:
+            backend = importlib.import_module(f"mgrpo_kernels.ops.{op}.triton")
+            stack.enter_context(mock.patch.object(backend, "launch", note))
+        test_token_stats_around_tiles(torch.float32, 8, "tile+1")
+        test_head_passes_over_uneven_tiles(torch.float32, True, -0.5, 30.0, True)
+        test_policy_loss_of_more_sequences_than_a_step()
+        test_group_advantages_of_many_and_of_large_groups("mean", "std")
+        test_the_momentum_update_has_the_reference_bits(True, True)
+        test_the_filter_of_large_groups()
+        test_gradients_are_scaled_in_place()
+        stack.enter_context(mock.patch.object(tuning, "of", return_value=test_fused_head.SMALL))
+        stack.enter_context(mock.patch.object(linear_triton, "FUSED_FROM", 1))
+        test_fused_head.test_passes(torch.bfloat16, 17, 24, 33, {})
+    assert launched == compiled_launches.kernels_in_source()
 
 
 # ------------------------------------------------------------------------------------------------------- without triton

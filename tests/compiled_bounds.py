@@ -1,0 +1,69 @@
+"""What bounds each streaming kernel on an H100, by the count of its instructions and loads: the table of docs/kernels_without_a_gpu.md."""
+
+PROCESSORS, CLOCK = 132, 1.755e9  # of an H100 SXM, at its boost under load
+BANDWIDTH, LATENCY = 3.0e12, 700e-9  # bytes a second as copied; seconds of a load that misses the L2 cache
+ISSUE = 4 * 32  # lanes a clock and multiprocessor: one warp instruction for each of four schedulers
+ALU, MUFU = (
+    64,
+    16,
+)  # lanes likewise; CUDA programming guide, "Arithmetic Instructions": throughput of native instructions
+
+
+def bounds(report, loads, stores):
+    """Return a kernel's shares of each limit at BANDWIDTH, from bytes loaded and stored for each element.
+
+    "bandwidth": the share of BANDWIDTH to be expected of a closed queueing network in which each warp waits for its loads
+    (LATENCY, and its turn at the memory), then for its turn at the busiest unit, by mean value analysis.
+    """
+    moved = loads + stores
+    rate = BANDWIDTH / moved / PROCESSORS / CLOCK  # elements a clock and multiprocessor
+    pipes = report["pipes"]
+    shares = {
+        "issue": report["loop"] * rate / ISSUE,
+        "alu": pipes.get("alu", 0) * rate / ALU,
+        "mufu": pipes.get("mufu", 0) * rate / MUFU,
+    }
+    elements = report["in_flight"] / loads  # of a thread's iteration
+    wave = elements * 32 * moved * PROCESSORS / BANDWIDTH  # seconds that the memory is busy with one
+    shares["in flight"] = report["warps"] * 32 * report["in_flight"]
+    shares["needed"] = BANDWIDTH * loads / moved * LATENCY / PROCESSORS
+    shares["bandwidth"] = (
+        _throughput(report["warps"], (wave, wave * max(shares["issue"], shares["alu"], shares["mufu"]))) * wave
+    )
+    return shares
+
+
+def _throughput(customers, services):
+    """Return the rate of a closed network of queues with these mean service times, and a delay of LATENCY (Reiser, Lavenberg 1980)."""
+    waiting, rate = [0.0] * len(services), 0.0
+    for number in range(1, customers + 1):
+        times = [service * (1 + queue) for service, queue in zip(services, waiting, strict=True)]
+        rate = number / (LATENCY + sum(times))
+        waiting = [rate * time for time in times]
+    return rate
+
+
+def bytes_of(key):
+    """Return the bytes loaded and stored for each element, of a streaming kernel's key."""
+    kernel, _, rest = key.partition(", ")
+    size = 4 if rest.startswith("float32") else 2
+    if kernel != "ema.update_kernel":
+        return size, size if kernel.split(".")[-1] in ("backward_kernel", "gradient_kernel") else 0
+    ema, param = (4 if f"{word}float32" in rest else 2 for word in (": ", "from "))
+    return ema + param, ema + (size if "copy" in rest else 0)
+
+
+def table(reports):
+    """Return it in Markdown."""
+    lines = [
+        "| kernel, dtype: launch | instructions an element | issue | ALU | MUFU | KiB in flight / needed | of copy bandwidth |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        if "loop" not in report:
+            continue
+        found = bounds(report, *bytes_of(report["key"]))
+        shares = " | ".join(f"{found[name]:.0%}" for name in ("issue", "alu", "mufu"))
+        flight = f"{found['in flight'] / 1024:.0f} / {found['needed'] / 1024:.0f}"
+        lines.append(f"| {report['key']} | {report['loop']:.1f} | {shares} | {flight} | {found['bandwidth']:.0%} |")
+    return "\n".join(lines)
