@@ -96,8 +96,10 @@ def measure(target, op, dtype, call, device=None):
     entry = {"kernel": name, "key": f"{name}, {kind}: {variant}", "shared": compiled.metadata.shared}
     if amd:
         text = compiled.asm["amdgcn"]
-        entry["spilled"] = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text))
-        entry["spilled"] += sum(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text))
+        # A scalar register spills to lanes of a vector register: no memory, but instructions; 4 bytes each.
+        spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text))
+        scratch = sum(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text))
+        entry["spilled"] = max(4 * spills, scratch)
         entry["registers"] = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
         loads = re.findall(r"(?:global|buffer)_load_(dwordx\d|dword|ushort|sshort|short|ubyte|sbyte|lds)", text)
         entry["load"] = max((AMD_WIDTHS.get(load, 1) for load in loads), default=0)
@@ -113,7 +115,7 @@ def measure(target, op, dtype, call, device=None):
             elements, instructions = loop
             entry["loop"] = round(len(instructions) / elements, 2)
             entry["pipes"] = {kind: count / elements for kind, count in compiled_sass.pipes(instructions).items()}
-            entry["in_flight"] = sum(each.load_bytes for each in instructions if each.load_bytes >= 8)
+            entry["elements"] = elements
     num_warps = options["num_warps"]
     entry["warps"] = compiled_sass.occupancy(target, entry["registers"], entry["shared"], num_warps)
     if "SEEN" in options:

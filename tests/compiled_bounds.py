@@ -23,9 +23,9 @@ def bounds(report, loads, stores):
         "alu": pipes.get("alu", 0) * rate / ALU,
         "mufu": pipes.get("mufu", 0) * rate / MUFU,
     }
-    elements = report["in_flight"] / loads  # of a thread's iteration
-    wave = elements * 32 * moved * PROCESSORS / BANDWIDTH  # seconds that the memory is busy with one
-    shares["in flight"] = report["warps"] * 32 * report["in_flight"]
+    elements = 32 * report["elements"]  # of a warp's iteration
+    wave = elements * moved * PROCESSORS / BANDWIDTH  # seconds that the memory is busy with one
+    shares["in flight"] = report["warps"] * elements * loads
     shares["needed"] = BANDWIDTH * loads / moved * LATENCY / PROCESSORS
     shares["bandwidth"] = (
         _throughput(report["warps"], (wave, wave * max(shares["issue"], shares["alu"], shares["mufu"]))) * wave
