@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgrpo_kernels.train.config import SECTIONS, Config, UsageError, build, fields_of, read_yaml
+from mgrpo_kernels.train.config import PRESETS, SECTIONS, Config, UsageError, build, fields_of, find_config, read_yaml
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,10 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     place = parser.add_argument_group("files")
-    place.add_argument("--config", metavar="FILE.yaml", help="options by name, as in a run's config.yaml")
+    presets = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
+    place.add_argument(
+        "--config", metavar="FILE", help=f"YAML file of options by name, as a run's config.yaml, or a preset: {presets}"
+    )
     place.add_argument("--output", metavar="DIR", help="where the run goes (default: runs/<method>-<date-time>)")
     place.add_argument(
         "--resume",
@@ -74,7 +77,7 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
             raise UsageError(f"resume: want a directory with a run (config.yaml), got {output}")
         layers.append(read_yaml(Path(output) / "config.yaml"))
     if file is not None:
-        layers.append(read_yaml(file))
+        layers.append(read_yaml(find_config(file)))
     layers.append(given)
     if not any(layer.get(name) is not None for layer in layers for name in ("model", "data")):
         from mgrpo_kernels.train.demo import OPTIONS
@@ -90,7 +93,7 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trainer; return the exit status: 0, 1 not finite, 2 wrong usage, 130 interrupted."""
+    """Run the trainer; return the exit status: 0, 1 not finite, 2 wrong usage, 3 stopped by the guard, 130 interrupted."""
     try:
         config, output, resume, dry_run = read_command_line(arguments)
         from mgrpo_kernels.train.trainer import (

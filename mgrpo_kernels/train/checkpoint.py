@@ -29,8 +29,19 @@ class State(TypedDict):
     samples_bytes: int
 
 
-def save(directory: Path, learner: Learner, step: int, metrics_bytes: int, samples_bytes: int, keep: int) -> Path:
-    """Write ``directory/step_N`` and let ``latest`` name it; then delete all but the `keep` newest (0: none). Return its path."""
+def save(
+    directory: Path,
+    learner: Learner,
+    step: int,
+    metrics_bytes: int,
+    samples_bytes: int,
+    keep: int,
+    best: int | None = None,
+) -> Path:
+    """Write ``directory/step_N`` and let ``latest`` name it; return its path.
+
+    Then delete all but the `keep` newest (0: none) and that of the step `best`.
+    """
     state: State = {
         "step": step,
         "model": learner.policy.model.state_dict(),
@@ -58,9 +69,15 @@ def save(directory: Path, learner: Learner, step: int, metrics_bytes: int, sampl
     link.symlink_to(place.name)
     link.replace(directory / "latest")
     sync_directory(directory)
-    for other in sorted(directory.glob("step_*"), key=step_of)[:-keep] if keep else []:
-        shutil.rmtree(other)
+    for old in saved_steps(directory)[:-keep] if keep else []:
+        if old != best:
+            shutil.rmtree(directory / f"step_{old}")
     return place
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints, ascending."""
+    return sorted(map(step_of, directory.glob("step_*")))
 
 
 def latest(directory: Path) -> Path | None:

@@ -20,6 +20,7 @@ from mgrpo_kernels import checks
 from mgrpo_kernels.ops.policy_loss.specs import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from mgrpo_kernels.train.labels import METHODS
 
+PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
 
@@ -88,7 +89,18 @@ class MethodConfig(_Section):
         "pruned rollouts neither vote nor train (both), do not vote (vote), or do not vote and get reward 0 (penalise)",
         choices=("both", "vote", "penalise"),
     )
+    iqr_min_spread: float = option(
+        0.0, "prune nothing in a group where Q3 - Q1 < this x the median entropy; 0: as the paper"
+    )
     entropy_reduction: str = option("mean", "a trajectory's entropy over its tokens", choices=("mean", "sum"))
+    momentum_scored_by: str = option(
+        "sampler",
+        "which model's entropy counts for the momentum rollouts: the one that sampled them, or the policy",
+        choices=("sampler", "policy"),
+    )
+    train_momentum_rollouts: bool = option(
+        False, "they train too, each token weighted by policy / momentum model, at most 2"
+    )
     min_share: float = option(0.0, "a majority below this share gives no label")
 
     def check(self) -> None:
@@ -96,6 +108,7 @@ class MethodConfig(_Section):
         if self.decay_end is not None:
             checks.check_number("decay_end", self.decay_end, at_least=0.0, below=1.0)
         checks.check_number("iqr_k", self.iqr_k, at_least=0.0)
+        checks.check_number("iqr_min_spread", self.iqr_min_spread, at_least=0.0)
         checks.check_number("min_share", self.min_share, at_least=0.0, at_most=1.0)
 
 
@@ -206,10 +219,17 @@ class RunConfig(_Section):
     keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all")
     samples_per_step: int = option(4, "rollouts of a prompt that samples.jsonl shows each step")
     log_every: int = option(1, "print every so many steps", unit="steps")
+    guard: str = option(
+        "warn",
+        "at signs of collapse: nothing (off), a message (warn), save and end with status 3 (stop), "
+        "or go on from the best checkpoint (rollback)",
+        choices=("off", "warn", "stop", "rollback"),
+    )
+    guard_rollbacks: int = option(1, "with --guard rollback: after so many, stop")
 
     def check(self) -> None:
         checks.check_number("seed", self.seed, at_least=0, below=2**63)
-        for name in ("checkpoint_every", "keep_checkpoints", "samples_per_step"):
+        for name in ("checkpoint_every", "keep_checkpoints", "samples_per_step", "guard_rollbacks"):
             checks.check_number(name, getattr(self, name), at_least=0)
         checks.check_number("log_every", self.log_every, at_least=1)
 
@@ -243,6 +263,22 @@ class Config:
             raise ValueError(
                 f"momentum_rollouts: want >= 1 with method {self.method.method}, whose labels they give, got 0"
             )
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Raise ValueError for an option that was set and can have no effect."""
+        method, loss, momentum = self.method, self.loss, self.momentum_rollouts > 0
+        for name, is_set, needs, met in (
+            ("train_momentum_rollouts", method.train_momentum_rollouts, "momentum rollouts", momentum),
+            ("momentum_scored_by", method.momentum_scored_by == "policy", "momentum rollouts", momentum),
+            ("decay_end", method.decay_end is not None, "a momentum model", self.needs_momentum),
+            ("filter_scope", method.filter_scope != "both", "--iqr-filter", self.filters),
+            ("iqr_min_spread", method.iqr_min_spread > 0, "--iqr-filter", self.filters),
+            ("kl_reference", loss.kl_reference == "momentum", "kl_coef > 0", loss.kl_coef > 0),
+        ):
+            if is_set and not met:
+                got = self.values()[name]
+                raise ValueError(f"{name}: want {needs} with it, without which it has no effect, got {got!r}")
 
     @property
     def momentum_rollouts(self) -> int:
@@ -263,6 +299,11 @@ class Config:
         """Whether trajectories are pruned."""
         given = self.method.iqr_filter
         return METHODS[self.method.method].filters if given is None else given
+
+    @property
+    def policy_scores_all(self) -> bool:
+        """Whether the policy, too, scores what the momentum model sampled."""
+        return self.method.momentum_scored_by == "policy" or self.method.train_momentum_rollouts
 
     @property
     def needs_momentum(self) -> bool:
@@ -294,7 +335,9 @@ class Config:
             "rollouts of a step": f"{batch} = {self.rollout.prompts_per_step} prompts x "
             f"({self.policy_rollouts} policy + {self.momentum_rollouts} momentum)",
             "response tokens of a step": f"at most {batch * self.rollout.max_response_tokens:,}",
-            "filter": f"k {self.method.iqr_k}, {self.method.filter_scope}" if self.filters else "off",
+            "filter": f"k {self.method.iqr_k}, min spread {self.method.iqr_min_spread}, {self.method.filter_scope}"
+            if self.filters
+            else "off",
             "momentum model": f"decay {self.method.decay} -> {self.decay_end}" if self.needs_momentum else "off",
             "KL reference": self.needs_reference or "off",
             "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
@@ -366,6 +409,18 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
         wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{name}: want {wanted}, got {value!r}")
     return value
+
+
+def find_config(name: str) -> Path:
+    """Return the file that ``--config`` names: that file where there is one, else the preset of that name.
+
+    Raises:
+        UsageError: neither.
+    """
+    presets = {each.stem: each for each in sorted(PRESETS.glob("*.yaml"))}
+    if not Path(name).is_file() and name not in presets:
+        raise UsageError(f"config: want a YAML file that exists, or a preset ({', '.join(presets)}), got {name!r}")
+    return Path(name) if Path(name).is_file() else presets[name]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

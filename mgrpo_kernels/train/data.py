@@ -59,7 +59,10 @@ def read_template(text_or_file: str) -> str:
         UsageError: no {question} in it.
     """
     is_file = "{question}" not in text_or_file and "\n" not in text_or_file and Path(text_or_file).is_file()
-    template = Path(text_or_file).read_text(encoding="utf-8") if is_file else text_or_file
+    try:
+        template = Path(text_or_file).read_text(encoding="utf-8") if is_file else text_or_file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"prompt_template: want a readable text file, got {text_or_file}: {error}") from error
     if "{question}" not in template:
         raise UsageError(
             f"prompt_template: want a text, or a file that exists, with {{question}} in it, got {template!r}"
@@ -75,7 +78,8 @@ def read_examples(path: str, prompt_field: str, answer_field: str, template: str
     """
     examples: list[Example] = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also ends a line at U+2028 and the like: JSON has them inside its texts.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"data: want a readable JSONL file, got {path}: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -42,6 +42,7 @@ KEYS = {
     "time_update": "seconds of the forward and backward passes and the optimizer",
     "time_ema": "seconds of the momentum update",
     "time_sync": "seconds of bringing weights to the sampler; null where it samples from the model in place",
+    "guard": "what the collapse guard did after the step: warn, stop or rollback; null: nothing",
     "eval_accuracy": "avg@k: mean accuracy of k samples a held-out prompt",
     "eval_greedy": "accuracy of the greedy answer",
     "eval_pass_at_k": "unbiased estimate that one of k samples is right",

@@ -15,7 +15,6 @@ from mgrpo_kernels import (
     TokenStats,
     Vote,
     group_advantages,
-    iqr_filter,
     majority_vote,
     trajectory_entropy,
 )
@@ -25,6 +24,7 @@ from mgrpo_kernels.train.labels import METHODS, Signals
 from mgrpo_kernels.train.metrics import Clock
 from mgrpo_kernels.train.monitor import Judgement, Trajectories, sample_lines, step_metrics
 from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.pruning import survivors
 from mgrpo_kernels.train.rollout import Engine, Rollouts, interleave
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.streams import stream
@@ -58,11 +58,15 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         seen = roll_out(learner, examples, step)  # B = P x G trajectories
     with clock("score"):
         stats = score_by_sampler(learner, seen)
+        own = score_by_policy(learner, seen, stats) if config.policy_scores_all else stats
     with clock("vote"):
-        assert stats.logprob is not None
-        assert stats.entropy is not None
-        entropy = trajectory_entropy(stats.entropy, mask=seen.rollouts.mask, reduction=config.method.entropy_reduction)
-        survives = iqr_filter(entropy, G, k=config.method.iqr_k).keep if config.filters else seen.nonempty
+        measured = own if config.method.momentum_scored_by == "policy" else stats
+        assert measured.entropy is not None
+        entropy = trajectory_entropy(
+            measured.entropy, mask=seen.rollouts.mask, reduction=config.method.entropy_reduction
+        )
+        pruning = {"k": config.method.iqr_k, "min_spread": config.method.iqr_min_spread}
+        survives = survivors(entropy, G, **pruning) if config.filters else seen.nonempty
         voters = survives & ~seen.by_policy if method.voters == "momentum" else survives
         vote = majority_vote(
             seen.answers,
@@ -71,13 +75,13 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
             equivalence=task.equivalence,
             min_share=config.method.min_share,
         )
-        rewards = method.rewards(signals(learner, seen, stats, vote, step)).to(policy.device)
+        rewards = method.rewards(signals(learner, seen, measured, vote, step)).to(policy.device)
         if config.method.filter_scope == "penalise":
             rewards = torch.where(survives, rewards, 0.0)
         trains = who_trains(config, seen, survives)
         advantages = group_advantages(rewards, G, mask=trains)
     with clock("score"):
-        batch = training_batch(learner, seen, stats.logprob, trains, advantages)
+        batch = training_batch(learner, seen, stats, own, trains, advantages)
     with clock("update"):  # with nothing to learn from the weights stay; the schedule and the average go on
         updated = take_step(policy, learner.optimizer, batch, config, step) if batch.prompts else {}
     with clock("ema"):
@@ -125,23 +129,34 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int) -> Trajec
 
 def score_by_sampler(learner: Learner, seen: Trajectories) -> TokenStats:
     """Score every trajectory under the model that sampled it: ``(B, R)`` each."""
-    policy, method = learner.policy, METHODS[learner.config.method.method]
-    wanted = ("logprob", "entropy", *(("self_certainty",) if method.needs_self_certainty else ()))
-    out = {name: torch.zeros(seen.rollouts.mask.shape, device=policy.device) for name in wanted}
+    stats = score_rows(learner, seen, seen.by_policy, blank(learner, seen))
+    if not learner.config.momentum_rollouts:
+        return stats
+    assert learner.momentum is not None
+    with learner.momentum.swapped_into(learner.policy.model):
+        return score_rows(learner, seen, ~seen.by_policy, stats)
 
-    def fill(rows: Tensor) -> None:
-        prompts = [seen.prompts[row] for row in rows.tolist()]
-        tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
-        stats = score(policy, prompts, tokens, mask, **scoring(learner.config), stats=wanted)
-        for name, values in out.items():
-            values[rows] = getattr(stats, name)
 
-    fill(seen.by_policy.nonzero().squeeze(-1))
-    if learner.config.momentum_rollouts:
-        assert learner.momentum is not None
-        with learner.momentum.swapped_into(policy.model):
-            fill((~seen.by_policy).nonzero().squeeze(-1))
-    return TokenStats(*(out.get(name) for name in TokenStats._fields))
+def score_by_policy(learner: Learner, seen: Trajectories, stats: TokenStats) -> TokenStats:
+    """Score the momentum model's trajectories under the policy, whose own have their scores already: ``(B, R)`` each."""
+    return score_rows(learner, seen, ~seen.by_policy, stats)
+
+
+def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: TokenStats) -> TokenStats:
+    """Return `stats` with the `chosen` trajectories, ``(B,)`` bool, scored under the model as it stands."""
+    rows = chosen.nonzero().squeeze(-1)
+    prompts = [seen.prompts[row] for row in rows.tolist()]
+    tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
+    wanted = tuple(name for name, values in stats._asdict().items() if values is not None)
+    scored = score(learner.policy, prompts, tokens, mask, **scoring(learner.config), stats=wanted)
+    return stats._replace(**{name: getattr(stats, name).index_copy(0, rows, getattr(scored, name)) for name in wanted})
+
+
+def blank(learner: Learner, seen: Trajectories) -> TokenStats:
+    """Return zeros for what the method looks at: ``(B, R)`` each."""
+    zeros = torch.zeros(seen.rollouts.mask.shape, device=learner.policy.device)
+    certainty = zeros if METHODS[learner.config.method.method].needs_self_certainty else None
+    return TokenStats(logprob=zeros, entropy=zeros, self_certainty=certainty)
 
 
 def signals(learner: Learner, seen: Trajectories, stats: TokenStats, vote: Vote, step: int) -> Signals:
@@ -163,16 +178,27 @@ def signals(learner: Learner, seen: Trajectories, stats: TokenStats, vote: Vote,
 
 
 def who_trains(config: Config, seen: Trajectories, survives: Tensor) -> Tensor:
-    """Return which trajectories the loss sees, ``(B,)`` bool: never the momentum model's, and no empty one."""
+    """Return which trajectories the loss sees, ``(B,)`` bool: no empty one, and the momentum model's only where it is asked for."""
     share = METHODS[config.method.method].train_share * config.policy_rollouts
     trains = seen.nonempty & (seen.place < min(config.policy_rollouts, max(2, round(share))))
+    if config.method.train_momentum_rollouts:
+        trains = trains | (seen.nonempty & ~seen.by_policy)
     if config.method.filter_scope == "both":
         trains = trains & survives
     return trains & seen.rollouts.finished if config.rollout.truncated == "mask" else trains
 
 
-def training_batch(learner: Learner, seen: Trajectories, logprobs: Tensor, trains: Tensor, advantages: Tensor) -> Batch:
-    """Return the trajectories that train, scored under the reference too where there is a KL term."""
+def training_batch(
+    learner: Learner, seen: Trajectories, stats: TokenStats, own: TokenStats, trains: Tensor, advantages: Tensor
+) -> Batch:
+    """Return the trajectories that train, scored under the reference too where there is a KL term.
+
+    The momentum model's, where they train, are off-policy. Ratio and clip range stay around the policy at the start of the step, as for
+    its own rollouts, and the loss weights each token by policy / momentum model, truncated (decoupled objective: Hilton et al., arXiv
+    2110.00641; truncation: IMPALA, arXiv 1802.01561). Were the momentum model's log-probs the old ones, the clip range would lie around
+    a model that lags by some 1 / (1 - m) steps: of the tokens that have moved since, it would drop the gradient. A token of the
+    policy's own has weight 1.
+    """
     rows = trains.nonzero().squeeze(-1)
     prompts = [seen.prompts[row] for row in rows.tolist()]
     tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
@@ -180,7 +206,10 @@ def training_batch(learner: Learner, seen: Trajectories, logprobs: Tensor, train
     if learner.reference is not None:
         with learner.reference.swapped_into(learner.policy.model):
             ref = score(learner.policy, prompts, tokens, mask, **scoring(learner.config), stats=("logprob",)).logprob
-    return Batch(prompts, tokens, mask, logprobs[rows], ref, advantages[rows])
+    assert stats.logprob is not None
+    assert own.logprob is not None
+    behaviour = stats.logprob[rows] if learner.config.method.train_momentum_rollouts else None
+    return Batch(prompts, tokens, mask, own.logprob[rows], ref, advantages[rows], behaviour)
 
 
 def scoring(config: Config) -> dict[str, Any]:

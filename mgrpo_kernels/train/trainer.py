@@ -20,10 +20,11 @@ from mgrpo_kernels.train import checkpoint, demo
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
 from mgrpo_kernels.train.data import Task, load_task, prompts_of_step
 from mgrpo_kernels.train.evaluate import evaluate
+from mgrpo_kernels.train.guard import Guard, message
 from mgrpo_kernels.train.metrics import Lines, metrics_line
 from mgrpo_kernels.train.plan import describe, plan
 from mgrpo_kernels.train.policy import Policy, count_parameters, load_policy, pick_device
-from mgrpo_kernels.train.report import write_report
+from mgrpo_kernels.train.report import read_lines, write_report
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.step import Learner, train_step
 from mgrpo_kernels.train.update import make_optimizer
@@ -31,7 +32,16 @@ from mgrpo_kernels.train.update import make_optimizer
 CACHE_SHARE = 16
 """Tokens in the sampler's cache for each token of a micro-batch: a cached token holds only keys and values, a trained one all
 activations of all layers, which is more than 16 times as much in the usual shapes."""
+COLLAPSED = 3
 INTERRUPTED = 130
+
+
+THEN = {
+    "warn": "The run goes on (--guard stop or rollback would not)",
+    "stop": "The run ends here",
+    "rollback": "The run goes on from there",
+}
+"""What the guard's message ends with."""
 
 
 class Interrupt:
@@ -89,7 +99,7 @@ def check_resume(config: Config, output: Path) -> list[str]:
 
 
 def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = False) -> int:
-    """Train; return the exit status: 0, or 130 where the run was interrupted.
+    """Train; return the exit status: 0, 3 where the guard stopped the run, or 130 where it was interrupted.
 
     Raises:
         UsageError: something that the user can put right; nothing has been written then.
@@ -176,9 +186,27 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
         start, metrics_bytes, samples_bytes = state["step"], state["metrics_bytes"], state["samples_bytes"]
         say(f"resuming after step {start}")
     metrics, samples = Lines(output / "metrics.jsonl", metrics_bytes), Lines(output / "samples.jsonl", samples_bytes)
+    guard = Guard(len(learner.task.held_out), config.eval.eval_samples)
+    guard.replay(read_lines(output / "metrics.jsonl"))
 
     def save(step: int) -> Path:
-        return checkpoint.save(checkpoints, learner, step, metrics.sync(), samples.sync(), config.run.keep_checkpoints)
+        best = None if config.run.guard == "off" else guard.best([*checkpoint.saved_steps(checkpoints), step])
+        keep = config.run.keep_checkpoints
+        return checkpoint.save(checkpoints, learner, step, metrics.sync(), samples.sync(), keep, best)
+
+    def watch(line: dict[str, Any]) -> str | None:
+        """Show the line to the guard, write it, and do what the guard says; return what that was."""
+        signs = [] if config.run.guard == "off" else guard.look(line)
+        if signs:
+            best = guard.best(checkpoint.saved_steps(checkpoints))
+            line["guard"] = guard.decide(config.run.guard, config.run.guard_rollbacks, best)
+            place = "none yet" if best is None else str(checkpoints / f"step_{best}")
+            say(message(line["step"], signs, place, THEN[line["guard"]]))
+            guard.note(line["guard"])
+            if line["guard"] == "rollback":  # steps go on, and with them the random numbers: the fall is not repeated
+                checkpoint.restore(checkpoint.load(Path(place), learner.policy.device), learner)
+        metrics.write(line)
+        return line["guard"]
 
     def measure(step: int) -> dict[str, float] | None:
         due = config.eval.eval_every and (step in (0, steps) or step % config.eval.eval_every == 0)
@@ -190,8 +218,10 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
         if found is None:
             evaluation = measure(0)
             if evaluation is not None:
-                metrics.write(metrics_line({"step": 0}, evaluation))
+                watch(metrics_line({"step": 0}, evaluation))
                 say(progress({"step": 0}, evaluation, steps))
+                if config.run.guard == "rollback":
+                    save(0)
         for step in range(start + 1, steps + 1):
             if interrupt.asked:
                 place = save(step - 1)
@@ -200,13 +230,17 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
             chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
             values, shown = train_step(learner, [learner.task.train[each] for each in chosen], step)
             evaluation = measure(step)
-            metrics.write(metrics_line(values, evaluation))
-            for each in shown:
-                samples.write(each)
             if evaluation is not None or step % config.run.log_every == 0:
                 say(progress(values, evaluation, steps))
-            if step == steps or (every and step % every == 0):
-                save(step)
+            done = watch(metrics_line(values, evaluation))
+            for each in shown:
+                samples.write(each)
+            new_best = config.run.guard == "rollback" and guard.is_best(step)
+            if done == "stop" or step == steps or new_best or (every and step % every == 0):
+                place = save(step)
+            if done == "stop":
+                say(f"stopped after step {step} of {steps}; saved {place}; --guard warn --resume goes on all the same")
+                return COLLAPSED
     finally:
         metrics.close()
         samples.close()
@@ -247,8 +281,6 @@ def progress(values: dict[str, Any], evaluation: dict[str, float] | None, steps:
 
 def closing(output: Path, config: Config) -> list[str]:
     """Return the last lines: what came out, where it is, and what to try next."""
-    from mgrpo_kernels.train.report import read_lines
-
     accuracy = [
         line["eval_accuracy"] for line in read_lines(output / "metrics.jsonl") if line.get("eval_accuracy") is not None
     ]

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     old_logprobs: Tensor  # (B, R)
     ref_logprobs: Tensor | None  # (B, R)
     advantages: Tensor  # (B,)
+    behaviour_logprobs: Tensor | None = None  # (B, R), of the model that sampled, where that is not always the policy
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -82,6 +83,7 @@ def accumulate_gradient(
                 packed.hidden, weight, packed.labels, batch.old_logprobs[chosen][mask], batch.advantages[chosen],
                 bias=bias, cu_seqlens=packed.cu_seqlens, temperature=temperature, **policy.head_options._asdict(),
                 ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[chosen][mask],
+                behaviour_logprobs=None if batch.behaviour_logprobs is None else batch.behaviour_logprobs[chosen][mask],
                 loss_type=loss.loss_type, importance_level=loss.importance_level, clip_low=loss.clip_low, clip_high=loss.clip_high,
                 kl_coef=0.0 if batch.ref_logprobs is None else loss.kl_coef, kl_estimator=loss.kl_estimator,
                 entropy_coef=loss.entropy_coef, normalizer=normalizer, entropy_normalizer=tokens,

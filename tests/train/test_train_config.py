@@ -13,6 +13,10 @@ from mgrpo_kernels.train.config import SECTIONS, UsageError, build, fields_of, r
 
 BAD = {
     "iqr_k": (-0.1, "iqr_k: want a finite number >= 0.0, got -0.1"),
+    "iqr_min_spread": (-0.1, "iqr_min_spread: want a finite number >= 0.0, got -0.1"),
+    "momentum_scored_by": ("teacher", "momentum_scored_by: want one of sampler, policy, got 'teacher'"),
+    "guard": ("on", "guard: want one of off, warn, stop, rollback, got 'on'"),
+    "guard_rollbacks": (-1, "guard_rollbacks: want"),
     "decay": (1.0, "decay: want a finite number >= 0.0 and < 1.0, got 1.0"),
     "decay_end": (1.5, "decay_end: want"),
     "rollouts": (1, "rollouts: want a finite number >= 2, got 1"),
@@ -56,6 +60,20 @@ def test_bad_values_name_the_option(name: str) -> None:
         ({"seed": True}, "seed: want int, got True"),
         ({"decay": "high"}, "decay: want float, got 'high'"),
         ({"iqr_filter": "yes"}, "iqr_filter: want bool or none, got 'yes'"),
+        ({"steps": None}, "steps: want int, got None"),
+        ({"warmup": 50}, "warmup: want a finite number >= 0.0 and < 1.0, got 50"),
+        (
+            {"method": "srt", "train_momentum_rollouts": True},
+            "train_momentum_rollouts: want momentum rollouts with it, without which it has no effect, got True",
+        ),
+        (
+            {"momentum_rollouts": 0, "momentum_scored_by": "policy"},
+            "momentum_scored_by: want momentum rollouts with it",
+        ),
+        ({"method": "srt", "decay_end": 0.999}, "decay_end: want a momentum model with it"),
+        ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want --iqr-filter with it"),
+        ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: want --iqr-filter with it"),
+        ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: want kl_coef > 0 with it"),
         ({"stepz": 1}, "stepz: want one of the options "),
         ({"rollouts": 4, "momentum_rollouts": 3}, "momentum_rollouts: want at most 2 of 4 rollouts"),
         ({"method": "co_rewarding", "momentum_rollouts": 0}, "momentum_rollouts: want >= 1 with method co_rewarding"),

@@ -50,6 +50,31 @@ def test_unreadable_file(tmp_path: Path) -> None:
         read_examples(str(tmp_path / "none.jsonl"), "q", "a", "{question}", needs_gold=False)
 
 
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"q": "one\u2028two", "a": "1"}\r\n{"q": "3", "a": "4"}'.encode())
+    examples = read_examples(str(tmp_path / "a.jsonl"), "q", "a", "{question}", needs_gold=True)
+    assert [each.prompt for each in examples] == ["one\u2028two", "3"]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_rows(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UsageError, match=r"data: want at least one example, got none in .*a\.jsonl"):
+        read_examples(str(tmp_path / "a.jsonl"), "q", "a", "{question}", needs_gold=False)
+
+
+def test_an_empty_answer_is_refused_even_where_no_answer_is_needed(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"q": "x", "a": ""})
+    with pytest.raises(UsageError, match=r"answer_field: want a text or a number in 'a' of .*line 1, got ''"):
+        read_examples(file, "q", "a", "{question}", needs_gold=False)
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "t.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="prompt_template: want a readable text file"):
+        read_template(str(tmp_path / "t.bin"))
+
+
 def test_template_is_a_text_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("Q: {question}\nA:")
     assert read_template(str(tmp_path / "t.txt")) == "Q: {question}\nA:"

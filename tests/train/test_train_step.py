@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel, group_advantages, trajectory_entropy
+from mgrpo_kernels.train import pruning
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.demo import after_hash
 from mgrpo_kernels.train.labels import METHODS
@@ -62,7 +63,7 @@ def moved(change: dict[str, Tensor]) -> bool:
 def test_a_step_fills_every_key(policy: Policy) -> None:
     line, samples, change = run(tiny.learner(policy))
     assert list(line) == [key for key in KEYS if key not in EVALUATION]
-    assert [key for key, value in line.items() if value is None] == ["time_sync"]
+    assert [key for key, value in line.items() if value is None] == ["time_sync", "guard"]
     assert moved(change)
     assert 0 < line["momentum_distance"] < 0.1
     assert line["behaviour_mismatch"] < 1e-4
@@ -119,12 +120,12 @@ def test_vote_reward_and_advantage_by_hand(policy: Policy) -> None:
 
 def prune_first(monkeypatch: pytest.MonkeyPatch, pruned: int) -> None:
     """Let the filter prune the first rollouts of each prompt."""
-    real = steps.iqr_filter
+    real = pruning.iqr_filter
 
     def filtered(entropy: Tensor, groups: int, **options: Any) -> Any:
         return real(entropy, groups, **options)._replace(keep=torch.arange(len(entropy)) % groups >= pruned)
 
-    monkeypatch.setattr(steps, "iqr_filter", filtered)
+    monkeypatch.setattr(pruning, "iqr_filter", filtered)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,65 @@ def test_every_trajectory_is_scored_by_its_sampler(policy: Policy) -> None:
     torch.testing.assert_close(stats.logprob, seen.rollouts.logprobs, atol=1e-4, rtol=0)
     entropy = trajectory_entropy(stats.entropy, mask=seen.rollouts.mask)
     assert entropy[~seen.by_policy].mean() > entropy[seen.by_policy].mean()
+
+
+def lag(learner: Learner) -> None:
+    """Let the momentum model differ from the policy, and be less sure."""
+    assert learner.momentum is not None
+    for value in learner.momentum.ema.values():
+        value.mul_(0.5)
+
+
+@pytest.mark.parametrize(("scored_by", "weight"), [("sampler", "momentum"), ("policy", "policy")])
+def test_who_scores_the_momentum_rollouts(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, scored_by: str, weight: str
+) -> None:
+    changes = {"momentum_scored_by": scored_by}
+    learner, given = tiny.learner(policy, **changes), []
+    lag(learner)
+    real = pruning.iqr_filter
+    monkeypatch.setattr(
+        pruning, "iqr_filter", lambda entropy, *a, **k: given.append(entropy.clone()) or real(entropy, *a, **k)
+    )
+    seen = steps.roll_out(learner, learner.task.train[:3], 1)
+    own = score_all(policy, seen, learner)
+    assert learner.momentum is not None
+    with learner.momentum.swapped_into(policy.model):
+        others = score_all(policy, seen, learner)
+    line, _, _ = run(learner, **changes)  # samples the same
+    theirs = own if weight == "policy" else others
+    torch.testing.assert_close(given[0][seen.by_policy], own[seen.by_policy])
+    torch.testing.assert_close(given[0][~seen.by_policy], theirs[~seen.by_policy])
+    assert not torch.allclose(own[~seen.by_policy], others[~seen.by_policy], atol=1e-3)
+    assert line["behaviour_mismatch"] < 1e-4  # of log-probs under the sampler, whoever gives the entropy
+
+
+def score_all(policy: Policy, seen: Any, learner: Learner) -> Tensor:
+    stats = steps.score(policy, seen.prompts, seen.rollouts.tokens, seen.rollouts.mask, **steps.scoring(learner.config))
+    return trajectory_entropy(stats.entropy, mask=seen.rollouts.mask)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_momentum_rollouts_train_with_their_weight(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    changes = {"train_momentum_rollouts": trained, "iqr_filter": False, "kl_coef": 0.0}
+    learner, batches = tiny.learner(policy, **changes), []
+    lag(learner)
+    real = steps.take_step
+    monkeypatch.setattr(
+        steps, "take_step", lambda policy, optimizer, batch, *rest: batches.append(batch) or real(policy, optimizer, batch, *rest)
+    )  # fmt: skip
+    _, _, change = run(learner, **changes)
+    assert moved(change)
+    (batch,) = batches
+    assert len(batch.prompts) == 3 * (G if trained else M)
+    if not trained:
+        assert batch.behaviour_logprobs is None
+        return
+    off = (batch.old_logprobs - batch.behaviour_logprobs)[batch.mask.any(-1)].abs().sum(-1).view(3, G)
+    assert (off[:, :M] == 0).all()  # the policy's own: weight exactly 1
+    assert (off[:, M:] > 0.1).all()
 
 
 def test_ttrl_votes_with_all_and_trains_half(policy: Policy) -> None:

@@ -68,6 +68,17 @@ def test_micro_batches_equal_the_whole_batch_and_plain_pytorch(policy: Policy, l
     torch.testing.assert_close(whole_gradient, want, atol=1e-5, rtol=1e-3)
 
 
+def test_behaviour_weights_scale_the_gradient(policy: Policy) -> None:
+    plain = batch(policy)
+    plain = plain._replace(ref_logprobs=None)
+    _, whole = gradient(policy, plain, 45, kl_coef=0.0)
+    for weight, expected in ((0.5, 0.5), (1.5, 1.5), (4.0, 2.0)):  # truncated at 2
+        weighted = plain._replace(behaviour_logprobs=plain.old_logprobs - math.log(weight))
+        for budget in (45, 10**6):
+            _, got = gradient(policy, weighted, budget, kl_coef=0.0)
+            torch.testing.assert_close(got, expected * whole, atol=1e-6, rtol=1e-4)
+
+
 def test_a_step_moves_the_weights_against_the_gradient(policy: Policy) -> None:
     part = batch(policy)
     config = tiny.config()
