@@ -24,7 +24,7 @@ from harness import (
 OP = "linear_policy_loss"
 
 
-def time_it(benchmark, shape, dtype, provider, step, tokens):
+def time_it(benchmark, shape, dtype, provider, step, tokens, patient=False):
     peer, width, vocab = available(OP, provider), *HEADS[shape]
     if provider in ("eager", "compile"):
         room_for(
@@ -41,7 +41,7 @@ def time_it(benchmark, shape, dtype, provider, step, tokens):
     measure(
         benchmark, step, lambda: peer.function(*leaves, labels, old, advantages), leaves, truth.upstream,
         check=check_against(truth, TOLERANCE[hidden.dtype]), ceiling=lambda: hidden @ weight.t(), ceiling_name="matmul",
-        ceilings=gemms, gemms=gemms, flops=2.0 * tokens * width * vocab * gemms, computes=peer.computes, tokens=tokens,
+        ceilings=gemms, gemms=gemms, flops=2.0 * tokens * width * vocab * gemms, computes=peer.computes, tokens=tokens, patient=patient,
         gradient_bytes=0 if step == "forward" else (hidden.numel() + weight.numel()) * hidden.element_size(),
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ MAIN_PEERS = (
     "quack",
     "flash-attn",
 )  # those that are installed there
-SECONDS = 0.02 if SMALL else 1.0 if GPU else 6.0  # of rounds for a row of a table
+SECONDS = 0.02 if SMALL else 1.0 if GPU else 4.0  # of rounds for a row of a table
 TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float32: 1e-4,
@@ -80,8 +80,8 @@ TOLERANCE = {
 def rows(op: str, shapes: Sequence[str] = HERE, dtypes: Sequence[str] = DTYPES, steps: Sequence[str] = STEPS) -> list:
     """Return the parameters (shape, dtype, provider, step) of an op's benchmark.
 
-    A CPU leaves out what would take it minutes and is the difference of two other rows: float32's backward alone, and all but
-    ``both`` of a provider that is slow there, or computes a part only, in float32.
+    A CPU leaves out what takes it minutes and says little more: all but ``both`` of a provider that is slow there or computes a
+    part only, the latter and backward alone in float32, and there of the losses all but ``both``.
     """
     cases = []
     for shape in shapes:
@@ -89,9 +89,12 @@ def rows(op: str, shapes: Sequence[str] = HERE, dtypes: Sequence[str] = DTYPES, 
             for peer in sorted(
                 peers.PEERS[op].values(), key=lambda peer: peer.computes
             ):  # the truth is kept from row to row
-                few = not GPU and (peer.slow_on_cpu or (dtype == "float32" and peer.computes == "logprob"))
+                part = peer.computes == "logprob"
+                if not GPU and dtype == "float32" and part and not peer.slow_on_cpu:
+                    continue
                 for step in steps:
-                    if (few and step != "both") or (not GPU and dtype == "float32" and step == "backward"):
+                    few = part or peer.slow_on_cpu or (dtype == "float32" and peer.computes == "loss")
+                    if not GPU and step != "both" and (few or (dtype == "float32" and step == "backward")):
                         continue
                     main = shape == MAIN_SHAPE and dtype == "bfloat16" and peer.name.startswith(MAIN_PEERS)
                     cases.append(
