@@ -17,8 +17,8 @@ class Limits(collections.namedtuple("Limits", "registers unit warps threads prog
 
 
 # CUDA C++ programming guide, "Compute Capabilities": tables "Technical Specifications per Compute Capability"; and CUDA's occupancy
-# calculator (cuda_occupancy.h) for the allocation unit of registers. Of CDNA3: "Instruction Set Architecture" reference guide, 3.6,
-# "VGPR Allocation and Alignment", and LLVM's AMDGPU backend (getMaxWorkGroupsPerCU, getVGPRAllocGranule).
+# calculator (cuda_occupancy.h) for the allocation unit of registers. Of gfx942: LLVM's AMDGPU backend, AMDGPUBaseInfo.cpp
+# (getVGPRAllocGranule, getTotalNumVGPRs, getMaxWavesPerEU) and AMDGPUSubtarget's getMaxWorkGroupsPerCU.
 LIMITS = {
     "sm_80": Limits(65536, 256, 64, 32, 32, 164 * 1024, 1024),
     "sm_90": Limits(65536, 256, 64, 32, 32, 228 * 1024, 1024),
