@@ -2,6 +2,9 @@
 
 import collections
 import itertools
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import hypothesis
@@ -409,6 +412,157 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(loss.square(), logprobs, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivative only"):
         grad.sum().backward()
+
+
+# What vectors, blocks of tokens and threads could get wrong.
+
+BLOCK = 1024  # of csrc/cpu/policy_loss.h
+SIZES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 21)
+
+
+def ragged(tokens, generator):
+    """Return offsets of sequences that are empty, short, or longer than a block."""
+    cuts = torch.cat([torch.randint(0, tokens + 1, (9,), generator=generator), torch.tensor([0, tokens, tokens])])
+    return torch.cat([torch.zeros(1, dtype=torch.int64), cuts]).sort().values
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize(
+    ("loss_type", "more"),
+    [
+        ("dapo", {"clip_delta": 1.3}),
+        ("grpo", {"behaviour_mode": "token_mask"}),
+        ("grpo", {"importance_level": "sequence", "behaviour_mode": "sequence_truncate"}),
+        ("luspo", {"importance_level": "sequence", "kl_bias_correction": True, "behaviour_mode": "sequence_mask"}),
+        ("cispo", {"cispo_cap": 1.1, "kl_estimator": "k2"}),
+        ("sapo", {"kl_estimator": "k1"}),
+        ("vespo", {"behaviour_mode": "token_mask"}),
+        ("vespo", {}),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_number_of_tokens(backend, tokens, loss_type, more, masked):
+    generator = torch.Generator().manual_seed(tokens)
+    offsets = ragged(tokens, generator)
+    number = offsets.shape[0] - 1
+    old = torch.randn(tokens, generator=generator) - 1.5
+    names = ("logprobs", "ref_logprobs", "behaviour_logprobs")
+    given = {name: old + 0.3 * torch.randn(tokens, generator=generator) for name in names}
+    given |= {"old_logprobs": old, "entropy": torch.rand(tokens, generator=generator)}
+    mask = torch.rand(tokens, generator=generator) > 0.4 if masked else None
+    rewards = torch.randn(number, generator=generator)
+    keep = torch.rand(number, generator=generator) > 0.3 if masked else None
+    if masked:
+        kept = mask & keep.repeat_interleave(offsets.diff())
+        poison = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e38]).repeat(tokens)[:tokens]
+        given = {name: torch.where(kept, values, poison) for name, values in given.items()}
+    options = {
+        "cu_seqlens": offsets,
+        "mask": mask,
+        "rollout_mask": keep,
+        "loss_type": loss_type,
+        "kl_coef": 0.1,
+        **more,
+    }
+    results = []
+    for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
+        tensors = {key: values.to(dtype) for key, values in given.items()}
+        logprobs = tensors.pop("logprobs").requires_grad_()
+        with poisoned_memory():
+            result = grpo_loss(logprobs, rewards=rewards.to(dtype), groups=number, **tensors, **options, backend=name)
+        results.append((result, torch.autograd.grad(result.loss, logprobs)[0].float()))
+    (want, want_grad), (got, grad) = results
+    torch.testing.assert_close(got.loss, want.loss.float(), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-4, atol=2e-5 * want_grad.abs().max().item())
+    for name in METRICS:
+        torch.testing.assert_close(got.metrics[name], want.metrics[name], rtol=2e-5, atol=2e-5)
+    if masked:
+        assert (grad[~kept] == 0).all()
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize(("clip", "delta"), [(0.2, None), (0.2, 1.5), (0.0, 1.0)])
+def test_numbers_that_are_none(backend, loss_type, clip, delta):
+    """NaN, infinities, overflow and ties, each on its own: what is NaN, infinite or nothing is so in the reference."""
+    ratios = [torch.nan, torch.inf, -torch.inf, 200.0, -200.0, 89.0, -100.0, 0.0, 0.1, -0.5, 0.5]
+    advantages = [0.0, 1.0, -1.0, torch.nan, torch.inf, -torch.inf]
+    for ratio, advantage in itertools.product(ratios, advantages):
+        results = []
+        for name in ("reference", backend):
+            logprobs = torch.full((1, 3), 0.0)
+            logprobs[0, 1] = ratio
+            logprobs.requires_grad_()
+            given = torch.tensor([[0.5, advantage, -0.5]])
+            loss, metrics = policy_loss(
+                logprobs, torch.zeros(1, 3), given, loss_type=loss_type, clip_low=clip, clip_high=clip, clip_delta=delta, backend=name
+            )  # fmt: skip
+            grad = torch.autograd.grad(loss, logprobs)[0]
+            results.append([loss.detach(), grad, *metrics.values()])
+        for want, got in zip(*results, strict=True):
+            torch.testing.assert_close(
+                got, want, rtol=1e-5, atol=1e-7, equal_nan=True, msg=f"{ratio} {advantage}: {got}, not {want}"
+            )
+
+
+def test_the_native_exponential():
+    """The gradient of a loss that is the ratio: within about an ulp of the truth, subnormal, overflowed and NaN too."""
+    x = torch.cat(
+        [
+            torch.linspace(-110, 95, 200_003),
+            torch.linspace(-1, 1, 4099),
+            torch.tensor([torch.inf, -torch.inf, torch.nan]),
+        ]
+    )
+    logprobs = x.clone().requires_grad_()
+    loss = policy_loss(
+        logprobs, torch.zeros_like(x), torch.full_like(x, -1.0), cu_seqlens=torch.tensor([0, x.shape[0]]), loss_type="dapo",
+        clip_low=1.0, clip_high=0.0, normalizer=1.0, backend="native",
+    ).loss  # fmt: skip
+    got, want = torch.autograd.grad(loss, logprobs)[0][:-1], x[:-1].double().exp()
+    rounded = want.float()
+    assert torch.equal(got.isinf(), rounded.isinf())
+    finite = rounded.isfinite()
+    ulp = (torch.nextafter(rounded, torch.tensor(torch.inf)) - rounded).double()[finite]
+    assert (((got.double() - want)[finite]).abs() / ulp).max() < 1.1
+    assert loss.isnan()
+
+
+@each_backend(OP)
+def test_the_number_of_threads_changes_no_bit(backend):
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(40, 999, generator=generator)
+    logprobs = (old + 0.2 * torch.randn(40, 999, generator=generator)).requires_grad_()
+    advantages, mask = torch.randn(40, generator=generator), torch.rand(40, 999, generator=generator) > 0.2
+    before, seen = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            for level in ("token", "sequence"):
+                loss, metrics = policy_loss(
+                    logprobs, old, advantages, mask=mask, importance_level=level, backend=backend
+                )
+                seen.append((level, loss.detach(), torch.autograd.grad(loss, logprobs)[0], *metrics.values()))
+        finally:
+            torch.set_num_threads(before)
+    for one, other in zip(seen[:-2], seen[2:], strict=True):
+        assert one[0] == other[0]
+        if backend == "native":
+            assert all(map(torch.equal, one[1:], other[1:]))
+        else:
+            assert all(map(torch.allclose, one[1:], other[1:]))
+
+
+@pytest.mark.parametrize("isa", ["default", "avx2"])
+def test_other_instruction_sets(isa):
+    """The tests above as an older CPU would run them."""
+    names = "native and (any_number or none or exponential or trl)"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": isa}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
 
 
 GOOD = {"logprobs": torch.zeros(2, 3), "old_logprobs": torch.zeros(2, 3), "advantages": torch.zeros(2)}

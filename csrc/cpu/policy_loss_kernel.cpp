@@ -172,11 +172,12 @@ struct Terms {
       const float free_ratio = ratio > delta ? delta : ratio, at_least = ratio < low ? low : ratio;
       const float clipped_ratio = at_least > high ? high : at_least;
       const float free = free_ratio * advantage, clipped = clipped_ratio * advantage;
-      const float free_slope = ratio <= delta ? ratio : 0.0f, clipped_slope = (ratio >= low) & (ratio <= high) ? ratio : 0.0f;
-      const float tied = 0.5f * free_slope + 0.5f * clipped_slope, other = free > clipped ? clipped_slope : tied;
+      const float free_slope = (ratio <= delta ? ratio : 0.0f) * advantage;
+      const float clipped_slope = ((ratio >= low) & (ratio <= high) ? ratio : 0.0f) * advantage;
+      const float tied = (free_slope + clipped_slope) / 2, other = free > clipped ? clipped_slope : tied;
       value[i] = -((free < clipped) | (free != free) ? free : clipped);
       by_logprob[i] = 0;
-      by_log_weight[i] = -((free < clipped ? free_slope : other) * advantage);
+      by_log_weight[i] = -(free < clipped ? free_slope : other);
     }
     clip_low = hits_low;
     clip_high = hits_high;

@@ -111,7 +111,7 @@ inline Vec exp_nonpositive(Vec x) {
   return exp2(at::vec::clamp_min(x, Vec(EXP_LOWEST)) * Vec(static_cast<float>(LOG2_E))); // NaN passes
 }
 
-// e^x for any x: inf above the largest float, subnormal numbers, 0 below the smallest; NaN stays NaN. Error below 1 ulp.
+// e^x for any x: inf above the largest float, subnormal numbers, 0 below the smallest; NaN stays NaN. Error below 1.1 ulp.
 // x = n log 2 + r, |r| <= log 2 / 2. n times the first part of log 2 is exact, with and without an FMA.
 inline Vec exp(Vec x) {
   using at::vec::fmadd;
