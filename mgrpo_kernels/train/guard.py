@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 WINDOW = 10
@@ -20,9 +21,9 @@ START = 5
 """Steps whose mean is the start that they are compared with. Collapse on a planted answer takes some tens of steps."""
 LEAST_FALL = 0.03
 """Fall of a held-out figure below its best, in accuracy, that is a sign where there are many held-out samples."""
-ACCURACY_SIGMAS, MAJORITY_SIGMAS = 3.0, 2.0
-"""With few samples: the fall in standard errors. The majority's is bounded as if each evaluation drew its prompts anew, which it does
-not, so 2 of these are more than 2 of the real ones."""
+ACCURACY_SIGMAS, MAJORITY_SIGMAS = 3.7, 2.0
+"""With few samples: the fall in standard errors of one evaluation. 3.7 are 3 of the difference between one and the mean of two. The
+majority's error is bounded as if each evaluation drew its prompts anew, which it does not, so 2 of it are more than 2 real ones."""
 VOTE_RISE, LABELS_LEFT = 0.1, 0.7
 """Vote share above its start, while distinct labels are below this share of theirs."""
 TOP_ANSWER_RISE = 0.2
@@ -127,7 +128,7 @@ class Guard:
             seen = self._held_out[name]
             seen.append(value)
             # The best of the means of two evaluations in a row: the best of many single ones is mostly luck.
-            reference = max([seen[0], *(0.5 * (a + b) for a, b in zip(seen, seen[1:], strict=False))])
+            reference = max([seen[0], *(0.5 * (a + b) for a, b in pairwise(seen))])
             error = math.sqrt(reference * (1.0 - reference) / max(1, draws[name]))
             if reference - value > max(LEAST_FALL, sigmas[name] * error):
                 self._fell[name] = f"{name} {value:.3f}, {reference - value:.3f} below its best {reference:.3f}"

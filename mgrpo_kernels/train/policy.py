@@ -48,8 +48,6 @@ class Policy:
         except TypeError as error:
             raise UsageError(str(error)) from error
         self.head_options = HeadOptions(head.logit_scale, head.softcap)
-        config = model.config.get_text_config()
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
         # transformers 5 renamed the cache's keyword on the way.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -155,6 +153,24 @@ def load_policy(name: str, device: torch.device, dtype: torch.dtype) -> Policy:
     policy = Policy(model.to(device), tokenizer, dtype)
     policy.check()
     return policy
+
+
+def read_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Return a model's tokenizer and the length of its context, where it has one, without its weights.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(unreadable(name, error)) from error
+    return tokenizer, context_of(config)
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def count_parameters(model: str | PretrainedConfig) -> int:

@@ -23,7 +23,14 @@ from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.guard import Guard, message
 from mgrpo_kernels.train.metrics import Lines, metrics_line
 from mgrpo_kernels.train.plan import describe, plan
-from mgrpo_kernels.train.policy import Policy, count_parameters, load_policy, pick_device
+from mgrpo_kernels.train.policy import (
+    Policy,
+    context_of,
+    count_parameters,
+    load_policy,
+    pick_device,
+    read_tokenizer,
+)
 from mgrpo_kernels.train.report import read_lines, write_report
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.step import Learner, train_step
@@ -114,16 +121,15 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
     parameters = count_parameters(config.model.model or demo.model_config())
+    if config.model.model is None:
+        check_lengths(demo.make_tokenizer(), context_of(demo.model_config()), task, config)
+    else:
+        check_lengths(*read_tokenizer(config.model.model), task, config)
     for line in [*describe(config), *plan(config, task, parameters, str(device)), *changes]:
         say(line)
     if dry_run:
         return 0
-    policy = None
-    if config.model.model is None:
-        check_lengths(demo.make_tokenizer(), demo.model_config().max_position_embeddings, task, config)
-    else:
-        policy = load_policy(config.model.model, device, dtype_of(config))
-        check_lengths(policy.tokenizer, policy.context, task, config)
+    policy = None if config.model.model is None else load_policy(config.model.model, device, dtype_of(config))
     say(f"output: {output}")
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", config.to_yaml())

@@ -9,7 +9,7 @@ import tiny
 import yaml
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train.config import SECTIONS, UsageError, build, fields_of, read_yaml
+from mgrpo_kernels.train.config import PRESETS, SECTIONS, UsageError, build, fields_of, find_config, read_yaml
 
 BAD = {
     "iqr_k": (-0.1, "iqr_k: want a finite number >= 0.0, got -0.1"),
@@ -143,6 +143,46 @@ def test_command_line_over_yaml_over_defaults(tmp_path: Path) -> None:
     assert output.parent == Path("runs")
     assert output.name.startswith("srt-")
     assert (resume, dry_run) == (False, True)
+
+
+def preset(name: str) -> dict[str, object]:
+    return build(read_yaml(find_config(name)), {"data": "x.jsonl"}).values()
+
+
+def test_presets_hold_their_papers_numbers() -> None:
+    assert {each.stem for each in PRESETS.glob("*.yaml")} == {"paper", "srt", "ttrl", "single_24gb"}
+    paper = {
+        **build().values(),
+        "model": "Qwen/Qwen3-4B-Base",
+        "dtype": "bfloat16",
+        "data": "x.jsonl",
+        "momentum_rollouts": 8,
+    }
+    assert preset("paper") == paper  # the defaults are the paper's
+    srt, ttrl = preset("srt"), preset("ttrl")
+    differing = {"method": "srt", "momentum_rollouts": None}
+    assert srt == {**paper, **differing}  # the method alone differs
+    assert ttrl == {**paper, **differing, "method": "ttrl", "rollouts": 64}
+    small = build(read_yaml(find_config("single_24gb")), {"data": "x.jsonl"})
+    assert (small.rollout.rollouts, small.momentum_rollouts, small.needs_reference) == (16, 4, "momentum")
+
+
+def test_every_line_of_a_preset_says_where_it_is_from() -> None:
+    for file in PRESETS.glob("*.yaml"):
+        for line in file.read_text().splitlines():
+            assert line.startswith("#") or "# [" in line, (file.name, line)
+
+
+def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("paper") == PRESETS / "paper.yaml"
+    (tmp_path / "paper").write_text("steps: 3\n")
+    assert read_yaml(find_config("paper")) == {"steps": 3}
+    with pytest.raises(
+        UsageError,
+        match="config: want a YAML file that exists, or a preset .paper, single_24gb, srt, ttrl., got 'papr'",
+    ):
+        find_config("papr")
 
 
 def test_unknown_yaml_key_ends_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,19 +242,20 @@ def test_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lerning-rate" in capsys.readouterr().err
 
 
-def make_byte_model(place: Path) -> None:
-    """Write a small model whose tokens are bytes."""
+def make_byte_model(place: Path, *, eos: bool = True, context: int = 2048) -> None:
+    """Write a small model whose tokens are bytes. Its tokenizer has no token for padding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={token: number for number, token in enumerate(["<end>", *alphabet])}, merges=[])
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(place)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>" if eos else None).save_pretrained(place)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(alphabet) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=0 if eos else None,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(place)
 
@@ -276,3 +277,35 @@ def test_gsm8k(tmp_path: Path, method: str) -> None:
     assert all(line["behaviour_mismatch"] < 1e-4 for line in lines[1:])
     assert all(line["response_tokens"] <= 12 and line["label_accuracy"] is not None for line in lines[1:])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.model_type == "qwen2"
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_byte_model(tmp_path / "model", eos=False)
+    (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
+    flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--max-response-tokens", "12"]
+    assert command.main([*flags, "--output", str(tmp_path / "run")]) == 2
+    assert (
+        "model: want a tokenizer or a generation configuration with an end-of-sequence token" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["paper", "srt", "ttrl", "single_24gb"])
+def test_presets_with_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], preset: str) -> None:
+    (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
+    for context, status in ((4096, 0), (1024, 2)):
+        make_byte_model(tmp_path / "model", context=context)
+        flags = [
+            "--config",
+            preset,
+            "--model",
+            str(tmp_path / "model"),
+            "--data",
+            str(tmp_path / "data.jsonl"),
+            "--dry-run",
+        ]
+        assert command.main([*flags, "--output", str(tmp_path / "run")]) == status
+        got = capsys.readouterr()
+        shown = "derived:" if status == 0 else "error: max_response_tokens: want at most 9"  # 1024 - the prompt
+        assert shown in got.out + got.err
+    assert not (tmp_path / "run").exists()
