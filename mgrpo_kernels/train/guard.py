@@ -4,6 +4,8 @@ Self-supervised training collapses in two ways, and the signs differ. The policy
 grows while labels become alike, long before anything else is known. Or it may agree on wrong answers that still depend on the
 prompt: then only held-out prompts tell, and their majority falls before the mean accuracy does, because sharpening lifts the mean.
 
+It sees no more than there is to see: a fall between two evaluations is told at the second, so evaluate as often as a fall may take.
+
 A guard's state follows from the lines of metrics.jsonl alone, so resuming replays them.
 """
 
