@@ -462,7 +462,12 @@ def policy_loss_backward_op(
     """Return the gradients of logprob and entropy ``(T,)``; those not needed are empty. Elementwise: no backends."""
     grad_logprob, grad_entropy = gradient.new_empty(0, dtype=dtype), gradient.new_empty(0, dtype=entropy_dtype)
     if need_logprob:
-        grad_logprob = torch.where(gradient == 0, 0.0, gradient * (grad_loss * scales[0])).to(dtype)
+        factor = grad_loss * scales[0]
+        grad_logprob = gradient * factor
+        # A masked token gets 0 whatever the factor. On a CPU it costs nothing to see that it is finite.
+        if factor.device.type != "cpu" or not factor.isfinite():
+            grad_logprob = torch.where(gradient == 0, 0.0, grad_logprob)
+        grad_logprob = grad_logprob.to(dtype)
     if need_entropy:
         counted = torch.ones_like(gradient, dtype=torch.bool) if mask is None else mask
         if rollout_mask is not None:
