@@ -161,7 +161,8 @@ def loss_inputs(head: str, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Ten
     # Ratios well inside the clip range or well outside: at its edge 16-bit rounding decides a token's whole gradient.
     far = torch.where(torch.rand_like(logprob) < 0.25, 0.5, 0.05) * torch.randn_like(logprob).sign()
     old = (logprob + far).view(SEQUENCES, -1)
-    return old, 1.0 + 0.5 * torch.randn(SEQUENCES, device=DEVICE)  # a loss near 0 would have no relative error to speak of
+    # Mostly of one sign: a loss near 0 would have no relative error to speak of.
+    return old, 1.0 + 0.5 * torch.randn(SEQUENCES, device=DEVICE)
 
 
 class Truth(NamedTuple):
