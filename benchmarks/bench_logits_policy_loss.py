@@ -3,7 +3,20 @@
 import pytest
 import torch
 from bench_token_stats import ROWS, SHAPES, inputs
-from harness import SEQUENCES, TOLERANCE, Truth, available, check_against, copy_of, dtype_of, measure, room_for, rows
+from harness import (
+    GPU,
+    SEQUENCES,
+    TOLERANCE,
+    Truth,
+    available,
+    check_against,
+    copy_of,
+    dtype_of,
+    measure,
+    old_and_advantages,
+    room_for,
+    rows,
+)
 
 from mgrpo_kernels import policy_loss, token_stats_from_logits
 
@@ -24,17 +37,19 @@ def truth_of(logits, labels, old, advantages):
     return Truth((loss,), (torch.ones_like(loss),), torch.autograd.grad(part, some))
 
 
-@pytest.mark.parametrize(("shape", "dtype", "provider", "step"), rows(OP, SHAPES, ["bfloat16"], ["both"]))
+@pytest.mark.parametrize(("shape", "dtype", "provider", "step"), rows(OP, SHAPES, ["bfloat16", "float32"], ["both"]))
 def bench_logits_policy_loss(benchmark, shape, dtype, provider, step):
     peer = available(OP, provider)
+    if provider == "trl" and dtype == "bfloat16" and not GPU:
+        pytest.skip(
+            "trl rounds the log-probs of bfloat16 logits to bfloat16 on a CPU: its gradient is 2.9% off, allowed 2%"
+        )
     logits, labels = inputs(shape, dtype_of(dtype), ROWS)
     if provider in ("eager", "compile"):
         room_for(f"{provider} at {ROWS} rows", logits.numel() * 12)
     logits, labels = logits.view(SEQUENCES, -1, logits.shape[-1]), labels.view(SEQUENCES, -1)[:, :-1].contiguous()
-    torch.manual_seed(1)
-    old = -logits[:, :-1].float().logsumexp(-1) + 0.1 * torch.randn(labels.shape, device=labels.device)
-    old += logits[:, :-1].gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    advantages = torch.randn(SEQUENCES, device=labels.device)
+    logprob = logits[:, :-1].gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits[:, :-1].float().logsumexp(-1)
+    old, advantages = old_and_advantages(logprob)
     truth = truth_of(logits, labels, old, advantages)
     compare = check_against(truth, TOLERANCE[logits.dtype])
     leaf = logits.detach().requires_grad_()

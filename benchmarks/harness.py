@@ -156,13 +156,17 @@ def loss_inputs(head: str, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Ten
     hidden, weight, labels = head_inputs(head, dtype, tokens)
     with torch.no_grad():
         logprob = linear_token_stats(hidden, weight, labels, stats=("logprob",)).logprob
-    torch.manual_seed(1)
     assert logprob is not None
+    return old_and_advantages(logprob.view(SEQUENCES, -1))
+
+
+def old_and_advantages(logprob: Tensor) -> tuple[Tensor, Tensor]:
+    """Return old log-probs ``(B, L)`` close to these, and advantages ``(B,)``, in float32."""
+    torch.manual_seed(1)
     # Ratios well inside the clip range or well outside: at its edge 16-bit rounding decides a token's whole gradient.
     far = torch.where(torch.rand_like(logprob) < 0.25, 0.5, 0.05) * torch.randn_like(logprob).sign()
-    old = (logprob + far).view(SEQUENCES, -1)
     # Mostly of one sign: a loss near 0 would have no relative error to speak of.
-    return old, 1.0 + 0.5 * torch.randn(SEQUENCES, device=DEVICE)
+    return logprob + far, 1.0 + 0.5 * torch.randn(SEQUENCES, device=DEVICE)
 
 
 class Truth(NamedTuple):

@@ -226,8 +226,8 @@ def test_a_missing_peer_says_so(peers):
 
 
 def test_verl_kernel_without_its_trainer(peers, tmp_path, monkeypatch):
-    if "verl" in sys.modules:
-        pytest.skip("verl has been imported")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "verl"]:
+        monkeypatch.delitem(sys.modules, name)
     kernel = tmp_path / "verl" / "utils" / "kernel"
     kernel.mkdir(parents=True)
     (tmp_path / "verl" / "__init__.py").write_text("import a_trainer_that_is_not_here\n")

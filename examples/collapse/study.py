@@ -1,0 +1,141 @@
+"""Run the collapse study: every cell with every seed, each a run of ``python -m mgrpo_kernels.train`` on one core.
+
+    python examples/collapse/study.py                      the main cells with three seeds
+    python examples/collapse/study.py --all --seeds 8      everything
+    python examples/collapse/study.py --cells srt mgrpo
+
+Resumable: a run that is in the results is not taken again. Each finished run is one line of JSON: its options, and what it measured at
+each evaluation. ``summary.py`` makes the table and the figures of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from cells import CELLS, COMMON, MAIN
+
+KEPT = ("step", "eval_accuracy", "eval_greedy", "eval_maj_at_k")
+AVERAGED = (
+    "vote_share",
+    "label_accuracy",
+    "distinct_labels",
+    "top_answer_share",
+    "entropy",
+    "pruned_fraction",
+    "momentum_distance",
+)
+"""Means over the steps since the evaluation before."""
+
+
+def arguments_of(options: dict[str, object]) -> list[str]:
+    """Return the options as the command line takes them."""
+    out = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        out += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return out
+
+
+def curve_of(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Return columns: a value for each evaluation."""
+    columns: dict[str, list[float | None]] = {key: [] for key in (*KEPT, *AVERAGED)}
+    since: list[dict[str, Any]] = []
+    for line in lines:
+        since.append(line)
+        if line.get("eval_accuracy") is None:
+            continue
+        for key in KEPT:
+            columns[key].append(line[key])
+        for key in AVERAGED:
+            known = [each[key] for each in since if each.get(key) is not None]
+            columns[key].append(round(sum(known) / len(known), 5) if known else None)
+        since = []
+    return columns
+
+
+def take(cell: str, seed: int, options: dict[str, object], device: str) -> dict[str, Any]:
+    """Take one run; return its line."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        command = [
+            sys.executable,
+            "-m",
+            "mgrpo_kernels.train",
+            *arguments_of(options),
+            "--seed",
+            str(seed),
+            "--device",
+            device,
+        ]
+        done = subprocess.run(
+            [*command, "--output", f"{place}/run"],
+            capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{cell}, seed {seed}: exit status {done.returncode}\n{done.stderr[-2000:]}")
+        lines = [json.loads(line) for line in Path(place, "run", "metrics.jsonl").read_text().splitlines()]
+    return {
+        "cell": cell, "seed": seed, "options": options, "seconds": round(time.perf_counter() - start), "curve": curve_of(lines),
+    }  # fmt: skip
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    """Take the runs that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every cell (default: the main ones)")
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), metavar="CELL", help=f"out of {', '.join(CELLS)}")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="start at S instead of 0")
+    parser.add_argument(
+        "--steps", type=int, default=COMMON["steps"], metavar="N", help="steps of each run (default: 2500)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: the cores)"
+    )
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl", metavar="FILE")
+    given = parser.parse_args()
+
+    cells = given.cells or list(CELLS if given.all else MAIN)
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    wanted = {(cell, seed): {**COMMON, "steps": given.steps, **CELLS[cell]} for seed in seeds for cell in cells}
+    have = {(run["cell"], run["seed"]): run["options"] for run in read(given.results)}
+    for key, options in wanted.items():
+        if key in have and have[key] != options:
+            sys.exit(
+                f"{given.results}: want {key[0]!r}, seed {key[1]}, with {options}, got {have[key]}: name another --results"
+            )
+    missing = [key for key in wanted if key not in have]
+    print(f"{len(wanted)} runs, {len(missing)} of them missing")
+    lock = Lock()
+
+    def one(key: tuple[str, int]) -> None:
+        line = take(*key, wanted[key], given.device)
+        with lock, given.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        accuracy = line["curve"]["eval_accuracy"]
+        print(
+            f"{key[0]:28} seed {key[1]}  {accuracy[0]:.3f} -> best {max(accuracy):.3f} -> {accuracy[-1]:.3f}  {line['seconds']} s",
+            flush=True,
+        )
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(one, missing))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Make the table and the figures of the collapse study from its results.
+
+    python examples/collapse/summary.py                        print the table
+    python examples/collapse/summary.py --figures docs/        and draw docs/collapse_*.png
+
+Accuracies are means over :data:`WINDOW` evaluations in a row, so that one lucky evaluation is no best. A run has collapsed at the first
+evaluation where that is below :data:`COLLAPSED` of its best so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from study import read
+
+WINDOW = 3
+COLLAPSED = 0.8
+
+
+class Row(NamedTuple):
+    """What one run did."""
+
+    start: float
+    best: float
+    final: float
+    collapse: int | None  # step
+
+    @property
+    def kept(self) -> float:
+        return self.final / self.best
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Return the mean of each value and those before it, :data:`WINDOW` at most."""
+    return [statistics.fmean(values[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(values))]
+
+
+def row_of(run: dict[str, Any]) -> Row:
+    accuracy, steps = smooth(run["curve"]["eval_accuracy"]), run["curve"]["step"]
+    best, collapse = 0.0, None
+    for value, step in zip(accuracy, steps, strict=True):
+        best = max(best, value)
+        if value < COLLAPSED * best:
+            collapse = step
+            break
+    return Row(run["curve"]["eval_accuracy"][0], max(accuracy), accuracy[-1], collapse)
+
+
+def by_cell(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the runs of each cell, both in the order of the file, seeds ascending."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        cells.setdefault(run["cell"], []).append(run)
+    return {cell: sorted(of, key=lambda run: run["seed"]) for cell, of in cells.items()}
+
+
+def table(cells: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the table in Markdown: means over seeds, with the least and the most of the final accuracy."""
+    lines = [
+        "| cell | seeds | start | best | final (least - most) | final / best | collapsed | at step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, runs in cells.items():
+        rows = [row_of(run) for run in runs]
+        final = [row.final for row in rows]
+        steps = sorted(row.collapse for row in rows if row.collapse is not None)
+        start, best, kept = (statistics.fmean(getattr(row, name) for row in rows) for name in ("start", "best", "kept"))
+        lines.append(
+            f"| {cell} | {len(rows)} | {start:.2f} | {best:.2f} | {statistics.fmean(final):.2f} ({min(final):.2f} - {max(final):.2f}) "
+            f"| {kept:.2f} | {len(steps)} of {len(rows)} | {', '.join(map(str, steps)) or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(cells: dict[str, list[dict[str, Any]]], path: Path, keys: Sequence[str]) -> None:
+    """Draw the curves of some figures, a panel each: the mean over seeds, and a band from the least to the most."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(5 * len(keys), 3.6), squeeze=False, layout="constrained")
+    for axis, key in zip(axes[0], keys, strict=True):
+        for cell, runs in cells.items():
+            steps = runs[0]["curve"]["step"]
+            columns = [
+                [value for value in each if value is not None]
+                for each in zip(*(run["curve"][key] for run in runs), strict=True)
+            ]
+            known = [(step, values) for step, values in zip(steps, columns, strict=True) if values]
+            at = [step for step, _ in known]
+            (line,) = axis.plot(at, [statistics.fmean(values) for _, values in known], label=cell, linewidth=1.4)
+            axis.fill_between(
+                at,
+                [min(values) for _, values in known],
+                [max(values) for _, values in known],
+                alpha=0.12,
+                color=line.get_color(),
+            )
+        axis.set(title=key.replace("_", " "), xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the table; draw the figures where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl", metavar="FILE")
+    parser.add_argument("--figures", type=Path, metavar="DIR")
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="of the figures (default: the first five)")
+    given = parser.parse_args()
+    cells = by_cell(read(given.results))
+    print(table(cells))
+    if given.figures is not None:
+        shown = {cell: cells[cell] for cell in given.cells or list(cells)[:5]}
+        draw(shown, given.figures / "collapse_accuracy.png", ["eval_accuracy", "eval_greedy"])
+        draw(
+            shown,
+            given.figures / "collapse_signs.png",
+            ["vote_share", "top_answer_share", "entropy", "pruned_fraction"],
+        )
+
+
+if __name__ == "__main__":
+    main()
