@@ -62,14 +62,30 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """data."""
 
-    data: str | None = option(None, "JSONL file of training prompts; none: the built-in sums")
-    eval_data: str | None = option(None, "JSONL file of held-out prompts with answers; none: no evaluation")
-    prompt_field: str = option("question", "field that holds the question")
-    answer_field: str = option(
-        "answer", "field that holds the true answer; training reads it for --method gold and for label_accuracy"
+    data: str | None = option(
+        None,
+        "training prompts: FILE.jsonl, FILE.json (a list of objects), FILE.parquet, or a data set, a directory or a hub name, "
+        "as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, where the split is train unless named; none: the built-in sums",
+    )
+    eval_data: str | None = option(
+        None, "held-out prompts with answers, like --data, but the split is test unless named; none: no evaluation"
+    )
+    prompt_field: str | None = option(
+        None, "field that holds the question; none: question, or prompt or problem where the data have one of these"
+    )
+    answer_field: str | None = option(
+        None,
+        "field that holds the true answer, or a solution that ends in it; training reads it for --method gold and for "
+        "label_accuracy; none: answer, or solution where the data have that alone",
     )
     prompt_template: str = option(
         DEFAULT_TEMPLATE, "text, or a file that holds it, in which {question} stands for the question"
+    )
+    chat_template: str = option(
+        "auto",
+        "whether a prompt, so made, is a user's turn in the tokenizer's chat template; auto: where the model ends its response "
+        "as the template ends a turn, which a base model does not",
+        choices=("auto", "on", "off"),
     )
 
 
@@ -129,11 +145,17 @@ class RolloutConfig(_Section):
         choices=("keep", "mask"),
     )
     temperature: float = option(1.1, "of sampling; log-probs, entropy and loss are at this temperature too")
+    top_p: float = option(1.0, "only 1: training takes samples of the policy itself")
+    top_k: int = option(0, "only 0, which is off, for the same reason")
     tokens_per_microbatch: int = option(16384, "most tokens in one forward pass, padding included", unit="tokens")
 
     def check(self) -> None:
-        if self.engine == "vllm":
-            raise ValueError("engine: want transformers, got 'vllm', which is not available in this version")
+        for name, off in (("top_p", 1.0), ("top_k", 0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{name}: want {off} for training, got {getattr(self, name)}: cut off, the tokens come from another distribution than "
+                    "the policy's, and log-probs, ratios and entropy are not theirs any more"
+                )
         for name, least in (
             ("prompts_per_step", 1),
             ("rollouts", 2),
@@ -144,6 +166,29 @@ class RolloutConfig(_Section):
         if self.momentum_rollouts is not None:
             checks.check_number("momentum_rollouts", self.momentum_rollouts, at_least=0, below=self.rollouts)
         checks.check_number("temperature", self.temperature, above=0.0)
+
+
+@dataclass(frozen=True)
+class VllmConfig(_Section):
+    """vLLM, with --engine vllm."""
+
+    vllm_memory: float = option(
+        0.5, "its gpu_memory_utilization: weights, activations and cache", unit="share of the GPU"
+    )
+    vllm_cache_gib: float | None = option(
+        None, "its key-value cache; none: what vllm_memory leaves on a GPU, 1 on a CPU", unit="GiB"
+    )
+    vllm_sleep: bool | None = option(
+        None, "give its GPU memory back between rollouts, weights and cache; none: yes on a GPU"
+    )
+    vllm_eager: bool | None = option(None, "no compiled graphs, which take longer to start; none: yes on a CPU")
+    vllm_timeout: float = option(3600.0, "sampling that takes longer ends the run with the reason", unit="s")
+
+    def check(self) -> None:
+        checks.check_number("vllm_memory", self.vllm_memory, above=0.0, at_most=1.0)
+        checks.check_number("vllm_timeout", self.vllm_timeout, above=0.0)
+        if self.vllm_cache_gib is not None:
+            checks.check_number("vllm_cache_gib", self.vllm_cache_gib, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -162,6 +207,10 @@ class LossConfig(_Section):
         "base", "the model at the start, the momentum model, or no KL term", choices=("base", "momentum", "none")
     )
     entropy_coef: float = option(0.0, "weight of an entropy bonus")
+    behaviour_correction: bool | None = option(
+        None,
+        "weight each token by trainer / sampler probability, at most 2; none: yes with vllm, whose rounding is its own",
+    )
 
     def check(self) -> None:
         checks.check_number("clip_low", self.clip_low, at_least=0.0, at_most=1.0)
@@ -219,6 +268,10 @@ class RunConfig(_Section):
     keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all")
     samples_per_step: int = option(4, "rollouts of a prompt that samples.jsonl shows each step")
     log_every: int = option(1, "print every so many steps", unit="steps")
+    plain: bool = option(False, "lines of text on a terminal too, in place of the live view")
+    tensorboard: bool = option(False, "write TensorBoard's event files, to tensorboard/ in --output")
+    wandb: str | None = option(None, "log to this project of Weights & Biases")
+    trackio: str | None = option(None, "log to this project of Trackio")
     guard: str = option(
         "warn",
         "at signs of collapse: nothing (off), a message (warn), save and end with status 3 (stop), "
@@ -242,6 +295,7 @@ class Config:
     data: DataConfig
     method: MethodConfig
     rollout: RolloutConfig
+    vllm: VllmConfig
     loss: LossConfig
     optim: OptimConfig
     eval: EvalConfig
@@ -259,22 +313,40 @@ class Config:
                 f"takes two of the policy's, got {self.momentum_rollouts}"
             )
         row = METHODS[self.method.method]
+        if row.highest <= 0 and self.filters and self.method.filter_scope == "penalise":
+            raise ValueError(
+                f"filter_scope: want both or vote with method {self.method.method}, whose rewards are never above the 0 that a "
+                "pruned rollout would get, got 'penalise'"
+            )
         if row.voters == "momentum" and self.momentum_rollouts < 1:
             raise ValueError(
                 f"momentum_rollouts: want >= 1 with method {self.method.method}, whose labels they give, got 0"
             )
+        if self.rollout.engine == "vllm":
+            for name, value in (
+                ("temperature", self.rollout.temperature),
+                ("eval_temperature", self.eval.eval_temperature),
+            ):
+                checks.check_number(f"{name} (below 0.01 vLLM changes it)", value, at_least=0.01)
         self._check_unused()
 
     def _check_unused(self) -> None:
         """Raise ValueError for an option that was set and can have no effect."""
         method, loss, momentum = self.method, self.loss, self.momentum_rollouts > 0
+        reads = METHODS[method.method].reads
+        vllm, of_vllm = self.rollout.engine == "vllm", dataclasses.fields(self.vllm)
         for name, is_set, needs, met in (
             ("train_momentum_rollouts", method.train_momentum_rollouts, "momentum rollouts", momentum),
             ("momentum_scored_by", method.momentum_scored_by == "policy", "momentum rollouts", momentum),
             ("decay_end", method.decay_end is not None, "a momentum model", self.needs_momentum),
             ("filter_scope", method.filter_scope != "both", "--iqr-filter", self.filters),
+            ("filter_scope", method.filter_scope == "vote", "a method that votes", reads != "nothing"),
+            ("min_share", method.min_share > 0, "a method whose reward is a label", reads == "label"),
+            ("entropy_reduction", method.entropy_reduction == "sum", "--iqr-filter", self.filters),
+            ("chat_template", self.data.chat_template == "on", "--model", self.model.model is not None),
             ("iqr_min_spread", method.iqr_min_spread > 0, "--iqr-filter", self.filters),
             ("kl_reference", loss.kl_reference == "momentum", "kl_coef > 0", loss.kl_coef > 0),
+            *((each.name, getattr(self.vllm, each.name) != each.default, "--engine vllm", vllm) for each in of_vllm),
         ):
             if is_set and not met:
                 got = self.values()[name]
@@ -304,6 +376,12 @@ class Config:
     def policy_scores_all(self) -> bool:
         """Whether the policy, too, scores what the momentum model sampled."""
         return self.method.momentum_scored_by == "policy" or self.method.train_momentum_rollouts
+
+    @property
+    def corrects_behaviour(self) -> bool:
+        """Whether the loss weights each token by trainer / sampler."""
+        given = self.loss.behaviour_correction
+        return self.rollout.engine == "vllm" if given is None else given
 
     @property
     def needs_momentum(self) -> bool:
@@ -340,6 +418,7 @@ class Config:
             else "off",
             "momentum model": f"decay {self.method.decay} -> {self.decay_end}" if self.needs_momentum else "off",
             "KL reference": self.needs_reference or "off",
+            "behaviour correction": "token weights trainer / sampler, at most 2" if self.corrects_behaviour else "off",
             "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
         }
 
@@ -358,8 +437,8 @@ class Config:
 
 
 SECTIONS: dict[str, type[_Section]] = {
-    "model": ModelConfig, "data": DataConfig, "method": MethodConfig, "rollout": RolloutConfig, "loss": LossConfig,
-    "optim": OptimConfig, "eval": EvalConfig, "run": RunConfig,
+    "model": ModelConfig, "data": DataConfig, "method": MethodConfig, "rollout": RolloutConfig, "vllm": VllmConfig,
+    "loss": LossConfig, "optim": OptimConfig, "eval": EvalConfig, "run": RunConfig,
 }  # fmt: skip
 
 
@@ -383,6 +462,9 @@ def build(*layers: Mapping[str, Any]) -> Config:
     """
     values = {name: value for layer in layers for name, value in layer.items()}
     try:
+        # A run's own config.yaml has eval_data: null, which says that no evaluation is meant.
+        if values.get("eval_every") and values.get("data") is not None and "eval_data" not in values:
+            raise ValueError(f"eval_every: want --eval-data with it, got {values['eval_every']!r} alone")
         parts: dict[str, Any] = {}
         for key, section in SECTIONS.items():
             kinds = {name: kinds for name, (_, kinds) in fields_of(section).items()}

@@ -25,7 +25,7 @@ from mgrpo_kernels.train.metrics import Clock
 from mgrpo_kernels.train.monitor import Judgement, Trajectories, sample_lines, step_metrics
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.pruning import survivors
-from mgrpo_kernels.train.rollout import Engine, Rollouts, interleave
+from mgrpo_kernels.train.rollout import Engine, Rollouts, interleave, sync_seconds
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.streams import stream
 from mgrpo_kernels.train.update import Batch, learning_rate, take_step
@@ -54,8 +54,12 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     method, G = METHODS[config.method.method], config.rollout.rollouts
     clock = Clock(policy.device)
 
+    synced = sync_seconds(learner.engine)
     with clock("rollout"):
         seen = roll_out(learner, examples, step)  # B = P x G trajectories
+    if synced is not None:
+        spent = (sync_seconds(learner.engine) or 0.0) - synced
+        clock.seconds |= {"time_sync": spent, "time_rollout": clock.seconds["time_rollout"] - spent}
     with clock("score"):
         stats = score_by_sampler(learner, seen)
         own = score_by_policy(learner, seen, stats) if config.policy_scores_all else stats
@@ -209,6 +213,8 @@ def training_batch(
     assert stats.logprob is not None
     assert own.logprob is not None
     behaviour = stats.logprob[rows] if learner.config.method.train_momentum_rollouts else None
+    if learner.config.corrects_behaviour:  # what the sampler itself said, which is another's rounding
+        behaviour = seen.rollouts.logprobs[rows]
     return Batch(prompts, tokens, mask, own.logprob[rows], ref, advantages[rows], behaviour)
 
 

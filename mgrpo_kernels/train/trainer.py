@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import math
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,9 +18,11 @@ import transformers
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import checkpoint, demo
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
-from mgrpo_kernels.train.data import Task, load_task, prompts_of_step
+from mgrpo_kernels.train.data import Task, equal_to_gold, load_task, prompts_of_step
 from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.guard import Guard, message
+from mgrpo_kernels.train.live import Plain, make_view
+from mgrpo_kernels.train.loggers import check_loggers, log_in, open_loggers
 from mgrpo_kernels.train.metrics import Lines, metrics_line
 from mgrpo_kernels.train.plan import describe, plan
 from mgrpo_kernels.train.policy import (
@@ -32,6 +34,7 @@ from mgrpo_kernels.train.policy import (
     read_tokenizer,
 )
 from mgrpo_kernels.train.report import read_lines, write_report
+from mgrpo_kernels.train.rollout import Engine
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.step import Learner, train_step
 from mgrpo_kernels.train.update import make_optimizer
@@ -54,21 +57,20 @@ THEN = {
 class Interrupt:
     """Whether the user, or the machine, has asked the run to stop. The first request waits for the step, the second does not."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, notice: Callable[[], None]) -> None:
+        self.asked, self._notice = False, notice
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.default_int_handler)
-        # not print(), which this may be interrupting
-        os.write(2, b"stopping after this step; once more to stop at once, without a checkpoint\n")
+        self._notice()
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Turn Ctrl-C and SIGTERM into a request, inside the block."""
-    interrupt = Interrupt()
+def interruptible(notice: Callable[[], None]) -> Iterator[Interrupt]:
+    """Turn Ctrl-C and SIGTERM into a request, inside the block; `notice` tells the user that it has come."""
+    interrupt = Interrupt(notice)
     before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
@@ -117,6 +119,9 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
     transformers.utils.logging.disable_progress_bar()
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("report: want matplotlib for the curves, got none: pip install 'mgrpo_kernels[train]'")
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UsageError("engine: want the package vllm with --engine vllm, got none: make vllm")
+    check_loggers(config.run)
     device = pick_device(config.model.device)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
@@ -130,28 +135,30 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
     if dry_run:
         return 0
     policy = None if config.model.model is None else load_policy(config.model.model, device, dtype_of(config))
+    log_in(config.run)
     say(f"output: {output}")
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", config.to_yaml())
-    if policy is None:
-        policy = demo_policy(config, output / "base", device)
-    learner = make_learner(config, task, policy)
-    with interruptible() as interrupt:
-        return train(learner, output, interrupt)
+    with make_view(config, f"{config.method.method}  {output}") as view:
+        if policy is None:
+            policy = demo_policy(config, output / "base", device, view)
+        learner = make_learner(config, task, policy)
+        with interruptible(view.stopping) as interrupt:
+            return train(learner, output, interrupt, view)
 
 
 def dtype_of(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
-def demo_policy(config: Config, place: Path, device: torch.device) -> Policy:
+def demo_policy(config: Config, place: Path, device: torch.device, view: Plain) -> Policy:
     """Return the built-in model, warm-started once for each output directory."""
     if not place.exists():
-        say(
+        view.say(
             f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
             f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
         )
-        demo.make_model(place, config.run.seed, device, demo.WARM_STEPS)
+        demo.make_model(place, config.run.seed, device, demo.WARM_STEPS, view.warm_start)
     return load_policy(str(place), device, dtype_of(config))
 
 
@@ -168,11 +175,20 @@ def check_lengths(tokenizer: Any, context: int | None, task: Task, config: Confi
             )
 
 
+def make_engine(config: Config, task: Task, policy: Policy) -> Engine:
+    """Return what samples."""
+    longest = config.rollout.max_response_tokens
+    if config.rollout.engine == "vllm":
+        from mgrpo_kernels.train.rollout.vllm import VllmEngine
+
+        prompts = policy.encode([example.prompt for example in (*task.train, *task.held_out)])
+        return VllmEngine(policy, longest, max(map(len, prompts)), config.vllm)
+    return TransformersEngine(policy, longest, CACHE_SHARE * config.rollout.tokens_per_microbatch)
+
+
 def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
     """Build everything that a step works on, as it is before the first."""
-    engine = TransformersEngine(
-        policy, config.rollout.max_response_tokens, CACHE_SHARE * config.rollout.tokens_per_microbatch
-    )
+    engine = make_engine(config, task, policy)
     momentum = MomentumModel(policy.model, config.method.decay) if config.needs_momentum else None
     references = {"base": lambda: MomentumModel(policy.model, 1.0), "momentum": lambda: momentum, None: lambda: None}
     return Learner(
@@ -180,7 +196,7 @@ def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
     )
 
 
-def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
+def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> int:
     """Take the steps that are left, and leave final/ and the report behind; or stop early, with a checkpoint."""
     config, checkpoints = learner.config, output / "checkpoints"
     steps, every = config.optim.steps, config.run.checkpoint_every
@@ -190,10 +206,13 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
         state = checkpoint.load(found, learner.policy.device)
         checkpoint.restore(state, learner)
         start, metrics_bytes, samples_bytes = state["step"], state["metrics_bytes"], state["samples_bytes"]
-        say(f"resuming after step {start}")
+        view.say(f"resuming after step {start}")
     metrics, samples = Lines(output / "metrics.jsonl", metrics_bytes), Lines(output / "samples.jsonl", samples_bytes)
     guard = Guard(len(learner.task.held_out), config.eval.eval_samples)
-    guard.replay(read_lines(output / "metrics.jsonl"))
+    past = read_lines(output / "metrics.jsonl")
+    guard.replay(past)
+    view.begin(past)
+    loggers = open_loggers(config, output, past)
 
     def save(step: int) -> Path:
         best = None if config.run.guard == "off" else guard.best([*checkpoint.saved_steps(checkpoints), step])
@@ -207,11 +226,14 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
             best = guard.best(checkpoint.saved_steps(checkpoints))
             line["guard"] = guard.decide(config.run.guard, config.run.guard_rollbacks, best)
             place = "none yet" if best is None else str(checkpoints / f"step_{best}")
-            say(message(line["step"], signs, place, THEN[line["guard"]]))
+            line["guard_signs"] = "; ".join(signs)
+            view.warn(message(line["step"], signs, place, THEN[line["guard"]]))
             guard.note(line["guard"])
             if line["guard"] == "rollback":  # steps go on, and with them the random numbers: the fall is not repeated
                 checkpoint.restore(checkpoint.load(Path(place), learner.policy.device), learner)
         metrics.write(line)
+        for logger in loggers:
+            logger.write(line)
         return line["guard"]
 
     def measure(step: int) -> dict[str, float] | None:
@@ -225,19 +247,21 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
             evaluation = measure(0)
             if evaluation is not None:
                 watch(metrics_line({"step": 0}, evaluation))
-                say(progress({"step": 0}, evaluation, steps))
+                view.step({"step": 0}, evaluation, [])
                 if config.run.guard == "rollback":
                     save(0)
         for step in range(start + 1, steps + 1):
             if interrupt.asked:
                 place = save(step - 1)
+                view.stop()
+                write_report(output, learner.policy.device)
                 say(f"stopped after step {step - 1} of {steps}; saved {place}; go on with --output {output} --resume")
                 return INTERRUPTED
             chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
             values, shown = train_step(learner, [learner.task.train[each] for each in chosen], step)
+            shown = with_truth(shown, learner.task)
             evaluation = measure(step)
-            if evaluation is not None or step % config.run.log_every == 0:
-                say(progress(values, evaluation, steps))
+            view.step(values, evaluation, shown)
             done = watch(metrics_line(values, evaluation))
             for each in shown:
                 samples.write(each)
@@ -245,13 +269,16 @@ def train(learner: Learner, output: Path, interrupt: Interrupt) -> int:
             if done == "stop" or step == steps or new_best or (every and step % every == 0):
                 place = save(step)
             if done == "stop":
+                view.stop()
+                write_report(output, learner.policy.device)
                 say(f"stopped after step {step} of {steps}; saved {place}; --guard warn --resume goes on all the same")
                 return COLLAPSED
     finally:
-        metrics.close()
-        samples.close()
+        for each in (metrics, samples, *loggers):
+            each.close()
+    view.stop()
     save_final(learner.policy, output / "final")
-    write_report(output)
+    write_report(output, learner.policy.device)
     for line in closing(output, config):
         say(line)
     return 0
@@ -273,16 +300,13 @@ def write_text(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def progress(values: dict[str, Any], evaluation: dict[str, float] | None, steps: int) -> str:
-    """Return a step as a line of text."""
-    names = {
-        "reward_mean": "reward", "vote_share": "vote", "label_accuracy": "labels right", "entropy": "entropy",
-        "pruned_fraction": "pruned", "response_tokens": "length", "tokens_per_second": "tokens/s",
-    }  # fmt: skip
-    parts = [f"{text} {values[key]:.3g}" for key, text in names.items() if values.get(key) is not None]
-    if evaluation is not None:
-        parts.append(f"| held-out accuracy {evaluation['eval_accuracy']:.3f} greedy {evaluation['eval_greedy']:.3f}")
-    return f"step {values['step']:>{len(str(steps))}}/{steps}  {'  '.join(parts)}"
+def with_truth(samples: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
+    """Return lines for samples.jsonl with "correct": whether the answer equals the true one, None where that is not known."""
+    correct = equal_to_gold([each["answer"] for each in samples], [each["gold"] for each in samples], task.equivalence)
+    return [
+        {**each, "correct": None if math.isnan(value) else value == 1.0}
+        for each, value in zip(samples, correct.tolist(), strict=True)
+    ]
 
 
 def closing(output: Path, config: Config) -> list[str]:

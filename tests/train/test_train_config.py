@@ -29,7 +29,12 @@ BAD = {
     "filter_scope": ("all", "filter_scope: want one of both, vote, penalise, got 'all'"),
     "truncated": ("drop", "truncated: want one of keep, mask"),
     "loss_type": ("ppo", "loss_type: want one of grpo"),
-    "engine": ("vllm", "engine: want transformers, got 'vllm', which is not available in this version"),
+    "engine": ("sglang", "engine: want one of transformers, vllm, got 'sglang'"),
+    "top_p": (0.9, "top_p: want 1.0 for training, got 0.9: cut off, the tokens come from another distribution"),
+    "top_k": (50, "top_k: want 0 for training, got 50"),
+    "vllm_memory": (1.5, "vllm_memory: want a finite number > 0.0 and <= 1.0, got 1.5"),
+    "vllm_cache_gib": (0.0, "vllm_cache_gib: want a finite number > 0.0, got 0.0"),
+    "vllm_timeout": (0.0, "vllm_timeout: want a finite number > 0.0, got 0.0"),
     "prompts_per_step": (0, "prompts_per_step: want"),
     "tokens_per_microbatch": (0, "tokens_per_microbatch: want"),
     "clip_low": (-1.0, "clip_low: want"),
@@ -71,6 +76,8 @@ def test_bad_values_name_the_option(name: str) -> None:
             "momentum_scored_by: want momentum rollouts with it",
         ),
         ({"method": "srt", "decay_end": 0.999}, "decay_end: want a momentum model with it"),
+        ({"vllm_timeout": 60.0}, "vllm_timeout: want --engine vllm with it, without which it has no effect, got 60.0"),
+        ({"engine": "vllm", "eval_temperature": 0.005}, "eval_temperature (below 0.01 vLLM changes it): want a finite"),
         ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want --iqr-filter with it"),
         ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: want --iqr-filter with it"),
         ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: want kl_coef > 0 with it"),
@@ -110,6 +117,12 @@ def test_methods_bring_their_own_rollouts_and_filter() -> None:
     assert (crossed.momentum_rollouts, crossed.filters, crossed.needs_momentum) == (8, True, True)
     assert build({"method": "srt", "kl_reference": "momentum"}).needs_momentum
     assert build({"method": "co_rewarding"}).decay_end == 0.9999
+
+
+def test_behaviour_correction_comes_with_vllm() -> None:
+    assert [build({"engine": engine}).corrects_behaviour for engine in ("transformers", "vllm")] == [False, True]
+    assert not build({"engine": "vllm", "behaviour_correction": False}).corrects_behaviour
+    assert build({"behaviour_correction": True}).derived()["behaviour correction"].startswith("token weights")
 
 
 def test_later_layers_win() -> None:

@@ -218,7 +218,7 @@ def test_a_run_that_is_no_longer_finite_says_so(base: Path, tmp_path: Path, caps
             ["--model", "{dir}", "--data", "{dir}/data.jsonl", "--prompt-field", "q"],
             "want one of the fields answer, question",
         ),
-        (["--engine", "vllm"], "engine: want transformers, got 'vllm', which is not available in this version"),
+        (["--top-p", "0.9"], "top_p: want 1.0 for training, got 0.9"),
         (["--max-response-tokens", "60"], "max_response_tokens: want at most 5"),
     ],
 )

@@ -20,8 +20,15 @@ class Rollouts(NamedTuple):
     finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the longest length
 
 
+class EngineError(RuntimeError):
+    """The engine failed or hung. The run ends with the reason, and its last checkpoint stands."""
+
+
 class Engine(Protocol):
-    """What samples."""
+    """What samples.
+
+    One that holds a copy of the weights counts the seconds that bringing them there has taken so far in `sync_seconds`.
+    """
 
     def sample(
         self,
@@ -36,6 +43,11 @@ class Engine(Protocol):
 
         A temperature of 0 is greedy; log-probs are then at temperature 1.
         """
+
+
+def sync_seconds(engine: Engine) -> float | None:
+    """Return how long the engine has spent on taking over weights, or None for one that samples from the model in place."""
+    return getattr(engine, "sync_seconds", None)
 
 
 def join(parts: Sequence[Rollouts]) -> Rollouts:

@@ -1,0 +1,271 @@
+"""Sampling by vLLM, in this process, on the policy's device. The trainer's model is the master: vLLM gets a copy for every rollout."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import faulthandler
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.train.config import UsageError, VllmConfig
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout import EngineError, Rollouts
+from mgrpo_kernels.train.score import score
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: weights are handed over as tensors
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's, too
+    "VLLM_NO_USAGE_STATS": "1",
+}
+LEAST_TEMPERATURE = 0.01
+"""Below it vLLM samples at this temperature."""
+GRACE = 60.0
+"""Seconds that a call may go on after its time limit, before the process is ended from outside the call."""
+PROBE_ROWS, PROBE_TOKENS, PROBE_TEMPERATURE = 4, 8, 0.8
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Mean |trainer - sampler| log-prob that rounding may make, in nats. Weights that went astray make more than 1."""
+
+
+class VllmEngine:
+    """One vLLM engine for policy and momentum model. Before it samples, the weights of the one that is asked for are copied into it.
+
+    They are copied every time: a copy costs little beside a rollout, and a stale one would not show. The prefix cache is emptied with
+    them. Requests have seeds of their own, drawn from the caller's generator, so that a run is repeated, and resumed, to the same
+    tokens. When built it samples a few tokens, and the trainer scores them: a model that vLLM reads differently is refused.
+
+    Args:
+        policy: the model.
+        max_tokens: longest response.
+        max_prompt: longest prompt, in tokens.
+        options: vLLM's share of the configuration.
+
+    Raises:
+        UsageError: vLLM is not installed, cannot run this model or does not get its memory, or gives other log-probs than the trainer.
+    """
+
+    def __init__(self, policy: Policy, max_tokens: int, max_prompt: int, options: VllmConfig) -> None:
+        self.policy = policy
+        self.max_tokens = max_tokens
+        self.max_prompt = max(max_prompt, PROBE_TOKENS)
+        self.timeout = options.vllm_timeout
+        self.sleeps = policy.device.type == "cuda" if options.vllm_sleep is None else options.vllm_sleep
+        self.sync_seconds = 0.0
+        if self.sleeps and policy.device.type != "cuda":
+            raise UsageError("vllm_sleep: want a GPU, whose memory is then given back, got the device cpu")
+        self._llm = start(policy, self.max_prompt + max_tokens, self.sleeps, options)
+        self._asleep = False
+        self._check()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        *,
+        temperature: float,
+        generator: torch.Generator,
+        momentum: MomentumModel | None = None,
+    ) -> Rollouts:
+        """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.Engine`.
+
+        Raises:
+            ValueError: a prompt that is empty or longer than the engine was built for; a temperature that vLLM would change.
+            EngineError: vLLM failed, or took longer than its time limit.
+            FloatingPointError: a log-prob is not finite.
+        """
+        for prompt in prompts:
+            if not 0 < len(prompt) <= self.max_prompt:
+                raise ValueError(f"prompts: want 1 to {self.max_prompt} tokens, got {len(prompt)}")
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature: want 0 or >= {LEAST_TEMPERATURE} with vllm, got {temperature}")
+        rows = [prompt for prompt in prompts for _ in range(copies)]
+        seeds = torch.randint(2**63 - 1, (len(rows),), generator=generator, device=generator.device).tolist()
+        what = f"vllm: want {len(rows)} responses within {self.timeout:g} s (vllm_timeout)"
+        deadline = time.monotonic() + self.timeout
+        try:
+            with ended_after(self.timeout + min(GRACE, self.timeout), f"{what}, got a call that does not return"):
+                self._synchronize(momentum)
+                outputs = self._generate(rows, seeds, temperature, deadline)
+                self._sleep()
+        except TimeoutError as error:
+            raise EngineError(f"{what}, got {error}") from None
+        except Exception as error:
+            raise EngineError(f"{what}, got {type(error).__name__}: {error}") from error
+        return self._rollouts(outputs)
+
+    def _synchronize(self, momentum: MomentumModel | None) -> None:
+        """Copy the weights of the policy, or of the momentum model, into vLLM, and wake it for that."""
+        start = time.perf_counter()
+        if self._asleep:
+            torch.cuda.empty_cache()  # what the trainer has freed, vLLM may take
+            self._llm.wake_up(tags=["weights"])
+        weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
+        with weights:
+            named = checkpoint_weights(self.policy.model)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():  # what is cached is of the weights before
+            raise RuntimeError("the prefix cache was in use and kept")
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.sync_seconds += time.perf_counter() - start
+
+    def _generate(
+        self, rows: Sequence[Sequence[int]], seeds: Sequence[int], temperature: float, deadline: float
+    ) -> list[Any]:
+        """Return a completion for each row."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        done: dict[int, Any] = {}
+        try:
+            for row, (prompt, seed) in enumerate(zip(rows, seeds, strict=True)):
+                parameters = SamplingParams(
+                    temperature=temperature, seed=None if temperature == 0 else seed, max_tokens=self.max_tokens,
+                    stop_token_ids=self.policy.eos, ignore_eos=True,  # the trainer's list of ends is the only one
+                    logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                )  # fmt: skip
+                engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, parameters)
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    done[int(output.request_id)] = output.outputs[0]
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{len(done)}")
+        except BaseException:
+            engine.abort_request([str(row) for row in range(len(rows))])
+            raise
+        return [done[row] for row in range(len(rows))]
+
+    def _sleep(self) -> None:
+        if self.sleeps:
+            self._llm.sleep(level=2)  # weights too: they come anew before the next rollout
+            self._asleep = True
+
+    def _rollouts(self, outputs: Sequence[Any]) -> Rollouts:
+        lengths = torch.tensor([len(each.token_ids) for each in outputs])
+        width = int(lengths.max())
+        mask = torch.arange(width) < lengths[:, None]  # (B, R)
+        tokens = torch.zeros(mask.shape, dtype=torch.int64)
+        logprobs = torch.zeros(mask.shape)
+        tokens[mask] = torch.tensor([token for each in outputs for token in each.token_ids])
+        logprobs[mask] = torch.tensor([value for each in outputs for value in each.logprobs.logprobs])
+        if not bool(torch.isfinite(logprobs).all()):
+            raise FloatingPointError(
+                "rollout: want finite log-probs, got NaN or inf: the model's logits are not numbers any more"
+            )
+        last = tokens.gather(1, lengths[:, None] - 1).squeeze(1)
+        finished = torch.isin(last, torch.tensor(self.policy.eos))
+        return Rollouts(*(values.to(self.policy.device) for values in (tokens, mask, logprobs, finished)))
+
+    def _check(self) -> None:
+        """Raise UsageError where vLLM's log-probs are not the trainer's."""
+        policy, seed = self.policy, torch.Generator().manual_seed(0)
+        vocabulary = policy.head()[0].shape[0]
+        prompts = torch.randint(vocabulary, (PROBE_ROWS, PROBE_TOKENS), generator=seed).tolist()
+        try:
+            seen = self.sample(prompts, 1, temperature=PROBE_TEMPERATURE, generator=seed)
+        except EngineError as error:
+            raise UsageError(
+                f"engine: want a model whose weights vLLM takes, got {name_of(policy)}: {error}"
+            ) from error
+        own = score(
+            policy, prompts, seen.tokens, seen.mask, temperature=PROBE_TEMPERATURE, budget=1, stats=("logprob",)
+        )
+        assert own.logprob is not None
+        worst = float((own.logprob - seen.logprobs)[seen.mask].abs().mean())
+        if not worst <= PROBE_TOLERANCE[policy.dtype]:
+            raise UsageError(
+                f"engine: want a model that vLLM and transformers read alike (mean difference of log-probs at most "
+                f"{PROBE_TOLERANCE[policy.dtype]:g} in {policy.dtype}), got {name_of(policy)}, which differs by {worst:.3g}"
+            )
+
+
+def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) -> Any:
+    """Return vLLM's engine for the policy's configuration, its weights not yet the policy's.
+
+    Raises:
+        UsageError: it does not start.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "engine: want transformers under torchrun, since vllm here is one engine of one process, got vllm"
+        )
+    os.environ.update(ENVIRONMENT)
+    # What matters is raised, and the rest hides the trainer's lines.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        from vllm import LLM, __version__
+    except ImportError as error:
+        raise UsageError(
+            f"engine: want the package vllm, got none that can be imported ({error}): make vllm"
+        ) from error
+    on_cpu = policy.device.type == "cpu"
+    cache_gib = 1.0 if on_cpu and options.vllm_cache_gib is None else options.vllm_cache_gib
+    model_config = copy.deepcopy(policy.model.config)
+    model_config.architectures = [type(policy.model).__name__]
+    set_num_threads = torch.set_num_threads
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            model_config.save_pretrained(place)
+            return LLM(
+                place, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",  # not the model's own top-p
+                dtype=str(policy.dtype).removeprefix("torch."), logprobs_mode="processed_logprobs", max_model_len=max_length,
+                enforce_eager=on_cpu if options.vllm_eager is None else options.vllm_eager, enable_sleep_mode=sleeps,
+                gpu_memory_utilization=options.vllm_memory,
+                kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
+            )  # fmt: skip
+    except Exception as error:
+        raise UsageError(
+            f"engine: want a model and memory with which vLLM {__version__} starts, got {name_of(policy)} and "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
+
+
+def name_of(policy: Policy) -> str:
+    return type(policy.model).__name__
+
+
+def checkpoint_weights(model: Any) -> dict[str, Tensor]:
+    """Return a model's weights under the names that a checkpoint has, tied ones once: what vLLM reads.
+
+    In memory transformers keeps some weights merged and renamed, experts above all.
+    """
+    names = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    return revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float, reason: str) -> Iterator[None]:
+    """End the process, with the reason and every thread's stack, where the block takes longer.
+
+    A call that hangs in compiled code cannot be left from Python. The last checkpoint stands.
+    """
+
+    def end() -> None:
+        os.write(2, f"error: {reason}; --resume goes on from the last checkpoint\n".encode())
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
