@@ -1,10 +1,17 @@
-"""Prompts: JSONL files, the prompt template, and which prompts a step gets."""
+r"""Prompts: files and data sets, the fields of a row, the prompt template, and which prompts a step gets.
+
+What is read: JSONL, JSON, Parquet, and whatever the package datasets loads. A row has a question and, where it is known, the true
+answer: plain (MATH, AMC's ``144.0``, AIME's ``025``), or at the end of a solution (GSM8K's ``#### 1,080``, MATH's ``\boxed{}``).
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +19,20 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import extract_answer
+from mgrpo_kernels.train.chat import wrapper
 from mgrpo_kernels.train.config import Config, UsageError
 from mgrpo_kernels.train.labels import METHODS
+from mgrpo_kernels.train.policy import read_tokenizer
 from mgrpo_kernels.train.streams import stream
 from mgrpo_kernels.vote import Equivalence, answers_equal
+
+logger = logging.getLogger("mgrpo_kernels")
+
+SPLITS = {"data": "train", "eval_data": "test"}
+FIELDS = {"prompt_field": ("question", "prompt", "problem"), "answer_field": ("answer", "solution")}
+"""What a field may be called where no option names it: the first where there is one, else the others, if it is one of them."""
+LONGEST_ANSWER = 256
+"""Characters. A longer text in which no answer is marked is a solution that forgot to, not an answer."""
 
 
 class Example(NamedTuple):
@@ -34,22 +51,212 @@ class Task(NamedTuple):
     equivalence: Equivalence = "math"
 
 
+class Row(NamedTuple):
+    """A row of data, and where it stands, for messages."""
+
+    place: str
+    values: dict[str, Any]
+
+
 def load_task(config: Config) -> Task:
-    """Return the task that the configuration names.
+    """Return the task that the configuration names; what is odd about the data goes to the log.
 
     Raises:
-        UsageError: unreadable file, broken line, missing field, no rows, or a template without {question}.
+        UsageError: unreadable data, broken row, missing field, no rows, a template without {question}, or a gold answer that is longer
+            than the model's context.
     """
+    assert config.model.model is not None
     assert config.data.data is not None
-    template = read_template(config.data.prompt_template)
-    needs_gold = METHODS[config.method.method].needs_gold
-    train = read_examples(config.data.data, config.data.prompt_field, config.data.answer_field, template, needs_gold)
-    held_out: list[Example] = []
-    if config.data.eval_data is not None:
-        held_out = read_examples(
-            config.data.eval_data, config.data.prompt_field, config.data.answer_field, template, True
+    train = read_examples(config, "data", METHODS[config.method.method].needs_gold)
+    held_out = [] if config.data.eval_data is None else read_examples(config, "eval_data", True)
+    warn_of_repeats(train, held_out)
+    tokenizer, context = read_tokenizer(config.model.model)
+    check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
+    wrap = wrapper(config.model.model, tokenizer, config.data.chat_template)
+    return Task(*([each._replace(prompt=wrap(each.prompt)) for each in part] for part in (train, held_out)))
+
+
+# --- Rows
+
+
+def read_rows(source: str, option: str) -> list[Row]:
+    """Read the rows of a file, by its ending, or of a data set.
+
+    Raises:
+        UsageError: it cannot be read or has no rows; names the file and the line.
+    """
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    path = Path(source)
+    if path.suffix.lower() in readers:
+        rows = list(readers[path.suffix.lower()](path, option))
+    elif path.is_file():
+        raise UsageError(f"{option}: want a file that ends in {', '.join(readers)}, got {source}")
+    else:
+        rows = list(_data_set(source, option))
+    if not rows:
+        raise UsageError(f"{option}: want at least one example, got none in {source}")
+    return rows
+
+
+def _jsonl(path: Path, option: str) -> Iterator[Row]:
+    # Not splitlines(), which also ends a line at U+2028 and the like: JSON has them inside its texts.
+    for number, line in enumerate(_text(path, option, "JSONL").split("\n"), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield _row(place, option, _parsed(line, f"a JSON object in {place}", option))
+
+
+def _json(path: Path, option: str) -> Iterator[Row]:
+    values = _parsed(
+        _text(path, option, "JSON"), f"a list of JSON objects in {path} (one a line: call it .jsonl)", option
+    )
+    if not isinstance(values, list):
+        raise UsageError(f"{option}: want a list of JSON objects in {path}, got {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        yield _row(f"{path}, object {number}", option, value)
+
+
+def _parquet(path: Path, option: str) -> Iterator[Row]:
+    reader = _package("pyarrow.parquet", f"{option}: want pyarrow to read {path}")
+    try:
+        values = reader.read_table(path).to_pylist()
+    except (OSError, ValueError, NotImplementedError) as error:  # of pyarrow's own, all that are about files
+        raise UsageError(f"{option}: want a readable Parquet file, got {path}: {error}") from error
+    return (_row(f"{path}, row {number}", option, value) for number, value in enumerate(values, 1))
+
+
+def _data_set(source: str, option: str) -> Iterator[Row]:
+    parts = [source] if Path(source).is_dir() else re.split(r":(?![^\[]*\])", source)  # train[:100] is one part
+    name, split = parts[0], parts[-1] if len(parts) > 1 else SPLITS[option]
+    if len(parts) > 3 or not all(parts):
+        raise UsageError(f"{option}: want NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got {source!r}")
+    datasets = _package("datasets", f"{option}: want the package datasets for {source}, which is no file")
+    try:
+        values = datasets.load_dataset(name, parts[1] if len(parts) == 3 else None, split=split)
+    except Exception as error:  # datasets has no common base for what can go wrong between here and a hub
+        what = f"a file, a directory or a data set on the hub, with a split {split!r}"
+        raise UsageError(f"{option}: want {what}, got {source}: {str(error)[:400]}") from error
+    return (_row(f"{source}, row {number}", option, value) for number, value in enumerate(values, 1))
+
+
+def _package(name: str, wanted: str) -> Any:
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{wanted}, got none installed: pip install {package}") from error
+
+
+def _text(path: Path, option: str, kind: str) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{option}: want a readable {kind} file, got {path}: {error}") from error
+    try:
+        return content.decode("utf-8-sig")  # Windows programs begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{option}: want UTF-8 in {path}, got byte 0x{content[error.start]:02x} in line {line}: {error.reason}"
+        ) from error
+
+
+def _parsed(text: str, wanted: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{option}: want {wanted}, got {_shown(text)} ({error})") from error
+
+
+def _row(place: str, option: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise UsageError(f"{option}: want a JSON object in {place}, got {_shown(value)}")
+    return Row(place, value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+# --- Examples
+
+
+def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example]:
+    """Read what the option data or eval_data names.
+
+    Raises:
+        UsageError: names the file and the row.
+    """
+    source: str = getattr(config.data, option)
+    template, rows = read_template(config.data.prompt_template), read_rows(source, option)
+    names = sorted(set().union(*(row.values for row in rows)))
+    prompt_field = find_field("prompt_field", config.data.prompt_field, names, source, needed=True)
+    # Training data may lack a field that is named for the held-out ones.
+    needed = needs_gold or (config.data.answer_field is not None and config.data.eval_data is None)
+    answer_field = find_field("answer_field", config.data.answer_field, names, source, needed=needed)
+    examples = []
+    for row in rows:
+        question, gold = _field(row, "prompt_field", prompt_field), None
+        if needs_gold or row.values.get(answer_field) is not None:
+            answer = _field(row, "answer_field", answer_field)
+            gold = read_gold(answer)
+            if needs_gold and gold is None:
+                raise UsageError(
+                    f"answer_field: want an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} of {row.place}, "
+                    f"got {len(answer)} characters with neither: {_shown(answer)}"
+                )
+        examples.append(Example(template.replace("{question}", question), gold))
+    unread = sum(row.values.get(answer_field) is not None for row in rows) - sum(
+        each.gold is not None for each in examples
+    )
+    if unread:
+        logger.warning("%s: %d of %d rows have no answer in %r that can be read; label_accuracy leaves them out",
+                       option, unread, len(rows), answer_field)  # fmt: skip
+    return examples
+
+
+def find_field(option: str, given: str | None, names: Sequence[str], source: str, *, needed: bool) -> str:
+    """Return the field that the option names; where it names none the usual one, or with a word in the log the only one like it.
+
+    Raises:
+        UsageError: it is needed, and not there; or more than one is like it.
+    """
+    usual, *others = FIELDS[option]
+    alike = [name for name in others if name in names]
+    if given is None and usual not in names and alike:
+        if len(alike) > 1:
+            raise UsageError(
+                f"{option}: want the name of a field of {source}, which has {' and '.join(alike)}, got none"
+            )
+        logger.warning("%s: %s, since %s has no %s", option, alike[0], source, usual)
+        return alike[0]
+    name = usual if given is None else given
+    if needed and name not in names:
+        raise UsageError(f"{option}: want one of the fields {', '.join(names) or '(none)'} of {source}, got {name!r}")
+    return name
+
+
+def _field(row: Row, option: str, name: str) -> str:
+    if name not in row.values:
+        raise UsageError(
+            f"{option}: want one of the fields {', '.join(sorted(row.values)) or '(none)'} of {row.place}, got {name!r}"
         )
-    return Task(train, held_out)
+    value = row.values[name]
+    fine = isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip()
+    if not fine or (isinstance(value, float) and not math.isfinite(value)):
+        raise UsageError(f"{option}: want a text or a number in {name!r} of {row.place}, got {_shown(value)}")
+    text = str(value)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(
+            f"{option}: want a text in {name!r} of {row.place}, got half a surrogate pair in {_shown(text)}"
+        )
+    return text
+
+
+def read_gold(text: str) -> str | None:
+    """Return the true answer in a field: what a solution marks as its answer, or the text itself, unless that is too long for one."""
+    return extract_answer(text) or (text.strip() if len(text.strip()) <= LONGEST_ANSWER else None)
 
 
 def read_template(text_or_file: str) -> str:
@@ -70,53 +277,49 @@ def read_template(text_or_file: str) -> str:
     return template
 
 
-def read_examples(path: str, prompt_field: str, answer_field: str, template: str, needs_gold: bool) -> list[Example]:
-    """Read a JSONL file: one object a line; empty lines are passed over.
+def warn_of_repeats(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Say in the log which prompts stand there twice, and which held-out ones are trained on: spaces make no difference."""
 
-    Raises:
-        UsageError: names the file and the line.
-    """
-    examples: list[Example] = []
-    try:
-        # Not splitlines(), which also ends a line at U+2028 and the like: JSON has them inside its texts.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data: want a readable JSONL file, got {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"data: want a JSON object in {place}, got {line[:60]!r} ({error})") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"data: want a JSON object in {place}, got {line[:60]!r}")
-        question = _field(row, "prompt_field", prompt_field, place)
-        gold = (
-            _field(row, "answer_field", answer_field, place)
-            if needs_gold or row.get(answer_field) is not None
-            else None
+    def same(example: Example) -> str:
+        return " ".join(example.prompt.split())
+
+    for option, examples in (("data", train), ("eval_data", held_out)):
+        different = {same(example) for example in examples}
+        answers = {(same(example), example.gold) for example in examples}
+        if len(different) < len(examples):
+            logger.warning(
+                "%s: %d of %d prompts repeat another, %d with another answer; each counts as often as it stands there",
+                option, len(examples) - len(different), len(examples), len(answers) - len(different),
+            )  # fmt: skip
+    trained = {same(example) for example in train}
+    seen = sum(same(example) in trained for example in held_out)
+    if seen:
+        logger.warning(
+            "eval_data: %d of %d held-out prompts are trained on too: accuracy on them is no measure of new ones",
+            seen,
+            len(held_out),
         )
-        examples.append(
-            Example(
-                template.replace("{question}", question), None if gold is None else extract_answer(gold) or gold.strip()
+
+
+def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | None, longest: int) -> None:
+    """Raise UsageError for a true answer longer than the context; say in the log how many are longer than the longest response."""
+    golds = list(dict.fromkeys(example.gold for example in examples if example.gold is not None))
+    ids = tokenizer(golds, add_special_tokens=False)["input_ids"] if golds else []
+    lengths = [len(each) for each in ids]
+    for gold, length in zip(golds, lengths, strict=True):
+        if context is not None and length > context:
+            raise UsageError(
+                f"answer_field: want answers that fit a context of {context} tokens, got one of {length}: {_shown(gold)}"
             )
-        )
-    if not examples:
-        raise UsageError(f"data: want at least one example, got none in {path}")
-    return examples
+    too_long = sum(length > longest for length in lengths)
+    if too_long:
+        logger.warning(
+            "max_response_tokens: %d of %d different true answers are longer than %d tokens: no response can give them",
+            too_long, len(golds), longest,
+        )  # fmt: skip
 
 
-def _field(row: dict[str, Any], option: str, name: str, place: str) -> str:
-    if name not in row:
-        raise UsageError(
-            f"{option}: want one of the fields {', '.join(sorted(row)) or '(none)'} of {place}, got {name!r}"
-        )
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise UsageError(f"{option}: want a text or a number in {name!r} of {place}, got {value!r}")
-    return str(value)
+# --- Steps
 
 
 def prompts_of_step(size: int, per_step: int, step: int, seed: int) -> list[int]:

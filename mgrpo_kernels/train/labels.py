@@ -33,6 +33,8 @@ class Method(NamedTuple):
     text: str
     momentum_share: float = 0.0  # of a prompt's rollouts, by default
     filters: bool = False  # whether the IQR filter prunes, by default
+    reads: str = "label"  # of the vote; or "shares" of its clusters, or "nothing"
+    highest: float = math.inf  # no reward is above this
     voters: str = "survivors"  # or "momentum": of these only the momentum model's
     train_share: float = 1.0  # of a prompt's policy rollouts; the others only vote
     decay_end: float | None = None  # of the momentum model, along a cosine
@@ -82,14 +84,16 @@ METHODS: dict[str, Method] = {
     "mgrpo": Method(_agreement, "majority of policy and momentum model, after the IQR filter", momentum_share=0.25, filters=True),
     "srt": Method(_agreement, "majority of the policy's own rollouts"),
     "ttrl": Method(_agreement, "all vote, half of them train", train_share=0.5),
-    "soft_vote": Method(_cluster_share, "share of the rollout's own answer (SRT-soft)"),
-    "empo": Method(_certain_cluster_share, "that share, but nothing where a group is too uncertain"),
-    "intuitor": Method(_self_certainty, "self-certainty: mean of logsumexp(z) - mean(z)", needs_self_certainty=True),
-    "rent": Method(_low_entropy, "minus the mean token entropy"),
+    "soft_vote": Method(_cluster_share, "share of the rollout's own answer (SRT-soft)", reads="shares"),
+    "empo": Method(_certain_cluster_share, "that share, but nothing where a group is too uncertain", reads="shares"),
+    "intuitor": Method(
+        _self_certainty, "self-certainty: mean of logsumexp(z) - mean(z)", reads="nothing", needs_self_certainty=True
+    ),
+    "rent": Method(_low_entropy, "minus the mean token entropy", reads="nothing", highest=0.0),
     "co_rewarding": Method(
         _agreement, "majority of the momentum model's rollouts alone (Co-rewarding-II)", momentum_share=0.5, voters="momentum",
         decay_end=0.9999,
     ),
-    "gold": Method(_gold, "the true answer: the supervised upper bound", needs_gold=True),
-    "random": Method(_coin_flips, "coin flips: the control"),
+    "gold": Method(_gold, "the true answer: the supervised upper bound", reads="nothing", needs_gold=True),
+    "random": Method(_coin_flips, "coin flips: the control", reads="nothing"),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -42,7 +43,7 @@ class Policy:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.dtype = dtype
-        self.eos = _eos(model, tokenizer)
+        self.eos = _eos(model.generation_config, tokenizer)
         try:
             head = lm_head(model)
         except TypeError as error:
@@ -116,9 +117,9 @@ class Policy:
             )
 
 
-def _eos(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a response."""
-    of_model = getattr(model.generation_config, "eos_token_id", None)
+def _eos(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a response, by the model's generation configuration and its tokenizer."""
+    of_model = getattr(generation, "eos_token_id", None)
     ids = of_model if isinstance(of_model, list) else [of_model]
     found = sorted({each for each in [*ids, tokenizer.eos_token_id] if each is not None})
     if not found:
@@ -151,8 +152,37 @@ def load_policy(name: str, device: torch.device, dtype: torch.dtype) -> Policy:
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(name, error)) from error
     policy = Policy(model.to(device), tokenizer, dtype)
+    check_tokenizer(tokenizer, policy.eos, policy.head()[0].shape[0], name)
     policy.check()
     return policy
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], vocabulary: int, name: str) -> None:
+    """Raise UsageError for a tokenizer that is another model's, or that ends every prompt. It needs no token for padding."""
+    largest = max(
+        tokenizer.vocab_size - 1, *eos
+    )  # tokens added for padding and the like may lie beyond, and are not used
+    if largest >= vocabulary:
+        raise UsageError(
+            f"model: want a tokenizer whose ids are below the vocabulary of {vocabulary}, got {largest} in {name}"
+        )
+    last = tokenizer("1")["input_ids"][-1:]
+    if last and last[0] in eos:
+        raise UsageError(
+            f"model: want a tokenizer that leaves a prompt open, got one that ends it with token {last[0]} in {name}"
+        )
+
+
+def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a response of a model, without its weights.
+
+    Raises:
+        UsageError: there are none.
+    """
+    try:
+        return _eos(GenerationConfig.from_pretrained(name), tokenizer)
+    except OSError:  # the model comes without that file, and goes by its configuration
+        return _eos(AutoConfig.from_pretrained(name).get_text_config(), tokenizer)
 
 
 def read_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
