@@ -62,6 +62,19 @@ class Patch:
         owner, attribute = self._find(module, name)
         return getattr(owner, attribute)
 
+    def check(self, module: str, name: str, parameters: Sequence[str]) -> None:
+        """Check that `name` of `module`, which is called here but stays, takes these parameters, in order.
+
+        Raises:
+            IntegrationError: it is not there, or takes others.
+        """
+        found = tuple(inspect.signature(self.original(module, name)).parameters)
+        if found != tuple(parameters):
+            raise IntegrationError(
+                f"{module}.{name}: want the parameters ({', '.join(parameters)}), got ({', '.join(found)}): "
+                f"this version of {self.library} is not one that this integration knows; {self._install}"
+            )
+
     def replace(self, module: str, name: str, new: Any, *, parameters: Sequence[str] | None = None) -> None:
         """Have :meth:`apply` put `new` in place of `name` (dots reach into classes) of `module`.
 
@@ -72,14 +85,9 @@ class Patch:
             IntegrationError: the library is not installed, the name is not there, or its parameters are others.
         """
         assert not self._applied
-        owner, attribute = self._find(module, name)
         if parameters is not None:
-            found = tuple(inspect.signature(getattr(owner, attribute)).parameters)
-            if found != tuple(parameters):
-                raise IntegrationError(
-                    f"{module}.{name}: want the parameters ({', '.join(parameters)}), got ({', '.join(found)}): "
-                    f"this version of {self.library} is not one that this integration knows"
-                )
+            self.check(module, name, parameters)
+        owner, attribute = self._find(module, name)
         original = vars(owner).get(attribute, _INHERITED)
         self._replacements.append(_Replacement(f"{module}.{name}", owner, attribute, original, new))
 
