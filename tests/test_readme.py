@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HIDDEN = {".gitignore", ".pre-commit-config.yaml"}  # what a reader expects to find
+HIDDEN = {".gitignore", ".pre-commit-config.yaml", "mkdocs.yml"}  # what a reader expects to find
 
 
 def drawn():

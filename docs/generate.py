@@ -1,0 +1,107 @@
+"""Write the pages that repeat what the code says: options.md, presets.md, metrics.md (``python docs/generate.py``).
+
+A test compares them with what this file would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from mgrpo_kernels.train.__main__ import make_parser
+from mgrpo_kernels.train.config import PRESETS
+from mgrpo_kernels.train.demo import OPTIONS
+from mgrpo_kernels.train.metrics import EVALUATION, KEYS
+
+DOCS = Path(__file__).parent
+WRITTEN = "<!-- Written by docs/generate.py: change the code, then run that. -->"
+
+
+def pages() -> dict[str, str]:
+    """Return each generated page's text by its name in docs/."""
+    return {"options.md": options(), "presets.md": presets(), "metrics.md": metrics()}
+
+
+def options() -> str:
+    """Return the trainer's options as its own command line has them."""
+    text = f"""# Options of the trainer
+
+{WRITTEN}
+
+An option is `--like-this` on the command line and `like_this:` in the YAML file that `--config` names. The command line wins
+over the file, and the file over the defaults. "none" means: not set.
+
+A value that makes no sense, alone or together with others, ends the command with status 2 before anything is written, and says
+which option, what was wanted and what came. `--dry-run` checks everything, prints the plan (every value, what follows from them,
+parameters, memory) and stops.
+"""
+    for group in make_parser()._action_groups:
+        rows = [(name_of(action), help_of(action)) for action in group._group_actions if action.dest != "help"]
+        if rows:
+            text += f"\n## {(group.title or '').capitalize()}\n\n{table('option', rows)}"
+    changed = [(f"`--{name.replace('_', '-')}`", f"`{value}`") for name, value in OPTIONS.items()]
+    return f"{text}\n## The built-in task\n\nWithout `--model` and `--data` the defaults are these instead:\n\n{table('option', changed)}"
+
+
+def name_of(action: argparse.Action) -> str:
+    """Return an option with the place of its value."""
+    if action.choices:
+        return f"`{action.option_strings[0]}` {', '.join(f'`{each}`' for each in action.choices)}"
+    value = f" {action.metavar}" if action.metavar else ""
+    return ", ".join(f"`{each}{value}`" for each in action.option_strings)
+
+
+def help_of(action: argparse.Action) -> str:
+    """Return what ``--help`` says of an option."""
+    text = (action.help or "").replace("%%", "%")
+    return text.replace("\n", "\\n").replace("<", "&lt;")
+
+
+def presets() -> str:
+    """Return the presets as they are, with the sources in their comments."""
+    text = f"""# Presets
+
+{WRITTEN}
+
+`--config NAME` takes one of these where no file of that name exists. Options on the command line win over it. None names data.
+
+<!-- not run: the model would be downloaded -->
+```bash
+python -m mgrpo_kernels.train --config paper --data questions.jsonl --eval-data held_out.jsonl --dry-run
+```
+"""
+    files = [
+        f"\n## {path.stem}\n\n```yaml\n{path.read_text('utf-8').rstrip()}\n```\n"
+        for path in sorted(PRESETS.glob("*.yaml"))
+    ]
+    return text + "".join(files)
+
+
+def metrics() -> str:
+    """Return the keys of metrics.jsonl and what they mean."""
+    every = [(f"`{key}`", text) for key, text in KEYS.items() if key not in EVALUATION]
+    evaluation = [(f"`{key}`", KEYS[key]) for key in EVALUATION]
+    return f"""# Metrics
+
+{WRITTEN}
+
+`metrics.jsonl` has a line a step, and every line every key of the first table, in this order. A figure that does not exist, or is
+not finite, is `null`, never NaN. A resumed run cuts the file back to its checkpoint: no step stands there twice. Which of the
+figures tell of collapse is said on [the guard's page](guard.md).
+
+{table("key", every)}
+On steps with an evaluation, step 0 (before the first) included, these as well:
+
+{table("key", evaluation)}"""
+
+
+def table(first: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table of two columns, the second without a heading."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows]
+    return f"| {first} | |\n|---|---|\n{''.join(lines)}"
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        (DOCS / page).write_text(text, encoding="utf-8")
