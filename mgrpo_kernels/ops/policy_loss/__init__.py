@@ -45,7 +45,8 @@ def group_advantages(
         groups: group size G, or int offsets ``(P+1,)`` of contiguous groups.
         mask: ``(B,)`` bool; a dropped rollout counts for nothing and gets 0, whatever its reward holds.
         baseline: "mean" of the group, or "leave_one_out" (RLOO, arXiv 2402.14740): the mean of the others.
-        scale: "std" of the group (unbiased), "batch": std over all kept rollouts (REINFORCE++), or "none" (Dr. GRPO).
+        scale: "std" of the group (unbiased), "batch": std over all kept rollouts (REINFORCE++, arXiv 2501.03262), or "none" (Dr. GRPO,
+            arXiv 2503.20783).
         eps: >= 0, added to the scale.
         backend: ``reference``, ``native`` or ``triton``; None picks.
 
@@ -102,17 +103,19 @@ def policy_loss(
     with ratio r = exp(logprob - old) ("sequence": the exponential of its mean over the sequence, GSPO, arXiv 2507.18071), and by
     `loss_type` the surrogate (A the advantage), a token's share, and what the normalizer counts:
 
-    ========  =======================================================  ================  ================================
-    grpo      -min(min(r, delta) A, clip(r, 1 - low, 1 + high) A)      1 / its length    sequences
-    bnpo      the same                                                 1                 tokens
-    dapo      the same                                                 1                 tokens
-    dr_grpo   the same                                                 1                 sequences x max_response_tokens
-    luspo     the same                                                 1                 sequences
-    cispo     -min(r, cispo_cap) A logprob, the weight held constant   1                 tokens
-    sapo      -4 sigmoid(tau (r - 1)) / tau A                          1 / its length    sequences
-    vespo     -gamma(w) A logprob, w the sequence's weight             1                 tokens
-    ========  =======================================================  ================  ================================
+        ========  =======================================================  ================  ================================
+        grpo      -min(min(r, delta) A, clip(r, 1 - low, 1 + high) A)      1 / its length    sequences
+        bnpo      the same                                                 1                 tokens
+        dapo      the same                                                 1                 tokens
+        dr_grpo   the same                                                 1                 sequences x max_response_tokens
+        luspo     the same                                                 1                 sequences
+        cispo     -min(r, cispo_cap) A logprob, the weight held constant   1                 tokens
+        sapo      -4 sigmoid(tau (r - 1)) / tau A                          1 / its length    sequences
+        vespo     -gamma(w) A logprob, w the sequence's weight             1                 tokens
+        ========  =======================================================  ================  ================================
 
+    Sources: grpo arXiv 2402.03300, dapo 2503.14476, dr_grpo 2503.20783, luspo 2602.05261, cispo 2506.13585, sapo 2511.20347, vespo
+    2602.10693; clip_delta 2505.07291; kl_bias_correction 2512.02556; k1, k2, k3: J. Schulman, "Approximating KL Divergence".
     The meanings are those of TRL 1.16's ``GRPOTrainer._compute_loss``. exp() never sees a masked position.
 
     Args:

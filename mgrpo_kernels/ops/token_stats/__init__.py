@@ -228,7 +228,10 @@ def logprobs_from_logits(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Return log softmax(logits / temperature)[labels]; `labels` ``(...)`` or ``(..., K)``. See :func:`token_stats_from_logits`."""
+    """Return log softmax(logits / temperature)[labels], of labels' shape, ``(...)`` or ``(..., K)``, float32.
+
+    As :func:`token_stats_from_logits`, whose arguments and errors these are.
+    """
     stats = token_stats_from_logits(
         logits, labels, stats=("logprob",), temperature=temperature, mask=mask, backend=backend
     )
@@ -239,7 +242,10 @@ def logprobs_from_logits(
 def entropy_from_logits(
     logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """Return the entropy of softmax(logits / temperature), ``(...)``, in nats. See :func:`token_stats_from_logits`."""
+    """Return the entropy of softmax(logits / temperature), ``(...)`` float32, in nats.
+
+    As :func:`token_stats_from_logits`, whose arguments and errors these are.
+    """
     stats = token_stats_from_logits(
         logits, None, stats=("entropy",), temperature=temperature, mask=mask, backend=backend
     )
@@ -255,7 +261,10 @@ def logprobs_and_entropy_from_logits(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (log-probability of the labels, entropy). See :func:`token_stats_from_logits`."""
+    """Return (log-probability of the labels, entropy), of labels' shape and ``(...)``, float32, in nats.
+
+    As :func:`token_stats_from_logits`, whose arguments and errors these are.
+    """
     stats = token_stats_from_logits(logits, labels, temperature=temperature, mask=mask, backend=backend)
     assert stats.logprob is not None
     assert stats.entropy is not None
