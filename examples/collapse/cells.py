@@ -1,6 +1,6 @@
 """The cells of the collapse study: what each run passes to ``python -m mgrpo_kernels.train``.
 
-All share :data:`COMMON`. A cell is what it adds to that; the first words of its name are the table's row.
+All share :data:`COMMON`; a cell is what it adds to that. ``base`` is no option of the trainer: it names the model to start from.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ COMMON = {
 }  # fmt: skip
 """The built-in task at its own learning rate, which here never falls, for 12 times as many steps as `make train` takes."""
 
-PAPER = {"method": "mgrpo"}
-MOMENTUM = {"method": "mgrpo", "iqr_filter": False}
+LAZY_SHARE, LAZY_RESPONSE = 0.22, "#7$"
+"""With ``base: lazy`` this share of the warm start's targets is the same answer whatever the sum: something to collapse onto."""
+
+PAPER: dict[str, object] = {"method": "mgrpo"}
+MOMENTUM: dict[str, object] = {"method": "mgrpo", "iqr_filter": False}
 
 MAIN: dict[str, dict[str, object]] = {
     "srt": {"method": "srt"},
@@ -28,6 +31,10 @@ REST: dict[str, dict[str, object]] = {
     "teacher labels only": {"method": "co_rewarding", "momentum_rollouts": 8, "decay_end": 0.99},
     "mgrpo, scope vote": {**PAPER, "filter_scope": "vote"},
     "mgrpo, scope penalise": {**PAPER, "filter_scope": "penalise"},
+    "lazy: srt": {"base": "lazy", "method": "srt"},
+    "lazy: srt + momentum": {"base": "lazy", **MOMENTUM},
+    "lazy: mgrpo": {"base": "lazy", **PAPER},
+    "lazy: mgrpo, scope vote": {"base": "lazy", **PAPER, "filter_scope": "vote"},
 }
 
 CELLS = {**MAIN, **REST}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,20 @@ def model_config() -> LlamaConfig:
     )  # fmt: skip
 
 
-def make_model(place: Path, seed: int, device: torch.device, warm_steps: int) -> None:
-    """Warm-start the model, and leave it with its tokenizer in `place`, complete or not at all."""
+def make_model(
+    place: Path,
+    seed: int,
+    device: torch.device,
+    warm_steps: int,
+    tell: Callable[[int, int, float, float], None] = lambda *_: None,
+    teach: Callable[[random.Random, set[str]], tuple[str, str]] | None = None,
+) -> None:
+    """Warm-start the model, and leave it with its tokenizer in `place`, complete or not at all.
+
+    `tell` hears, at each look at it: steps taken, most steps, accuracy, the accuracy that ends it. `teach` gives what to imitate, as
+    :func:`lesson` does, which it replaces.
+    """
+    teach = teach or lesson
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "demo weights", 0).initial_seed())
         model: Any = LlamaForCausalLM(model_config())
@@ -102,9 +115,12 @@ def make_model(place: Path, seed: int, device: torch.device, warm_steps: int) ->
     draw = random.Random(f"{seed} warm start")
     held_out = {each.prompt for each in make_task(seed).held_out}
     for step in range(warm_steps):
-        if step % WARM_CHECK == 0 and warm_accuracy(policy, seed) >= WARM_ACCURACY:
-            break
-        loss = warm_loss(policy, [lesson(draw, held_out) for _ in range(WARM_BATCH)])
+        if step % WARM_CHECK == 0:
+            accuracy = warm_accuracy(policy, seed)
+            tell(step, warm_steps, accuracy, WARM_ACCURACY)
+            if accuracy >= WARM_ACCURACY:
+                break
+        loss = warm_loss(policy, [teach(draw, held_out) for _ in range(WARM_BATCH)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
