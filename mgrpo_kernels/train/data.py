@@ -58,22 +58,25 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def load_task(config: Config) -> Task:
-    """Return the task that the configuration names; what is odd about the data goes to the log.
+def load_task(config: Config, *, training: bool = True) -> Task:
+    """Return the task that the configuration names, the prompts to train on where `training`; what is odd about the data is logged.
 
     Raises:
         UsageError: unreadable data, broken row, missing field, no rows, a template without {question}, or a gold answer that is longer
             than the model's context.
     """
     assert config.model.model is not None
-    assert config.data.data is not None
-    train = read_examples(config, "data", METHODS[config.method.method].needs_gold)
+    train = read_examples(config, "data", METHODS[config.method.method].needs_gold) if training else []
     held_out = [] if config.data.eval_data is None else read_examples(config, "eval_data", True)
     warn_of_repeats(train, held_out)
     tokenizer, context = read_tokenizer(config.model.model)
     check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
     wrap = wrapper(config.model.model, tokenizer, config.data.chat_template)
-    return Task(*([each._replace(prompt=wrap(each.prompt)) for each in part] for part in (train, held_out)))
+
+    def wrapped(examples: list[Example]) -> list[Example]:
+        return [each._replace(prompt=wrap(each.prompt)) for each in examples]
+
+    return Task(wrapped(train), wrapped(held_out))
 
 
 # --- Rows

@@ -1,20 +1,30 @@
-"""Evaluation: its figures by hand, and that it leaves training alone."""
+"""Evaluation: its figures by hand, that it leaves training alone, and that it runs by itself."""
 
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import yaml
+from small_models import make_answering_model
 
-from mgrpo_kernels.train.data import Example, Task
+from mgrpo_kernels.train import __main__ as command
+from mgrpo_kernels.train import evaluate as by_itself
+from mgrpo_kernels.train.config import build, read_yaml
+from mgrpo_kernels.train.data import Example, Task, prompts_of_step
 from mgrpo_kernels.train.demo import after_hash, make_task
-from mgrpo_kernels.train.evaluate import evaluate, pass_at_k
+from mgrpo_kernels.train.evaluate import evaluate, examine, figures, pass_at_k
 from mgrpo_kernels.train.metrics import EVALUATION
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout import Rollouts
+from mgrpo_kernels.train.step import Learner, train_step
+from mgrpo_kernels.train.streams import stream
 
 
 @pytest.mark.parametrize(
@@ -44,12 +54,29 @@ class Scripted:
 
 def test_figures_by_hand(policy: Policy) -> None:
     task = Task([], [Example("3+4=", "7"), Example("0+5=", "5")], after_hash, "exact")
-    got = evaluate(policy, Scripted(policy), task, tiny.config(eval_samples=4, eval_pass_k=2), step=3)
+    config = tiny.config(eval_samples=4, eval_pass_k=2)
+    got = evaluate(policy, Scripted(policy), task, config, step=3)
     assert tuple(got) == EVALUATION
-    assert got["eval_accuracy"] == pytest.approx(3 / 8)
-    assert got["eval_greedy"] == pytest.approx(1 / 2)
-    assert got["eval_maj_at_k"] == pytest.approx(1 / 2)
+    assert got["eval_accuracy"] == 3 / 8
+    assert got["eval_greedy"] == 1 / 2
+    assert got["eval_maj_at_k"] == 1 / 2
     assert got["eval_pass_at_k"] == pytest.approx(((1 - 1 / 6) + (1 - 3 / 6)) / 2)
+    first, second = examine(policy, Scripted(policy), task, config, step=3)
+    assert (first.right, first.majority, first.greedy, first.greedy_right) == (
+        [True, True, False, False],
+        "7",
+        "7",
+        True,
+    )
+    assert second.answers == ["3", "3", "5", None]
+    assert (second.right, second.majority, second.majority_right) == ([False, False, True, False], "3", False)
+
+
+def test_nobody_answers(policy: Policy) -> None:
+    task = Task([], [Example("3+4=", "7")] * 2, lambda text: None, "exact")
+    questions = examine(policy, tiny.learner(policy).engine, task, tiny.config(), 0)
+    assert set(figures(questions, 3).values()) == {0.0}
+    assert [each.majority for each in questions] == [None, None]
 
 
 def test_the_same_step_gives_the_same_figures(policy: Policy) -> None:
@@ -64,3 +91,160 @@ def test_the_same_step_gives_the_same_figures(policy: Policy) -> None:
 def test_a_model_that_is_right_scores_one(policy: Policy) -> None:
     task = Task([], [Example("3+4=", "7")] * 2, lambda text: "7", "exact")
     assert set(evaluate(policy, tiny.learner(policy).engine, task, tiny.config(), 0).values()) == {1.0}
+
+
+def sampled(learner: Learner, step: int) -> None:
+    prompts = learner.policy.encode([each.prompt for each in learner.task.held_out])
+    generator = stream(0, "evaluation", step, learner.policy.device)
+    learner.engine.sample(prompts, 3, temperature=1.0, generator=generator)
+
+
+def greedy(learner: Learner, step: int) -> None:
+    prompts = learner.policy.encode([each.prompt for each in learner.task.held_out])
+    generator = stream(0, "evaluation", step, learner.policy.device)
+    learner.engine.sample(prompts, 1, temperature=0.0, generator=generator)
+
+
+def whole(learner: Learner, step: int) -> None:
+    evaluate(learner.policy, learner.engine, learner.task, learner.config, step)
+
+
+def everything(learner: Learner) -> list[torch.Tensor]:
+    """Return weights, momentum model and optimizer state."""
+    assert learner.momentum is not None
+    state = [
+        value
+        for parameter in learner.optimizer.state.values()
+        for value in parameter.values()
+        if torch.is_tensor(value)
+    ]
+    return [*tiny.weights(learner.policy).values(), *(each.clone() for each in learner.momentum.ema), *state]
+
+
+def trained(base: Path, evaluation: Callable[[Learner, int], None] | None) -> list[torch.Tensor]:
+    learner = tiny.learner(load_policy(str(base), torch.device("cpu"), torch.float32))
+    for step in range(1, 4):
+        if evaluation is not None:
+            before = torch.get_rng_state()
+            evaluation(learner, step - 1)
+            assert torch.equal(torch.get_rng_state(), before)
+        chosen = prompts_of_step(len(learner.task.train), 3, step, seed=0)
+        train_step(learner, [learner.task.train[each] for each in chosen], step)
+    return everything(learner)
+
+
+def test_evaluating_leaves_every_bit_of_training_as_it_is(base: Path) -> None:
+    alone = trained(base, None)
+    start = tiny.weights(load_policy(str(base), torch.device("cpu"), torch.float32)).values()
+    assert not all(torch.equal(one, other) for one, other in zip(alone, start, strict=False))  # it did learn
+    for evaluation in (sampled, greedy, whole):
+        assert all(map(torch.equal, alone, trained(base, evaluation))), evaluation.__name__
+
+
+def test_no_pass_is_larger_than_the_budget(policy: Policy) -> None:
+    sizes: list[int] = []
+    policy.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["attention_mask"].numel()), with_kwargs=True
+    )
+    learner = tiny.learner(policy, eval_samples=8, tokens_per_microbatch=20)
+    assert learner.engine.cache_tokens == 320
+    evaluate(policy, learner.engine, learner.task, learner.config, 0)
+    assert 160 < max(sizes) <= 320  # 6 prompts x 8 samples of some 20 tokens would be 960
+
+
+# --- By itself
+
+DATA = Path(__file__).parent / "data" / "gsm8k.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    place = tmp_path_factory.mktemp("answering")
+    make_answering_model(place)
+    return str(place)
+
+
+def flags(model: str) -> list[str]:
+    return [
+        "--model", model, "--eval-data", str(DATA), "--eval-samples", "6", "--eval-pass-k", "2", "--eval-temperature", "1.5",
+        "--max-response-tokens", "8", "--eval-prompts", "5", "--seed", "3",
+    ]  # fmt: skip
+
+
+def test_it_runs_by_itself_as_before_the_first_step_of_training(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "evaluation"
+    assert by_itself.main([*flags(model), "--output", str(output)]) == 0
+    assert {each.name for each in output.iterdir()} == {"metrics.jsonl", "questions.jsonl", "config.yaml"}
+    (line,) = tiny.lines(output)
+    shown = capsys.readouterr().out
+    assert all(f"{key}: {line[key]:.4f}" in shown for key in EVALUATION)
+    training = ["--data", str(DATA), "--steps", "1", "--prompts-per-step", "2", "--rollouts", "4"]
+    assert command.main([*flags(model), *training, "--output", str(tmp_path / "run")]) == 0
+    assert {key: line[key] for key in EVALUATION} == {key: tiny.lines(tmp_path / "run")[0][key] for key in EVALUATION}
+
+    questions = [json.loads(each) for each in (output / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [each["gold"] for each in questions] == ["66", "1,080", "1,250,000", "-4", "$1.50"]
+    assert all(len(each["responses"]) == len(each["answers"]) == len(each["right"]) == 6 for each in questions)
+    assert line["eval_accuracy"] == pytest.approx(sum(sum(each["right"]) for each in questions) / 30)
+    assert sum(answer is not None for each in questions for answer in each["answers"]) > 5
+    assert all(each["greedy"] is None or each["greedy"] in each["greedy_response"] for each in questions)
+
+
+def test_the_saved_options_repeat_it(model: str, tmp_path: Path) -> None:
+    assert by_itself.main([*flags(model), "--output", str(tmp_path / "one")]) == 0
+    assert by_itself.main(["--config", str(tmp_path / "one" / "config.yaml"), "--output", str(tmp_path / "two")]) == 0
+    assert tiny.lines(tmp_path / "one", "questions.jsonl") == tiny.lines(tmp_path / "two", "questions.jsonl")
+
+
+def test_it_passes_over_the_training_options_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        build({"model": "m", "data": "d.jsonl", "eval_data": None, "method": "gold"}).to_yaml()
+    )
+    config, _ = by_itself.read_command_line(["--config", str(tmp_path / "c.yaml"), "--eval-data", "e.jsonl"])
+    assert (config.model.model, config.data.eval_data, config.method.method) == ("m", "e.jsonl", "mgrpo")
+    assert set(yaml.safe_load((tmp_path / "c.yaml").read_text())) == set(read_yaml(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eval-data", "x.jsonl"], "model: want a value, got none"),
+        (["--model", "m"], "eval_data: want a value, got none"),
+        (["--model", "{dir}/none", "--eval-data", str(DATA)], "model: want "),
+        (["--model", "{dir}", "--eval-data", "{dir}/none.jsonl"], "eval_data: want a readable JSONL file"),
+        (["--model", "{dir}", "--eval-data", "{dir}/bare.jsonl"], "answer_field: want one of the fields question of"),
+        (["--model", "{dir}", "--eval-data", str(DATA), "--eval-pass-k", "9"], "eval_pass_k: want a finite number >= 1 and <= 8"),
+        (["--config", "{dir}/typo.yaml", "--model", "m", "--eval-data", "x.jsonl"], "eval_sample: want one of the options"),
+        (["--config", "{dir}/none.yaml"], "config: want a readable YAML file"),
+        (["--model", "{model}", "--eval-data", str(DATA), "--max-response-tokens", "250"], "max_response_tokens: want at most"),
+        (["--model", "{model}", "--eval-data", str(DATA), "--output", "{dir}/run"], "output: want a directory without a run"),
+    ],
+)  # fmt: skip
+def test_wrong_use_writes_nothing(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "bare.jsonl").write_text('{"question": "x"}\n')
+    (tmp_path / "typo.yaml").write_text("eval_sample: 3\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
+    before = set(tmp_path.rglob("*"))
+    chosen = [each.replace("{dir}", str(tmp_path)).replace("{model}", model) for each in arguments]
+    chosen = chosen if "--output" in chosen else [*chosen, "--output", str(tmp_path / "out")]
+    assert by_itself.main(chosen) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_an_option_of_training_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        by_itself.main(["--model", "m", "--eval-data", "x.jsonl", "--steps", "3"])
+    assert caught.value.code == 2
+    assert "--steps" in capsys.readouterr().err
