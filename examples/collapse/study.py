@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from cells import CELLS, COMMON, MAIN
+import torch
+from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN
+
+from mgrpo_kernels.train import demo
 
 KEPT = ("step", "eval_accuracy", "eval_greedy", "eval_maj_at_k")
 AVERAGED = (
@@ -63,20 +68,29 @@ def curve_of(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     return columns
 
 
-def take(cell: str, seed: int, options: dict[str, object], device: str) -> dict[str, Any]:
+def lazy_lesson(draw: random.Random, held_out: set[str]) -> tuple[str, str]:
+    prompt, response = demo.lesson(draw, held_out)
+    return prompt, LAZY_RESPONSE if draw.random() < LAZY_SHARE else response
+
+
+def base_of(name: str, seed: int, bases: Path) -> Path:
+    """Return where the model is that the runs of a seed start from: the trainer's own, unless the name says otherwise."""
+    place = bases / f"{name}-{seed}"
+    if not place.exists():
+        teach = {"own": demo.lesson, "lazy": lazy_lesson}[name]
+        demo.make_model(place, seed, torch.device("cpu"), demo.WARM_STEPS, teach=teach)
+    return place
+
+
+def take(cell: str, seed: int, options: dict[str, object], device: str, base: Path) -> dict[str, Any]:
     """Take one run; return its line."""
     start = time.perf_counter()
+    arguments = arguments_of({name: value for name, value in options.items() if name != "base"})
+    command = [sys.executable, "-m", "mgrpo_kernels.train", *arguments, f"--seed={seed}", f"--device={device}"]
     with tempfile.TemporaryDirectory() as place:
-        command = [
-            sys.executable,
-            "-m",
-            "mgrpo_kernels.train",
-            *arguments_of(options),
-            "--seed",
-            str(seed),
-            "--device",
-            device,
-        ]
+        shutil.copytree(
+            base, f"{place}/run/base"
+        )  # where a run of the built-in task looks for it before it makes its own
         done = subprocess.run(
             [*command, "--output", f"{place}/run"],
             capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -121,10 +135,14 @@ def main() -> None:
             )
     missing = [key for key in wanted if key not in have]
     print(f"{len(wanted)} runs, {len(missing)} of them missing")
-    lock = Lock()
+    lock, bases = Lock(), tempfile.TemporaryDirectory()
+    torch.set_num_threads(1)
+    for name, seed in sorted({(str(wanted[key].get("base", "own")), key[1]) for key in missing}):
+        base_of(name, seed, Path(bases.name))
 
     def one(key: tuple[str, int]) -> None:
-        line = take(*key, wanted[key], given.device)
+        options = wanted[key]
+        line = take(*key, options, given.device, base_of(str(options.get("base", "own")), key[1], Path(bases.name)))
         with lock, given.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         accuracy = line["curve"]["eval_accuracy"]
