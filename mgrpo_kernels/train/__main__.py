@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mgrpo_kernels.train.config import PRESETS, SECTIONS, Config, UsageError, build, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.labels import METHODS
+
+SHORT = 40
+"""Choices that take more characters than this are named in the help text, not in the flag's line."""
+EPILOG = """methods:
+{methods}
+
+examples:
+  python -m mgrpo_kernels.train
+      the built-in demonstration: sums, no labels
+  python -m mgrpo_kernels.train --config paper --model DIR_OR_HUB_NAME \\
+      --data FILE.jsonl --eval-data FILE.jsonl --output runs/mine
+      the paper's setting on your model and questions
+  python -m mgrpo_kernels.train --output runs/mine --resume
+
+Command line over --config over the defaults. --output holds report.html,
+curves.png, metrics.jsonl, samples.jsonl, checkpoints/ and final/, the model.
+Exit status: 0 done, 1 not finite, 2 wrong use, 3 stopped by the guard, 130
+interrupted.
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return a parser with a group for each concern. An option that is not given is absent from its result."""
+    width = max(map(len, METHODS))
     parser = argparse.ArgumentParser(
         prog="python -m mgrpo_kernels.train",
+        usage="%(prog)s [options]",
         description="Train a language model by M-GRPO or a relative. Without a model it trains a small built-in one on sums.",
-        epilog="Command line over --config over the defaults. A run leaves metrics.jsonl, report.html, final/ and more.",
+        epilog=EPILOG.format(methods="\n".join(f"  {name:<{width}}  {row.text}" for name, row in METHODS.items())),
+        formatter_class=Formatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -36,28 +60,47 @@ def make_parser() -> argparse.ArgumentParser:
     for section in SECTIONS.values():
         group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
         for name, (field, kinds) in fields_of(section).items():
-            unit = f", {field.metadata['unit']}" if field.metadata["unit"] else ""
-            default = (
-                "none"
-                if field.default is None
-                else repr(field.default)
-                if isinstance(field.default, str)
-                else field.default
-            )
-            text = f"{field.metadata['help']} (default: {default}{unit})".replace("%", "%%")
-            flag = "--" + name.replace("_", "-")
-            kind = next(kind for kind in kinds if kind is not type(None))
+            flag, kind = "--" + name.replace("_", "-"), next(kind for kind in kinds if kind is not type(None))
+            text = _help(name, field).replace("%", "%%")
             if kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             else:
-                group.add_argument(
-                    flag, type=kind, choices=field.metadata["choices"], metavar=_metavar(field, kind), help=text
-                )
+                choices = field.metadata["choices"]
+                group.add_argument(flag, type=kind, choices=choices, metavar=_metavar(field, kind), help=text)
     return parser
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Flags in a narrow column, so that what they mean has room in 80."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=26, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # the description is one paragraph, the epilog has its lines
+        return super()._fill_text(text if "\n" in text else textwrap.fill(text, width), width, indent)
+
+
+def _help(name: str, field: Any) -> str:
+    """Return what an option means, its long list of choices, and its default with the unit."""
+    choices, unit, default = (field.metadata["choices"], field.metadata["unit"], field.default)
+    if default is None:
+        default = "none"
+    elif isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, str) and "\n" in default:
+        default = repr(default)
+    named = ""
+    if choices and _metavar(field, str) and name != "method":  # the methods have a list of their own
+        named = f"; one of {', '.join(choices)}"
+    return f"{field.metadata['help']}{named} (default: {default}{f', {unit}' if unit else ''})"
+
+
 def _metavar(field: Any, kind: type) -> str | None:
-    return None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
+    choices = field.metadata["choices"]
+    if choices:
+        return "NAME" if len(",".join(choices)) > SHORT else None
+    return {int: "N", float: "X", str: "TEXT"}[kind]
 
 
 def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, bool]:

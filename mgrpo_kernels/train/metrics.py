@@ -43,6 +43,7 @@ KEYS = {
     "time_ema": "seconds of the momentum update",
     "time_sync": "seconds of bringing weights to the sampler; null where it samples from the model in place",
     "guard": "what the collapse guard did after the step: warn, stop or rollback; null: nothing",
+    "guard_signs": "the signs of collapse that made it, with their figures",
     "eval_accuracy": "avg@k: mean accuracy of k samples a held-out prompt",
     "eval_greedy": "accuracy of the greedy answer",
     "eval_pass_at_k": "unbiased estimate that one of k samples is right",
@@ -66,7 +67,7 @@ class Lines:
         self._file.seek(size)  # else tell() would go on counting from the old end
 
     def write(self, values: Mapping[str, Any]) -> None:
-        line = json.dumps({key: _plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False)
+        line = json.dumps({key: plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()  # a reader, or a resumed run, finds whole lines
 
@@ -87,8 +88,8 @@ def metrics_line(values: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     return line if evaluation is None else {**line, **{key: evaluation[key] for key in EVALUATION}}
 
 
-def _plain(value: Any) -> Any:
-    """Return a value that JSON has: NaN and infinity become null."""
+def plain(value: Any) -> Any:
+    """Return a value that JSON has: NaN and infinity become None."""
     if isinstance(value, torch.Tensor):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,323 @@
+"""What a run shows while it goes on: a live view on a terminal, else lines of text."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.guard import START, WINDOW
+
+STOPPING = "stopping after this step; once more to stop at once, without a checkpoint"
+POINTS = 256
+"""Points of a figure that are kept at most; beyond that, two neighbours become their mean."""
+BLOCKS = "▁▂▃▄▅▆▇█"
+FIGURES = {
+    "eval_accuracy": "held-out accuracy",
+    "eval_greedy": "held-out, greedy",
+    "eval_maj_at_k": "held-out, majority",
+    "vote_share": "vote share",
+    "label_accuracy": "labels right",
+    "distinct_labels": "distinct labels",
+    "top_answer_share": "top answer's share",
+    "entropy": "entropy, nats",
+    "pruned_fraction": "pruned",
+    "momentum_distance": "momentum distance",
+    "tokens_per_second": "tokens/s",
+}
+MORE = {"reward_mean": "reward", "kl": "KL, nats", "response_tokens": "length, tokens", "grad_norm": "gradient norm"}
+"""Shown where the terminal is high enough."""
+
+
+class Plain:
+    """Lines of text, for a pipe, a file, or whoever asks for them."""
+
+    def __init__(self, config: Config) -> None:
+        self.steps, self.log_every = config.optim.steps, config.run.log_every
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Say what should stay in sight."""
+        self.say(text)
+
+    def warm_start(self, step: int, steps: int, accuracy: float, goal: float) -> None:
+        """Show how far the built-in model's warm start is."""
+
+    def begin(self, past: Iterable[Mapping[str, Any]]) -> None:
+        """Start on the steps, after those of a resumed run."""
+
+    def step(
+        self, values: Mapping[str, Any], evaluation: Mapping[str, float] | None, samples: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Show a step, or step 0: the evaluation before the first."""
+        if evaluation is not None or values["step"] % self.log_every == 0:
+            self.say(progress(values, evaluation, self.steps))
+
+    def stopping(self) -> None:
+        """Say that the run will stop; safe in a signal handler, hence no print(), which it may be interrupting."""
+        os.write(2, STOPPING.encode() + b"\n")
+
+    def stop(self) -> None:
+        """Leave the terminal as it was; what is said from here on are plain lines."""
+
+
+def progress(values: Mapping[str, Any], evaluation: Mapping[str, float] | None, steps: int) -> str:
+    """Return a step as a line of text."""
+    names = {
+        "reward_mean": "reward", "vote_share": "vote", "label_accuracy": "labels right", "entropy": "entropy",
+        "pruned_fraction": "pruned", "response_tokens": "length", "tokens_per_second": "tokens/s",
+    }  # fmt: skip
+    parts = [f"{text} {values[key]:.3g}" for key, text in names.items() if values.get(key) is not None]
+    if evaluation is not None:
+        parts.append(f"| held-out accuracy {evaluation['eval_accuracy']:.3f} greedy {evaluation['eval_greedy']:.3f}")
+    return f"step {values['step']:>{len(str(steps))}}/{steps}  {'  '.join(parts)}"
+
+
+class Curve:
+    """One figure of a run: its start, its best, where it is now, and the way there.
+
+    With `smooth`, for a figure of single steps, start and now are means, as the guard has them.
+    """
+
+    def __init__(self, smooth: bool) -> None:
+        self._points: list[float] = []
+        self._each, self._sum, self._count = 1, 0.0, 0  # values in a point; those of the point that is not full yet
+        self._first: list[float] = []
+        self._recent: deque[float] = deque(maxlen=WINDOW if smooth else 1)
+        self._starts = START if smooth else 1
+        self.best = -float("inf")
+
+    def add(self, value: float) -> None:
+        if len(self._first) < self._starts:
+            self._first.append(value)
+        self._recent.append(value)
+        self.best = max(self.best, value)
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count == self._each:
+            self._points.append(self._sum / self._count)
+            self._sum, self._count = 0.0, 0
+        if len(self._points) == 2 * POINTS:
+            self._points = [0.5 * (a + b) for a, b in zip(self._points[::2], self._points[1::2], strict=True)]
+            self._each *= 2
+
+    def __bool__(self) -> bool:
+        return bool(self._first)
+
+    @property
+    def start(self) -> float:
+        return sum(self._first) / len(self._first)
+
+    @property
+    def now(self) -> float:
+        return sum(self._recent) / len(self._recent)
+
+    def drawn(self, width: int) -> str:
+        """Return the way as at most `width` characters, the lowest value at the bottom and the highest at the top."""
+        points = list(self._points)
+        size = min(width, len(points))
+        means = []
+        for i in range(size):
+            part = points[i * len(points) // size : (i + 1) * len(points) // size]
+            means.append(sum(part) / len(part))
+        if not means:
+            return ""
+        low, span = min(means), max(means) - min(means)
+        return "".join(BLOCKS[round((each - low) / span * (len(BLOCKS) - 1)) if span else 0] for each in means)
+
+
+class Live(Plain):
+    """A view that stays in place below the messages: progress, the monitor's figures, the latest samples, the guard's last word."""
+
+    def __init__(self, config: Config, title: str, console: Any) -> None:
+        from rich import live
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        super().__init__(config)
+        self._title, self._console = title, console
+        self._curves = {key: Curve(smooth=not key.startswith("eval_")) for key in FIGURES | MORE}
+        self._samples: deque[Sequence[Mapping[str, Any]]] = deque(maxlen=4)  # the latest steps' first prompts
+        self._warning, self._stopping, self._signal = "", False, signal.SIG_DFL
+        self._bar = Progress(
+            TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, auto_refresh=False, expand=True,
+        )  # fmt: skip
+        self._task: Any = None
+        self._live = live.Live(
+            get_renderable=self._view,
+            console=console,
+            refresh_per_second=4,
+            vertical_overflow="crop",
+            auto_refresh=True,
+        )
+
+    def __enter__(self) -> Self:
+        # Outside the steps nothing answers SIGTERM, and its default would leave the cursor hidden.
+        self._signal = signal.signal(signal.SIGTERM, signal.default_int_handler)  # type: ignore[assignment]
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        signal.signal(signal.SIGTERM, self._signal)
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self._warning = text
+        self.say(text)
+
+    def stopping(self) -> None:
+        self._stopping = True
+
+    def warm_start(self, step: int, steps: int, accuracy: float, goal: float) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task("warm start", total=steps, note="")
+        self._bar.update(self._task, completed=step, note=f"accuracy {accuracy:.2f} of {goal:.2f}")
+
+    def begin(self, past: Iterable[Mapping[str, Any]]) -> None:
+        last = 0
+        for line in past:
+            self._take(line)
+            last = line["step"]
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task("step", total=self.steps, completed=last, note="")
+
+    def step(
+        self, values: Mapping[str, Any], evaluation: Mapping[str, float] | None, samples: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._take({**values, **(evaluation or {})})
+        if samples:
+            self._samples.appendleft(samples)
+        self._bar.update(self._task, completed=values["step"])
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        for key, curve in self._curves.items():
+            value = line.get(key)
+            if value is not None and float("-inf") < value < float("inf"):
+                curve.add(float(value))
+
+    def _view(self) -> Any:
+        """Return what is shown, no higher than the terminal."""
+        from rich.console import Group
+        from rich.rule import Rule
+        from rich.text import Text
+
+        parts: list[Any] = [Rule(Text(self._title), align="left", style="dim"), self._bar]
+        notes = []
+        if self._warning:
+            notes.append(Text(self._warning, style="bold red", no_wrap=True, overflow="ellipsis"))
+        if self._stopping:
+            notes.append(Text(STOPPING, style="bold yellow", no_wrap=True, overflow="ellipsis"))
+        room = self._console.height - len(parts) - len(notes) - 2  # the cursor's line, and one for what was typed
+        figures = {key: name for key, name in FIGURES.items() if self._curves[key]}
+        samples = [_sample_rows(each) for each in list(self._samples)]
+        first = 1 + len(samples[0]) if samples else 0
+        if figures:
+            spare = room - 1 - len(figures) - first
+            figures |= {key: name for key, name in list(MORE.items())[: max(0, spare)] if self._curves[key]}
+            parts.append(self._figures(figures))
+            room -= 1 + len(figures)
+        for rows in samples:
+            if len(rows) + 1 > room:
+                break
+            parts += [Text(""), *rows]
+            room -= len(rows) + 1
+        return Group(*parts, *notes)
+
+    def _figures(self, names: Mapping[str, str]) -> Any:
+        from rich.table import Table
+
+        width = self._console.width
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
+        for head in ("", "start", "best", "now"):
+            table.add_column(head, justify="right" if head else "left", no_wrap=True)
+        table.add_column("", no_wrap=True, style="cyan")
+        for key, name in names.items():
+            curve, digits = (
+                self._curves[key],
+                0 if key == "tokens_per_second" else 4 if key == "momentum_distance" else 3,
+            )
+            best = f"{curve.best:.{digits}f}" if key.startswith("eval_") else ""
+            table.add_row(
+                name, f"{curve.start:,.{digits}f}", best, f"{curve.now:,.{digits}f}", curve.drawn(max(8, width - 50))
+            )
+        return table
+
+
+def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return a step's samples, a row each, below their prompt: right or wrong by the true answer where it is known, else by the label."""
+    from rich.text import Text
+
+    def row(*parts: tuple[str, str]) -> Text:
+        return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
+
+    prompt, label, gold = (samples[0][key] for key in ("prompt", "label", "gold"))
+    truth = "" if gold is None else f"  true answer {one_line(gold)}"
+    rows = [
+        row(
+            (f"step {samples[0]['step']}  ", "dim"),
+            (f"label {one_line(label)}{truth}  ", "bold"),
+            (one_line(prompt), ""),
+        )
+    ]
+    for each in samples:
+        right = each["answer"] is not None and each["answer"] == label if each["correct"] is None else each["correct"]
+        marks = [
+            name
+            for name, is_set in (("momentum", each["sampled_by"] == "momentum"), ("pruned", each["pruned"]))
+            if is_set
+        ]
+        rows.append(
+            row(
+                ("  ✓ " if right else "  ✗ ", "green" if right else "red"),
+                (f"{one_line(each['answer']):>6}  reward {each['reward']:.3g}  ", ""),
+                (f"{', '.join(marks)}  " if marks else "", "dim"),
+                (one_line(each["response"]), ""),
+            )
+        )
+    return rows
+
+
+def one_line(text: str | None) -> str:
+    """Return text from a model or a file as it can be shown in a line: no control character reaches the terminal."""
+    return "none" if text is None else "".join(each if each.isprintable() else " " for each in text)
+
+
+def make_view(config: Config, title: str) -> Plain:
+    """Return the live view where standard output is a terminal that can show it and --plain was not given, else plain lines."""
+    if config.run.plain or not sys.stdout.isatty():
+        return Plain(config)
+    from rich.console import Console
+
+    console = Console()
+    able = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
+    return Live(config, title, console) if able else Plain(config)

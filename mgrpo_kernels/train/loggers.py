@@ -1,0 +1,166 @@
+"""Other places that a run's metrics go to, beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+
+metrics.jsonl is the truth. A resumed run repeats the steps since its last checkpoint, but no logger gets a step twice: TensorBoard's
+files are made anew from metrics.jsonl, and for the two others ``loggers.json`` holds the last step that they were given. It is
+written before the step is: one killed between the two is missing there, and only there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from mgrpo_kernels.train.config import Config, RunConfig, UsageError
+from mgrpo_kernels.train.metrics import plain
+
+Line = Mapping[str, Any]
+LOGGERS = ("tensorboard", "wandb", "trackio")
+
+
+class Logger(Protocol):
+    """Takes the lines of metrics.jsonl as they come."""
+
+    def write(self, line: Line) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_loggers(run: RunConfig) -> None:
+    """Raise UsageError for a logger that was asked for and is not installed."""
+    for name in LOGGERS:
+        if getattr(run, name) and importlib.util.find_spec(name) is None:
+            raise UsageError(f"{name}: want the package {name}, got none: pip install {name}")
+
+
+def log_in(run: RunConfig) -> None:
+    """Ask for what Weights & Biases needs before anything is written.
+
+    Raises:
+        UsageError: no key, and no terminal to ask for one.
+    """
+    if run.wandb is None or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
+    import wandb
+
+    try:
+        able = wandb.login()
+    except wandb.errors.Error as error:
+        raise UsageError(f"wandb: want a login (`wandb login`) or WANDB_MODE=offline, got: {error}") from error
+    if not able:
+        raise UsageError("wandb: want a login (`wandb login`) or WANDB_MODE=offline, got none")
+
+
+def open_loggers(config: Config, output: Path, past: Iterable[Line]) -> list[Logger]:
+    """Open the loggers that `config` names, for the run in `output`, of which metrics.jsonl holds the lines `past`."""
+    made, past, run = [], list(past), config.run
+    if run.tensorboard:
+        made.append(TensorBoard(config, output / "tensorboard"))
+    if run.wandb is not None:
+        made.append(Once(output, "wandb", run.wandb, config, open_wandb))
+    if run.trackio is not None:
+        made.append(Once(output, "trackio", run.trackio, config, open_trackio))
+    for logger in made:
+        for line in past:
+            logger.write(line)
+        if isinstance(logger, TensorBoard):
+            logger.replace_older()
+    return made
+
+
+def scalars(line: Line) -> dict[str, float]:
+    """Return a line's numbers as loggers group them: eval/accuracy, time/rollout, train/loss, guard/warn. What is null is absent."""
+    named = {}
+    for key, raw in line.items():
+        value = plain(raw)
+        group, _, rest = key.partition("_")
+        if key == "guard" and value is not None:
+            named[f"guard/{value}"] = 1.0
+        elif isinstance(value, (int, float)) and key != "step":
+            named[f"{group}/{rest}" if group in ("eval", "time") else f"train/{key}"] = value
+    return named
+
+
+class TensorBoard:
+    """TensorBoard's event files, all of a run's steps in the newest."""
+
+    def __init__(self, config: Config, place: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._older = list(place.glob("events.out.tfevents.*"))
+        # purge_step: a TensorBoard that has read the older file forgets it
+        self._writer = SummaryWriter(str(place), purge_step=0)
+        self._writer.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
+
+    def write(self, line: Line) -> None:
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+        if line.get("guard_signs"):
+            self._writer.add_text("guard", f"{line['guard']}: {line['guard_signs']}", line["step"])
+        self._writer.flush()
+
+    def replace_older(self) -> None:
+        """Delete the files of earlier parts of the run, once this one holds their steps."""
+        for each in self._older:
+            each.unlink()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+Send = Callable[[dict[str, float], int], None]
+Open = Callable[[str, str, Config, Path, bool], tuple[Send, Callable[[], None]]]
+
+
+class Once:
+    """A logger that keeps its own copy of the steps, and so must not get one twice. Takes and keeps the run's name in loggers.json."""
+
+    def __init__(self, output: Path, kind: str, project: str, config: Config, open_run: Open) -> None:
+        self._file, self._kind = output / "loggers.json", kind
+        known = self._read().get(kind, {})
+        if known and known["project"] != project:
+            raise UsageError(f"{kind}: want {known['project']}, the project that the run began in, got {project}")
+        self._state = known or {"project": project, "run": f"{output.name}-{uuid.uuid4().hex[:8]}", "step": -1}
+        self._save()
+        self._send, self._end = open_run(project, self._state["run"], config, output, bool(known))
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
+
+    def _save(self) -> None:
+        new = self._file.with_name(self._file.name + ".new")
+        new.write_text(json.dumps({**self._read(), self._kind: self._state}), encoding="utf-8")
+        new.replace(self._file)
+
+    def write(self, line: Line) -> None:
+        if line["step"] <= self._state["step"]:
+            return
+        self._state["step"] = line["step"]
+        self._save()
+        self._send(scalars(line), line["step"])
+
+    def close(self) -> None:
+        self._end()
+
+
+def open_wandb(project: str, name: str, config: Config, output: Path, known: bool) -> tuple[Send, Callable[[], None]]:
+    """Start, or go on with, a run of Weights & Biases; its files go to ``wandb/`` in `output`."""
+    import wandb
+
+    run = wandb.init(
+        project=project, id=name, name=name, resume="allow", config=config.values(), dir=str(output),
+        settings=wandb.Settings(console="off"),  # the terminal is the live view's
+    )  # fmt: skip
+    return lambda values, step: run.log(values, step=step), run.finish
+
+
+def open_trackio(project: str, name: str, config: Config, output: Path, known: bool) -> tuple[Send, Callable[[], None]]:
+    """Start, or go on with, a run of Trackio."""
+    import trackio
+
+    run = trackio.init(project=project, name=name, resume="must" if known else "never", config=config.values())
+    return lambda values, step: run.log(values, step=step), run.finish
