@@ -47,7 +47,8 @@ def patched(strict: bool = False) -> Patch:
 
     patch = Patch(LIBRARY, install=INSTALL, strict=strict)
     own_head = patch.original(_UTILS, "_ChunkedLogProbFunction")
-    patch.check(_UTILS, "_ChunkedLogProbFunction.forward", _HEAD)
+    if not isinstance(own_head, head.FusedHead):  # a patch within a patch
+        patch.check(_UTILS, "_ChunkedLogProbFunction.forward", _HEAD)
     patch.replace(_UTILS, "_ChunkedLogProbFunction", head.FusedHead(patch, own_head))
     own_choice = patch.original(_UTILS, "_use_triton")
     patch.replace(_UTILS, "_use_triton", head.scores_labels_alone(own_choice), parameters=("device",))

@@ -97,7 +97,7 @@ def grpo_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     weights, behaviour = token_weights(trainer, inputs, logprobs, mask, acts)
     # Weights are >= 0 and so may stand on the advantage: min(r A, clip(r) A) w = min(r A w, clip(r) A w).
     advantages = inputs["advantages"]  # (B,) or (B, T)
-    weighted = advantages if weights is None else per_token(advantages) * weights
+    weighted = advantages if weights is None else (per_token(advantages) * weights).expand_as(logprobs)
     found = policy_loss(
         logprobs, old, weighted, mask=mask, entropy=entropy.detach(),
         ref_logprobs=inputs["ref_per_token_logps"] if trainer.beta != 0 else None,

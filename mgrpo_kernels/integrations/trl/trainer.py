@@ -188,7 +188,7 @@ class MGRPOTrainer(GRPOTrainer):
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B, functions)
         training = self.model.training
         args, device = self.args, per_function.device
-        G = self.num_generations if training else int(self.num_generations_eval)
+        G = self.num_generations if training else int(self.num_generations_eval or 0)
         everyone = torch.ones(per_function.shape[0], dtype=torch.bool, device=device)
         kept = everyone
         if training and self._entropy is not None:
