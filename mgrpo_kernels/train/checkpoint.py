@@ -1,32 +1,209 @@
-"""Checkpoints that are complete or not there.
+"""Checkpoints that are complete or not there, written by torch.distributed.checkpoint while training goes on.
 
 A checkpoint is written beside its place, brought to the disk, and then renamed; ``latest`` is a link that is replaced in one go. So a
-run killed at any moment leaves ``latest`` naming a complete checkpoint, or nothing. Random numbers and the order of the data follow
-from the seed and the step, so a step number is all the state that they have.
+run killed at any moment leaves ``latest`` naming a complete checkpoint, or nothing. Random numbers, the order of the data and the learning
+rate follow from the seed and the step, so a step number is all the state that they have.
+
+``step_N/`` holds a file of tensors for each rank and ``run.json``: the step, and what size every file has, which is checked before
+anything is read. Any number of ranks reads what any other number has written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
+from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.step import Learner
 
+FACTS = "run.json"
+# One process is a choice here, not an oversight.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
-class State(TypedDict):
-    """What a checkpoint holds."""
 
-    step: int
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    momentum: dict[str, Any] | None
-    metrics_bytes: int  # the size of metrics.jsonl at that step
-    samples_bytes: int
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is damaged. Those before it are as they were."""
+
+
+def state_of(learner: Learner) -> dict[str, Tensor]:
+    """Return every tensor that training changes, by name: the learner's own, into which a checkpoint is read back.
+
+    The optimizer's that are not there yet are made, as AdamW makes them.
+    """
+    model, optimizer = learner.policy.model, learner.optimizer
+    parameters = dict(model.named_parameters())  # tied ones once
+    buffers = dict(model.named_buffers())
+    values = model.state_dict()
+    state = {f"model.{name}": values[name] for name in values if name in parameters or name in buffers}
+    fused = {id(each): group.get("fused") for group in optimizer.param_groups for each in group["params"]}
+    for name, parameter in parameters.items():
+        if id(parameter) not in fused:
+            continue  # frozen
+        own = optimizer.state[parameter]
+        if not own:
+            device = parameter.device if fused[id(parameter)] else "cpu"
+            own["step"] = torch.tensor(0.0, device=device)
+            own.update({key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")})
+        state.update({f"optimizer.{name}.{key}": value.detach() for key, value in own.items()})
+    if learner.momentum is not None:
+        state.update({f"momentum.{name}": value for name, value in learner.momentum.ema.items()})
+    return state
+
+
+class Writer:
+    """Writes a run's checkpoints, one at a time.
+
+    Args:
+        directory: where they go.
+        keep: how many are kept, the newest; 0: all.
+        background: go on as soon as the weights are copied; the copy is written meanwhile.
+        say: what prints a message.
+    """
+
+    def __init__(
+        self, directory: Path, keep: int, *, background: bool = False, say: Callable[[str], None] = print
+    ) -> None:
+        self.directory, self.keep, self.background, self.say = directory, keep, background, say
+        self._written: tuple[int, Future[Path]] | None = None
+        # Ranks agree in the background too, which must not mix with what they say to each other meanwhile.
+        self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
+
+    def save(
+        self,
+        learner: Learner,
+        step: int,
+        metrics_bytes: int,
+        samples_bytes: int,
+        best: int | None = None,
+        *,
+        pending: Any = None,
+        wait: bool = False,
+    ) -> Path:
+        """Write ``directory/step_N`` and let ``latest`` name it; return its path. Every rank must call.
+
+        Then delete all but the newest and that of the step `best`. In the background, a failure is told at the next call or by
+        :meth:`tell`, and training goes on.
+
+        Args:
+            learner: what is saved.
+            step: N.
+            metrics_bytes: the size of metrics.jsonl at that step.
+            samples_bytes: likewise.
+            best: a step.
+            pending: what JSON holds of a step whose evaluation is still to come.
+            wait: for the checkpoint to be complete.
+
+        Raises:
+            CheckpointError: it could not be written, and the call waits.
+        """
+        self.settle()
+        place, new = self.directory / f"step_{step}", self.directory / f".step_{step}.new"
+        if parallel.from_first(latest(self.directory) == place):
+            return place  # the very step that the run was resumed from
+        facts = {
+            "step": step, "metrics_bytes": metrics_bytes, "samples_bytes": samples_bytes, "pending": pending, "ranks": parallel.world(),
+            "momentum_updates": None if learner.momentum is None else learner.momentum.updates,
+        }  # fmt: skip
+        written: Future[Path] = Future()
+
+        def finish(saved: Future[Any]) -> None:
+            try:
+                saved.result()
+                if parallel.is_first():
+                    self._complete(new, place, facts, best)
+                written.set_result(place)
+            except BaseException as error:
+                if parallel.is_first():
+                    shutil.rmtree(new, ignore_errors=True)  # what it takes of a full disk
+                last = latest(self.directory)
+                stands = "there is none before it" if last is None else f"{last.name} stands"
+                failure = CheckpointError(f"checkpoint: step {step} could not be written to {place}: {cause(error)}; {stands}")  # fmt: skip
+                failure.__cause__ = error
+                written.set_exception(failure)
+
+        options: dict[str, Any] = {"process_group": self._group, "no_dist": self._group is None}
+        try:
+            with parallel.together():
+                if parallel.is_first():
+                    self._clear(step, new)
+            state, writer = state_of(learner), dcp.FileSystemWriter(new, sync_files=True)
+            if self.background and not wait:
+                saving: Any = dcp.async_save(state, storage_writer=writer, **options)
+                saving.add_done_callback(finish)
+            else:
+                dcp.save(state, storage_writer=writer, **options)
+                finish(_done(None))
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            finish(_done(error))
+        self._written = (step, written)
+        if wait:
+            self.settle(fatal=True)
+        return place
+
+    def tell(self) -> None:
+        """Say so where a save in the background has failed. Any rank may call, at any time."""
+        if self._written is not None and self._written[1].done():
+            _, written = self._written
+            error = written.exception()
+            self._written = None
+            if error is not None and parallel.is_first():
+                self.say(f"warning: {error}. Training goes on; the next checkpoint is tried again")
+
+    def settle(self, *, fatal: bool = False) -> None:
+        """Wait for a save in the background. Every rank must call.
+
+        Raises:
+            CheckpointError: it failed, and this is `fatal`; else that is only told.
+        """
+        if self._written is not None and fatal:
+            _, written = self._written
+            self._written = None
+            with parallel.together():
+                written.result()
+        elif self._written is not None:
+            self._written[1].exception()  # waits
+            self.tell()
+
+    def _clear(self, step: int, new: Path) -> None:
+        """Remove what a run has left that was killed while it saved, and make room for the new one."""
+        for leftover in [
+            *self.directory.glob(".step_*.new"),
+            *(each for each in self.directory.glob("step_*") if step_of(each) >= step),
+        ]:
+            shutil.rmtree(leftover)
+        new.mkdir(parents=True)
+
+    def _complete(self, new: Path, place: Path, facts: dict[str, Any], best: int | None) -> None:
+        """Put a written checkpoint in its place, and delete old ones."""
+        sizes = {each.name: each.stat().st_size for each in sorted(new.iterdir())}
+        with (new / FACTS).open("w", encoding="utf-8") as file:
+            json.dump({**facts, "files": sizes}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(new)
+        new.rename(place)
+        sync_directory(self.directory)  # the checkpoint is there before anything names it
+        link = self.directory / ".latest.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(place.name)
+        link.replace(self.directory / "latest")
+        sync_directory(self.directory)
+        for old in saved_steps(self.directory)[: -self.keep] if self.keep else []:
+            if old != best:
+                shutil.rmtree(self.directory / f"step_{old}")
 
 
 def save(
@@ -38,41 +215,8 @@ def save(
     keep: int,
     best: int | None = None,
 ) -> Path:
-    """Write ``directory/step_N`` and let ``latest`` name it; return its path.
-
-    Then delete all but the `keep` newest (0: none) and that of the step `best`.
-    """
-    state: State = {
-        "step": step,
-        "model": learner.policy.model.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
-        "momentum": None if learner.momentum is None else learner.momentum.state_dict(),
-        "metrics_bytes": metrics_bytes,
-        "samples_bytes": samples_bytes,
-    }
-    place, new = directory / f"step_{step}", directory / f".step_{step}.new"
-    if latest(directory) == place:
-        return place  # the very step that the run was resumed from
-    for leftover in [new, *(each for each in directory.glob("step_*") if step_of(each) >= step)]:
-        if leftover.exists():  # of a run that was killed while it saved
-            shutil.rmtree(leftover)
-    new.mkdir(parents=True)
-    with (new / "state.pt").open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(new)
-    new.rename(place)
-    sync_directory(directory)  # the checkpoint is there before anything names it
-    link = directory / ".latest.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(place.name)
-    link.replace(directory / "latest")
-    sync_directory(directory)
-    for old in saved_steps(directory)[:-keep] if keep else []:
-        if old != best:
-            shutil.rmtree(directory / f"step_{old}")
-    return place
+    """Write a checkpoint, as :meth:`Writer.save` does, and wait for it."""
+    return Writer(directory, keep).save(learner, step, metrics_bytes, samples_bytes, best, wait=True)
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -86,25 +230,116 @@ def latest(directory: Path) -> Path | None:
     return directory / link.readlink() if link.is_symlink() else None
 
 
-def load(place: Path, device: torch.device) -> State:
-    return torch.load(place / "state.pt", map_location=device, weights_only=True)
-
-
-def restore(state: State, learner: Learner) -> None:
-    """Put a checkpoint's state into a learner that was built from the same configuration.
+def load(place: Path) -> dict[str, Any]:
+    """Return what a checkpoint knows besides its tensors: step, metrics_bytes, samples_bytes, pending, momentum_updates, ranks, place.
 
     Raises:
-        UsageError: the run had a momentum model and this configuration has none, or the other way round.
+        CheckpointError: a file is missing, or not as long as it was when it was written.
     """
-    learner.policy.model.load_state_dict(state["model"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    if (learner.momentum is None) != (state["momentum"] is None):
+    try:
+        facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
+        for name, size in facts["files"].items():
+            found = (place / name).stat().st_size
+            if found != size:
+                raise CheckpointError(f"checkpoint: want {place / name} of {size} bytes, got {found}")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint: want a complete one in {place}, got {cause(error)}") from error
+    return {**facts, "place": place}
+
+
+def restore(facts: dict[str, Any], learner: Learner) -> None:
+    """Put a checkpoint's tensors into a learner that was built from the same configuration. Every rank must call.
+
+    Raises:
+        UsageError: the run had a momentum model and this configuration has none, or the other way round; other weights.
+        CheckpointError: it cannot be read.
+    """
+    if (learner.momentum is None) != (facts["momentum_updates"] is None):
         wanted = "no momentum model" if learner.momentum is None else "a momentum model"
         raise UsageError(f"resume: want a run with {wanted}, as these options need, got one that differs")
-    if learner.momentum is not None and state["momentum"] is not None:
-        decay = learner.momentum.decay
-        learner.momentum.load_state_dict(state["momentum"])
-        learner.momentum.decay = decay
+    state = state_of(learner)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    with reading(facts["place"]):
+        there = sizes(facts["place"])
+    if shapes != there:
+        odd = next(name for name in sorted({*shapes, *there}) if shapes.get(name) != there.get(name))
+        wanted, got = (each.get(odd, "nowhere") for each in (shapes, there))
+        raise UsageError(f"resume: want a checkpoint of this model, {odd} {wanted}, got {got}")
+    with reading(facts["place"]):
+        dcp.load(state, storage_reader=dcp.FileSystemReader(facts["place"]), no_dist=parallel.world() == 1)
+    if learner.momentum is not None:
+        learner.momentum.updates = facts["momentum_updates"]
+
+
+def resume(directory: Path, learner: Learner, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Restore the newest checkpoint that can be read; return what it knows, or None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: there are some, and none can be read.
+    """
+    newest = latest(directory)
+    steps = [] if newest is None else [each for each in saved_steps(directory) if each <= step_of(newest)]
+    places = parallel.from_first([directory / f"step_{step}" for step in reversed(steps)])
+    for place in places:
+        try:
+            with parallel.together():
+                facts = load(place)
+            restore(facts, learner)
+            return facts
+        except (CheckpointError, RuntimeError) as error:
+            say(f"warning: {error}. It is left out")
+    if places:
+        raise CheckpointError(f"checkpoint: want one in {directory} that can be read, got {len(places)} that cannot")
+    return None
+
+
+def read(place: Path, prefix: str) -> dict[str, Tensor]:
+    """Return the whole tensors of a checkpoint whose name begins with `prefix`, without it: "model." or "momentum.".
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with reading(place):
+        metadata = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(each.size, dtype=each.properties.dtype)
+            for name, each in metadata.items()
+            if name.startswith(prefix) and isinstance(each, dcp.metadata.TensorStorageMetadata)
+        }
+        dcp.load(state, storage_reader=dcp.FileSystemReader(place), no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def sizes(place: Path) -> dict[str, torch.Size]:
+    """Return the shapes of a checkpoint's tensors by name."""
+    found = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+    return {name: each.size for name, each in found.items() if isinstance(each, dcp.metadata.TensorStorageMetadata)}
+
+
+@contextlib.contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Turn whatever torch says of a damaged file into a CheckpointError."""
+    try:
+        yield
+    except (Exception, dcp.api.CheckpointException) as error:  # torch's is no Exception
+        raise CheckpointError(f"checkpoint: want a readable one in {place}, got {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """Return what went wrong on the first rank that failed, in a line."""
+    if isinstance(error, dcp.api.CheckpointException):
+        number, (inner, _) = next(iter(error.failures.items()))
+        return f"rank {number}: {cause(inner)}" if parallel.world() > 1 else cause(inner)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _done(error: BaseException | None) -> Future[Any]:
+    future: Future[Any] = Future()
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+    return future
 
 
 def step_of(place: Path) -> int:

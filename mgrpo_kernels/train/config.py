@@ -266,6 +266,7 @@ class RunConfig(_Section):
     seed: int = option(0, "of everything random")
     checkpoint_every: int = option(50, "save after every so many steps, and after the last; 0: only then", unit="steps")
     keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all")
+    async_checkpoints: bool = option(True, "go on while a checkpoint is written, from a copy in the CPU's memory")
     samples_per_step: int = option(4, "rollouts of a prompt that samples.jsonl shows each step")
     log_every: int = option(1, "print every so many steps", unit="steps")
     plain: bool = option(False, "lines of text on a terminal too, in place of the live view")

@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,7 +32,8 @@ from mgrpo_kernels.train.policy import (
 from mgrpo_kernels.train.report import read_lines, write_report
 from mgrpo_kernels.train.rollout import Engine
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
-from mgrpo_kernels.train.step import Learner, train_step
+from mgrpo_kernels.train.step import Learner, train_step, wanted_stats
+from mgrpo_kernels.train.stopping import Abandoned, Interrupt, interruptible
 from mgrpo_kernels.train.update import make_optimizer
 
 CACHE_SHARE = 16
@@ -52,31 +49,6 @@ THEN = {
     "rollback": "The run goes on from there",
 }
 """What the guard's message ends with."""
-
-
-class Interrupt:
-    """Whether the user, or the machine, has asked the run to stop. The first request waits for the step, the second does not."""
-
-    def __init__(self, notice: Callable[[], None]) -> None:
-        self.asked, self._notice = False, notice
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.default_int_handler)
-        self._notice()
-
-
-@contextmanager
-def interruptible(notice: Callable[[], None]) -> Iterator[Interrupt]:
-    """Turn Ctrl-C and SIGTERM into a request, inside the block; `notice` tells the user that it has come."""
-    interrupt = Interrupt(notice)
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupt
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def say(text: str) -> None:
@@ -183,7 +155,7 @@ def make_engine(config: Config, task: Task, policy: Policy) -> Engine:
 
         prompts = policy.encode([example.prompt for example in (*task.train, *task.held_out)])
         return VllmEngine(policy, longest, max(map(len, prompts)), config.vllm)
-    return TransformersEngine(policy, longest, CACHE_SHARE * config.rollout.tokens_per_microbatch)
+    return TransformersEngine(policy, longest, CACHE_SHARE * config.rollout.tokens_per_microbatch, wanted_stats(config))
 
 
 def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
@@ -200,13 +172,15 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
     """Take the steps that are left, and leave final/ and the report behind; or stop early, with a checkpoint."""
     config, checkpoints = learner.config, output / "checkpoints"
     steps, every = config.optim.steps, config.run.checkpoint_every
-    start, metrics_bytes, samples_bytes = 0, 0, 0
-    found = checkpoint.latest(checkpoints)
+    found = checkpoint.resume(checkpoints, learner, view.warn)
+    start, metrics_bytes, samples_bytes, pending = 0, 0, 0, None
     if found is not None:
-        state = checkpoint.load(found, learner.policy.device)
-        checkpoint.restore(state, learner)
-        start, metrics_bytes, samples_bytes = state["step"], state["metrics_bytes"], state["samples_bytes"]
+        start, metrics_bytes, samples_bytes = (found[key] for key in ("step", "metrics_bytes", "samples_bytes"))
+        pending = found["pending"]
         view.say(f"resuming after step {start}")
+    keep, background = config.run.keep_checkpoints, config.run.async_checkpoints
+    writer = checkpoint.Writer(checkpoints, keep, background=background, say=view.warn)
+    learner.engine.check = interrupt.check  # type: ignore[attr-defined]  # an engine may call it between tokens
     metrics, samples = Lines(output / "metrics.jsonl", metrics_bytes), Lines(output / "samples.jsonl", samples_bytes)
     guard = Guard(len(learner.task.held_out), config.eval.eval_samples)
     past = read_lines(output / "metrics.jsonl")
@@ -214,15 +188,23 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
     view.begin(past)
     loggers = open_loggers(config, output, past)
 
-    def save(step: int) -> Path:
+    def save(step: int, *, wait: bool = False, unevaluated: Any = None) -> Path:
         best = None if config.run.guard == "off" else guard.best([*checkpoint.saved_steps(checkpoints), step])
-        keep = config.run.keep_checkpoints
-        return checkpoint.save(checkpoints, learner, step, metrics.sync(), samples.sync(), keep, best)
+        return writer.save(learner, step, metrics.sync(), samples.sync(), best, pending=unevaluated, wait=wait)
+
+    def stop(step: int, unevaluated: Any = None) -> int:
+        """Save what follows from the steps so far; `unevaluated` is the last one's, where its evaluation is still to come."""
+        place = save(step, wait=True, unevaluated=unevaluated)
+        view.stop()
+        write_report(output, learner.policy.device)
+        say(f"stopped after step {step} of {steps}; saved {place}; go on with --output {output} --resume")
+        return INTERRUPTED
 
     def watch(line: dict[str, Any]) -> str | None:
         """Show the line to the guard, write it, and do what the guard says; return what that was."""
         signs = [] if config.run.guard == "off" else guard.look(line)
         if signs:
+            writer.settle()
             best = guard.best(checkpoint.saved_steps(checkpoints))
             line["guard"] = guard.decide(config.run.guard, config.run.guard_rollbacks, best)
             place = "none yet" if best is None else str(checkpoints / f"step_{best}")
@@ -230,7 +212,7 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
             view.warn(message(line["step"], signs, place, THEN[line["guard"]]))
             guard.note(line["guard"])
             if line["guard"] == "rollback":  # steps go on, and with them the random numbers: the fall is not repeated
-                checkpoint.restore(checkpoint.load(Path(place), learner.policy.device), learner)
+                checkpoint.restore(checkpoint.load(Path(place)), learner)
         metrics.write(line)
         for logger in loggers:
             logger.write(line)
@@ -244,36 +226,45 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
 
     try:
         if found is None:
-            evaluation = measure(0)
+            try:
+                evaluation = measure(0)
+            except Abandoned:
+                say(f"stopped before the first step; start with --output {output} --resume")
+                return INTERRUPTED
             if evaluation is not None:
                 watch(metrics_line({"step": 0}, evaluation))
                 view.step({"step": 0}, evaluation, [])
                 if config.run.guard == "rollback":
                     save(0)
-        for step in range(start + 1, steps + 1):
+        for step in range(start + (pending is None), steps + 1):
+            writer.tell()
             if interrupt.asked:
-                place = save(step - 1)
-                view.stop()
-                write_report(output, learner.policy.device)
-                say(f"stopped after step {step - 1} of {steps}; saved {place}; go on with --output {output} --resume")
-                return INTERRUPTED
+                return stop(step if pending else step - 1, pending)
             chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
-            values, shown = train_step(learner, [learner.task.train[each] for each in chosen], step)
+            try:
+                values, shown = pending or train_step(learner, [learner.task.train[each] for each in chosen], step)
+            except Abandoned:
+                return stop(step - 1)
+            try:
+                evaluation = measure(step)
+            except Abandoned:
+                return stop(step, (values, shown))
+            pending = None
             shown = with_truth(shown, learner.task)
-            evaluation = measure(step)
             view.step(values, evaluation, shown)
             done = watch(metrics_line(values, evaluation))
             for each in shown:
                 samples.write(each)
             new_best = config.run.guard == "rollback" and guard.is_best(step)
             if done == "stop" or step == steps or new_best or (every and step % every == 0):
-                place = save(step)
+                place = save(step, wait=done == "stop" or step == steps)
             if done == "stop":
                 view.stop()
                 write_report(output, learner.policy.device)
                 say(f"stopped after step {step} of {steps}; saved {place}; --guard warn --resume goes on all the same")
                 return COLLAPSED
     finally:
+        writer.settle()
         for each in (metrics, samples, *loggers):
             each.close()
     view.stop()
