@@ -30,6 +30,7 @@ FIGURES = {
     "momentum_distance": "momentum distance",
     "tokens_per_second": "tokens/s",
 }
+DIGITS = {"tokens_per_second": 0, "momentum_distance": 4, "kl": 4}
 MORE = {"reward_mean": "reward", "kl": "KL, nats", "response_tokens": "length, tokens", "grad_norm": "gradient norm"}
 """Shown where the terminal is high enough."""
 
@@ -256,20 +257,17 @@ class Live(Plain):
     def _figures(self, names: Mapping[str, str]) -> Any:
         from rich.table import Table
 
-        width = self._console.width
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=False)
-        for head in ("", "start", "best", "now"):
+        narrow = self._console.width < 60
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for head in ("", "now") if narrow else ("", "start", "best", "now"):
             table.add_column(head, justify="right" if head else "left", no_wrap=True)
         table.add_column("", no_wrap=True, style="cyan")
         for key, name in names.items():
-            curve, digits = (
-                self._curves[key],
-                0 if key == "tokens_per_second" else 4 if key == "momentum_distance" else 3,
-            )
+            curve, digits = self._curves[key], DIGITS.get(key, 3)
+            start, now = f"{curve.start:,.{digits}f}", f"{curve.now:,.{digits}f}"
             best = f"{curve.best:.{digits}f}" if key.startswith("eval_") else ""
-            table.add_row(
-                name, f"{curve.start:,.{digits}f}", best, f"{curve.now:,.{digits}f}", curve.drawn(max(8, width - 50))
-            )
+            drawn = curve.drawn(self._console.width - (32 if narrow else 50))
+            table.add_row(name, *([now] if narrow else [start, best, now]), drawn)
         return table
 
 

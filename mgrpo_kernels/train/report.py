@@ -139,22 +139,22 @@ STYLE = f"""
 :root {{ --line: #d0d4da; --soft: #5a6270; --right: #10703a; --wrong: #b3261e; --bar: #3b78c4; }}
 @media screen and (prefers-color-scheme: dark) {{
   :root {{ --line: #3a3f48; --soft: #a2a9b5; --right: #57c98a; --wrong: #ff8a80; --bar: #6aa4ea; }}
-  body {{ background: {DARK}; color: #e6e8ec; }}
+  body {{ background: {DARK}; color: #e6e8ec; }} img.light {{ display: none; }} img.dark {{ display: inline !important; }}
 }}
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; }}
 h1 {{ margin-bottom: 0; overflow-wrap: anywhere; }} h2 {{ margin-top: 2rem; }} .soft {{ color: var(--soft); }}
 .curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }}
-.curves img {{ width: 100%; height: auto; }}
+.curves img {{ width: 100%; height: auto; }} img.dark {{ display: none; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; }}
 td, th {{ border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }}
-td {{ white-space: pre-wrap; overflow-wrap: anywhere; min-width: 2.5rem; }}
-.samples table {{ width: 100%; }} .samples td:last-child {{ min-width: 11rem; font-family: ui-monospace, monospace; }}
+td {{ white-space: pre-wrap; overflow-wrap: break-word; }}
+.samples td:nth-child(3), .samples td:nth-child(4) {{ min-width: 9rem; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }}
 tr.right td:first-child {{ color: var(--right); font-weight: 600; }} tr.wrong td:first-child {{ color: var(--wrong); font-weight: 600; }}
 .bar {{ display: block; height: .7rem; background: var(--bar); min-width: 1px; print-color-adjust: exact; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 @media print {{
-  body {{ max-width: none; margin: 0; font-size: 11px; }} .wide {{ overflow: visible; }} tr, picture {{ break-inside: avoid; }}
+  body {{ max-width: none; margin: 0; font-size: 11px; }} .wide {{ overflow: visible; }} tr, .curves div {{ break-inside: avoid; }}
 }}
 """
 
@@ -213,8 +213,8 @@ def curves(lines: list[dict[str, Any]]) -> str:
             continue
         text = f"{panel[0]}: " + ", ".join(f"{key} from {_text(start)} to {_text(end)}" for key, start, end in ends)
         parts.append(
-            f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{uri(panel, True)}">'
-            f'<img alt="{html.escape(text)}" src="{uri(panel, False)}"></picture>'
+            f'<div><img class="light" alt="{html.escape(text)}" src="{uri(panel, False)}">'
+            f'<img class="dark" alt="{html.escape(text)}" src="{uri(panel, True)}"></div>'
         )
     return f'<div class="curves">{"".join(parts)}</div>' if parts else "<p>No steps.</p>"
 
@@ -232,7 +232,7 @@ def samples(rows: list[dict[str, Any]]) -> str:
     """Return samples of the run's start, middle and end."""
     if not rows:
         return "<p>None were kept (--samples-per-step).</p>"
-    columns = ("step", "prompt", "true answer", "label", "answer", "reward", "entropy", "notes", "response")
+    columns = ("step", "prompt", "response", "answer", "label", "true answer", "reward", "entropy", "notes")
     parts = []
     for title, steps in chosen_steps(rows).items():
         body, classes = [], []
@@ -247,8 +247,8 @@ def samples(rows: list[dict[str, Any]]) -> str:
             notes.append("" if each["finished"] else "cut at the longest length")
             classes.append("right" if word in ("right", "agrees") else "wrong")
             body.append((
-                word, each["step"], each["prompt"], each["gold"], each["label"], each["answer"], each["reward"], each["entropy"],
-                ", ".join(filter(None, notes)), each["response"],
+                word, each["step"], each["prompt"], each["response"], each["answer"], each["label"], each["gold"], each["reward"],
+                each["entropy"], ", ".join(filter(None, notes)),
             ))  # fmt: skip
         parts.append(f'<h3>{title}</h3><div class="samples">{table(("", *columns), body, classes)}</div>')
     return "".join(parts)
