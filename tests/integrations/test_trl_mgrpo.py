@@ -1,0 +1,308 @@
+"""M-GRPO on TRL's GRPOTrainer: the same rollouts give what our own trainer makes of them."""
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny_trl
+import torch
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from mgrpo_kernels.integrations import trl as integration
+from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
+from mgrpo_kernels.integrations.trl.trainer import MOMENTUM_FILE, _text
+from mgrpo_kernels.train import demo
+from mgrpo_kernels.train import step as steps
+from mgrpo_kernels.train.config import build
+from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.rollout import Rollouts
+from mgrpo_kernels.train.trainer import make_learner
+
+P, G, N = 3, 8, 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_trl.make_base(tmp_path_factory.mktemp("base"))
+
+
+def settings(place, **changes):
+    options = {
+        "num_generations": G, "momentum_rollouts": N, "per_device_train_batch_size": G, "gradient_accumulation_steps": P,
+        "equivalence": "exact", "beta": 0.0, "decay": 0.9, **changes,
+    }  # fmt: skip
+    return tiny_trl.settings(place, **options)
+
+
+def trainer_of(base, place, reward_funcs=None, **changes):
+    changes.setdefault("iqr_k", 0.25)
+    extract = changes.pop("extract", demo.after_hash)
+    eval_dataset = changes.pop("eval_dataset", None)
+    return MGRPOTrainer(
+        base, reward_funcs, MGRPOConfig(**settings(place, **changes)), train_dataset=tiny_trl.prompts(),
+        eval_dataset=eval_dataset, extract=extract,
+    )  # fmt: skip
+
+
+def responses(seed=0):
+    """Return the scripted rollouts: prompt -> sampler -> token rows, most of which answer; some are cut short of their end."""
+    draw = random.Random(seed)
+    symbols = {character: number + 2 for number, character in enumerate(demo.CHARACTERS)}
+
+    def one(favourite):
+        digit = favourite if draw.random() < 0.6 else str(draw.randrange(10))
+        text = "".join(draw.choice("0123456789+=") for _ in range(draw.randrange(6))) + "#" + digit
+        return [symbols[character] for character in text] + ([1] if draw.random() < 0.8 else [])
+
+    return [{True: [one(str(p)) for _ in range(N)], False: [one(str(p)) for _ in range(G - N)]} for p in range(P)]
+
+
+def shake(momentum):
+    torch.manual_seed(5)
+    for name in sorted(momentum.ema, key=lambda name: name.replace("/", ".")):
+        momentum.ema[name].mul_(1 + 0.3 * torch.randn_like(momentum.ema[name]))
+
+
+def own_trainers(base, script, monkeypatch, **options):
+    """Return what our trainer's step makes of the script: rewards, who trains, advantages."""
+    config = build({
+        **demo.OPTIONS, "prompts_per_step": P, "rollouts": G, "momentum_rollouts": N, "kl_reference": "none", "iqr_k": 0.25,
+        "iqr_min_spread": 0.0, "kl_coef": 0.0, **options,
+    })  # fmt: skip
+    learner = make_learner(config, demo.make_task(0), load_policy(base, torch.device("cpu"), torch.float32))
+    shake(learner.momentum)
+
+    class Scripted:
+        def sample(self, prompts, copies, *, momentum=None, **_):
+            rows = [row for each in script for row in each[momentum is not None][:copies]]
+            width = max(map(len, rows))
+            tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+            mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+            return Rollouts(tokens, mask, torch.zeros(mask.shape), torch.tensor([row[-1] == 1 for row in rows]))
+
+    seen = {}
+
+    class Enough(Exception):
+        pass
+
+    def group_advantages(rewards, groups, **more):
+        seen["rewards"] = rewards
+        return advantages(rewards, groups, **more)
+
+    def training_batch(learner, rollouts, stats, own, trains, advantages):
+        seen.update(trains=trains, advantages=advantages)
+        raise Enough
+
+    learner.engine, advantages = Scripted(), steps.group_advantages
+    monkeypatch.setattr(steps, "group_advantages", group_advantages)
+    monkeypatch.setattr(steps, "training_batch", training_batch)
+    with pytest.raises(Enough):
+        steps.train_step(learner, learner.task.train[:P], 1)
+    return seen
+
+
+def script_generation(trainer, script, monkeypatch):
+    """Have TRL's generation say the script, and record the head that it would have sampled with."""
+    heads = []
+
+    def _generate_single_turn(self, prompt_ids, images, fields, copies, has_tool_images=False):
+        momentum = self.momentum._swapped
+        heads.append((momentum, copies, self.model.lm_head.weight.clone()))
+        if self.use_vllm and self._last_loaded_step != self.state.global_step:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        rows = [row for each in script for row in each[momentum]]
+        assert len(rows) == len(prompt_ids)
+        return rows, [[-1.0] * len(row) for row in rows] if self.use_vllm else None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", _generate_single_turn)
+    return heads
+
+
+def examples(trainer):
+    return [{"prompt": each.prompt} for each in demo.make_task(0).train[:P] for _ in range(G)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"filter_scope": "vote", "entropy_reduction": "sum"},
+        {"filter_scope": "penalise", "momentum_scored_by": "policy"},
+        {"iqr_filter": False, "min_share": 0.5},
+    ],
+    ids=lambda options: ",".join(options) or "defaults",
+)
+def test_given_rollouts_have_our_trainers_rewards_and_advantages(base, tmp_path, monkeypatch, options):
+    script = responses()
+    want = own_trainers(base, script, monkeypatch, **options)
+    trainer = trainer_of(base, tmp_path, **options)
+    shake(trainer.momentum)
+    script_generation(trainer, script, monkeypatch)
+    rewards = []
+    kept = trainer.__class__._calculate_rewards
+
+    def _calculate_rewards(self, *arguments):
+        found = kept(self, *arguments)
+        rewards.append(self._rewards)
+        return found
+
+    monkeypatch.setattr(MGRPOTrainer, "_calculate_rewards", _calculate_rewards)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(examples(trainer))
+    trains = output["completion_mask"].bool().any(1)
+    assert torch.equal(trains, want["trains"])
+    assert torch.equal(rewards[0][trains], want["rewards"][trains])
+    torch.testing.assert_close(output["advantages"], want["advantages"], rtol=1e-5, atol=1e-6)
+    assert output["advantages"].abs().sum() > 1
+    policies = (torch.arange(P * G) % G) < G - N
+    assert not trains[~policies].any()
+    pruned = trainer._metrics["train"].get("mgrpo/pruned_fraction", [0])[-1]
+    assert (pruned > 0) == options.get("iqr_filter", True)
+    assert (trains.sum() < policies.sum()) == (options == {})
+    assert output["num_items_in_batch"] == sum(
+        len(row) for p, each in enumerate(script) for i, row in enumerate(each[False]) if trains[p * G + i]
+    )
+    assert output["sequences_in_batch"] == trains.sum()
+
+
+class FakeEngine:
+    """Stands for TRL's vLLM engine: it only notes which weights it was given last."""
+
+    def __init__(self, model):
+        self.model, self.heads = model, []
+
+    def sync_weights(self):
+        self.heads.append(self.model.lm_head.weight.clone())
+
+
+@pytest.mark.parametrize("vllm", [False, True])
+def test_momentum_rollouts_come_from_the_momentum_models_weights(base, tmp_path, monkeypatch, vllm):
+    trainer = trainer_of(base, tmp_path)
+    shake(trainer.momentum)
+    if vllm:
+        trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeEngine(trainer.model), -1
+        trainer.vllm_importance_sampling_correction = False
+    heads = script_generation(trainer, responses(), monkeypatch)
+    before = tiny_trl.weights(trainer.model)
+    trainer.model.train()
+    for _ in range(2):
+        trainer._generate_and_score_completions(examples(trainer))
+    assert [(momentum, copies) for momentum, copies, _ in heads] == [(False, G - N), (True, N)] * 2
+    average = trainer.momentum.ema["lm_head/weight"]
+    for momentum, _, head in heads:
+        assert torch.equal(head, average if momentum else before["lm_head.weight"])
+    assert not torch.equal(average, before["lm_head.weight"])
+    if vllm:  # the engine was given the weights that each part is sampled with
+        assert [torch.equal(a, b) for a, (_, _, b) in zip(trainer.vllm_generation.heads, heads, strict=True)] == [
+            True
+        ] * 4
+        assert trainer._last_loaded_step == -1  # the policy's weights come back before it is sampled again
+    assert all(torch.equal(value, before[name]) for name, value in tiny_trl.weights(trainer.model).items())
+
+
+def first_digit(text):
+    return next((character for character in text if character.isdigit()), None)
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.heads = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **_):
+        self.heads.append(model.lm_head.weight.detach().clone())
+
+
+def test_a_run_moves_policy_and_momentum_and_resumes_to_the_same(base, tmp_path):
+    def start(place, **changes):
+        trainer = trainer_of(
+            base, place, max_steps=4, save_strategy="steps", save_steps=2, beta=0.02, extract=first_digit, **changes
+        )
+        trainer.add_callback(watch := Watch())
+        return trainer, watch
+
+    whole, watch = start(tmp_path / "whole")
+    average = whole.model.lm_head.weight.detach().clone()
+    with integration.patched(strict=True):
+        whole.train()
+    for head in watch.heads:
+        average = 0.9 * average + 0.1 * head
+    torch.testing.assert_close(whole.momentum.ema["lm_head/weight"], average, rtol=1e-5, atol=1e-6)
+    assert whole.momentum.updates == 4
+    lines = [line for line in whole.state.log_history if "loss" in line]
+    assert len(lines) == 4
+    for line in lines:
+        assert 0 < line["mgrpo/momentum_distance"] < 1
+        assert 0 <= line["mgrpo/pruned_fraction"] < 0.5
+        assert line["mgrpo/training_fraction"] <= 1 - N / G
+        assert 0 < line["mgrpo/vote_share"] <= 1
+        assert line["grad_norm"] > 0
+        assert "rewards/majority_vote_reward/mean" in line
+
+    saved = torch.load(tmp_path / "whole" / "checkpoint-2" / MOMENTUM_FILE, weights_only=True)
+    assert saved["updates"] == 2
+    resumed, _ = start(tmp_path / "resumed")
+    loaded = []
+
+    class AtStart(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            loaded.append({name: value.clone() for name, value in resumed.momentum.ema.items()})
+
+    resumed.add_callback(AtStart())
+    with integration.patched(strict=True):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(loaded[0][name], value) for name, value in saved["ema"].items())
+    assert resumed.momentum.updates == 4
+    for (
+        name,
+        value,
+    ) in whole.momentum.ema.items():  # rollouts, filter, vote and steps after the resume are those of the whole run
+        torch.testing.assert_close(resumed.momentum.ema[name], value, rtol=1e-5, atol=1e-6)
+
+    Path(tmp_path / "whole" / "checkpoint-2" / MOMENTUM_FILE).unlink()
+    foreign, _ = start(tmp_path / "foreign")
+    with pytest.raises(ValueError, match=r"want a checkpoint of MGRPOTrainer, with momentum.pt, got .*checkpoint-2"):
+        foreign.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+
+def test_own_rewards_and_an_evaluation(base, tmp_path):
+    seen = []
+
+    def length(completions, **_):
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    trainer = trainer_of(
+        base, tmp_path, length, max_steps=1, eval_dataset=tiny_trl.prompts(2), per_device_eval_batch_size=G
+    )
+    trainer.train()
+    line = next(line for line in trainer.state.log_history if "loss" in line)
+    assert "rewards/length/mean" in line
+    assert "mgrpo/vote_share" not in line
+    assert "mgrpo/pruned_fraction" in line
+    number = len(seen)
+    found = trainer.evaluate()  # of the policy alone: nothing is pruned or swapped
+    assert len(seen) == number + 2 * G
+    assert found["eval_reward"] == pytest.approx(sum(map(len, seen[number:])) / (2 * G), rel=1e-4)
+
+
+def test_what_it_cannot_do_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="momentum_rollouts: want at most 6 of num_generations 8.*got 7"):
+        MGRPOConfig(**settings(tmp_path, momentum_rollouts=7))
+    with pytest.raises(ValueError, match="filter_scope"):
+        MGRPOConfig(**settings(tmp_path, filter_scope="all"))
+    with pytest.raises(ValueError, match="use_adaptive_entropy: want False with M-GRPO, got True"):
+        MGRPOConfig(**settings(tmp_path, use_adaptive_entropy=True))
+    assert MGRPOConfig(**settings(tmp_path, momentum_rollouts=None)).momentum_rollouts == G // 4
+    with pytest.raises(TypeError, match="args: want MGRPOConfig, got GRPOConfig"):
+        MGRPOTrainer(base, None, GRPOConfig(**tiny_trl.settings(tmp_path)), train_dataset=tiny_trl.prompts())
+    with pytest.raises(ValueError, match="tools: want None with MGRPOTrainer"):
+        MGRPOTrainer(base, None, MGRPOConfig(**settings(tmp_path)), train_dataset=tiny_trl.prompts(), tools=[len])
+    with pytest.raises(ValueError, match=r"got epsilon 1.5 is not in \[0, 1\]"):
+        trainer_of(base, tmp_path, epsilon=1.5)
+
+
+def test_the_text_of_a_chat_completion():
+    assert _text([{"role": "assistant", "content": "so #"}, {"role": "assistant", "content": "4"}]) == "so #4"
+    assert _text("#4") == "#4"
