@@ -286,6 +286,9 @@ class RunConfig(_Section):
         for name in ("checkpoint_every", "keep_checkpoints", "samples_per_step", "guard_rollbacks"):
             checks.check_number(name, getattr(self, name), at_least=0)
         checks.check_number("log_every", self.log_every, at_least=1)
+        for name in ("wandb", "trackio"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: want the name of a project, got ''")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -38,21 +37,24 @@ def check_loggers(run: RunConfig) -> None:
 
 
 def log_in(run: RunConfig) -> None:
-    """Ask for what Weights & Biases needs before anything is written.
+    """Have Weights & Biases check its key, or ask for one, before anything is written and while the terminal is free.
 
     Raises:
-        UsageError: no key, and no terminal to ask for one.
+        UsageError: no key, and no terminal to ask for one; or one that the server does not take.
     """
-    if run.wandb is None or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+    if run.wandb is None:
         return
     import wandb
 
+    def online() -> bool:
+        return wandb.setup().settings.mode in ("online", "shared", "run")
+
     try:
-        able = wandb.login()
-    except wandb.errors.Error as error:
-        raise UsageError(f"wandb: want a login (`wandb login`) or WANDB_MODE=offline, got: {error}") from error
+        able = not online() or wandb.login() or not online()  # who is asked may choose to be offline
+    except (wandb.errors.Error, ValueError) as error:
+        raise UsageError(f"wandb: want a login (wandb login) or WANDB_MODE=offline, got: {error}") from error
     if not able:
-        raise UsageError("wandb: want a login (`wandb login`) or WANDB_MODE=offline, got none")
+        raise UsageError("wandb: want a login (wandb login) or WANDB_MODE=offline, got neither")
 
 
 def open_loggers(config: Config, output: Path, past: Iterable[Line]) -> list[Logger]:
@@ -113,7 +115,7 @@ class TensorBoard:
 
 
 Send = Callable[[dict[str, float], int], None]
-Open = Callable[[str, str, Config, Path, bool], tuple[Send, Callable[[], None]]]
+Open = Callable[[str, str, Config, Path], tuple[Send, Callable[[], None]]]
 
 
 class Once:
@@ -126,7 +128,7 @@ class Once:
             raise UsageError(f"{kind}: want {known['project']}, the project that the run began in, got {project}")
         self._state = known or {"project": project, "run": f"{output.name}-{uuid.uuid4().hex[:8]}", "step": -1}
         self._save()
-        self._send, self._end = open_run(project, self._state["run"], config, output, bool(known))
+        self._send, self._end = open_run(project, self._state["run"], config, output)
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
@@ -147,7 +149,7 @@ class Once:
         self._end()
 
 
-def open_wandb(project: str, name: str, config: Config, output: Path, known: bool) -> tuple[Send, Callable[[], None]]:
+def open_wandb(project: str, name: str, config: Config, output: Path) -> tuple[Send, Callable[[], None]]:
     """Start, or go on with, a run of Weights & Biases; its files go to ``wandb/`` in `output`."""
     import wandb
 
@@ -158,9 +160,9 @@ def open_wandb(project: str, name: str, config: Config, output: Path, known: boo
     return lambda values, step: run.log(values, step=step), run.finish
 
 
-def open_trackio(project: str, name: str, config: Config, output: Path, known: bool) -> tuple[Send, Callable[[], None]]:
-    """Start, or go on with, a run of Trackio."""
+def open_trackio(project: str, name: str, config: Config, output: Path) -> tuple[Send, Callable[[], None]]:
+    """Start, or go on with, a run of Trackio, which keeps it where TRACKIO_DIR says."""
     import trackio
 
-    run = trackio.init(project=project, name=name, resume="must" if known else "never", config=config.values())
+    run = trackio.init(project=project, name=name, resume="allow", config=config.values())
     return lambda values, step: run.log(values, step=step), run.finish
