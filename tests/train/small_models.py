@@ -42,10 +42,10 @@ def make_byte_model(
 
 
 def make_answering_model(place: Path) -> None:
-    """Write a random model that, as it has few other words, often answers: digits, ``#### `` and an end. All else is unknown to it."""
-    words = ["_", "?", "$", "#### ", *"0123456789"]
+    """Write a random model that, as it has few other words, mostly answers, by 0 to 3. All but digits up to 3 is unknown to it."""
+    words = ["_", "?", "$", *"0123", *(f"#### {digit}\n" for digit in "0123")]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("#### |."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"#### [0-3]\n|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="_", unk_token="?", eos_token="$")
     wrapped.save_pretrained(place)
