@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,12 @@ from transformers import (
 )
 
 from mgrpo_kernels.lm_head import lm_head
+from mgrpo_kernels.train import attention
 from mgrpo_kernels.train.config import UsageError
+
+PROBE = [[1, 2, 3, 0], [2, 1]]
+"""Prompts that show whether a model keeps sequences in one row apart."""
+log = logging.getLogger(__name__)
 
 
 class HeadOptions(NamedTuple):
@@ -51,6 +57,12 @@ class Policy:
         self.head_options = HeadOptions(head.logit_scale, head.softcap)
         # transformers 5 renamed the cache's keyword on the way.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # four dimensions: transformers takes it as it is
+        self.unpackable = self._why_unpackable()
+        if self.unpackable is not None:
+            log.warning(
+                "%s: prompts and responses are padded, which takes more time and memory: %s", type(model).__name__, self.unpackable
+            )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +79,47 @@ class Policy:
     def hidden(self, ids: Tensor) -> Tensor:
         """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``: causal, so padding reaches nothing before it."""
         return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+    def packed_hidden(self, ids: Tensor, positions: Tensor, layout: attention.Layout) -> Tensor:
+        """Return hidden states ``(T, H)`` of token ids ``(1, T)`` at `positions`, which see each other as the layout says."""
+        if self._no_mask.device != ids.device:
+            self._no_mask = self._no_mask.to(ids.device)
+        out = self.model.get_decoder()(
+            input_ids=ids, position_ids=positions, attention_mask=self._no_mask, use_cache=False, layout=layout
+        )
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits ``(N, V)`` of hidden states ``(N, H)``."""
+        weight, bias = self.head()
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        scale, cap = self.head_options
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def _why_unpackable(self) -> str | None:
+        """Let the model attend by layouts; return None, or why it cannot, and then leave it as it was."""
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or []
+        if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+            return f"it has layers of the kind {', '.join(odd)}"
+        apart = torch.cat([self.hidden(torch.tensor([row], device=self.device))[0] for row in PROBE])
+        before = config._attn_implementation
+        attention.register()
+        self.model.set_attn_implementation(attention.NAME)
+        layout = attention.Probe(PROBE, torch.zeros(len(PROBE), dtype=torch.int64, device=self.device))
+        try:
+            together = self.packed_hidden(layout.ids, layout.positions, layout)
+        except Exception as error:  # whatever a model does with a keyword and a mask that it does not know
+            why: str | None = f"{type(error).__name__}: {error}"
+        else:
+            sliding = ["sliding_attention" in kind for kind in kinds] or [bool(getattr(config, "sliding_window", None))]
+            why = layout.why_not(apart, together, sliding * (1 if kinds else config.num_hidden_layers))
+        if why is not None:
+            self.model.set_attn_implementation(before)
+        return why
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
@@ -95,10 +148,9 @@ class Policy:
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Return the texts of ``(B, R)`` responses, without special tokens."""
-        return [
-            str(self.tokenizer.decode(row[kept], skip_special_tokens=True))
-            for row, kept in zip(tokens.cpu(), mask.cpu(), strict=True)
-        ]
+        rows = [tuple(row[:length]) for row, length in zip(tokens.tolist(), mask.sum(-1).tolist(), strict=True)]
+        texts = {row: str(self.tokenizer.decode(list(row), skip_special_tokens=True)) for row in set(rows)}
+        return [texts[row] for row in rows]
 
     @torch.no_grad()
     def check(self) -> None:

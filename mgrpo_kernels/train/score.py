@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mgrpo_kernels import TokenStats, linear_token_stats
+from mgrpo_kernels.train.attention import Sequences
 from mgrpo_kernels.train.policy import Policy
 
 
@@ -20,23 +21,48 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor  # (B+1,) int32
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Split sequences into batches of at most `budget` tokens, padding included; one that is longer goes alone.
+def micro_batches(
+    prompts: Sequence[Sequence[int]], lengths: Sequence[int], budget: int, *, packed: bool
+) -> list[list[int]]:
+    """Split sequences into batches of at most `budget` tokens; one that is longer goes alone.
 
-    Like goes with like, so that little is padding: within and across batches, lengths fall.
+    Args:
+        prompts: of each sequence.
+        lengths: of the responses.
+        budget: in tokens that go through the model.
+        packed: those of :class:`mgrpo_kernels.train.attention.Sequences`, for which responses to the same prompt stay together. Else
+            padding counts, and like goes with like: within and across batches, lengths fall.
     """
+    rest = [max(length - 1, 0) for length in lengths]  # what follows the last token is not asked for
+    whole = [len(prompt) + length for prompt, length in zip(prompts, rest, strict=True)]
+    rows: Iterable[int] = range(len(whole))
+    if packed:
+        first: dict[tuple[int, ...], int] = {}
+        group = [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]
+        rows = sorted(rows, key=lambda row: group[row])
+    else:
+        rows = sorted(rows, key=lambda row: -whole[row])
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+    tokens = 0  # of the last batch
+    for row in rows:
+        shared = batches and packed and group[row] == group[batches[-1][-1]]
+        more = rest[row] if shared else whole[row]
+        if batches and (tokens + more if packed else (len(batches[-1]) + 1) * whole[batches[-1][0]]) <= budget:
             batches[-1].append(row)
+            tokens += more
         else:
             batches.append([row])
+            tokens = whole[row]
     return batches
 
 
 def pack(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor, mask: Tensor) -> Packed:
     """Run the decoder on prompts followed by their responses ``(B, R)``; return its states at the response tokens alone."""
-    lengths = mask.sum(-1)
+    lengths, labels = mask.sum(-1), tokens[mask]
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    if policy.unpackable is None:
+        layout = Sequences(prompts, lengths.tolist(), labels)
+        return Packed(policy.packed_hidden(layout.ids, layout.positions, layout)[layout.states], labels, cu_seqlens)
     before = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     width = max(int((before + lengths).max()) - 1, 1)  # what follows the last token is not asked for
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -45,8 +71,7 @@ def pack(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor, mask:
         ids[row, : len(sequence)] = sequence
     place = torch.arange(width, device=tokens.device)
     states = (place >= (before - 1)[:, None]) & (place < (before - 1 + lengths)[:, None])  # (B, width)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    return Packed(policy.hidden(ids.to(tokens.device))[states], tokens[mask], cu_seqlens)
+    return Packed(policy.hidden(ids.to(tokens.device))[states], labels, cu_seqlens)
 
 
 @torch.no_grad()
@@ -81,7 +106,8 @@ def score(
     lengths = mask.sum(-1).tolist()
     out = {name: torch.zeros(tokens.shape, device=tokens.device) for name in stats}
     weight, bias = policy.head()
-    for batch in micro_batches([len(prompts[row]) + lengths[row] for row in rows], budget):
+    of_rows = [prompts[row] for row in rows], [lengths[row] for row in rows]
+    for batch in micro_batches(*of_rows, budget, packed=policy.unpackable is None):
         chosen = torch.tensor([rows[each] for each in batch], device=tokens.device)
         with policy.autocast():
             packed = pack(policy, [prompts[row] for row in chosen.tolist()], tokens[chosen], mask[chosen])

@@ -96,8 +96,9 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     metrics = {
         "step": step,
         "learning_rate": learning_rate(config, step),
-        **updated,
         **step_metrics(examples, seen, stats, judged, task.equivalence),
+        **({"behaviour_mismatch": None} if told(learner, seen) else {}),  # the sampler's own log-probs have been taken
+        **updated,
         "momentum_distance": None if learner.momentum is None else float(learner.momentum.distance(policy.model)),
         **clock.metrics(int(seen.rollouts.mask.sum())),
     }
@@ -132,13 +133,26 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int) -> Trajec
 
 
 def score_by_sampler(learner: Learner, seen: Trajectories) -> TokenStats:
-    """Score every trajectory under the model that sampled it: ``(B, R)`` each."""
+    """Score every trajectory under the model that sampled it: ``(B, R)`` each.
+
+    An engine that samples from these very weights has had the logits that the statistics are of, and tells them with the tokens; scoring
+    would only compute them again, to other roundings. It is done for an engine that does not.
+    """
+    rollouts = seen.rollouts
+    if told(learner, seen):
+        return TokenStats(rollouts.logprobs, rollouts.entropy, rollouts.self_certainty)
     stats = score_rows(learner, seen, seen.by_policy, blank(learner, seen))
     if not learner.config.momentum_rollouts:
         return stats
     assert learner.momentum is not None
     with learner.momentum.swapped_into(learner.policy.model):
         return score_rows(learner, seen, ~seen.by_policy, stats)
+
+
+def told(learner: Learner, seen: Trajectories) -> bool:
+    """Return whether the sampler's statistics are taken. Not where momentum rollouts train: their weights are ratios of two scores."""
+    has = {"logprob", *(name for name in ("entropy", "self_certainty") if getattr(seen.rollouts, name) is not None)}
+    return has >= set(wanted_stats(learner.config)) and not learner.config.method.train_momentum_rollouts
 
 
 def score_by_policy(learner: Learner, seen: Trajectories, stats: TokenStats) -> TokenStats:
@@ -156,11 +170,17 @@ def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: Toke
     return stats._replace(**{name: getattr(stats, name).index_copy(0, rows, getattr(scored, name)) for name in wanted})
 
 
+def wanted_stats(config: Config) -> tuple[str, ...]:
+    """Return what the method looks at."""
+    certainty = ("self_certainty",) if METHODS[config.method.method].needs_self_certainty else ()
+    return ("logprob", "entropy", *certainty)
+
+
 def blank(learner: Learner, seen: Trajectories) -> TokenStats:
     """Return zeros for what the method looks at: ``(B, R)`` each."""
     zeros = torch.zeros(seen.rollouts.mask.shape, device=learner.policy.device)
-    certainty = zeros if METHODS[learner.config.method.method].needs_self_certainty else None
-    return TokenStats(logprob=zeros, entropy=zeros, self_certainty=certainty)
+    wanted = wanted_stats(learner.config)
+    return TokenStats(*(zeros if name in wanted else None for name in TokenStats._fields))
 
 
 def signals(learner: Learner, seen: Trajectories, stats: TokenStats, vote: Vote, step: int) -> Signals:
@@ -202,6 +222,9 @@ def training_batch(
     2110.00641; truncation: IMPALA, arXiv 1802.01561). Were the momentum model's log-probs the old ones, the clip range would lie around
     a model that lags by some 1 / (1 - m) steps: of the tokens that have moved since, it would drop the gradient. A token of the
     policy's own has weight 1.
+
+    A batch takes one optimizer step, so the old log-probs are those that the step's own forward pass gives, bit for bit: they are not
+    computed apart but where the weights above need them.
     """
     rows = trains.nonzero().squeeze(-1)
     prompts = [seen.prompts[row] for row in rows.tolist()]
@@ -212,10 +235,13 @@ def training_batch(
             ref = score(learner.policy, prompts, tokens, mask, **scoring(learner.config), stats=("logprob",)).logprob
     assert stats.logprob is not None
     assert own.logprob is not None
-    behaviour = stats.logprob[rows] if learner.config.method.train_momentum_rollouts else None
+    weighted = learner.config.method.train_momentum_rollouts
+    behaviour = stats.logprob[rows] if weighted else None
     if learner.config.corrects_behaviour:  # what the sampler itself said, which is another's rounding
         behaviour = seen.rollouts.logprobs[rows]
-    return Batch(prompts, tokens, mask, own.logprob[rows], ref, advantages[rows], behaviour)
+    old = own.logprob[rows] if weighted else None
+    sampled = seen.rollouts.logprobs[rows] if told(learner, seen) else None
+    return Batch(prompts, tokens, mask, old, ref, advantages[rows], behaviour, sampled)
 
 
 def scoring(config: Config) -> dict[str, Any]:

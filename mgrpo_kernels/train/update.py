@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mgrpo_kernels import linear_policy_loss
+from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops.policy_loss.specs import COUNT_SEQUENCES
 from mgrpo_kernels.train.config import Config, LossConfig
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.score import micro_batches, pack
+from mgrpo_kernels.train.score import Packed, micro_batches, pack
 
 
 class Batch(NamedTuple):
@@ -22,10 +22,11 @@ class Batch(NamedTuple):
     prompts: Sequence[Sequence[int]]
     tokens: Tensor  # (B, R)
     mask: Tensor  # (B, R) bool
-    old_logprobs: Tensor  # (B, R)
+    old_logprobs: Tensor | None  # (B, R); None: those of the policy as it stands, which this very pass gives
     ref_logprobs: Tensor | None  # (B, R)
     advantages: Tensor  # (B,)
     behaviour_logprobs: Tensor | None = None  # (B, R), of the model that sampled, where that is not always the policy
+    sampled_logprobs: Tensor | None = None  # (B, R), what the sampler said, to be compared
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -43,6 +44,7 @@ def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
         [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
         lr=config.optim.learning_rate,
         weight_decay=config.optim.weight_decay,
+        fused=True,
     )
 
 
@@ -72,26 +74,48 @@ def accumulate_gradient(
     )
     weight, bias = policy.head()
     sums: dict[str, Tensor] = {}
-    for rows in micro_batches(
-        [len(prompt) + length for prompt, length in zip(batch.prompts, lengths, strict=True)], budget
-    ):
+    mismatch: dict[str, Tensor] = {}
+    for rows in micro_batches(batch.prompts, lengths, budget, packed=policy.unpackable is None):
         chosen = torch.tensor(rows, device=batch.tokens.device)
         mask = batch.mask[chosen]
+
+        def part(values: Tensor | None, chosen: Tensor = chosen, mask: Tensor = mask) -> Tensor | None:
+            return None if values is None else values[chosen][mask]
+
         with policy.autocast():
             packed = pack(policy, [batch.prompts[row] for row in rows], batch.tokens[chosen], mask)
             result = linear_policy_loss(
-                packed.hidden, weight, packed.labels, batch.old_logprobs[chosen][mask], batch.advantages[chosen],
+                packed.hidden, weight, packed.labels, part(batch.old_logprobs), batch.advantages[chosen],
                 bias=bias, cu_seqlens=packed.cu_seqlens, temperature=temperature, **policy.head_options._asdict(),
-                ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[chosen][mask],
-                behaviour_logprobs=None if batch.behaviour_logprobs is None else batch.behaviour_logprobs[chosen][mask],
+                ref_logprobs=part(batch.ref_logprobs), behaviour_logprobs=part(batch.behaviour_logprobs),
                 loss_type=loss.loss_type, importance_level=loss.importance_level, clip_low=loss.clip_low, clip_high=loss.clip_high,
                 kl_coef=0.0 if batch.ref_logprobs is None else loss.kl_coef, kl_estimator=loss.kl_estimator,
                 entropy_coef=loss.entropy_coef, normalizer=normalizer, entropy_normalizer=tokens,
             )  # fmt: skip
+            if (
+                batch.sampled_logprobs is not None and not mismatch
+            ):  # of the first: a look at the head again is a quarter of its work
+                mismatch["behaviour_mismatch"] = mean_difference(
+                    policy, packed, batch.sampled_logprobs[chosen][mask], temperature
+                )
         result.loss.backward()
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
             sums[name] = sums[name] + value if name in sums else value
-    return {name: float(value) for name, value in sums.items() if name != "ratio_max"}
+    del sums["ratio_max"]
+    numbers = torch.stack(list({**sums, **mismatch}.values())).tolist()  # one host sync for all
+    return dict(zip([*sums, *mismatch], numbers, strict=True))
+
+
+@torch.no_grad()
+def mean_difference(policy: Policy, packed: Packed, sampled: Tensor, temperature: float) -> Tensor:
+    """Return mean |log-prob of the policy - log-prob of the sampler| over response tokens, from states that are there already."""
+    weight, bias = policy.head()
+    own = linear_token_stats(
+        packed.hidden, weight, packed.labels, bias=bias, stats=("logprob",), temperature=temperature,
+        **policy.head_options._asdict(),
+    ).logprob  # fmt: skip
+    assert own is not None
+    return (own - sampled).abs().mean()
 
 
 def take_step(
@@ -121,4 +145,5 @@ def take_step(
         "grad_norm": norm,
         "kl": None if batch.ref_logprobs is None else sums["kl_sum"] / sums["tokens"],
         "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
+        **({} if batch.sampled_logprobs is None else {"behaviour_mismatch": sums["behaviour_mismatch"]}),
     }

@@ -88,12 +88,20 @@ def test_nan_is_an_error(policy: Policy) -> None:
 
 
 def test_batches_keep_to_the_budget_and_take_everything_once() -> None:
-    lengths = [5, 3, 8, 1, 1, 20, 4]
-    batches = micro_batches(lengths, 12)
-    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 12 for batch in batches)
+    prompts, lengths = [[1] * n for n in (3, 2, 5, 1, 1, 9, 2)], [2, 2, 4, 1, 1, 12, 3]
+    whole = [len(prompt) + length - 1 for prompt, length in zip(prompts, lengths, strict=True)]
+    batches = micro_batches(prompts, lengths, 12, packed=False)
+    assert sorted(row for batch in batches for row in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * max(whole[row] for row in batch) <= 12 for batch in batches)
     assert batches[0] == [5]
-    assert micro_batches([], 12) == []
+    assert micro_batches([], [], 12, packed=False) == micro_batches([], [], 12, packed=True) == []
+
+
+def test_packed_batches_count_a_prompt_once() -> None:
+    prompts, lengths = [[1] * 5, [2] * 3, [1] * 5, [1] * 5, [2] * 3], [3, 4, 3, 9, 1]
+    assert micro_batches(prompts, lengths, 9, packed=True) == [[0, 2], [3], [1, 4]]  # 5 + 2 + 2, 5 + 8, 3 + 3 + 0
+    assert micro_batches(prompts, lengths, 23, packed=True) == [[0, 2, 3, 1, 4]]
+    assert micro_batches(prompts, lengths, 22, packed=True) == [[0, 2, 3], [1, 4]]
 
 
 def test_whole_logits_are_never_made() -> None:

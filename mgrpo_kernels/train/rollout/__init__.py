@@ -18,6 +18,10 @@ class Rollouts(NamedTuple):
     mask: Tensor  # (B, R) bool
     logprobs: Tensor  # (B, R) float32, what the sampler gave each token, at its temperature; 0 beyond the end
     finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the longest length
+    entropy: Tensor | None = (
+        None  # (B, R) float32, of what the token was drawn from, where the engine tells it; 0 beyond the end
+    )
+    self_certainty: Tensor | None = None  # the same
 
 
 class EngineError(RuntimeError):
@@ -38,10 +42,12 @@ class Engine(Protocol):
         temperature: float,
         generator: torch.Generator,
         momentum: MomentumModel | None = None,
+        first: int = 0,
     ) -> Rollouts:
         """Sample `copies` responses to each prompt, those of one prompt together; from the momentum model where one is given.
 
-        A temperature of 0 is greedy; log-probs are then at temperature 1.
+        Random numbers depend on `generator` and a prompt's number, which is `first` for the first of these: who samples a part of the
+        prompts gets what the whole would give. A temperature of 0 is greedy; log-probs are then at temperature 1.
         """
 
 
@@ -54,10 +60,15 @@ def join(parts: Sequence[Rollouts]) -> Rollouts:
     """Return all rows of some rollouts, padded to the longest."""
     width = max(part.tokens.shape[1] for part in parts)
 
-    def padded(values: Tensor) -> Tensor:
-        return values if values.dim() == 1 else torch.nn.functional.pad(values, (0, width - values.shape[1]))
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        there = [each for each in values if each is not None]
+        if len(there) < len(values):
+            return None
+        return torch.cat([
+            each if each.dim() == 1 else torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in there
+        ])  # fmt: skip
 
-    return Rollouts(*(torch.cat([padded(values) for values in column]) for column in zip(*parts, strict=True)))
+    return parts[0] if len(parts) == 1 else Rollouts(*(joined(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
 def interleave(policy: Rollouts, momentum: Rollouts | None, prompts: int) -> Rollouts:
@@ -72,4 +83,5 @@ def interleave(policy: Rollouts, momentum: Rollouts | None, prompts: int) -> Rol
         ],
         dim=1,
     ).reshape(-1)  # (B,)
-    return Rollouts(*(values[rows.to(values.device)] for values in join([policy, momentum])))
+    both = join([policy, momentum])
+    return Rollouts(*(None if values is None else values[rows.to(values.device)] for values in both))  # type: ignore[arg-type]

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mgrpo_kernels import MomentumModel, token_stats_from_logits
+from mgrpo_kernels import MomentumModel, TokenStats, token_stats_from_logits
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import Rollouts, join
+from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache
+
+NOISE_NUMBERS = 2**18
+"""Random numbers of a prompt that are drawn at once, at least those of one token."""
+LOGITS_BYTES = 2**25
+"""Logits that wait for their statistics, at least those of one token: a launch for many tokens instead of one for each."""
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+"""Tokens from one look at which rollouts have ended to the next: on a GPU the host waits for it."""
 
 
 class TransformersEngine:
@@ -19,13 +27,16 @@ class TransformersEngine:
     Args:
         policy: the model.
         max_tokens: longest response.
-        cache_tokens: most tokens (prompts, responses and padding) in the cache at once; at least one sequence always runs.
+        cache_tokens: most tokens (prompts, and responses of the longest length) in the cache at once; at least one rollout always runs.
+        stats: what rollouts come with, "logprob" at least, "entropy", "self_certainty": from the logits that a token is drawn from.
     """
 
-    def __init__(self, policy: Policy, max_tokens: int, cache_tokens: int) -> None:
+    def __init__(self, policy: Policy, max_tokens: int, cache_tokens: int, stats: Sequence[str] = ("logprob",)) -> None:
         self.policy = policy
         self.max_tokens = max_tokens
         self.cache_tokens = cache_tokens
+        self.stats = tuple(stats)
+        self.check: Callable[[], None] = lambda: None  # called before every token; may raise
 
     @torch.no_grad()
     def sample(
@@ -36,88 +47,130 @@ class TransformersEngine:
         temperature: float,
         generator: torch.Generator,
         momentum: MomentumModel | None = None,
+        first: int = 0,
     ) -> Rollouts:
         """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.Engine`."""
-        rows = [prompt for prompt in range(len(prompts)) for _ in range(copies)]
-        at_once = max(1, self.cache_tokens // (max(map(len, prompts)) + self.max_tokens))
+        longest = max(map(len, prompts))
+        together = max(1, self.cache_tokens // (longest + copies * self.max_tokens))  # prompts
+        at_once = max(1, min(copies, (self.cache_tokens - longest) // self.max_tokens))  # copies of a prompt
+        seeds = torch.randint(2**62, (first + len(prompts),), generator=generator, device=generator.device).tolist()[
+            first:
+        ]
         weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
         with weights, self.policy.autocast():
             return join([
-                self._sample([prompts[row] for row in rows[start : start + at_once]], temperature, generator)
-                for start in range(0, len(rows), at_once)
+                self._sample(
+                    prompts[start : start + together], min(at_once, copies - copy), temperature,
+                    [generator_of(seed + copy, self.policy.device) for seed in seeds[start : start + together]],
+                )
+                for start in range(0, len(prompts), together) for copy in range(0, copies, at_once)
             ])  # fmt: skip
 
-    def _sample(self, prompts: list[Sequence[int]], temperature: float, generator: torch.Generator) -> Rollouts:
-        policy, device = self.policy, self.policy.device
-        unique = list(
-            dict.fromkeys(map(tuple, prompts))
-        )  # each prompt runs once; its copies share what the cache then holds
-        row_of = {prompt: row for row, prompt in enumerate(unique)}
-        copy_of = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
-        ids, prompt_mask = left_pad(unique, device)
-        cache = policy.new_cache()
-        logits = policy.next_logits(ids, prompt_mask, positions(prompt_mask), cache)[copy_of]
-        cache.batch_select_indices(copy_of)
-
-        B, P, R = len(prompts), ids.shape[1], self.max_tokens
-        seen = torch.cat(
-            [prompt_mask[copy_of], prompt_mask.new_ones(B, R)], dim=1
-        )  # (B, P + R): what attention may see
-        position = prompt_mask.sum(-1)[copy_of]  # of the next token
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], copies: int, temperature: float, generators: Sequence[torch.Generator]
+    ) -> Rollouts:
+        policy, device, R = self.policy, self.policy.device, self.max_tokens
+        kind = SharedCache if policy.unpackable is None else PaddedCache
+        cache: Cache = kind(policy, prompts, copies, R)
+        logits = cache.start()
+        U, B = len(prompts), len(prompts) * copies
+        noise = Noise(generators, copies, logits.shape[1], R) if temperature > 0 else None
+        scores = Scores(B, R, self.stats, temperature or 1.0, device)
         tokens = torch.zeros(B, R, dtype=torch.int64, device=device)
-        mask = torch.zeros(B, R, dtype=torch.bool, device=device)
-        logprobs = torch.zeros(B, R, device=device)
-        finished = torch.zeros(B, dtype=torch.bool, device=device)
         eos = torch.tensor(policy.eos, device=device)
-        live = torch.arange(B, device=device)  # the row of each sequence in the cache
-        running = torch.ones(B, dtype=torch.bool, device=device)  # of those in the cache
+        rows = torch.arange(B, device=device)  # which rollouts are in the cache
+        ended = torch.zeros(B, dtype=torch.bool, device=device)  # of these
         for t in range(R):
-            chosen, logprob = choose(logits, temperature, generator)
-            tokens[live, t] = torch.where(running, chosen, 0)
-            logprobs[live, t] = torch.where(running, logprob, 0.0)
-            mask[live, t] = running
-            ended = torch.isin(chosen, eos)
-            finished[live] |= running & ended
-            running = running & ~ended
-            number = int(running.sum())
-            if number == 0 or t == R - 1:
+            self.check()
+            chosen = choose(logits, temperature, None if noise is None else noise.of(t, rows))
+            tokens[rows, t] = chosen
+            scores.add(rows, t, logits, chosen)
+            ended |= torch.isin(chosen, eos)
+            if t == R - 1:
                 break
-            if 2 * number <= live.numel():  # half have ended: carry on with the others alone
-                kept = running.nonzero().squeeze(-1)
-                cache.batch_select_indices(kept)
-                live, seen, position, chosen, running = (each[kept] for each in (live, seen, position, chosen, running))
-            logits = policy.next_logits(chosen[:, None], seen[:, : P + t + 1], position[:, None], cache)
-            position = position + 1
-        if not bool(torch.isfinite(logprobs).all()):
+            if t % LOOK_EVERY[device.type] == 0:
+                live = (~ended).view(U, -1)
+                number = live.sum(-1).tolist()  # of each prompt
+                if not any(number):
+                    break
+                kept, most = [prompt for prompt, n in enumerate(number) if n], max(number)
+                if 2 * len(kept) * most <= len(rows):  # fewer than half have work to do: carry on with a smaller block
+                    prompt = torch.tensor(kept, device=device)
+                    place = live[prompt].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+                    cache.keep(prompt, place)
+                    index = (prompt[:, None] * live.shape[1] + place).flatten()
+                    rows, ended, chosen, U = rows[index], ended[index], chosen[index], len(kept)
+            logits = cache.extend(chosen)
+
+        tokens = tokens[:, : t + 1]
+        is_end = torch.isin(tokens, eos)
+        mask = is_end.cumsum(-1) - is_end.long() == 0  # no end before
+        mask = mask[:, : int(mask.sum(-1).max())]
+        width = mask.shape[1]
+        tokens = torch.where(mask, tokens[:, :width], 0)
+        found = {name: torch.where(mask, each[:, :width], 0.0) for name, each in scores.finish().items()}
+        if not bool(torch.isfinite(found["logprob"]).all()):
             raise FloatingPointError(
                 "rollout: want finite log-probs, got NaN or inf: the model's logits are not numbers any more"
             )
-        return Rollouts(tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1], finished)
+        return Rollouts(
+            tokens, mask, found["logprob"], (is_end[:, :width] & mask).any(-1), found.get("entropy"), found.get("self_certainty")
+        )  # fmt: skip
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a token from each row of ``(B, V)``; return the tokens and their log-probs, ``(B,)`` each."""
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        temperature = 1.0
-    else:
-        weights = torch.softmax(logits.float() / temperature, dim=-1)
-        # The largest of p_i / e_i, e_i exponential, falls on i with probability p_i, and needs no host sync.
-        race = torch.empty_like(weights).exponential_(generator=generator)
-        tokens = (weights / race).argmax(-1)
-    logprob = token_stats_from_logits(logits, tokens, stats=("logprob",), temperature=temperature).logprob
-    assert logprob is not None
-    return tokens, logprob
+def generator_of(seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(seed)
 
 
-def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids ``(B, L)``, 0 before the start, and their mask."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    starts = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    return ids, torch.arange(width, device=device) >= starts[:, None]
+class Noise:
+    """Gumbel noise, of each prompt from a stream of its own: what is drawn does not depend on the other prompts."""
+
+    def __init__(self, generators: Sequence[torch.Generator], copies: int, vocabulary: int, tokens: int) -> None:
+        self.generators = generators
+        self.steps = max(1, min(tokens, NOISE_NUMBERS // (copies * vocabulary)))
+        self.block = torch.empty(len(generators), self.steps, copies, vocabulary, device=generators[0].device)
+
+    def of(self, t: int, rows: Tensor) -> Tensor:
+        """Return the noise of token `t` of some rollouts, ``(rows, V)``; `t` from 0, one after the other."""
+        if t % self.steps == 0:
+            for of_prompt, generator in zip(self.block, self.generators, strict=True):
+                of_prompt.exponential_(generator=generator)
+            self.block.clamp_min_(torch.finfo(self.block.dtype).tiny).log_().neg_()
+        now = self.block[:, t % self.steps].flatten(0, 1)  # (U copies, V)
+        return now if len(rows) == len(now) else now[rows]
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Return each token's place in its sequence, as if it stood alone: ``(B, L)``."""
-    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+def choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
+    """Return a token for each row of ``(B, V)``: drawn by Gumbel noise of that shape, without a host sync; the likeliest without noise."""
+    return (logits if noise is None else torch.add(noise, logits, alpha=1 / temperature)).argmax(-1)
+
+
+class Scores:
+    """Statistics of the tokens that are drawn, from the logits that they are drawn from."""
+
+    def __init__(self, batch: int, tokens: int, stats: Sequence[str], temperature: float, device: torch.device) -> None:
+        self.temperature = temperature
+        self.out = {name: torch.zeros(batch, tokens, device=device) for name in stats}
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._bytes = 0
+
+    def add(self, rows: Tensor, t: int, logits: Tensor, tokens: Tensor) -> None:
+        """Take token `t` of some rollouts, and its logits ``(rows, V)``."""
+        self._waiting.append((rows * next(iter(self.out.values())).shape[1] + t, logits, tokens))
+        self._bytes += logits.nbytes
+        if self._bytes >= LOGITS_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        place, logits, tokens = (torch.cat(each) for each in zip(*self._waiting, strict=True))
+        found: TokenStats = token_stats_from_logits(logits, tokens, stats=tuple(self.out), temperature=self.temperature)
+        for name, values in self.out.items():
+            values.view(-1)[place] = getattr(found, name)
+        self._waiting, self._bytes = [], 0
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the statistics, ``(B, R)`` each."""
+        self._flush()
+        return self.out

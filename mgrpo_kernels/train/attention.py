@@ -1,0 +1,310 @@
+"""Attention without padding: sequences lie one after another, and a prompt is there once for all its responses.
+
+transformers hands the queries, keys and values of every layer to a function that is registered by name. This one finds in the keyword
+``layout`` which token belongs to what; everything else in the model sees a single row of tokens. Without a layout it is PyTorch's
+scaled dot-product attention, as transformers calls it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+NAME = "mgrpo_kernels"
+HARMLESS = frozenset({
+    "position_ids", "use_cache", "cache_position", "position_embeddings", "output_attentions", "output_hidden_states",
+    "output_router_logits", "return_dict", "logits_to_keep",
+})  # fmt: skip
+"""Keywords that models pass along and that say nothing about who sees whom."""
+
+
+class UnpackableError(ValueError):
+    """A model asks for an attention that a layout does not have."""
+
+
+class Layout(Protocol):
+    """Which token belongs to what."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """Return the outputs ``(T, H, D)`` of queries ``(T, H, D)`` over keys and values ``(T, K, D)``, where K divides H.
+
+        A token sees itself and what comes before it in its sequence; with a window only the last `window` of these.
+        """
+
+
+def register() -> None:
+    """Make the function known to transformers."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Return the layout's attention, ``(1, T, H, D)``, for ``(1, H, T, D)``, as transformers calls it.
+
+    Raises:
+        UnpackableError: an option of the layer that would change the result and that layouts do not have.
+    """
+    if layout is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **others
+        )
+    odd = [name for name, given in others.items() if given is not None and name not in HARMLESS]
+    odd += ["dropout"] * (dropout > 0) + ["is_causal=False"] * (is_causal is False)
+    if odd:
+        raise UnpackableError(f"attention: want none of the options that a layout does not have, got {', '.join(odd)}")
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return layout.attend(module.layer_idx, q, k, v, scale, sliding_window).unsqueeze(0), None
+
+
+class Rows(NamedTuple):
+    """Sequences of similar length, padded for attention alone: where the queries and keys of each lie among the T tokens."""
+
+    queries: Tensor  # (r, Q) int64, -1 beyond the end
+    keys: Tensor  # (r, L) int64, -1 beyond the end
+    begin: Tensor  # (r,) the place in its sequence of each first query
+    whole: bool  # the queries are all tokens of each sequence
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Return which keys each query sees, ``(r, 1, Q, L)`` bool; None: those before it. Keys beyond the end come after all queries."""
+        if self.whole and (window is None or window >= self.keys.shape[1]):
+            return None
+        keys = torch.arange(self.keys.shape[1], device=self.keys.device)
+        places = self.begin[:, None] + torch.arange(self.queries.shape[1], device=self.keys.device)  # (r, Q)
+        places = places.clamp_max(
+            self.keys.shape[1] - 1
+        )  # beyond the end too a query sees something, or it would be NaN
+        behind = places[:, None, :, None] - keys
+        return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+
+
+class Sequences:
+    """The layout of prompts and their responses: every different prompt once, then of each response all but its last token.
+
+    What follows a response's last token is not asked for. T is the number of tokens, N that of response tokens.
+
+    Args:
+        prompts: B prompts, as token ids, none of them empty.
+        lengths: of the B responses.
+        tokens: the responses' tokens, one response after the other, ``(N,)``.
+        keep: keep the keys and values of every layer.
+
+    Attributes:
+        ids, positions: ``(1, T)``.
+        states: ``(N,)``, whose state each response token follows from.
+        prompts: ``(B, L)``, where each prompt's tokens lie; -1 beyond its end.
+        kept: keys and values of each layer, ``(T, K, D)``, once the model has run.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], tokens: Tensor, *, keep: bool = False
+    ) -> None:
+        device = tokens.device
+        number: dict[tuple[int, ...], int] = {}  # of each different prompt
+        of = torch.tensor([number.setdefault(tuple(prompt), len(number)) for prompt in prompts])  # (B,)
+        before = torch.tensor([len(prompt) for prompt in number])  # (U,)
+        length = torch.tensor(lengths)
+        rest = (length - 1).clamp_min(0)
+        prompt_start = starts(before)
+        start = int(before.sum()) + starts(rest)
+
+        sequence, place = spread(length)  # (N,)
+        kept = place < rest[sequence]
+        words = torch.tensor([word for prompt in number for word in prompt])
+        last = prompt_start + before - 1  # of each prompt
+        states = torch.where(place == 0, last[of][sequence], start[sequence] + place - 1)
+        places = torch.cat([spread(before)[1], (before[of][sequence] + place)[kept]])
+        self.ids = torch.cat([words.to(device), tokens[kept.to(device)]]).unsqueeze(0)
+        self.positions = places.unsqueeze(0).to(device)
+        self.states = states.to(device)
+        place = torch.arange(int(before.max()))
+        prompts_at = torch.where(place < before[of][:, None], prompt_start[of][:, None] + place, -1)
+        self.prompts = prompts_at.to(device)
+
+        if len(number) == len(of):  # nothing is shared: each prompt and its response in one piece
+            pieces = [(prompt_start, before, start, torch.zeros_like(before), before + rest)]
+        else:
+            longer = rest.nonzero().squeeze(-1)
+            mine = of[longer]
+            pieces = [
+                (prompt_start, before, prompt_start, torch.zeros_like(before), before),
+                (prompt_start[mine], before[mine], start[longer], before[mine], before[mine] + rest[longer]),
+            ]
+        rows = [make_rows(*(column[chosen] for column in piece)) for piece in pieces for chosen in buckets(piece[-1])]
+        flat = torch.cat([each.queries.flatten() for each in rows])
+        inside = (flat >= 0).nonzero().squeeze(-1)
+        back = torch.empty(len(places), dtype=torch.int64)
+        back[flat[inside]] = inside
+        self.rows = [Rows(row.queries.to(device), row.keys.to(device), row.begin.to(device), row.whole) for row in rows]
+        self.back = back.to(device)  # (T,): where a token's output lies in the rows' outputs, one after another
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._keep = keep
+        self._varlen: Varlen | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """See :class:`Layout`."""
+        if self._keep:
+            self.kept[layer] = k, v
+        if flash_attention(v):
+            self._varlen = Varlen.of(self.rows) if self._varlen is None else self._varlen
+            return gather(self._varlen.attend(q, k, v, scale, window), self._varlen.back)
+        outputs = []
+        for rows in self.rows:
+            mask = rows.mask(window)
+            out = scaled_dot_product_attention(
+                padded(q, rows.queries), padded(k, rows.keys), padded(v, rows.keys),
+                attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
+            outputs.append(out.transpose(1, 2).flatten(0, 1))  # (r Q, H, D)
+        return gather(torch.cat(outputs), self.back)
+
+
+class Probe(Sequences):
+    """A layout that finds out whether a model can do with layouts: prompts alone."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> None:
+        super().__init__(prompts, [1] * len(prompts), tokens)
+        self.windows: dict[int, int | None] = {}  # of each layer that asked
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """See :class:`Layout`."""
+        self.windows[layer] = window
+        return super().attend(layer, q, k, v, scale, window)
+
+    def why_not(self, apart: Tensor, together: Tensor, sliding: Sequence[bool]) -> str | None:
+        """Return None if all is well, or what is wrong.
+
+        Args:
+            apart: hidden states ``(T, H)``, each prompt by itself.
+            together: the same by this layout.
+            sliding: whether each layer's attention has a window, by the model's configuration.
+        """
+        if len(self.windows) != len(sliding):
+            return f"{len(self.windows)} of its {len(sliding)} layers attend by the function that they are given"
+        for layer, slides in enumerate(sliding):
+            if slides != (self.windows[layer] is not None):
+                return f"layer {layer} {'does not say' if slides else 'has'} its sliding window"
+        worst = (apart - together).abs().max().item()
+        if not worst <= 1e-4 * max(1.0, apart.abs().max().item()):
+            return f"sequences in one row are not kept apart: hidden states differ by {worst:.2g}"
+        return None
+
+
+def make_rows(prompt_start: Tensor, before: Tensor, start: Tensor, begin: Tensor, end: Tensor) -> Rows:
+    """Return sequences whose queries are their tokens from `begin` to `end`; all ``(r,)``.
+
+    Args:
+        prompt_start, before: where a sequence's prompt lies, and how long it is.
+        start: where what follows the prompt lies.
+    """
+
+    def tokens(places: Tensor) -> Tensor:
+        found = places + torch.where(places < before[:, None], prompt_start[:, None], (start - before)[:, None])
+        return torch.where(places < end[:, None], found, -1)
+
+    queries = begin[:, None] + torch.arange(int((end - begin).max()))
+    return Rows(tokens(queries), tokens(torch.arange(int(end.max())).expand(len(end), -1)), begin, not begin.any())
+
+
+def buckets(lengths: Tensor) -> list[Tensor]:
+    """Return the numbers of sequences in groups of similar length, where one more call costs less than the padding that it spares."""
+    order = lengths.argsort(descending=True, stable=True).tolist()
+    groups: list[list[int]] = []
+    longest = 0  # of the last group
+    for each in order:
+        length = int(lengths[each])
+        if groups and (length >= 0.8 * longest or length * longest * len(groups[-1]) < SMALL):
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+            longest = length
+    return [torch.tensor(group) for group in groups]
+
+
+SMALL = 2**20
+"""Scores of attention (rows x queries x keys) that one more call costs as much as."""
+
+
+def padded(values: Tensor, index: Tensor) -> Tensor:
+    """Return rows of ``(T, H, D)`` as attention takes them, ``(r, H, Q, D)``; beyond the end those of token 0."""
+    found = gather(values, index.clamp_min(0).flatten())
+    return found.view(*index.shape, *values.shape[1:]).transpose(1, 2)
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """Return rows of ``(T, ...)``. Backward adds up what a row gets from several places in the same order every time."""
+    return values.index_select(0, index) if values.device.type == "cpu" else values[index]
+
+
+def starts(lengths: Tensor) -> Tensor:
+    """Return where each of some sequences begins that lie one after another."""
+    return lengths.cumsum(0) - lengths
+
+
+def spread(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for every token of some sequences the sequence's number and the place in it."""
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return sequence, torch.arange(len(sequence)) - starts(lengths)[sequence]
+
+
+@functools.cache
+def has_flash_attention() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def flash_attention(values: Tensor) -> bool:
+    """Return whether flash-attn takes these: it has no float32."""
+    return values.device.type == "cuda" and values.dtype != torch.float32 and has_flash_attention()
+
+
+class Varlen(NamedTuple):
+    """What flash-attn needs: queries and keys of all sequences, one after another."""
+
+    queries: Tensor  # index into the T tokens
+    keys: Tensor
+    back: Tensor  # (T,): where a token's output lies
+    cu_queries: Tensor  # (r+1,) int32
+    cu_keys: Tensor
+    longest: tuple[int, int]  # queries and keys of a sequence
+
+    @classmethod
+    def of(cls, rows: Sequence[Rows]) -> Varlen:
+        """Return the same sequences."""
+        columns = [[each.queries for each in rows], [each.keys for each in rows]]
+        queries, keys = (torch.cat([index[index >= 0] for index in column]) for column in columns)
+        lengths = [torch.cat([(index >= 0).sum(-1) for index in column]) for column in columns]
+        back = torch.empty_like(queries)
+        back[queries] = torch.arange(len(queries), device=queries.device)
+        cu = [torch.nn.functional.pad(each.cumsum(0), (1, 0)).int() for each in lengths]
+        return cls(queries, keys, back, cu[0], cu[1], (int(lengths[0].max()), int(lengths[1].max())))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """Return the outputs in the order of `queries`. Its causal mask is aligned to the last query and key, which is what is wanted."""
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(  # under autocast the rotation leaves q and k in float32
+            gather(q, self.queries).to(v.dtype), gather(k, self.keys).to(v.dtype), gather(v, self.keys),
+            self.cu_queries, self.cu_keys, *self.longest, softmax_scale=scale, causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0), deterministic=True,
+        ).to(q.dtype)  # fmt: skip

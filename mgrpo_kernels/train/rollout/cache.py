@@ -1,0 +1,169 @@
+"""A model in the midst of sampling: the keys and values of the tokens so far, those of a prompt once for all its rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels.train.attention import Sequences, padded
+from mgrpo_kernels.train.policy import Policy
+
+ROOM = 64
+"""Tokens of a rollout that there is room for at first; the room doubles when it is used up."""
+
+
+class Cache(Protocol):
+    """U prompts with c rollouts each, those of a prompt together."""
+
+    def start(self) -> Tensor:
+        """Read the prompts; return the logits of the first tokens, ``(U c, V)``."""
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Append a token to each rollout, ``(U c,)``; return the logits of the next, ``(U c, V)``."""
+
+    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
+        """Go on with some of the rollouts alone: of each of `prompts`, ``(u,)``, those that `rollouts` names, ``(u, k)``."""
+
+
+class SharedCache:
+    """Holds and reads the keys and values of a prompt once for all its rollouts.
+
+    It is a layout (:class:`mgrpo_kernels.train.attention.Layout`) of one token of each rollout: T = U c.
+    """
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
+        self.policy, self.ids, self.copies, self.max_tokens = policy, prompts, copies, max_tokens
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=policy.device)  # (U,)
+        self.longest = max(map(len, prompts))
+        self.length = 0  # of each rollout
+        self.prompt: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, (U K, L, D)
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (U, K, c, room, D)
+        self._bias: dict[int | None, Tensor] = {}
+
+    def start(self) -> Tensor:
+        """See :class:`Cache`."""
+        layout = Sequences(self.ids, [1] * len(self.ids), torch.zeros_like(self.lengths), keep=True)
+        hidden = self.policy.packed_hidden(layout.ids, layout.positions, layout)[layout.states]  # (U, H)
+        for layer in range(len(layout.kept)):
+            keys, values = (padded(each, layout.prompts).flatten(0, 1) for each in layout.kept[layer])
+            self.prompt.append((keys.to(values.dtype), values))  # under autocast the rotation leaves keys in float32
+        return self.policy.logits(hidden).repeat_interleave(self.copies, 0)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """See :class:`Cache`."""
+        positions = (self.lengths + self.length).repeat_interleave(self.copies)
+        logits = self.policy.logits(self.policy.packed_hidden(tokens[None], positions[None], self))
+        self.length += 1
+        return logits
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """See :class:`mgrpo_kernels.train.attention.Layout`."""
+        T, K, D = k.shape
+        c, repeat, U = self.copies, q.shape[1] // K, T // self.copies
+        own_keys, own_values = self._append(layer, k, v)
+        keys, values = self.prompt[layer]
+        q = q.to(values.dtype).view(U, c, K, repeat, D).transpose(1, 2).reshape(U * K, c * repeat, D)
+        first = (
+            0 if window is None else max(0, self.length + 1 - window)
+        )  # of its own tokens, that a rollout still sees
+        own_keys, own_values = (
+            each[:, :, :, first : self.length + 1].flatten(0, 2) for each in (own_keys, own_values)
+        )  # (U K c, n, D)
+        with_prompt = torch.baddbmm(self._seen(window, K, q.dtype), q, keys.transpose(1, 2), alpha=scale)
+        alone = torch.baddbmm(
+            q.new_zeros(1), q.reshape(U * K * c, repeat, D), own_keys.transpose(1, 2), beta=0, alpha=scale
+        )
+        weights = torch.cat([with_prompt, alone.view(U * K, c * repeat, -1)], dim=-1)
+        weights = weights.softmax(-1, dtype=torch.float32).to(values.dtype)
+        of_prompt, of_own = weights.split([keys.shape[1], own_keys.shape[1]], dim=-1)
+        out = torch.bmm(of_prompt, values).view(U * K * c, repeat, D)
+        out = torch.baddbmm(out, of_own.view(U * K * c, repeat, -1), own_values)
+        return out.view(U, K, c, repeat, D).transpose(1, 2).reshape(T, K * repeat, D)
+
+    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new token's keys and values, ``(T, K, D)``; return those of all tokens, ``(U, K, c, room, D)``."""
+        held = self.own.get(layer)
+        if held is None or held[0].shape[3] == self.length:
+            room = min(self.max_tokens, max(ROOM, 2 * self.length))
+            shape = len(self.lengths), k.shape[1], self.copies, room, k.shape[2]
+            new = (v.new_empty(shape), v.new_empty(shape))
+            for before, after in zip(held or (), new, strict=held is not None):
+                after[:, :, :, : self.length] = before
+            self.own[layer] = held = new
+        for every, this in zip(held, (k, v), strict=True):
+            every[:, :, :, self.length] = this.view(len(self.lengths), self.copies, *this.shape[1:]).transpose(1, 2)
+        return held
+
+    def _seen(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
+        """Return 0 where a rollout's newest token sees a token of the prompt, else -inf: ``(U K, 1, L)``."""
+        if window is not None and self.longest + self.length < window:
+            window = None
+        if window is not None or None not in self._bias:
+            place = torch.arange(self.longest, device=self.lengths.device)
+            seen = place < self.lengths[:, None]
+            if window is not None:
+                seen &= (self.lengths + self.length)[:, None] - place < window
+            bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            self._bias[window] = bias.repeat_interleave(heads, 0).unsqueeze(1)
+        return self._bias[window]
+
+    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
+        """See :class:`Cache`."""
+        U = len(self.lengths)
+        for layer, (keys, values) in enumerate(self.prompt):
+            self.prompt[layer] = tuple(each.unflatten(0, (U, -1))[prompts].flatten(0, 1) for each in (keys, values))  # type: ignore[assignment]
+        for layer, (keys, values) in self.own.items():
+            self.own[layer] = chosen(keys, prompts, rollouts), chosen(values, prompts, rollouts)
+        self.lengths, self.copies = self.lengths[prompts], rollouts.shape[1]
+        self._bias.clear()
+
+
+class PaddedCache:
+    """The model's own cache, for models that take no layout: rollouts are padded on the left, each with its prompt's keys and values."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
+        self.policy, self.ids, self.copies = policy, prompts, copies
+        self.cache = policy.new_cache()
+
+    def start(self) -> Tensor:
+        """See :class:`Cache`."""
+        ids, mask = left_pad(self.ids, self.policy.device)
+        logits = self.policy.next_logits(ids, mask, positions(mask), self.cache)
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(self.copies)
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = mask[rows], mask.sum(-1)[rows]  # the position is that of the next token
+        return logits[rows]
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """See :class:`Cache`."""
+        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
+        logits = self.policy.next_logits(tokens[:, None], self.mask, self.position[:, None], self.cache)
+        self.position = self.position + 1
+        return logits
+
+    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
+        """See :class:`Cache`."""
+        rows = (prompts[:, None] * self.copies + rollouts).flatten()
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position, self.copies = self.mask[rows], self.position[rows], rollouts.shape[1]
+
+
+def chosen(held: Tensor, prompts: Tensor, rollouts: Tensor) -> Tensor:
+    """Return some rollouts, ``(u, k)``, of some prompts, ``(u,)``, from ``(U, K, c, room, D)``."""
+    return held.transpose(1, 2)[prompts[:, None], rollouts].transpose(1, 2).contiguous()
+
+
+def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids ``(B, L)``, 0 before the start, and their mask."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    starts = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= starts[:, None]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Return each token's place in its sequence, as if it stood alone: ``(B, L)``."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
