@@ -80,6 +80,19 @@ def test_bad_values_name_the_option(name: str) -> None:
         ({"engine": "vllm", "eval_temperature": 0.005}, "eval_temperature (below 0.01 vLLM changes it): want a finite"),
         ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want --iqr-filter with it"),
         ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: want --iqr-filter with it"),
+        (
+            {"method": "gold", "iqr_filter": True, "filter_scope": "vote"},
+            "filter_scope: want a method that votes with it",
+        ),
+        (
+            {"method": "rent", "iqr_filter": True, "filter_scope": "penalise"},
+            "filter_scope: want both or vote with method rent, whose rewards are never above the 0 that a pruned rollout would get",
+        ),
+        ({"method": "empo", "min_share": 0.5}, "min_share: want a method whose reward is a label with it"),
+        ({"method": "srt", "entropy_reduction": "sum"}, "entropy_reduction: want --iqr-filter with it"),
+        ({"chat_template": "on"}, "chat_template: want --model with it"),
+        ({"chat_template": "yes"}, "chat_template: want one of auto, on, off, got 'yes'"),
+        ({"model": "m", "data": "x.jsonl", "eval_every": 5}, "eval_every: want --eval-data with it, got 5 alone"),
         ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: want kl_coef > 0 with it"),
         ({"stepz": 1}, "stepz: want one of the options "),
         ({"rollouts": 4, "momentum_rollouts": 3}, "momentum_rollouts: want at most 2 of 4 rollouts"),
@@ -90,6 +103,14 @@ def test_wrong_types_unknown_options_and_combinations(values: dict, message: str
     with pytest.raises(UsageError) as caught:
         build(values)
     assert str(caught.value).startswith(message)
+
+
+def test_evaluating_every_so_often_needs_data_only_where_it_is_asked_for() -> None:
+    data = {"model": "m", "data": "x.jsonl"}
+    assert build(data).eval.eval_every == 20  # the default asks for nothing
+    build({**data, "eval_every": 0})
+    build({**data, "eval_every": 5}, {"eval_data": "y.jsonl"})
+    build(build(data).values())  # as a run's config.yaml has it, which names no held-out data
 
 
 def test_defaults_are_the_papers() -> None:
