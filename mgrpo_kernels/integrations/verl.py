@@ -1,0 +1,265 @@
+"""verl 0.9: the fused head in place of its kernel, and its clipped policy loss fused.
+
+:func:`patched` puts them under verl's own names. verl does it by itself where this package is installed beside it
+(:mod:`mgrpo_kernels.integrations.verl_plugin`); M-GRPO's filter and vote are a trainer of its own
+(:mod:`mgrpo_kernels.integrations.verl_trainer`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mgrpo_kernels import checks
+from mgrpo_kernels.integrations import Patch
+from mgrpo_kernels.ops.linear_token_stats import linear_token_stats
+from mgrpo_kernels.ops.policy_loss import policy_loss
+
+INSTALL = "pip install 'verl==0.9.*'"
+LOSS = "mgrpo_kernels"
+"""Name of the loss in verl's registry: actor_rollout_ref.actor.policy_loss.loss_mode."""
+
+AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+REDUCTIONS = ("none", "sum", "mean")
+
+_KERNEL = "verl.utils.kernel.linear_cross_entropy"
+_LOSSES = "verl.trainer.ppo.core_algos"
+# These bind the head's name when they are imported, which takes Megatron.
+_BOUND_AT_IMPORT = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
+_LOSS_PARAMETERS = (
+    "old_log_prob",
+    "log_prob",
+    "advantages",
+    "response_mask",
+    "loss_agg_mode",
+    "config",
+    "rollout_is_weights",
+)
+
+
+def patched(strict: bool = False, *, vanilla: bool = True) -> Patch:
+    """Put the fused head and loss under verl's names, until ``undo()`` or the end of a ``with`` block.
+
+    ===============================================================  ====================================================
+    verl.utils.kernel.linear_cross_entropy.linear_cross_entropy      :func:`linear_cross_entropy` (impl_backend triton)
+    verl.utils.experimental.torch_functional.FusedLinearForPPO       the same (impl_backend torch and liger)
+    the policy losses' registry, under "mgrpo_kernels"               verl's clipped loss, one launch forward and backward
+    compute_policy_loss_vanilla, and "vanilla" in the registry       the same, with `vanilla`
+    ===============================================================  ====================================================
+
+    verl calls a head of its own only where actor_rollout_ref.model.use_fused_kernels is set.
+
+    Args:
+        strict: raise IntegrationError where the loss would run verl's own code: clip_ratio_c below 1 + clip_ratio_high.
+        vanilla: replace verl's own loss too, so that no configuration changes.
+
+    Raises:
+        IntegrationError: verl is not installed, or has moved one of these names.
+    """
+    patch = _VerlPatch("verl", install=INSTALL, strict=strict)
+    patch.replace(_KERNEL, "linear_cross_entropy", linear_cross_entropy)
+    for module in _BOUND_AT_IMPORT:
+        if module in sys.modules:
+            patch.replace(module, "linear_cross_entropy", linear_cross_entropy)
+    patch.replace(
+        "verl.utils.experimental.torch_functional",
+        "FusedLinearForPPO.forward",
+        _fused_linear_for_ppo,
+        parameters=("self", "hidden_states", "vocab_weights", "input_ids", "temperature"),
+    )
+    own = patch.original(_LOSSES, "compute_policy_loss_vanilla")
+    loss = _policy_loss(patch, own)
+    patch.registry = patch.original(_LOSSES, "POLICY_LOSS_REGISTRY")
+    patch.losses = {LOSS: loss}
+    if vanilla:
+        patch.replace(_LOSSES, "compute_policy_loss_vanilla", loss, parameters=_LOSS_PARAMETERS)
+        patch.losses["vanilla"] = loss
+    return patch.apply()
+
+
+class _VerlPatch(Patch):
+    """A patch that also enters losses into verl's registry, and finds the modules that have bound the head since."""
+
+    registry: dict[str, Any]
+    losses: dict[str, Any]
+
+    def apply(self) -> _VerlPatch:
+        super().apply()
+        self._before = {name: self.registry[name] for name in self.losses if name in self.registry}
+        self._head = self._replacements[0].original
+        self.registry.update(self.losses)
+        return self
+
+    def undo(self) -> None:
+        if not self._applied:
+            return
+        super().undo()
+        for name, loss in self.losses.items():
+            if self.registry.get(name) is loss:  # else somebody has registered another since
+                del self.registry[name]
+                if name in self._before:
+                    self.registry[name] = self._before[name]
+        for module in _BOUND_AT_IMPORT:
+            if vars(sys.modules.get(module, object)).get("linear_cross_entropy") is linear_cross_entropy:
+                sys.modules[module].linear_cross_entropy = self._head  # type: ignore[attr-defined]
+
+
+class _ShareOfGradient(torch.autograd.Function):
+    """The identity, whose gradient is this rank's share of it.
+
+    verl's kernel leaves the sum over the vocabulary's ranks to its caller: under sequence parallelism Megatron sums them
+    where the sequence is scattered. :func:`linear_token_stats` has summed already, so each rank gives 1 / ranks of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] / ctx.ranks, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "none",
+    dist_process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs of the labels, and entropies, of softmax(hidden @ weight.T / temperature), without the logits.
+
+    Args:
+        hidden: ``(..., H)``, labels' shape before H; axes of length 1 may stand elsewhere, as in Megatron's ``(N, 1, H)``.
+        weight: ``(V, H)``; with a process group of more than one rank, this rank's equal share of the vocabulary.
+        labels: ``(...)`` int32 or int64, already shifted, over the whole vocabulary.
+        temperature: a number > 0, or a tensor that broadcasts to labels.
+        reduction: of the log-probs: "none", "sum" or "mean".
+        dist_process_group: over which the vocabulary is sharded. The gradient of hidden is then this rank's share: the ranks'
+            shares add up to it, as those of verl's kernel do.
+
+    Returns:
+        log-probs, of labels' shape or 0-d, and entropies, of labels' shape; float32. Either may be left without gradient.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_token_stats` does.
+    """
+    checks.check_tensor("hidden", hidden)
+    checks.check_tensor("labels", labels, dtypes=checks.INTS)
+    reduction = checks.check_choice("reduction", reduction.lower(), REDUCTIONS)
+    if [n for n in hidden.shape[:-1] if n != 1] != [n for n in labels.shape if n != 1]:
+        raise ValueError(
+            f"labels: want hidden's shape {checks.shape_text(hidden.shape)} without its last axis, got {checks.shape_text(labels.shape)}"
+        )
+    hidden = hidden.reshape(*labels.shape, hidden.shape[-1])
+    group, vocab_start = dist_process_group, None
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if ranks > 1:
+        hidden = _ShareOfGradient.apply(hidden, ranks)
+        vocab_start = dist.get_rank(group) * weight.shape[0]
+    stats = linear_token_stats(
+        hidden, weight, labels, temperature=temperature, tp_group=group if ranks > 1 else None, vocab_start=vocab_start
+    )
+    assert stats.logprob is not None
+    assert stats.entropy is not None
+    logprob = stats.logprob
+    if reduction != "none":
+        logprob = logprob.sum() if reduction == "sum" else logprob.mean()
+    return logprob, stats.entropy
+
+
+def _fused_linear_for_ppo(
+    self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    return linear_cross_entropy(hidden_states, vocab_weights, input_ids, temperature)
+
+
+def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return verl's clipped loss, fused; `own` is verl's, for what is not."""
+
+    def loss(
+        old_log_prob: Tensor,  # (B, L)
+        log_prob: Tensor,  # (B, L)
+        advantages: Tensor,  # (B, L)
+        response_mask: Tensor,  # (B, L)
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,  # (B, L)
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if config is None:
+            raise ValueError("config: want verl's ActorConfig, got None")
+        low, high = (
+            config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
+        )
+        most = config.get("clip_ratio_c", 3.0)
+        if most < 1.0 + high:
+            patch.fall_back(LOSS, f"want clip_ratio_c >= 1 + clip_ratio_high = {1.0 + high:g}, got {most:g}")
+            return own(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+        mask = response_mask.bool()
+        loss_type, normalizer = aggregation(loss_agg_mode, mask, config.global_batch_info)
+        # A weight is never negative: it scales the surrogate whichever side of the clip it is on.
+        weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
+        value = policy_loss(
+            log_prob, old_log_prob, weighted, mask=mask, loss_type=loss_type, clip_low=low, clip_high=high, clip_delta=most,
+            normalizer=normalizer,
+        ).loss  # fmt: skip
+        return value, _metrics(log_prob.detach(), old_log_prob, advantages, mask, low, high, most)
+
+    return loss
+
+
+def aggregation(mode: str, mask: Tensor, batch: dict[str, Any]) -> tuple[str, Tensor]:
+    """Return the loss type and the normalizer, 0-d, that make :func:`policy_loss` aggregate as verl's ``agg_loss`` does.
+
+    Args:
+        mode: one of :data:`AGGREGATIONS`.
+        mask: ``(B, L)`` bool.
+        batch: verl's global_batch_info: dp_size, batch_num_tokens, global_batch_size, loss_scale_factor.
+
+    Raises:
+        ValueError: no such mode, or more than one data-parallel rank and the whole batch's count is missing.
+    """
+    checks.check_choice("loss_agg_mode", mode, AGGREGATIONS)
+    ranks = batch.get("dp_size") or 1
+
+    def whole(name: str, here: Callable[[], Tensor]) -> Tensor:
+        count = batch.get(name)
+        if count is None:
+            if ranks > 1:
+                raise ValueError(f"{name}: want the whole batch's count with dp_size {ranks}, got None")
+            return here().float()
+        return torch.as_tensor(count, dtype=torch.float32, device=mask.device)
+
+    if mode == "token-mean":
+        return "bnpo", whole("batch_num_tokens", mask.sum) / ranks
+    if mode == "token-sum":
+        return "bnpo", torch.full((), 1.0 / ranks, device=mask.device)
+    sequences = whole("global_batch_size", lambda: mask.any(-1).sum()) / ranks
+    if mode == "seq-mean-token-mean":
+        return "grpo", sequences
+    if mode == "seq-mean-token-sum-norm":
+        sequences = sequences * (batch.get("loss_scale_factor") or mask.shape[-1])
+    return "luspo", sequences
+
+
+def _metrics(
+    log_prob: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, most: float
+) -> dict[str, float]:
+    """Return what verl logs of its clipped loss: means over the response's tokens, with one host sync for the three."""
+    gap = torch.where(mask, log_prob - old, 0.0).clamp(-20.0, 20.0)
+    ratio = gap.exp()
+    up, down = mask & (advantages > 0), mask & (advantages < 0)
+    clipped = (up & (ratio > 1.0 + high)) | (down & (ratio < 1.0 - low))
+    sums = torch.stack([clipped.sum().float(), -gap.sum(), (down & (ratio > most)).sum().float()])
+    names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+    return dict(zip(names, (sums / mask.sum().clamp(min=1)).tolist(), strict=True))
+
+
+__all__ = ["LOSS", "aggregation", "linear_cross_entropy", "patched"]

@@ -1,0 +1,37 @@
+"""Where the tests find verl and OpenRLHF: scripts/peers.sh installs them beside the environment, not into it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".venv" / "peers"
+
+
+def need(name):
+    """Have `name` importable. Where it is not installed a CI run fails, and any other skips."""
+    if importlib.util.find_spec(name) is None and str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # after everything else: only what the environment lacks comes from there
+        importlib.invalidate_caches()
+    if importlib.util.find_spec(name) is None:
+        reason = f"{name} is not installed: scripts/peers.sh"
+        if os.environ.get("CI"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason, allow_module_level=True)
+
+
+def environment(*folders, **variables):
+    """Return the environment of a process that imports verl: its folder before everything else, one thread."""
+    path = os.pathsep.join(map(str, [*folders, ROOT, FOLDER]))
+    quiet = {"OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, "PYTHONPATH": path, **quiet, **variables}
+
+
+def python(*arguments, env, timeout=240):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )

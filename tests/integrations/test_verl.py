@@ -1,0 +1,380 @@
+"""The fused head and loss under verl's names, held to verl's own code as its package has it."""
+
+# ruff: noqa: E402 - what need() makes importable is imported after it
+import copy
+import logging
+import sys
+import types
+
+import pytest
+import torch
+import two_ranks
+from installed_peers import need
+
+need("verl")
+
+from tensordict import TensorDict
+from verl.models.transformers import monkey_patch
+from verl.trainer.ppo import core_algos
+from verl.utils import tensordict_utils as tu
+from verl.utils.experimental import torch_functional as verl_heads
+from verl.utils.kernel import linear_cross_entropy as verl_kernel
+from verl.workers.config import ActorConfig
+from verl.workers.utils.losses import ppo_loss
+
+from mgrpo_kernels.integrations import IntegrationError, verl
+
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+
+
+def names():
+    """Return every object that a patch replaces."""
+    return (
+        verl_kernel.linear_cross_entropy,
+        vars(verl_heads.FusedLinearForPPO)["forward"],
+        core_algos.compute_policy_loss_vanilla,
+        dict(core_algos.POLICY_LOSS_REGISTRY),
+    )
+
+
+def test_undo_restores_the_very_same_objects():
+    before = names()
+    handle = verl.patched()
+    assert verl_kernel.linear_cross_entropy is verl.linear_cross_entropy
+    assert core_algos.get_policy_loss_fn("vanilla") is core_algos.get_policy_loss_fn(verl.LOSS)
+    handle.undo()
+    assert names()[:3] == before[:3]
+    assert all(found is core_algos.POLICY_LOSS_REGISTRY[name] for name, found in before[3].items())
+    assert set(core_algos.POLICY_LOSS_REGISTRY) == set(before[3])
+    with verl.patched(vanilla=False):
+        assert core_algos.get_policy_loss_fn("vanilla") is before[2]
+        assert verl.LOSS in core_algos.POLICY_LOSS_REGISTRY
+    assert set(core_algos.POLICY_LOSS_REGISTRY) == set(before[3])
+
+
+def test_a_module_that_binds_the_head_meanwhile_gets_verls_back(monkeypatch):
+    late = types.ModuleType("verl.models.mcore.model_forward_fused")
+    own = verl_kernel.linear_cross_entropy
+    with verl.patched():
+        late.linear_cross_entropy = verl_kernel.linear_cross_entropy  # what its import would do; it takes Megatron
+        monkeypatch.setitem(sys.modules, late.__name__, late)
+    assert late.linear_cross_entropy is own
+    with verl.patched():  # and one that is there before
+        assert late.linear_cross_entropy is verl.linear_cross_entropy
+    assert late.linear_cross_entropy is own
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (verl_kernel, "linear_cross_entropy"),
+        (verl_heads, "FusedLinearForPPO"),
+        (core_algos, "POLICY_LOSS_REGISTRY"),
+        (core_algos, "compute_policy_loss_vanilla"),
+    ],
+)
+def test_a_name_that_moved_is_named(monkeypatch, owner, name):
+    monkeypatch.delattr(owner, name)
+    before = verl_heads.FusedLinearForPPO.forward if name != "FusedLinearForPPO" else None
+    with pytest.raises(IntegrationError, match=name):
+        verl.patched()
+    if before is not None:
+        assert verl_heads.FusedLinearForPPO.forward is before  # nothing half patched
+
+
+# --- The head
+
+
+def make(rows, *, hidden=32, vocab=515, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(*rows, hidden, generator=generator).to(dtype).requires_grad_()
+    w = (torch.randn(vocab, hidden, generator=generator) * 0.3).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab, rows, generator=generator)
+    return h, w, labels, torch.randn(2, *rows, generator=generator)
+
+
+def plain(hidden, weight, labels, temperature):
+    logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    return logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def verls_torch_backend(hidden, weight, labels, temperature):
+    return verl_heads.FusedLinearForPPO().forward(hidden, weight, labels, temperature)
+
+
+def gradients(outputs, weights, leaves):
+    total = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+    return torch.autograd.grad(total, leaves, retain_graph=True)
+
+
+@pytest.mark.parametrize("rows", [(1, 37), (3, 17)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_head_is_what_verls_own_computes(rows, temperature):
+    h, w, labels, weights = make(rows)
+    want = verls_torch_backend(h, w, labels, temperature)
+    with verl.patched():
+        for got in (
+            verl_kernel.linear_cross_entropy(h, w, labels, temperature, "none"),  # as verl's models call it
+            verls_torch_backend(h, w, labels, temperature),
+        ):
+            for mine, own in zip(got, want, strict=True):
+                assert mine.shape == labels.shape
+                assert mine.dtype == torch.float32
+                torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
+            for mine, own in zip(gradients(got, weights, (h, w)), gradients(want, weights, (h, w)), strict=True):
+                torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_head_is_nearer_the_truth_than_verls_own():
+    h, w, labels, _ = make((2, 64), hidden=128, dtype=torch.bfloat16)
+    truth = plain(h.double(), w.double(), labels, 0.9)
+    own = verls_torch_backend(h, w, labels, 0.9)
+    with verl.patched():
+        mine = verls_torch_backend(h, w, labels, 0.9)
+    for m, o, t in zip(mine, own, truth, strict=True):
+        assert (m.double() - t).square().mean() <= (o.double() - t).square().mean()
+
+
+def test_megatrons_layout():
+    h, w, labels, _ = make((1, 23))
+    want = plain(h, w, labels, 1.0)
+    got = verl.linear_cross_entropy(h.transpose(0, 1), w, labels, 1.0, "none", None)  # (N, 1, H) and (1, N)
+    assert got[0].shape == labels.shape
+    for mine, own in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"labels: want hidden's shape \(3, 5, 32\) without its last axis, got \(5, 3\)"
+    ):
+        verl.linear_cross_entropy(torch.zeros(3, 5, 32), w, labels.new_zeros(5, 3))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_gradient_may_be_missing(used):
+    h, w, labels, weights = make((2, 9))
+    got = verl.linear_cross_entropy(h, w, labels, 0.8)[used]
+    want = plain(h, w, labels, 0.8)[used]
+    for mine, own in zip(gradients([got], weights[:1], (h, w)), gradients([want], weights[:1], (h, w)), strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "Sum"])
+def test_reduction(reduction):
+    h, w, labels, _ = make((2, 9))
+    logprob, entropy = verl.linear_cross_entropy(h, w, labels, 1.0, reduction)
+    want = plain(h, w, labels, 1.0)[0]
+    want = {"none": want, "sum": want.sum(), "mean": want.mean()}[reduction.lower()]
+    torch.testing.assert_close(logprob, want, rtol=1e-5, atol=1e-5)
+    assert entropy.shape == labels.shape
+
+
+def test_wrong_calls_are_told():
+    h, w, labels, _ = make((2, 9))
+    with pytest.raises(ValueError, match="reduction: want one of none, sum, mean, got 'max'"):
+        verl.linear_cross_entropy(h, w, labels, 1.0, "max")
+    with pytest.raises(ValueError, match="labels"):
+        verl.linear_cross_entropy(h, w, labels + 600)
+
+
+def test_vocabulary_over_two_ranks(tmp_path):
+    """The ranks' gradients of hidden add up, as those of verl's kernel: Megatron's sequence parallelism sums them."""
+    parts = two_ranks.run(two_ranks.verl_head, tmp_path / "store")
+    h, w, labels, weights = two_ranks.inputs(1, 21)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    want = plain(h.transpose(0, 1), w, labels, 0.9)
+    grad_hidden, grad_weight = gradients(want, weights, (h, w))
+    for part in parts:
+        torch.testing.assert_close(part[0], want[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part[1], want[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts[0][2] + parts[1][2], grad_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([part[3] for part in parts]), grad_weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "liger"])
+def test_in_verls_model_forward(backend, monkeypatch):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", Qwen2ForCausalLM.forward)  # verl replaces it on the class
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=301, num_hidden_layers=2, **sizes))
+    tokens = torch.randint(0, 301, (2, 19))
+    want = plain(model.lm_head(model.model(tokens).last_hidden_state), torch.eye(301), tokens.roll(-1, 1), 0.8)
+    loss = (want[0] - 0.1 * want[1])[:, :-1].mean()
+    own = torch.autograd.grad(loss, list(model.parameters()))
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+    with verl.patched(strict=True):
+        output = model(input_ids=tokens, temperature=0.8, return_dict=True)
+    torch.testing.assert_close(output.log_probs, want[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.entropy, want[1], rtol=1e-4, atol=1e-4)
+    loss = (output.log_probs - 0.1 * output.entropy)[:, :-1].mean()
+    for mine, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), own, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+# --- The loss
+
+
+def batch(seed=0, rows=6, length=11):
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(rows, length, generator=generator) * 4
+    new = old + torch.randn(rows, length, generator=generator) * 0.6
+    new[0, 0] = old[0, 0] + 3.0  # far outside every clip
+    advantages = torch.randn(rows, 1, generator=generator).expand(rows, length).clone()
+    advantages[0] = -1.0
+    advantages[1, 3] = 0.0
+    lengths = torch.tensor([length, 4, 1, 7, 0, length - 1])
+    mask = torch.arange(length) < lengths.unsqueeze(-1)
+    weights = torch.rand(rows, length, generator=generator) * 2
+    weights[0, 1] = 0.0
+    return old, new, advantages, mask, weights
+
+
+def actor(mode="token-mean", low=0.2, high=0.28, most=3.0, name="vanilla", **batch_info):
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode, clip_ratio_low=low,
+        clip_ratio_high=high, clip_ratio_c=most,
+    )  # fmt: skip
+    config.global_batch_info.update(batch_info)
+    config.policy_loss.__dict__["loss_mode"] = name
+    return config
+
+
+def run(function, config, old, new, advantages, mask, weights):
+    new = new.clone().requires_grad_()
+    loss, metrics = function(
+        old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask, loss_agg_mode=config.loss_agg_mode,
+        config=config, rollout_is_weights=weights,
+    )  # fmt: skip
+    loss.backward()
+    return loss.detach(), new.grad, metrics
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "info",
+    [
+        {},
+        {"dp_size": 4, "batch_num_tokens": 97, "global_batch_size": 24, "loss_scale_factor": None},
+        {"dp_size": 1, "batch_num_tokens": 50, "global_batch_size": 8, "loss_scale_factor": 20},
+    ],
+    ids=["local", "ranks", "micro"],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_is_verls_own(mode, info, weighted, seed):
+    *inputs, weights = batch(seed)
+    config = actor(mode, **info)
+    want = run(core_algos.compute_policy_loss_vanilla, config, *inputs, weights if weighted else None)
+    with verl.patched(strict=True, vanilla=False):
+        got = run(core_algos.get_policy_loss_fn(verl.LOSS), config, *inputs, weights if weighted else None)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-8)
+    assert got[1].abs().max() > 0
+    assert got[2] == pytest.approx(want[2], rel=1e-5, abs=1e-7)
+    assert got[2]["actor/pg_clipfrac"] > 0
+    assert got[2]["actor/pg_clipfrac_lower"] > 0
+
+
+@pytest.mark.parametrize(("low", "high", "most"), [(0.2, 0.2, 1.2), (0.1, 0.5, 10.0), (0.0, 0.0, 1.5)])
+def test_clip_ratios(low, high, most):
+    *inputs, weights = batch()
+    config = actor(low=low, high=high, most=most)
+    want = run(core_algos.compute_policy_loss_vanilla, config, *inputs, weights)
+    with verl.patched(strict=True):
+        got = run(core_algos.compute_policy_loss_vanilla, config, *inputs, weights)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-8)
+
+
+def test_a_missing_count_of_the_whole_batch_is_told_as_by_verl():
+    *inputs, _ = batch()
+    for mode in ("token-mean", "seq-mean-token-sum"):
+        with verl.patched(), pytest.raises(ValueError, match="want the whole batch's count with dp_size 2, got None"):
+            run(core_algos.get_policy_loss_fn(verl.LOSS), actor(mode, dp_size=2), *inputs, None)
+    with pytest.raises(ValueError, match="loss_agg_mode: want one of token-mean"):
+        verl.aggregation("mean", inputs[3], {})
+
+
+def test_what_a_masked_token_holds_is_not_read():
+    old, new, advantages, mask, _ = batch()
+    config = actor()
+    with verl.patched():
+        loss = core_algos.get_policy_loss_fn(verl.LOSS)
+        want = run(loss, config, old, new, advantages, mask, None)
+        nan = torch.where(mask, new, float("nan"))
+        got = run(loss, config, torch.where(mask, old, float("inf")), nan, advantages, mask, None)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert got[2] == want[2]
+
+
+def test_everything_masked_is_a_loss_of_zero():
+    old, new, advantages, mask, _ = batch()
+    with verl.patched():
+        for mode in MODES:
+            loss, grad, metrics = run(
+                core_algos.get_policy_loss_fn(verl.LOSS), actor(mode), old, new, advantages, mask & False, None
+            )
+            assert loss == 0
+            assert not grad.any()
+            assert set(metrics.values()) <= {0.0}
+
+
+def test_where_the_clip_cannot_be_fused_verls_own_runs_and_says_so(caplog):
+    *inputs, weights = batch()
+    config = actor(high=0.3, most=1.1)
+    want = run(core_algos.compute_policy_loss_vanilla, config, *inputs, weights)
+    with verl.patched(), caplog.at_level(logging.WARNING, "mgrpo_kernels"):
+        loss = core_algos.get_policy_loss_fn(verl.LOSS)
+        got = [run(loss, config, *inputs, weights) for _ in range(3)][-1]
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    said = [record.message for record in caplog.records]
+    assert said == ["mgrpo_kernels runs verl's own code: want clip_ratio_c >= 1 + clip_ratio_high = 1.3, got 1.1"]
+    with verl.patched(strict=True), pytest.raises(IntegrationError, match="clip_ratio_c"):
+        run(core_algos.get_policy_loss_fn(verl.LOSS), config, *inputs, weights)
+
+
+def test_in_verls_ppo_loss():
+    """The whole loss of verl's actor, on the nested tensors that its workers pass."""
+    old, new, advantages, mask, weights = batch(seed=3)
+    rows = [row for row in range(len(old)) if mask[row].any()]
+    lengths = mask[rows].sum(-1).tolist()
+
+    def nested(values):
+        return torch.nested.as_nested_tensor(
+            [values[r, :n] for r, n in zip(rows, lengths, strict=True)], layout=torch.jagged
+        )
+
+    data = TensorDict(
+        {
+            "prompts": torch.nested.as_nested_tensor([torch.ones(2).long() for _ in rows], layout=torch.jagged),
+            "responses": nested(torch.ones_like(old).long()),
+            "response_mask": nested(mask.long()),
+            "attention_mask": torch.nested.as_nested_tensor(
+                [torch.ones(n + 2).long() for n in lengths], layout=torch.jagged
+            ),
+            "old_log_probs": nested(old),
+            "advantages": nested(advantages),
+            "rollout_is_weights": nested(weights),
+        },
+        batch_size=len(rows),
+    )
+    tu.assign_non_tensor(data, dp_size=2, batch_num_tokens=60, global_batch_size=9)
+    # The model scores prompt and response; position i scores token i + 1.
+    scored = [torch.cat([torch.zeros(1), new[r, :n], torch.zeros(1)]) for r, n in zip(rows, lengths, strict=True)]
+    values = torch.cat(scored).requires_grad_()
+    offsets = torch.tensor([0] + [n + 2 for n in lengths]).cumsum(0)
+
+    def loss(name):
+        output = {"log_probs": torch.nested.nested_tensor_from_jagged(values, offsets)}
+        found, metrics = ppo_loss(actor(name=name), output, copy.copy(data))
+        return found.detach(), torch.autograd.grad(found, values)[0], metrics
+
+    want = loss("vanilla")
+    with verl.patched(strict=True, vanilla=False):
+        got = loss(verl.LOSS)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-8)
+    assert got[1].any()
+    assert set(got[2]) == set(want[2])
