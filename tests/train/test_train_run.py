@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from small_models import make_byte_model, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import checkpoint
@@ -243,24 +243,6 @@ def test_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lerning-rate" in capsys.readouterr().err
 
 
-def make_byte_model(place: Path, *, eos: bool = True, context: int = 2048) -> None:
-    """Write a small model whose tokens are bytes. Its tokenizer has no token for padding."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: number for number, token in enumerate(["<end>", *alphabet])}, merges=[])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>" if eos else None).save_pretrained(place)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(alphabet) + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=0 if eos else None,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(place)
-
-
 @pytest.mark.parametrize("method", ["mgrpo", "gold"])
 def test_gsm8k(tmp_path: Path, method: str) -> None:
     if not GSM8K.exists():
@@ -280,14 +262,31 @@ def test_gsm8k(tmp_path: Path, method: str) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.model_type == "qwen2"
 
 
-def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_byte_model(tmp_path / "model", eos=False)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"eos": False},
+            "model: want a tokenizer or a generation configuration with an end-of-sequence token, got none",
+        ),
+        (
+            {"ends_prompts": True},
+            "model: want a tokenizer that leaves a prompt open, got one that ends it with token 0 in ",
+        ),
+        ({"vocabulary": 100}, "model: want a tokenizer whose ids are below the vocabulary of 100, got 258 in "),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict, message: str
+) -> None:
+    vocabulary = options.pop("vocabulary", None)
+    make_byte_model(tmp_path / "model", **options)
+    if vocabulary is not None:
+        write_model(tmp_path / "model", vocabulary, eos=0, context=2048)
     (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
     flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--max-response-tokens", "12"]
     assert command.main([*flags, "--output", str(tmp_path / "run")]) == 2
-    assert (
-        "model: want a tokenizer or a generation configuration with an end-of-sequence token" in capsys.readouterr().err
-    )
+    assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
