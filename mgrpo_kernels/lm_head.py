@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,13 +33,25 @@ def lm_head(model: Any) -> LmHead:
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
+        what = "" if head is None else f" with a {type(head).__module__}.{type(head).__name__}"
         raise TypeError(
-            f"model: want a transformers causal language model with a linear head, got {type(model).__name__}"
+            f"model: want a transformers causal language model with a linear head, got {type(model).__name__}{what}"
         )
     config = model.config.get_text_config()
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    return LmHead(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+    return LmHead(
+        head.weight, head.bias, logit_scale(config), getattr(config, "final_logit_softcapping", None)
+    )  # Gemma
+
+
+def logit_scale(config: Any) -> float:
+    """Return what a model of this (text) configuration multiplies its logits by, before any soft cap."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / scaling  # Granite and MiniCPM3 divide
 
 
 def fuse_lm_head(
@@ -56,14 +69,23 @@ def fuse_lm_head(
 
     Labels are int32 or int64 ``(B, L)``, already shifted: ``labels[:, i]`` is scored by position i. -100 is masked.
 
+    A model with a PEFT adapter is fused by its base: ``fuse_lm_head(model.get_base_model())``; an adapter on the head itself is refused.
+
     Raises:
-        TypeError: the model has no linear head.
+        TypeError: the model has no linear head, or is a wrapper around one.
         ValueError: no such statistic, or a head that does more to its logits than this function knows of.
     """
     check_stats(stats)
+    if hasattr(model, "get_base_model"):
+        raise TypeError(
+            f"model: want the model itself, fuse_lm_head(model.get_base_model()), got {type(model).__name__}"
+        )
     lm_head(model)
     inner = type(model).forward.__get__(model)
 
+    @functools.wraps(
+        inner
+    )  # generate reads the signature: what it may pass, and that logits of the last position are enough
     def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return inner(*args, **kwargs)

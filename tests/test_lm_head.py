@@ -23,7 +23,19 @@ MODELS = {
     "cohere": (transformers.CohereConfig, {"logit_scale": 0.3}),
     "granite": (transformers.GraniteConfig, {"logits_scaling": 4.0}),
     "phi": (transformers.PhiConfig, {"num_key_value_heads": 2}),  # its head has a bias
-}
+    "qwen2": (transformers.Qwen2Config, {}),
+    "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 16, "final_logit_softcapping": 1.5}),
+    "hyperclovax": (transformers.HyperCLOVAXConfig, {"logits_scaling": 0.4}),  # multiplies by what Granite divides by
+    "minicpm3": (
+        transformers.MiniCPM3Config,
+        {"dim_model_base": 16, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+         "qk_rope_head_dim": 8, "v_head_dim": 16},
+    ),
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    ),
+}  # fmt: skip
 
 
 def make(name, **more):
@@ -54,9 +66,40 @@ def test_statistics_are_those_of_the_logits(name):
     stats.logprob.sum().backward()
     assert model.get_output_embeddings().weight.grad.abs().sum() > 0
     assert model(input_ids=tokens).logits.shape == (2, 9, 199)
-    assert model.generate(tokens[:, :3], max_new_tokens=2, do_sample=False).shape[1] <= 5
     del model.forward
     assert model(input_ids=tokens, labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_is_unchanged(name):
+    model = make(name).eval()
+    tokens = torch.randint(1, 199, (2, 5))
+    options = {"attention_mask": torch.tensor([[0, 1, 1, 1, 1], [1] * 5]), "max_new_tokens": 4, "do_sample": False}
+    before = model.generate(tokens, **options)
+    keeps = model._supports_logits_to_keep()
+    fuse_lm_head(model)
+    assert torch.equal(model.generate(tokens, **options), before)
+    assert model._supports_logits_to_keep() == keeps  # else a prompt's logits would all be held
+
+
+def test_an_adapter_goes_on_the_fused_base():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(make("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    tokens = torch.randint(0, 199, (2, 9))
+    logp = model(input_ids=tokens).logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    with pytest.raises(
+        TypeError, match=r"model: want the model itself, fuse_lm_head\(model.get_base_model\(\)\), got PeftModel"
+    ):
+        fuse_lm_head(model)
+    fuse_lm_head(model.get_base_model())
+    found = model(input_ids=tokens, labels=tokens).logprob
+    torch.testing.assert_close(found, logp, rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora" in n)
+    on_head = peft.get_peft_model(make("llama"), peft.LoraConfig(r=4, target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match=r"linear head, got LlamaForCausalLM with a peft.tuners.lora.layer.Linear"):
+        fuse_lm_head(on_head.get_base_model())
 
 
 def test_no_logits_are_held():
