@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mgrpo_kernels import checks
@@ -135,16 +136,19 @@ class MomentumModel:
         """Run the block with the average in place of the parameters of `model`, which is bit-equal again afterwards, whatever happens.
 
         Parameters keep their identity; only their storage is exchanged, and nothing is copied where dtype and device agree.
-        The block must not write to them: they may be the average itself.
+        The block must not write to them: they may be the average itself. With FSDP2 the model's own weights must be gathered (its
+        shards are what FSDP keeps, whatever a parameter says); the average is then gathered beside them, for the block.
 
         Raises:
-            RuntimeError: already swapped.
+            RuntimeError: already swapped; sharded by FSDP2 and not gathered.
             ValueError: other names or shapes.
         """
         if self._swapped:
             raise RuntimeError("swapped_into: want the policy's own parameters, got them swapped already")
         self._parameters(model)
         parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        if isinstance(model, FSDPModule) and any(isinstance(p, DTensor) for p in parameters.values()):
+            raise RuntimeError("swapped_into: want a model whose weights are gathered (unshard), got shards of FSDP2")
         own = {name: parameter.data for name, parameter in parameters.items()}
         self._swapped = True
         try:
@@ -154,7 +158,10 @@ class MomentumModel:
                         f"model: want {name} of shape {checks.shape_text(self.ema[name].shape)}, "
                         f"got {checks.shape_text(parameter.shape)}"
                     )
-                parameter.data = self.ema[name].to(device=parameter.device, dtype=parameter.dtype)
+                ema = self.ema[name]
+                if isinstance(ema, DTensor) and not isinstance(parameter, DTensor):
+                    ema = ema.full_tensor()
+                parameter.data = ema.to(device=parameter.device, dtype=parameter.dtype)
             yield model
         finally:
             for name, parameter in parameters.items():
@@ -168,12 +175,19 @@ class MomentumModel:
         with torch.no_grad():
             for ema, parameter in zip(self.ema.values(), self._parameters(model), strict=True):
                 value = parameter.to(device=ema.device, dtype=torch.float32)
-                for squares, of in ((apart, value - ema.float()), (size, value)):
-                    total = of.square().sum()
-                    squares.append(total.full_tensor() if isinstance(total, DTensor) else total)
+                apart.append((value - ema.float()).square().sum())
+                size.append(value.square().sum())
         return (_total(apart) / _total(size)).sqrt()
 
 
 def _total(parts: list[Tensor]) -> Tensor:
-    first = parts[0].device
-    return torch.stack([part.to(first) for part in parts]).sum()
+    """Return the sum. Of shards each rank's are added up first: one collective, not one for each parameter."""
+    first = parts[0]
+    if isinstance(first, DTensor) and all(
+        isinstance(part, DTensor) and (part.device_mesh, part.placements) == (first.device_mesh, first.placements)
+        for part in parts
+    ):
+        local = torch.stack([part.to_local() for part in parts]).sum()  # type: ignore[attr-defined]
+        return DTensor.from_local(local, first.device_mesh, first.placements, run_check=False).full_tensor()
+    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+    return torch.stack([part.to(whole[0].device) for part in whole]).sum()

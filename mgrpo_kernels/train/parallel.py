@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -188,11 +189,12 @@ def shard(policy: Policy) -> None:
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no product in a sum
     # The decoder runs without the head, which the loss takes as a weight: the root's hooks must run around that, not around forward().
     model.run = MethodType(lambda _, work, *args, **options: work(*args, **options), model)
     register_fsdp_forward_method(model, "run")
-    hidden = policy.hidden
-    policy.hidden = lambda *args, **options: model.run(hidden, *args, **options)  # type: ignore[method-assign]
+    policy.hidden = partial(model.run, policy.hidden)  # type: ignore[method-assign]
+    policy.packed_hidden = partial(model.run, policy.packed_hidden)  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -281,7 +283,7 @@ class DividedEngine:
                 )  # fmt: skip
         device = generator.device
         parts = [each for each in gather(_on_cpu(part)) if each is not None]
-        return Rollouts(*(values.to(device) for values in join(parts)))
+        return Rollouts(*(None if values is None else values.to(device) for values in join(parts)))  # type: ignore[arg-type]
 
 
 def divided(engine: Engine) -> Engine:
