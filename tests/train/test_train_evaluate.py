@@ -118,7 +118,7 @@ def everything(learner: Learner) -> list[torch.Tensor]:
         for value in parameter.values()
         if torch.is_tensor(value)
     ]
-    return [*tiny.weights(learner.policy).values(), *(each.clone() for each in learner.momentum.ema), *state]
+    return [*tiny.weights(learner.policy).values(), *tiny.weights(learner.momentum).values(), *state]
 
 
 def trained(base: Path, evaluation: Callable[[Learner, int], None] | None) -> list[torch.Tensor]:
@@ -141,15 +141,18 @@ def test_evaluating_leaves_every_bit_of_training_as_it_is(base: Path) -> None:
         assert all(map(torch.equal, alone, trained(base, evaluation))), evaluation.__name__
 
 
-def test_no_pass_is_larger_than_the_budget(policy: Policy) -> None:
-    sizes: list[int] = []
-    policy.model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(kwargs["attention_mask"].numel()), with_kwargs=True
-    )
+def test_no_part_is_larger_than_the_budget(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = tiny.learner(policy, eval_samples=8, tokens_per_microbatch=20)
-    assert learner.engine.cache_tokens == 320
+    tokens, sample = [], learner.engine._sample
+
+    def spy(prompts: Any, copies: int, *rest: Any) -> Rollouts:
+        tokens.append(len(prompts) * (max(map(len, prompts)) + copies * learner.config.rollout.max_response_tokens))
+        return sample(prompts, copies, *rest)
+
+    monkeypatch.setattr(learner.engine, "_sample", spy)
     evaluate(policy, learner.engine, learner.task, learner.config, 0)
-    assert 160 < max(sizes) <= 320  # 6 prompts x 8 samples of some 20 tokens would be 960
+    assert 160 < max(tokens) <= 320 == learner.engine.cache_tokens  # all at once would be 6 x 8 x 12, and the prompts
+    assert len(tokens) >= 3 + 1
 
 
 # --- By itself
