@@ -70,7 +70,7 @@ def open_loggers(config: Config, output: Path, past: Iterable[Line]) -> list[Log
         for line in past:
             logger.write(line)
         if isinstance(logger, TensorBoard):
-            logger.replace_older()
+            logger.empty_older()
     return made
 
 
@@ -105,10 +105,13 @@ class TensorBoard:
             self._writer.add_text("guard", f"{line['guard']}: {line['guard_signs']}", line["step"])
         self._writer.flush()
 
-    def replace_older(self) -> None:
-        """Delete the files of earlier parts of the run, once this one holds their steps."""
+    def empty_older(self) -> None:
+        """Empty the files of earlier parts of the run, now that this one holds their steps.
+
+        A TensorBoard that is reading one goes on to the next file; from one that is gone it would not.
+        """
         for each in self._older:
-            each.unlink()
+            each.write_bytes(b"")
 
     def close(self) -> None:
         self._writer.close()
