@@ -1,0 +1,54 @@
+"""The examples run as they stand, with small models made on the spot."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out, names
+
+    return run
+
+
+def history(names):
+    return [line for line in names["trainer"].state.log_history if "loss" in line]
+
+
+def test_grpo_loop_learns(run):
+    out, _ = run("grpo_loop.py", "--steps", "12")
+    rewards = [float(line.split("reward")[1].split()[0]) for line in out.splitlines()]
+    assert len(rewards) == 12
+    assert rewards[-1] > rewards[0] + 0.3
+
+
+def test_fuse_lm_head(run):
+    out, _ = run("fuse_lm_head.py")
+    assert "mean entropy 10.8" in out  # ln 50,000 = 10.82: a random model
+    assert "12 tokens" in out
+
+
+def test_trl_patched_is_plain_trl(run, tmp_path):
+    runs = [
+        history(run("trl_patched.py", "--steps", "3", "--output", str(tmp_path), *more)[1])
+        for more in ([], ["--plain"])
+    ]
+    assert len(runs[0]) == 3
+    for fused, plain in zip(*runs, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "reward"):
+            assert fused[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6)
+
+
+def test_trl_mgrpo(run, tmp_path):
+    _, names = run("trl_mgrpo.py", "--steps", "2", "--warm-steps", "50", "--output", str(tmp_path))
+    lines = history(names)
+    assert len(lines) == 2
+    assert all(line["grad_norm"] > 0 and line["mgrpo/momentum_distance"] > 0 for line in lines)
