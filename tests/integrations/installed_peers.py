@@ -14,6 +14,7 @@ FOLDER = ROOT / ".venv" / "peers"
 
 def need(name):
     """Have `name` importable. Where it is not installed a CI run fails, and any other skips."""
+    os.environ.setdefault("VERL_USE_EXTERNAL_PLUGINS", "none")  # in this process the tests say when verl is patched
     if importlib.util.find_spec(name) is None and str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))  # after everything else: only what the environment lacks comes from there
         importlib.invalidate_caches()
@@ -28,7 +29,8 @@ def environment(*folders, **variables):
     """Return the environment of a process that imports verl: its folder before everything else, one thread."""
     path = os.pathsep.join(map(str, [*folders, ROOT, FOLDER]))
     quiet = {"OMP_NUM_THREADS": "1", "RAY_DISABLE_IMPORT_WARNING": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, "PYTHONPATH": path, **quiet, **variables}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
+    return {**inherited, "PYTHONPATH": path, **quiet, **variables}
 
 
 def python(*arguments, env, timeout=240):

@@ -37,6 +37,13 @@ def names():
     )
 
 
+def test_importing_patches_nothing():
+    assert verl_kernel.linear_cross_entropy == verl_kernel.LinearCrossEntropy.apply
+    assert vars(verl_heads.FusedLinearForPPO)["forward"].__module__ == verl_heads.__name__
+    assert core_algos.get_policy_loss_fn("vanilla").__module__ == core_algos.__name__
+    assert verl.LOSS not in core_algos.POLICY_LOSS_REGISTRY
+
+
 def test_undo_restores_the_very_same_objects():
     before = names()
     handle = verl.patched()

@@ -1,0 +1,162 @@
+"""M-GRPO's filter and vote in verl's own trainer class. tests/integrations/test_verl_trainer.py runs this in a process of its own."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import PPOTrainerSync, get_trainer_cls, trainer_base
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from mgrpo_kernels import group_advantages, iqr_filter
+from mgrpo_kernels.integrations import verl_trainer
+
+
+class Queue:
+    """What verl's trainer asks of TransferQueue, in a dict: a field that nobody has put is left out."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def kv_batch_put(self, keys, partition_id, fields=None, tags=None):
+        for i, key in enumerate(keys):
+            self.rows.setdefault(key, {}).update({name: values[i] for name, values in fields.items()})
+        return KVBatchMeta(partition_id=partition_id, keys=list(keys), tags=tags or [{} for _ in keys])
+
+    def kv_batch_get(self, keys, partition_id, select_fields=None):
+        rows = [{k: v for k, v in self.rows[key].items() if k in select_fields} for key in keys]
+        return list_of_dict_to_tensordict(rows)
+
+
+class Tokenizer:
+    """Token t is the character t; 0 is special."""
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(t) for t in tokens.tolist() if t)
+
+
+def settings(**changes):
+    config = OmegaConf.create({
+        "algorithm": {
+            "adv_estimator": "grpo", "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0, "norm_adv_by_std_in_grpo": True,
+            "rollout_correction": None,
+        },
+        "actor_rollout_ref": {"rollout": {"n": 6, "temperature": 1.0}},
+    })  # fmt: skip
+    for name, value in changes.items():
+        OmegaConf.update(config, name.replace("__", "."), value, force_add=True)
+    return config
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    found = Queue()
+    for module in (trainer_base.tq, verl_trainer.tq):
+        monkeypatch.setattr(module, "kv_batch_put", found.kv_batch_put)
+        monkeypatch.setattr(module, "kv_batch_get", found.kv_batch_get)
+    return found
+
+
+def trainer(config):
+    cls = get_trainer_cls("mgrpo")
+    self = cls.__new__(cls)  # the whole of it takes a cluster, engines and a dataset
+    self.config, self.options, self.tokenizer = config, verl_trainer.check_config(config), Tokenizer()
+    return self
+
+
+TEXTS = {
+    "a": ["#### 7", "so #### 7", "#### 8", "#### 7", "#### 8", "nothing"],
+    "b": ["#### 1/2", "#### 0.5", "#### 3", "#### 3", "#### 3", "#### 4"],
+}
+LEVELS = {
+    "a": [1.0, 1.1, 1.2, 1.0, 1.05, 1.15],
+    "b": [1.0, 1.1, 0.02, 0.9, 1.0, 0.8],
+}  # b's third is far below the others
+
+
+def fill(queue, extra=()):
+    rows, keys, tags = [], [], []
+    for i in range(6):  # the groups' rows lie mixed, as after verl's balancing
+        for uid in ("b", "a"):
+            tokens = torch.tensor([ord(c) for c in TEXTS[uid][i]])
+            ones = torch.ones_like(tokens)
+            level = torch.full(tokens.shape, LEVELS[uid][i])
+            scores = torch.zeros(tokens.shape)
+            scores[-1] = 0.25
+            rows.append({"uid": uid, "responses": tokens, "response_mask": ones, "loss_mask": ones, "entropy": level,
+                         "rm_scores": scores, "old_log_probs": -level})  # fmt: skip
+            keys.append(f"{uid}_{i}_0")
+            tags.append({"seq_len": len(tokens)})
+    zero = torch.zeros(1)
+    rows.append({"uid": "pad", "responses": torch.tensor([0]), "response_mask": zero.long(), "loss_mask": zero.long(),
+                 "entropy": zero + 5, "rm_scores": zero, "old_log_probs": zero})  # fmt: skip
+    keys.append("pad_0_0")
+    tags.append({"is_padding": True})
+    for key in extra:
+        rows.append(rows[0])
+        keys.append(key)
+        tags.append({})
+    queue.kv_batch_put(keys, "train", list_of_dict_to_tensordict(rows))
+    return KVBatchMeta(partition_id="train", keys=keys, tags=tags)
+
+
+@pytest.mark.parametrize("scope", ["both", "vote", "penalise"])
+def test_filter_vote_and_advantages(queue, scope):
+    batch, metrics = fill(queue), {}
+    trainer(settings(mgrpo__filter_scope=scope))._compute_advantage(batch, metrics)
+    kept = iqr_filter(torch.tensor(LEVELS["a"] + LEVELS["b"]), 6).keep
+    assert kept.tolist() == [True] * 6 + [True, True, False, True, True, True]
+    # a: 7 by three of five answers. b: 0.5 and 3 have two voters each, and 0.5 came first; without the filter 3 would win.
+    rewards = torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0])
+    want = group_advantages(rewards, 6, mask=kept if scope == "both" else None)
+    for uid, part, keep in zip("ab", want.split(6), kept.split(6), strict=True):
+        for i in range(6):
+            row = queue.rows[f"{uid}_{i}_0"]
+            trains = float(keep[i] or scope != "both")
+            assert row["rm_scores"].sum() == rewards[i if uid == "a" else 6 + i]
+            assert row["rm_scores"][:-1].sum() == 0
+            assert torch.equal(row["response_mask"], torch.full_like(row["responses"], int(trains)))
+            assert torch.equal(row["loss_mask"], row["response_mask"])
+            torch.testing.assert_close(row["advantages"], part[i] * row["response_mask"])
+            torch.testing.assert_close(row["returns"], row["advantages"])
+    assert queue.rows["pad_0_0"]["advantages"].tolist() == [0.0]
+    assert metrics["mgrpo/pruned_fraction"] == pytest.approx(1 / 12)
+    assert metrics["mgrpo/vote_share"] == pytest.approx((3 / 5 + 2 / 5) / 2)
+    assert metrics["mgrpo/labelled_fraction"] == 1.0
+    assert metrics["mgrpo/own_reward"] == pytest.approx(0.25)
+
+
+def test_rollout_correction_stays_verls(queue):
+    correction = {"rollout_is": "token", "rollout_is_threshold": 2.0, "rollout_rs": None, "bypass_mode": False}
+    batch, metrics = fill(queue), {}
+    for key in batch.keys:
+        queue.rows[key]["rollout_log_probs"] = queue.rows[key]["old_log_probs"] - 0.1
+    trainer(settings(algorithm__rollout_correction=correction))._compute_advantage(batch, metrics)
+    weights = queue.rows["a_0_0"]["rollout_is_weights"]
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.1).exp())
+    assert queue.rows["b_2_0"]["response_mask"].sum() == 0
+
+
+def test_several_outputs_of_a_rollout_are_refused(queue):
+    batch = fill(queue, extra=["a_0_1"])
+    with pytest.raises(ValueError, match="batch: want one output for each rollout, got 2 of one"):
+        trainer(settings())._compute_advantage(batch, {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm__adv_estimator": "rloo"}, "algorithm.adv_estimator: want grpo with trainer_mode mgrpo, got rloo"),
+        ({"algorithm__use_kl_in_reward": True}, "algorithm.use_kl_in_reward: want False"),
+        ({"algorithm__rollout_correction": {"bypass_mode": True}}, "bypass_mode: want False"),
+        ({"mgrpo__iqr": 1.0}, "mgrpo: want one of iqr_k, filter_scope"),
+        ({"mgrpo__iqr_k": -1.0}, "iqr_k: want a finite number >= 0"),
+    ],
+)
+def test_what_it_cannot_do_is_told_when_it_is_built(changes, message):
+    with pytest.raises(ValueError, match=message):
+        get_trainer_cls("mgrpo")(settings(**changes))
+
+
+def test_it_is_verls_synchronous_trainer():
+    assert issubclass(get_trainer_cls("mgrpo"), PPOTrainerSync)
