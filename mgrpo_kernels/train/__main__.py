@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 import time
@@ -10,7 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgrpo_kernels.train.config import PRESETS, SECTIONS, Config, UsageError, build, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.config import (
+    PRESETS,
+    SECTIONS,
+    CheckpointError,
+    Config,
+    UsageError,
+    build,
+    fields_of,
+    find_config,
+    read_yaml,
+)
 from mgrpo_kernels.train.labels import METHODS
 
 SHORT = 40
@@ -111,7 +122,7 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
     """
     given = vars(make_parser().parse_args(arguments))
     file, output = given.pop("config", None), given.pop("output", None)
-    resume, dry_run = given.pop("resume", False), given.pop("dry_run", False)
+    resume, dry_run = given.pop("resume", False) or is_restart(output), given.pop("dry_run", False)
     layers: list[dict[str, Any]] = []
     if resume:
         if output is None:
@@ -135,8 +146,24 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
     return config, place, resume, dry_run
 
 
+def is_restart(output: str | None) -> bool:
+    """Return whether torchrun has started this process again, after a failure, and there is a run to go on with.
+
+    Raises:
+        UsageError: started again, without a directory to look in.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return False
+    if output is None:
+        raise UsageError("output: want --output DIR, where torchrun's restart finds the run, got none")
+    return (Path(output) / "config.yaml").exists()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trainer; return the exit status: 0, 1 not finite, 2 wrong usage, 3 stopped by the guard, 130 interrupted."""
+    """Run the trainer; return the exit status: 0, 1 not finite, 2 wrong usage, 3 stopped by the guard, 130 interrupted.
+
+    Not finite, or a checkpoint that could not be written: 1.
+    """
     try:
         config, output, resume, dry_run = read_command_line(arguments)
         from mgrpo_kernels.train.trainer import (
@@ -145,12 +172,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(config, output, resume=resume, dry_run=dry_run)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(
             f"error: {error}. Nothing was saved after that; --resume goes on from the last checkpoint", file=sys.stderr
         )
+        return 1
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint, or from the start", file=sys.stderr)

@@ -26,16 +26,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.config import CheckpointError, UsageError
 from mgrpo_kernels.train.step import Learner
 
 FACTS = "run.json"
 # One process is a choice here, not an oversight.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is damaged. Those before it are as they were."""
 
 
 def state_of(learner: Learner) -> dict[str, Tensor]:
@@ -262,9 +258,9 @@ def restore(facts: dict[str, Any], learner: Learner) -> None:
     with reading(facts["place"]):
         there = sizes(facts["place"])
     if shapes != there:
-        odd = next(name for name in sorted({*shapes, *there}) if shapes.get(name) != there.get(name))
-        wanted, got = (each.get(odd, "nowhere") for each in (shapes, there))
-        raise UsageError(f"resume: want a checkpoint of this model, {odd} {wanted}, got {got}")
+        differing = next(each for each in sorted({*shapes, *there}) if shapes.get(each) != there.get(each))
+        wanted, got = (str(each.get(differing, "nowhere")) for each in (shapes, there))
+        raise UsageError(f"resume: want a checkpoint of this model, {differing} {wanted}, got {got}")
     with reading(facts["place"]):
         dcp.load(state, storage_reader=dcp.FileSystemReader(facts["place"]), no_dist=parallel.world() == 1)
     if learner.momentum is not None:

@@ -28,6 +28,12 @@ DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answe
 class UsageError(ValueError):
     """What a user can put right: an option, a file, a directory. Shown without a traceback."""
 
+    told = False  # whether another rank has shown it
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is damaged. Those before it are as they were."""
+
 
 def option(default: Any, text: str, *, unit: str = "", choices: Sequence[str] | None = None) -> Any:
     """Return a dataclass field with what the command line needs to know about it."""
@@ -54,6 +60,9 @@ class ModelConfig(_Section):
     model: str | None = option(None, "directory or hub name of a causal language model; none: the built-in one")
     dtype: str = option(
         "float32", "what the matrix products run in; weights, optimizer and average stay float32", choices=DTYPES
+    )
+    gradient_checkpointing: bool = option(
+        False, "the backward pass computes each layer's activations again: less memory, more time"
     )
     device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
 
@@ -267,6 +276,12 @@ class RunConfig(_Section):
     checkpoint_every: int = option(50, "save after every so many steps, and after the last; 0: only then", unit="steps")
     keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all")
     async_checkpoints: bool = option(True, "go on while a checkpoint is written, from a copy in the CPU's memory")
+    max_skipped_steps: int = option(
+        10, "steps whose loss or gradient is not finite are skipped, and their batch saved; after so many the run ends"
+    )
+    rank_timeout: float = option(
+        1800.0, "under torchrun: a rank that waits so long for another ends the run", unit="seconds"
+    )
     samples_per_step: int = option(4, "rollouts of a prompt that samples.jsonl shows each step")
     log_every: int = option(1, "print every so many steps", unit="steps")
     plain: bool = option(False, "lines of text on a terminal too, in place of the live view")
@@ -283,7 +298,14 @@ class RunConfig(_Section):
 
     def check(self) -> None:
         checks.check_number("seed", self.seed, at_least=0, below=2**63)
-        for name in ("checkpoint_every", "keep_checkpoints", "samples_per_step", "guard_rollbacks"):
+        checks.check_number("rank_timeout", self.rank_timeout, above=0.0)
+        for name in (
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_skipped_steps",
+            "samples_per_step",
+            "guard_rollbacks",
+        ):
             checks.check_number(name, getattr(self, name), at_least=0)
         checks.check_number("log_every", self.log_every, at_least=1)
         for name in ("wandb", "trackio"):

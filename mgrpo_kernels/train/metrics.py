@@ -22,6 +22,7 @@ KEYS = {
     "loss": "of the step, before it",
     "grad_norm": "L2 norm of the gradient, before it is scaled down",
     "learning_rate": "of the step",
+    "skipped_steps": "steps of the run so far that were skipped, since their loss or gradient was not finite",
     "reward_mean": "mean reward of the rollouts that train",
     "vote_share": "mean share of the winning answer among the voters",
     "label_accuracy": "share of the labels that equal the true answer, where that is known",

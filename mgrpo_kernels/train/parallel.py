@@ -10,7 +10,7 @@ the step's: how many ranks share the work changes rounding only.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import UsageError
@@ -35,6 +36,8 @@ T = TypeVar("T")
 
 class ToldElsewhereError(UsageError):
     """Another rank has shown the message."""
+
+    told = True
 
 
 @contextmanager
@@ -122,6 +125,13 @@ def _reduced(numbers: Sequence[float], operation: Any) -> list[float]:
     return values.tolist()
 
 
+def added(values: dict[str, float]) -> dict[str, float]:
+    """Return the sum over the ranks of each value, of which a rank may lack some."""
+    parts = gather(values)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Run the block, without collectives in it, on every rank, and wait for all: an error on one is raised on all.
@@ -178,10 +188,8 @@ def shard(policy: Policy) -> None:
     """
     if world() == 1:
         return
-    model, names = policy.model, set(getattr(policy.model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise UsageError(f"model: want one whose layers are named in _no_split_modules, got {type(model).__name__}")
+    model = policy.model
+    layers = _layers(model)
     mesh = init_device_mesh(policy.device.type, (world(),))
     half = policy.dtype if policy.dtype != torch.float32 else None
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
@@ -191,7 +199,7 @@ def shard(policy: Policy) -> None:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no product in a sum
     # The decoder runs without the head, which the loss takes as a weight: the root's hooks must run around that, not around forward().
-    model.run = MethodType(lambda _, work, *args, **options: work(*args, **options), model)
+    model.run = MethodType(_run, model)
     register_fsdp_forward_method(model, "run")
     policy.hidden = partial(model.run, policy.hidden)  # type: ignore[method-assign]
     policy.packed_hidden = partial(model.run, policy.packed_hidden)  # type: ignore[method-assign]
@@ -213,6 +221,48 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.reshard()
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # the head is used after the decoder
+
+
+def _run(model: nn.Module, work: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    out = work(*args, **options)
+    return out.clone() if out._is_view() else out  # FSDP's hook on a view would be lost if that were written to
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let the backward pass compute each decoder layer's activations again, from the layer's input, which alone is kept."""
+    for layer in _layers(model):
+        inner = layer.forward
+
+        def forward(*args: Any, inner: Any = inner, **options: Any) -> Any:
+            if not torch.is_grad_enabled():  # sampling and scoring keep nothing, and sampling fills a cache, once
+                return inner(*args, **options)
+            return checkpoint(
+                inner, *args, use_reentrant=False, preserve_rng_state=False, **options
+            )  # nothing is random
+
+        layer.forward = forward
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """Return the decoder's layers.
+
+    Raises:
+        UsageError: transformers does not name them.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UsageError(f"model: want one whose layers are named in _no_split_modules, got {type(model).__name__}")
+    return layers
+
+
+def idle_pass(policy: Policy) -> None:
+    """Take part in the other ranks' forward and backward pass with nothing of one's own: the gradient is 0."""
+    with policy.autocast():
+        hidden = policy.hidden(torch.zeros(1, 1, dtype=torch.int64, device=policy.device))
+        weight, bias = policy.head()
+        nothing = nn.functional.linear(hidden, weight, bias).sum() * 0.0
+    nothing.backward()
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:
@@ -254,6 +304,19 @@ def _joined(parts: Sequence[Any]) -> Any:
         return [each for part in parts for each in part]
     assert all(part is None for part in parts), f"merged: {type(first).__name__}"
     return None
+
+
+class Nowhere:
+    """A file of a rank that writes none."""
+
+    def write(self, values: Any) -> None:
+        """Leave it to the first rank."""
+
+    def sync(self) -> int:
+        return 0  # the first rank's number counts
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
 
 class DividedEngine:

@@ -18,10 +18,11 @@ from mgrpo_kernels import (
     majority_vote,
     trajectory_entropy,
 )
+from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import Example, Task, equal_to_gold
 from mgrpo_kernels.train.labels import METHODS, Signals
-from mgrpo_kernels.train.metrics import Clock
+from mgrpo_kernels.train.metrics import Clock, peak_memory_bytes
 from mgrpo_kernels.train.monitor import Judgement, Trajectories, sample_lines, step_metrics
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.pruning import survivors
@@ -54,45 +55,49 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     method, G = METHODS[config.method.method], config.rollout.rollouts
     clock = Clock(policy.device)
 
-    synced = sync_seconds(learner.engine)
-    with clock("rollout"):
-        seen = roll_out(learner, examples, step)  # B = P x G trajectories
-    if synced is not None:
-        spent = (sync_seconds(learner.engine) or 0.0) - synced
-        clock.seconds |= {"time_sync": spent, "time_rollout": clock.seconds["time_rollout"] - spent}
-    with clock("score"):
-        stats = score_by_sampler(learner, seen)
-        own = score_by_policy(learner, seen, stats) if config.policy_scores_all else stats
-    with clock("vote"):
-        measured = own if config.method.momentum_scored_by == "policy" else stats
-        assert measured.entropy is not None
-        entropy = trajectory_entropy(
-            measured.entropy, mask=seen.rollouts.mask, reduction=config.method.entropy_reduction
-        )
-        pruning = {"k": config.method.iqr_k, "min_spread": config.method.iqr_min_spread}
-        survives = survivors(entropy, G, **pruning) if config.filters else seen.nonempty
-        voters = survives & ~seen.by_policy if method.voters == "momentum" else survives
-        vote = majority_vote(
-            seen.answers,
-            G,
-            voters=voters.cpu(),
-            equivalence=task.equivalence,
-            min_share=config.method.min_share,
-        )
-        rewards = method.rewards(signals(learner, seen, measured, vote, step)).to(policy.device)
-        if config.method.filter_scope == "penalise":
-            rewards = torch.where(survives, rewards, 0.0)
-        trains = who_trains(config, seen, survives)
-        advantages = group_advantages(rewards, G, mask=trains)
-    with clock("score"):
-        batch = training_batch(learner, seen, stats, own, trains, advantages)
+    mine = parallel.my_share(len(examples))  # all, where there is one rank
+    with parallel.gathered(policy.model):
+        synced = sync_seconds(learner.engine)
+        with clock("rollout"):
+            seen = roll_out(learner, examples[mine.start : mine.stop], step, mine.start)  # B = P x G trajectories
+        if synced is not None:
+            spent = (sync_seconds(learner.engine) or 0.0) - synced
+            clock.seconds |= {"time_sync": spent, "time_rollout": clock.seconds["time_rollout"] - spent}
+        with clock("score"):
+            stats = score_by_sampler(learner, seen)
+            own = score_by_policy(learner, seen, stats) if config.policy_scores_all else stats
+        with clock("vote"):
+            measured = own if config.method.momentum_scored_by == "policy" else stats
+            assert measured.entropy is not None
+            entropy = trajectory_entropy(
+                measured.entropy, mask=seen.rollouts.mask, reduction=config.method.entropy_reduction
+            )
+            pruning = {"k": config.method.iqr_k, "min_spread": config.method.iqr_min_spread}
+            survives = survivors(entropy, G, **pruning) if config.filters else seen.nonempty
+            voters = survives & ~seen.by_policy if method.voters == "momentum" else survives
+            vote = majority_vote(
+                seen.answers,
+                G,
+                voters=voters.cpu(),
+                equivalence=task.equivalence,
+                min_share=config.method.min_share,
+            )
+            rewards = method.rewards(signals(learner, seen, measured, vote, step)).to(policy.device)
+            if config.method.filter_scope == "penalise":
+                rewards = torch.where(survives, rewards, 0.0)
+            trains = who_trains(config, seen, survives)
+            advantages = group_advantages(rewards, G, mask=trains)
+        with clock("score"):
+            batch = training_batch(learner, seen, stats, own, trains, advantages)
     with clock("update"):  # with nothing to learn from the weights stay; the schedule and the average go on
-        updated = take_step(policy, learner.optimizer, batch, config, step) if batch.prompts else {}
+        any_trains = parallel.on_any(bool(batch.prompts))
+        updated = take_step(policy, learner.optimizer, batch, config, step) if any_trains else {}
     with clock("ema"):
         if learner.momentum is not None:
             learner.momentum.update(decay_of(config, step))
 
-    judged = Judgement(entropy, survives, vote, rewards, trains, advantages)
+    judged = parallel.merged(Judgement(entropy, survives, vote, rewards, trains, advantages))
+    seen, stats = parallel.merged(seen), parallel.merged(stats)
     metrics = {
         "step": step,
         "learning_rate": learning_rate(config, step),
@@ -101,21 +106,32 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         **updated,
         "momentum_distance": None if learner.momentum is None else float(learner.momentum.distance(policy.model)),
         **clock.metrics(int(seen.rollouts.mask.sum())),
+        "peak_memory_bytes": int(parallel.largest(peak_memory_bytes(policy.device))),
     }
     return metrics, sample_lines(step, examples[0], seen, judged, G, config.run.samples_per_step)
 
 
-def roll_out(learner: Learner, examples: Sequence[Example], step: int) -> Trajectories:
-    """Sample every prompt's rollouts, the policy's and then the momentum model's, and read their answers."""
+def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: int = 0) -> Trajectories:
+    """Sample every prompt's rollouts, the policy's and then the momentum model's, and read their answers.
+
+    Other ranks have the step's prompts before `first`.
+    """
     config, policy = learner.config, learner.policy
+    options = {"first": first} if parallel.world() > 1 else {}
     prompts = policy.encode([example.prompt for example in examples])
 
     def part(copies: int, momentum: MomentumModel | None) -> Rollouts:
         purpose = "rollout" if momentum is None else "momentum rollout"
         generator = stream(config.run.seed, purpose, step, policy.device)
-        return learner.engine.sample(
-            prompts, copies, temperature=config.rollout.temperature, generator=generator, momentum=momentum
-        )
+        with parallel.sampling():
+            return learner.engine.sample(
+                prompts,
+                copies,
+                temperature=config.rollout.temperature,
+                generator=generator,
+                momentum=momentum,
+                **options,
+            )
 
     own = part(config.policy_rollouts, None)
     others = part(config.momentum_rollouts, learner.momentum) if config.momentum_rollouts else None
@@ -191,13 +207,16 @@ def signals(learner: Learner, seen: Trajectories, stats: TokenStats, vote: Vote,
 
     entropy = mean(stats.entropy)
     assert entropy is not None
+    group, generator = learner.config.rollout.rollouts, stream(learner.config.run.seed, "rewards", step)
+    before = parallel.my_share(learner.config.rollout.prompts_per_step).start * group
+    torch.randint(0, 2, (before,), generator=generator)  # what the ranks before this one draw
     return Signals(
         vote=vote,
-        group=learner.config.rollout.rollouts,
+        group=group,
         entropy=entropy,
         self_certainty=mean(stats.self_certainty),
         correct=equal_to_gold(seen.answers, seen.gold, learner.task.equivalence),
-        generator=stream(learner.config.run.seed, "rewards", step),
+        generator=generator,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 import transformers
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train import checkpoint, demo
+from mgrpo_kernels.train import checkpoint, demo, parallel
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
 from mgrpo_kernels.train.data import Task, equal_to_gold, load_task, prompts_of_step
 from mgrpo_kernels.train.evaluate import evaluate
+from mgrpo_kernels.train.export import save_final
 from mgrpo_kernels.train.guard import Guard, message
 from mgrpo_kernels.train.live import Plain, make_view
 from mgrpo_kernels.train.loggers import check_loggers, log_in, open_loggers
@@ -34,7 +34,7 @@ from mgrpo_kernels.train.rollout import Engine
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.step import Learner, train_step, wanted_stats
 from mgrpo_kernels.train.stopping import Abandoned, Interrupt, interruptible
-from mgrpo_kernels.train.update import make_optimizer
+from mgrpo_kernels.train.update import Batch, NotFiniteError, make_optimizer
 
 CACHE_SHARE = 16
 """Tokens in the sampler's cache for each token of a micro-batch: a cached token holds only keys and values, a trained one all
@@ -85,6 +85,50 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
     Raises:
         UsageError: something that the user can put right; nothing has been written then.
         FloatingPointError: the training is no longer finite; the last checkpoint stands.
+        CheckpointError: the last checkpoint of the run could not be written, or none can be read.
+    """
+    device = pick_device(config.model.device)
+    with parallel.processes(device, config.run.rank_timeout):
+        output = parallel.from_first(output)
+        with parallel.together():
+            task, lines = check(config, output, resume, device)
+        if parallel.is_first():
+            for line in lines:
+                say(line)
+        if dry_run:
+            return 0
+        with parallel.together():
+            policy = None if config.model.model is None else load(config, config.model.model, device)
+        with parallel.together():
+            if parallel.is_first():
+                log_in(config.run)
+                say(f"output: {output}")
+                (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+                write_text(output / "config.yaml", config.to_yaml())
+        title = f"{config.method.method}  {output}"
+        with make_view(config, title) if parallel.is_first() else Quiet(config) as view:
+            if policy is None:
+                policy = demo_policy(config, output / "base", device, view)
+            learner = make_learner(config, task, policy)
+            with interruptible(view.stopping) as interrupt:
+                return train(learner, output, interrupt, view)
+
+
+class Quiet(Plain):
+    """The view of a rank that shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Leave it to the first rank."""
+
+    def stopping(self) -> None:
+        """Leave it to the first rank."""
+
+
+def check(config: Config, output: Path, resume: bool, device: torch.device) -> tuple[Task, list[str]]:
+    """Return the task, and the lines that tell what is going to be done, before any of it.
+
+    Raises:
+        UsageError: something that the user can put right.
     """
     check_output(output, resume)
     changes = check_resume(config, output) if resume else []
@@ -93,8 +137,11 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
         raise UsageError("report: want matplotlib for the curves, got none: pip install 'mgrpo_kernels[train]'")
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UsageError("engine: want the package vllm with --engine vllm, got none: make vllm")
+    if config.rollout.prompts_per_step < parallel.world():
+        raise UsageError(
+            f"prompts_per_step: want at least one for each of the {parallel.world()} ranks, got {config.rollout.prompts_per_step}"
+        )
     check_loggers(config.run)
-    device = pick_device(config.model.device)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
     parameters = count_parameters(config.model.model or demo.model_config())
@@ -102,21 +149,12 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
         check_lengths(demo.make_tokenizer(), context_of(demo.model_config()), task, config)
     else:
         check_lengths(*read_tokenizer(config.model.model), task, config)
-    for line in [*describe(config), *plan(config, task, parameters, str(device)), *changes]:
-        say(line)
-    if dry_run:
-        return 0
-    policy = None if config.model.model is None else load_policy(config.model.model, device, dtype_of(config))
-    log_in(config.run)
-    say(f"output: {output}")
-    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_text(output / "config.yaml", config.to_yaml())
-    with make_view(config, f"{config.method.method}  {output}") as view:
-        if policy is None:
-            policy = demo_policy(config, output / "base", device, view)
-        learner = make_learner(config, task, policy)
-        with interruptible(view.stopping) as interrupt:
-            return train(learner, output, interrupt, view)
+    return task, [*describe(config), *plan(config, task, parameters, str(device)), *changes]
+
+
+def load(config: Config, name: str, device: torch.device) -> Policy:
+    """Return a policy; where ranks will share its weights, in the CPU's memory."""
+    return load_policy(name, device if parallel.world() == 1 else torch.device("cpu"), dtype_of(config))
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -125,13 +163,14 @@ def dtype_of(config: Config) -> torch.dtype:
 
 def demo_policy(config: Config, place: Path, device: torch.device, view: Plain) -> Policy:
     """Return the built-in model, warm-started once for each output directory."""
-    if not place.exists():
-        view.say(
-            f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
-            f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
-        )
-        demo.make_model(place, config.run.seed, device, demo.WARM_STEPS, view.warm_start)
-    return load_policy(str(place), device, dtype_of(config))
+    with parallel.together():
+        if parallel.is_first() and not place.exists():
+            view.say(
+                f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
+                f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
+            )
+            demo.make_model(place, config.run.seed, device, demo.WARM_STEPS, view.warm_start)
+    return load(config, str(place), device)
 
 
 def check_lengths(tokenizer: Any, context: int | None, task: Task, config: Config) -> None:
@@ -161,6 +200,9 @@ def make_engine(config: Config, task: Task, policy: Policy) -> Engine:
 def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
     """Build everything that a step works on, as it is before the first."""
     engine = make_engine(config, task, policy)
+    if config.model.gradient_checkpointing:
+        parallel.checkpoint_activations(policy.model)
+    parallel.shard(policy)
     momentum = MomentumModel(policy.model, config.method.decay) if config.needs_momentum else None
     references = {"base": lambda: MomentumModel(policy.model, 1.0), "momentum": lambda: momentum, None: lambda: None}
     return Learner(
@@ -181,12 +223,14 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
     keep, background = config.run.keep_checkpoints, config.run.async_checkpoints
     writer = checkpoint.Writer(checkpoints, keep, background=background, say=view.warn)
     learner.engine.check = interrupt.check  # type: ignore[attr-defined]  # an engine may call it between tokens
-    metrics, samples = Lines(output / "metrics.jsonl", metrics_bytes), Lines(output / "samples.jsonl", samples_bytes)
+    files = {"metrics.jsonl": metrics_bytes, "samples.jsonl": samples_bytes}
+    metrics, samples = (lines_of_first(output / name, size) for name, size in files.items())
     guard = Guard(len(learner.task.held_out), config.eval.eval_samples)
-    past = read_lines(output / "metrics.jsonl")
+    past = parallel.from_first(read_lines(output / "metrics.jsonl") if parallel.is_first() else [])
+    skipped = past[-1]["skipped_steps"] or 0 if past else 0
     guard.replay(past)
     view.begin(past)
-    loggers = open_loggers(config, output, past)
+    loggers = open_loggers(config, output, past) if parallel.is_first() else []
 
     def save(step: int, *, wait: bool = False, unevaluated: Any = None) -> Path:
         best = None if config.run.guard == "off" else guard.best([*checkpoint.saved_steps(checkpoints), step])
@@ -195,17 +239,39 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
     def stop(step: int, unevaluated: Any = None) -> int:
         """Save what follows from the steps so far; `unevaluated` is the last one's, where its evaluation is still to come."""
         place = save(step, wait=True, unevaluated=unevaluated)
-        view.stop()
-        write_report(output, learner.policy.device)
-        say(f"stopped after step {step} of {steps}; saved {place}; go on with --output {output} --resume")
+        leave(f"stopped after step {step} of {steps}; saved {place}; go on with --output {output} --resume")
         return INTERRUPTED
+
+    def leave(text: str) -> None:
+        view.stop()
+        if parallel.is_first():
+            write_report(output, learner.policy.device)
+            say(text)
+
+    def take(step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Take a step, or skip it where its loss or gradient is not finite."""
+        nonlocal skipped
+        chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
+        try:
+            values, shown = train_step(learner, [learner.task.train[each] for each in chosen], step)
+        except NotFiniteError as error:
+            place, most = save_batch(output / "skipped", step, error.batch), config.run.max_skipped_steps
+            if skipped == most:
+                save(step - 1, wait=True)
+                raise FloatingPointError(
+                    f"{error}, in step {step}, after {skipped} steps that were skipped (max_skipped_steps); its batch is in {place}"
+                ) from error
+            skipped += 1
+            view.warn(f"step {step} is skipped, {skipped} of at most {most}: {error}; its batch is in {place}")
+            values, shown = {"step": step}, []
+        return parallel.from_first(({**values, "skipped_steps": skipped}, shown))
 
     def watch(line: dict[str, Any]) -> str | None:
         """Show the line to the guard, write it, and do what the guard says; return what that was."""
         signs = [] if config.run.guard == "off" else guard.look(line)
         if signs:
             writer.settle()
-            best = guard.best(checkpoint.saved_steps(checkpoints))
+            best = guard.best(parallel.from_first(checkpoint.saved_steps(checkpoints)))
             line["guard"] = guard.decide(config.run.guard, config.run.guard_rollbacks, best)
             place = "none yet" if best is None else str(checkpoints / f"step_{best}")
             line["guard_signs"] = "; ".join(signs)
@@ -222,14 +288,16 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
         due = config.eval.eval_every and (step in (0, steps) or step % config.eval.eval_every == 0)
         if not (due and learner.task.held_out):
             return None
-        return evaluate(learner.policy, learner.engine, learner.task, config, step)
+        with parallel.gathered(learner.policy.model):
+            engine = parallel.divided(learner.engine)
+            return parallel.from_first(evaluate(learner.policy, engine, learner.task, config, step))
 
     try:
         if found is None:
             try:
                 evaluation = measure(0)
             except Abandoned:
-                say(f"stopped before the first step; start with --output {output} --resume")
+                leave(f"stopped before the first step; start with --output {output} --resume")
                 return INTERRUPTED
             if evaluation is not None:
                 watch(metrics_line({"step": 0}, evaluation))
@@ -238,11 +306,10 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
                     save(0)
         for step in range(start + (pending is None), steps + 1):
             writer.tell()
-            if interrupt.asked:
+            if parallel.on_any(interrupt.asked):
                 return stop(step if pending else step - 1, pending)
-            chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
             try:
-                values, shown = pending or train_step(learner, [learner.task.train[each] for each in chosen], step)
+                values, shown = pending or take(step)
             except Abandoned:
                 return stop(step - 1)
             try:
@@ -259,29 +326,35 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
             if done == "stop" or step == steps or new_best or (every and step % every == 0):
                 place = save(step, wait=done == "stop" or step == steps)
             if done == "stop":
-                view.stop()
-                write_report(output, learner.policy.device)
-                say(f"stopped after step {step} of {steps}; saved {place}; --guard warn --resume goes on all the same")
+                leave(
+                    f"stopped after step {step} of {steps}; saved {place}; --guard warn --resume goes on all the same"
+                )
                 return COLLAPSED
     finally:
         writer.settle()
-        for each in (metrics, samples, *loggers):
-            each.close()
+        for sink in (metrics, samples, *loggers):
+            sink.close()
     view.stop()
     save_final(learner.policy, output / "final")
-    write_report(output, learner.policy.device)
-    for line in closing(output, config):
-        say(line)
+    if parallel.is_first():
+        write_report(output, learner.policy.device)
+        for line in closing(output, config):
+            say(line)
     return 0
 
 
-def save_final(policy: Policy, place: Path) -> None:
-    """Write the trained model and its tokenizer, as transformers reads them."""
-    new = place.with_name(place.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    policy.model.save_pretrained(new)
-    policy.tokenizer.save_pretrained(new)
-    checkpoint.replace_directory(new, place)
+def lines_of_first(path: Path, size: int) -> Lines | parallel.Nowhere:
+    """Open a JSONL file, cut back to its first `size` bytes, where this rank writes it."""
+    return Lines(path, size) if parallel.is_first() else parallel.Nowhere()
+
+
+def save_batch(directory: Path, step: int, batch: Batch) -> Path:
+    """Save the batch of a step that was skipped, each rank its own, for torch.load; return its path."""
+    directory.mkdir(exist_ok=True)
+    rank = f"_rank_{parallel.rank()}" if parallel.world() > 1 else ""
+    place = directory / f"step_{step}{rank}.pt"
+    torch.save(dict(batch._asdict()), place)
+    return place
 
 
 def write_text(path: Path, text: str) -> None:
@@ -316,8 +389,8 @@ def closing(output: Path, config: Config) -> list[str]:
         command = "python -m mgrpo_kernels.train"
         lines += [
             "try next:",
-            f"  {command} --method srt --steps 1500       the majority vote alone, which may collapse",
-            f"  {command} --method gold                   the same with the true answers: the upper bound",
-            f"  {command} --model DIR --data FILE.jsonl   your own model and questions (--help lists every option)",
+            f"  {command} --method srt --steps 1500  # the vote alone",
+            f"  {command} --method gold              # the true answers",
+            f"  {command} --model DIR --data FILE    # your own; see --help",
         ]
     return lines

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops.policy_loss.specs import COUNT_SEQUENCES
+from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, LossConfig
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.score import Packed, micro_batches, pack
@@ -27,6 +28,14 @@ class Batch(NamedTuple):
     advantages: Tensor  # (B,)
     behaviour_logprobs: Tensor | None = None  # (B, R), of the model that sampled, where that is not always the policy
     sampled_logprobs: Tensor | None = None  # (B, R), what the sampler said, to be compared
+
+
+class NotFiniteError(FloatingPointError):
+    """A step's loss or gradient is not finite. It can be left out: the weights are as before it."""
+
+    def __init__(self, text: str, batch: Batch) -> None:
+        super().__init__(text)
+        self.batch = batch
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -64,7 +73,7 @@ def accumulate_gradient(
         budget: most tokens in one forward pass.
     """
     lengths = batch.mask.sum(-1).tolist()
-    tokens, sequences = sum(lengths), len(lengths)
+    tokens, sequences = map(int, parallel.total(sum(lengths), len(lengths)))
     normalizer = (
         sequences
         if loss.loss_type in COUNT_SEQUENCES
@@ -72,10 +81,13 @@ def accumulate_gradient(
         if loss.loss_type == "dr_grpo"
         else tokens
     )
-    weight, bias = policy.head()
     sums: dict[str, Tensor] = {}
     mismatch: dict[str, Tensor] = {}
-    for rows in micro_batches(batch.prompts, lengths, budget, packed=policy.unpackable is None):
+    batches = micro_batches(batch.prompts, lengths, budget, packed=policy.unpackable is None)
+    for rows in [*batches, *([[]] * (int(parallel.largest(len(batches))) - len(batches)))]:
+        if not rows:  # another rank has more
+            parallel.idle_pass(policy)
+            continue
         chosen = torch.tensor(rows, device=batch.tokens.device)
         mask = batch.mask[chosen]
 
@@ -84,6 +96,7 @@ def accumulate_gradient(
 
         with policy.autocast():
             packed = pack(policy, [batch.prompts[row] for row in rows], batch.tokens[chosen], mask)
+            weight, bias = policy.head()
             result = linear_policy_loss(
                 packed.hidden, weight, packed.labels, part(batch.old_logprobs), batch.advantages[chosen],
                 bias=bias, cu_seqlens=packed.cu_seqlens, temperature=temperature, **policy.head_options._asdict(),
@@ -95,27 +108,26 @@ def accumulate_gradient(
             if (
                 batch.sampled_logprobs is not None and not mismatch
             ):  # of the first: a look at the head again is a quarter of its work
-                mismatch["behaviour_mismatch"] = mean_difference(
-                    policy, packed, batch.sampled_logprobs[chosen][mask], temperature
-                )
+                apart = differences(policy, packed, batch.sampled_logprobs[chosen][mask], temperature)
+                mismatch = {"mismatch_sum": apart.sum(), "mismatch_tokens": torch.ones_like(apart).sum()}
         result.loss.backward()
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
             sums[name] = sums[name] + value if name in sums else value
-    del sums["ratio_max"]
-    numbers = torch.stack(list({**sums, **mismatch}.values())).tolist()  # one host sync for all
-    return dict(zip([*sums, *mismatch], numbers, strict=True))
+    found = {name: value for name, value in (sums | mismatch).items() if name != "ratio_max"}
+    numbers = torch.stack(list(found.values())).tolist() if found else []  # one host sync for all
+    return parallel.added(dict(zip(found, numbers, strict=True)))
 
 
 @torch.no_grad()
-def mean_difference(policy: Policy, packed: Packed, sampled: Tensor, temperature: float) -> Tensor:
-    """Return mean |log-prob of the policy - log-prob of the sampler| over response tokens, from states that are there already."""
+def differences(policy: Policy, packed: Packed, sampled: Tensor, temperature: float) -> Tensor:
+    """Return |log-prob of the policy - log-prob of the sampler| of response tokens, ``(N,)``, from states that are there already."""
     weight, bias = policy.head()
     own = linear_token_stats(
         packed.hidden, weight, packed.labels, bias=bias, stats=("logprob",), temperature=temperature,
         **policy.head_options._asdict(),
     ).logprob  # fmt: skip
     assert own is not None
-    return (own - sampled).abs().mean()
+    return (own - sampled).abs()
 
 
 def take_step(
@@ -124,17 +136,18 @@ def take_step(
     """Take one optimizer step; return its share of the metrics.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite. The weights are then as before.
+        NotFiniteError: the loss or the gradient is not finite. The weights are then as before.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = accumulate_gradient(
         policy, batch, config.loss, max_tokens=config.rollout.max_response_tokens, temperature=config.rollout.temperature,
         budget=config.rollout.tokens_per_microbatch,
     )  # fmt: skip
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optim.max_grad_norm))
+    norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optim.max_grad_norm)))
     if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"update: want a finite loss and gradient, got loss {sums['loss']} and gradient norm {norm}"
+        optimizer.zero_grad(set_to_none=True)
+        raise NotFiniteError(
+            f"update: want a finite loss and gradient, got loss {sums['loss']} and gradient norm {norm}", batch
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
@@ -145,5 +158,9 @@ def take_step(
         "grad_norm": norm,
         "kl": None if batch.ref_logprobs is None else sums["kl_sum"] / sums["tokens"],
         "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
-        **({} if batch.sampled_logprobs is None else {"behaviour_mismatch": sums["behaviour_mismatch"]}),
+        **(
+            {}
+            if batch.sampled_logprobs is None
+            else {"behaviour_mismatch": sums["mismatch_sum"] / sums["mismatch_tokens"]}
+        ),
     }

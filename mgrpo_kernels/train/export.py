@@ -1,0 +1,112 @@
+"""Weights as transformers reads them: what a run leaves in final/, and any checkpoint's by command.
+
+``python -m mgrpo_kernels.train.export --run runs/mine --step 50 --weights momentum --to DIR``
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from mgrpo_kernels.train import checkpoint, parallel
+from mgrpo_kernels.train.config import UsageError, read_yaml
+from mgrpo_kernels.train.policy import Policy
+
+WEIGHTS = {"policy": "model.", "momentum": "momentum."}
+
+
+def save_final(policy: Policy, place: Path) -> None:
+    """Write the trained model and its tokenizer, whole or not at all. Every rank must call; the first gathers and writes."""
+    state: dict[str, Tensor] | None = None
+    if parallel.world() > 1:
+        state = {}
+        for name, tensor in policy.model.state_dict().items():
+            all_of_it = parallel.whole(tensor)
+            if parallel.is_first():
+                state[name] = all_of_it.cpu()
+    with parallel.together():
+        if parallel.is_first():
+            write(policy.model, policy.tokenizer, place, state)
+
+
+def write(model: Any, tokenizer: Any, place: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a model, with the weights `state` in place of its own, and a tokenizer to a directory, which is replaced when all is there."""
+    new = place.with_name(place.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new, state_dict=state)
+    tokenizer.save_pretrained(new)
+    checkpoint.replace_directory(new, place)
+
+
+def export(run: Path, step: int | None, weights: str, place: Path) -> Path:
+    """Write the policy or the momentum model of a checkpoint as transformers reads it; return the checkpoint's path.
+
+    Args:
+        run: a run's output directory.
+        step: of the checkpoint; None: the latest.
+        weights: policy or momentum.
+        place: a directory that is not there yet.
+
+    Raises:
+        UsageError: no such run, checkpoint or weights; a place that is taken.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if not (run / "config.yaml").exists():
+        raise UsageError(f"run: want a directory with a run (config.yaml), got {run}")
+    if place.exists():
+        raise UsageError(f"to: want a directory that is not there yet, got {place}")
+    directory = run / "checkpoints"
+    newest, there = checkpoint.latest(directory), checkpoint.saved_steps(directory)
+    found = newest if step is None else directory / f"step_{step}"
+    if found is None or not found.exists():
+        raise UsageError(f"step: want one of {', '.join(map(str, there)) or '(none)'} in {directory}, got {step}")
+    facts = checkpoint.load(found)
+    if weights == "momentum" and facts["momentum_updates"] is None:
+        raise UsageError(f"weights: want policy, since the run has no momentum model, got {weights!r}")
+    name = read_yaml(run / "config.yaml")["model"] or str(run / "base")
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    with contextlib.suppress(OSError):  # a model may come without
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    tensors = checkpoint.read(found, WEIGHTS[weights])
+    missing, odd = model.load_state_dict(tensors, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if odd or set(missing) - tied - {name for name, _ in model.named_buffers()}:
+        raise UsageError(f"run: want a checkpoint of {name}, got one that differs in {', '.join([*missing, *odd][:5])}")
+    write(model, AutoTokenizer.from_pretrained(name), place)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export; return the exit status: 0, 1 a damaged checkpoint, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mgrpo_kernels.train.export",
+        description="Write a checkpoint's policy or momentum model as safetensors, which AutoModelForCausalLM.from_pretrained loads.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="the --output of a training run")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the latest)")
+    parser.add_argument("--weights", choices=tuple(WEIGHTS), default="policy", help="which model (default: policy)")
+    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="where it goes")
+    given = parser.parse_args(arguments)
+    try:
+        found = export(given.run, given.step, given.weights, given.to)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except checkpoint.CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {given.to}, the {given.weights} of {found}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
