@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m mgrpo_kernels.train",
         usage="%(prog)s [options]",
         description="Train a language model by M-GRPO or a relative. Without a model it trains a small built-in one on sums.",
-        epilog=EPILOG.format(methods="\n".join(f"  {name:<{width}}  {row.text}" for name, row in METHODS.items())),
+        epilog=EPILOG.format(methods="\n".join(f"  {name:<{width}} {row.text}" for name, row in METHODS.items())),
         formatter_class=Formatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -142,8 +142,8 @@ class RolloutConfig(_Section):
     """rollouts."""
 
     engine: str = option("transformers", "what samples", choices=("transformers", "vllm"))
-    prompts_per_step: int = option(8, "prompts of one step")
-    rollouts: int = option(32, "rollouts of each prompt, the momentum model's included")
+    prompts_per_step: int = option(8, "of one step", unit="prompts")
+    rollouts: int = option(32, "of each prompt, the momentum model's included", unit="rollouts")
     momentum_rollouts: int | None = option(
         None, "of these, sampled from the momentum model; none: as the method has it (mgrpo: 1/4)"
     )
@@ -231,7 +231,7 @@ class LossConfig(_Section):
 class OptimConfig(_Section):
     """optimizer (AdamW)."""
 
-    steps: int = option(500, "optimizer steps, one a batch")
+    steps: int = option(500, "of the optimizer, one a batch", unit="steps")
     learning_rate: float = option(1e-6, "peak")
     lr_schedule: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
     warmup: float = option(0.1, "linear warm-up", unit="share of the steps")
@@ -253,7 +253,7 @@ class EvalConfig(_Section):
     eval_every: int = option(
         20, "evaluate after every so many steps, and before the first and after the last; 0: never", unit="steps"
     )
-    eval_samples: int = option(8, "samples a prompt, for avg@k, pass@k and maj@k; greedy takes one more")
+    eval_samples: int = option(8, "of each prompt, for avg@k, pass@k and maj@k; greedy takes one more", unit="samples")
     eval_pass_k: int | None = option(None, "k of pass@k, at most the samples; none: the samples")
     eval_temperature: float = option(0.8, "of these samples")
     eval_prompts: int | None = option(None, "evaluate on the first so many held-out prompts; none: all")
@@ -274,7 +274,7 @@ class RunConfig(_Section):
 
     seed: int = option(0, "of everything random")
     checkpoint_every: int = option(50, "save after every so many steps, and after the last; 0: only then", unit="steps")
-    keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all")
+    keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all", unit="checkpoints")
     async_checkpoints: bool = option(True, "go on while a checkpoint is written, from a copy in the CPU's memory")
     max_skipped_steps: int = option(
         10, "steps whose loss or gradient is not finite are skipped, and their batch saved; after so many the run ends"
@@ -282,8 +282,8 @@ class RunConfig(_Section):
     rank_timeout: float = option(
         1800.0, "under torchrun: a rank that waits so long for another ends the run", unit="seconds"
     )
-    samples_per_step: int = option(4, "rollouts of a prompt that samples.jsonl shows each step")
-    log_every: int = option(1, "print every so many steps", unit="steps")
+    samples_per_step: int = option(4, "of one prompt, shown each step and kept in samples.jsonl", unit="rollouts")
+    log_every: int = option(1, "print every so many steps; the live view shows each", unit="steps")
     plain: bool = option(False, "lines of text on a terminal too, in place of the live view")
     tensorboard: bool = option(False, "write TensorBoard's event files, to tensorboard/ in --output")
     wandb: str | None = option(None, "log to this project of Weights & Biases")
@@ -294,7 +294,7 @@ class RunConfig(_Section):
         "or go on from the best checkpoint (rollback)",
         choices=("off", "warn", "stop", "rollback"),
     )
-    guard_rollbacks: int = option(1, "with --guard rollback: after so many, stop")
+    guard_rollbacks: int = option(1, "with --guard rollback: after so many, stop", unit="rollbacks")
 
     def check(self) -> None:
         checks.check_number("seed", self.seed, at_least=0, below=2**63)

@@ -10,6 +10,7 @@ import yaml
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train.config import PRESETS, SECTIONS, UsageError, build, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.labels import METHODS
 
 BAD = {
     "iqr_k": (-0.1, "iqr_k: want a finite number >= 0.0, got -0.1"),
@@ -243,3 +244,16 @@ def test_help_shows_every_option_with_its_default() -> None:
         "(default: none)",
     ):
         assert shown in text
+
+
+def test_help_fits_80_columns_and_names_every_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = command.make_parser().format_help().splitlines()
+    assert max(map(len, lines)) <= 80, [line for line in lines if len(line) > 80]
+    text = " ".join(" ".join(lines).split())
+    for section in SECTIONS.values():
+        assert f"{(section.__doc__ or '').rstrip('.')}:" in lines
+        for name, (field, _) in fields_of(section).items():
+            for choice in field.metadata["choices"] or ():
+                assert choice in text, (name, choice)
+    assert [line.split()[0] for line in lines[lines.index("methods:") + 1 :][: len(METHODS)]] == list(METHODS)
