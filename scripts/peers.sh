@@ -13,8 +13,8 @@ packages=(
   # verl's trainer. fastapi from 0.116 on, and starlette from 0.47 on, want more.
   transferqueue==0.1.11 torchdata==0.11.0 hydra-core==1.3.8 antlr4-python3-runtime==4.9.3 fastapi==0.115.14 starlette==0.46.2 uvicorn
   cachetools pyzmq msgspec prometheus_client aiohttp multidict yarl frozenlist aiosignal propcache aiohappyeyeballs
-  # both
-  peft
+  # models with adapters; OpenRLHF's answers
+  peft pylatexenc
 )
 to=.venv/peers
 if [ "$(cat "$to/installed" 2>/dev/null)" = "${packages[*]}" ]; then exit; fi

@@ -1,5 +1,8 @@
 """Heads whose vocabulary lies on two ranks, as verl and NeMo-RL call them. Its processes import neither of the two."""
 
+import tempfile
+from functools import cache
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -42,16 +45,17 @@ def nemo_head(rank, group):
     return logprob.detach(), h.grad, part.grad
 
 
-def _rank(rank, path, function, results):
+def _rank(rank, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    results[rank] = function(rank, dist.group.WORLD)
+    results[rank] = {head.__name__: head(rank, dist.group.WORLD) for head in (verl_head, nemo_head)}
     dist.destroy_process_group()
 
 
-def run(function, path):
-    """Return what each rank gets of `function(rank, group)`."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (str(path), function, results), nprocs=WORLD)
-        return [results[rank] for rank in range(WORLD)]
+@cache
+def results():
+    """Return what each rank gets of each head, by its name. The processes start once for all tests."""
+    with tempfile.TemporaryDirectory() as folder, mp.Manager() as manager:
+        found = manager.dict()
+        mp.spawn(_rank, (f"{folder}/store", found), nprocs=WORLD)
+        return [found[rank] for rank in range(WORLD)]
