@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from mgrpo_kernels import policy_loss
 from mgrpo_kernels.integrations import trl as integration
 from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
 from mgrpo_kernels.integrations.trl.trainer import MOMENTUM_FILE, _text
@@ -165,6 +166,39 @@ def test_given_rollouts_have_our_trainers_rewards_and_advantages(base, tmp_path,
         len(row) for p, each in enumerate(script) for i, row in enumerate(each[False]) if trains[p * G + i]
     )
     assert output["sequences_in_batch"] == trains.sum()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "luspo"])
+def test_rollouts_that_do_not_train_have_no_part_in_the_loss(base, tmp_path, monkeypatch, loss_type):
+    trainer = trainer_of(
+        base,
+        tmp_path,
+        loss_type=loss_type,
+        per_device_train_batch_size=P * G,
+        gradient_accumulation_steps=1,
+        epsilon=0.1,
+    )
+    script_generation(trainer, responses(), monkeypatch)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._generate_and_score_completions(examples(trainer))
+    torch.manual_seed(0)
+    old = inputs["old_per_token_logps"] = -2 + torch.randn(inputs["completion_mask"].shape)
+    loss = trainer._compute_loss(trainer.model, inputs)
+    ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
+    rows = mask.any(1)
+    assert 0 < rows.sum() < P * (G - N)
+    with torch.no_grad():
+        logprobs, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, torch.cat([inputs["prompt_ids"], ids], 1)[rows],
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)[rows], ids.shape[1],
+        )  # fmt: skip
+    want = policy_loss(
+        logprobs, old[rows], inputs["advantages"][rows], mask=mask[rows], loss_type=loss_type, clip_low=0.1, clip_high=0.1,
+        max_response_tokens=10,
+    ).loss  # fmt: skip
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert abs(want) > 1e-3
 
 
 class FakeEngine:
