@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.policy import end_tokens
 
-logger = logging.getLogger("mgrpo_kernels")
 
-
-def wrapper(model: str, tokenizer: Any, mode: str) -> Callable[[str], str]:
+def wrapper(model: str, tokenizer: Any, mode: str, note: Callable[..., None]) -> Callable[[str], str]:
     """Return what makes a prompt of a text: a user's turn in the chat template, or the text as it is.
 
     Args:
         model: directory or hub name.
         tokenizer: its tokenizer.
         mode: on, off, or auto: on where the model ends a response as the template ends a turn. A base model often comes with a template
-            whose end of turn it has never learnt to give. What auto decides goes to the log.
+            whose end of turn it has never learnt to give.
+        note: gets what auto decides, and why, as a logger would.
 
     Raises:
         UsageError: on, and there is no template; or the template fails.
@@ -31,13 +29,11 @@ def wrapper(model: str, tokenizer: Any, mode: str) -> Callable[[str], str]:
     ends = ends_a_turn(tokenizer, end_tokens(model, tokenizer))
     if mode == "auto":
         why = f"since the model {'ends' if ends else 'does not end'} a response as its chat template ends a turn"
-        logger.warning("chat_template: %s, %s", "on" if ends else "off", why)
+        note("chat_template: %s, %s", "on" if ends else "off", why)
         if not ends:
             return str
     elif not ends:
-        logger.warning(
-            "chat_template: no end-of-sequence token ends a turn: responses may run on to the longest length"
-        )
+        note("chat_template: no end-of-sequence token ends a turn: responses may run on to the longest length")
     # From the template a prompt has its beginning of the text, before which the tokenizer would put another.
     twice = tokenizer.bos_token is not None and tokenizer("1")["input_ids"][:1] == [tokenizer.bos_token_id]
     begin = tokenizer.bos_token if twice else ""

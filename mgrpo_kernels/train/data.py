@@ -1,17 +1,14 @@
-r"""Prompts: files and data sets, the fields of a row, the prompt template, and which prompts a step gets.
+r"""Prompts: the fields of a row, true answers, the prompt template, and which prompts a step gets.
 
-What is read: JSONL, JSON, Parquet, and whatever the package datasets loads. A row has a question and, where it is known, the true
-answer: plain (MATH, AMC's ``144.0``, AIME's ``025``), or at the end of a solution (GSM8K's ``#### 1,080``, MATH's ``\boxed{}``).
+A row has a question and, where it is known, the true answer: plain (MATH, AMC's ``144.0``, AIME's ``025``), or at the end of a
+solution (GSM8K's ``#### 1,080``, MATH's ``\boxed{}``).
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import logging
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,16 +16,17 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import extract_answer
+from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.chat import wrapper
 from mgrpo_kernels.train.config import Config, UsageError
 from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.policy import read_tokenizer
+from mgrpo_kernels.train.rows import Row, read_rows, shown
 from mgrpo_kernels.train.streams import stream
 from mgrpo_kernels.vote import Equivalence, answers_equal
 
 logger = logging.getLogger("mgrpo_kernels")
 
-SPLITS = {"data": "train", "eval_data": "test"}
 FIELDS = {"prompt_field": ("question", "prompt", "problem"), "answer_field": ("answer", "solution")}
 """What a field may be called where no option names it: the first where there is one, else the others, if it is one of them."""
 LONGEST_ANSWER = 256
@@ -51,19 +49,12 @@ class Task(NamedTuple):
     equivalence: Equivalence = "math"
 
 
-class Row(NamedTuple):
-    """A row of data, and where it stands, for messages."""
-
-    place: str
-    values: dict[str, Any]
-
-
 def load_task(config: Config, *, training: bool = True) -> Task:
     """Return the task that the configuration names, the prompts to train on where `training`; what is odd about the data is logged.
 
     Raises:
-        UsageError: unreadable data, broken row, missing field, no rows, a template without {question}, or a gold answer that is longer
-            than the model's context.
+        UsageError: unreadable data, broken row, missing field, no rows, a template without {question}, or a prompt or a true answer
+            that is longer than the model's context.
     """
     assert config.model.model is not None
     train = read_examples(config, "data", METHODS[config.method.method].needs_gold) if training else []
@@ -71,115 +62,14 @@ def load_task(config: Config, *, training: bool = True) -> Task:
     warn_of_repeats(train, held_out)
     tokenizer, context = read_tokenizer(config.model.model)
     check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
-    wrap = wrapper(config.model.model, tokenizer, config.data.chat_template)
+    wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, note)
 
-    def wrapped(examples: list[Example]) -> list[Example]:
-        return [each._replace(prompt=wrap(each.prompt)) for each in examples]
+    def wrapped(option: str, examples: list[Example]) -> list[Example]:
+        prompts = [wrap(each.prompt) for each in examples]
+        check_prompts(option, prompts, tokenizer, context)
+        return [each._replace(prompt=prompt) for each, prompt in zip(examples, prompts, strict=True)]
 
-    return Task(wrapped(train), wrapped(held_out))
-
-
-# --- Rows
-
-
-def read_rows(source: str, option: str) -> list[Row]:
-    """Read the rows of a file, by its ending, or of a data set.
-
-    Raises:
-        UsageError: it cannot be read or has no rows; names the file and the line.
-    """
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-    path = Path(source)
-    if path.suffix.lower() in readers:
-        rows = list(readers[path.suffix.lower()](path, option))
-    elif path.is_file():
-        raise UsageError(f"{option}: want a file that ends in {', '.join(readers)}, got {source}")
-    else:
-        rows = list(_data_set(source, option))
-    if not rows:
-        raise UsageError(f"{option}: want at least one example, got none in {source}")
-    return rows
-
-
-def _jsonl(path: Path, option: str) -> Iterator[Row]:
-    # Not splitlines(), which also ends a line at U+2028 and the like: JSON has them inside its texts.
-    for number, line in enumerate(_text(path, option, "JSONL").split("\n"), 1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            yield _row(place, option, _parsed(line, f"a JSON object in {place}", option))
-
-
-def _json(path: Path, option: str) -> Iterator[Row]:
-    values = _parsed(
-        _text(path, option, "JSON"), f"a list of JSON objects in {path} (one a line: call it .jsonl)", option
-    )
-    if not isinstance(values, list):
-        raise UsageError(f"{option}: want a list of JSON objects in {path}, got {type(values).__name__}")
-    for number, value in enumerate(values, 1):
-        yield _row(f"{path}, object {number}", option, value)
-
-
-def _parquet(path: Path, option: str) -> Iterator[Row]:
-    reader = _package("pyarrow.parquet", f"{option}: want pyarrow to read {path}")
-    try:
-        values = reader.read_table(path).to_pylist()
-    except (OSError, ValueError, NotImplementedError) as error:  # of pyarrow's own, all that are about files
-        raise UsageError(f"{option}: want a readable Parquet file, got {path}: {error}") from error
-    return (_row(f"{path}, row {number}", option, value) for number, value in enumerate(values, 1))
-
-
-def _data_set(source: str, option: str) -> Iterator[Row]:
-    parts = [source] if Path(source).is_dir() else re.split(r":(?![^\[]*\])", source)  # train[:100] is one part
-    name, split = parts[0], parts[-1] if len(parts) > 1 else SPLITS[option]
-    if len(parts) > 3 or not all(parts):
-        raise UsageError(f"{option}: want NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got {source!r}")
-    datasets = _package("datasets", f"{option}: want the package datasets for {source}, which is no file")
-    try:
-        values = datasets.load_dataset(name, parts[1] if len(parts) == 3 else None, split=split)
-    except Exception as error:  # datasets has no common base for what can go wrong between here and a hub
-        what = f"a file, a directory or a data set on the hub, with a split {split!r}"
-        raise UsageError(f"{option}: want {what}, got {source}: {str(error)[:400]}") from error
-    return (_row(f"{source}, row {number}", option, value) for number, value in enumerate(values, 1))
-
-
-def _package(name: str, wanted: str) -> Any:
-    package = name.partition(".")[0]
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"{wanted}, got none installed: pip install {package}") from error
-
-
-def _text(path: Path, option: str, kind: str) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{option}: want a readable {kind} file, got {path}: {error}") from error
-    try:
-        return content.decode("utf-8-sig")  # Windows programs begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{option}: want UTF-8 in {path}, got byte 0x{content[error.start]:02x} in line {line}: {error.reason}"
-        ) from error
-
-
-def _parsed(text: str, wanted: str, option: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{option}: want {wanted}, got {_shown(text)} ({error})") from error
-
-
-def _row(place: str, option: str, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise UsageError(f"{option}: want a JSON object in {place}, got {_shown(value)}")
-    return Row(place, value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]} ..."
+    return Task(wrapped("data", train), wrapped("eval_data", held_out))
 
 
 # --- Examples
@@ -207,15 +97,17 @@ def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example
             if needs_gold and gold is None:
                 raise UsageError(
                     f"answer_field: want an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} of {row.place}, "
-                    f"got {len(answer)} characters with neither: {_shown(answer)}"
+                    f"got {len(answer)} characters with neither: {shown(answer)}"
                 )
         examples.append(Example(template.replace("{question}", question), gold))
     unread = sum(row.values.get(answer_field) is not None for row in rows) - sum(
         each.gold is not None for each in examples
     )
     if unread:
-        logger.warning("%s: %d of %d rows have no answer in %r that can be read; label_accuracy leaves them out",
-                       option, unread, len(rows), answer_field)  # fmt: skip
+        note(
+            "%s: %d of %d rows have no answer in %r that can be read; label_accuracy leaves them out",
+            option, unread, len(rows), answer_field,
+        )  # fmt: skip
     return examples
 
 
@@ -232,7 +124,7 @@ def find_field(option: str, given: str | None, names: Sequence[str], source: str
             raise UsageError(
                 f"{option}: want the name of a field of {source}, which has {' and '.join(alike)}, got none"
             )
-        logger.warning("%s: %s, since %s has no %s", option, alike[0], source, usual)
+        note("%s: %s, since %s has no %s", option, alike[0], source, usual)
         return alike[0]
     name = usual if given is None else given
     if needed and name not in names:
@@ -248,11 +140,11 @@ def _field(row: Row, option: str, name: str) -> str:
     value = row.values[name]
     fine = isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip()
     if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        raise UsageError(f"{option}: want a text or a number in {name!r} of {row.place}, got {_shown(value)}")
+        raise UsageError(f"{option}: want a text or a number in {name!r} of {row.place}, got {shown(value)}")
     text = str(value)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(
-            f"{option}: want a text in {name!r} of {row.place}, got half a surrogate pair in {_shown(text)}"
+            f"{option}: want a text in {name!r} of {row.place}, got half a surrogate pair in {shown(text)}"
         )
     return text
 
@@ -262,20 +154,26 @@ def read_gold(text: str) -> str | None:
     return extract_answer(text) or (text.strip() if len(text.strip()) <= LONGEST_ANSWER else None)
 
 
+def note(text: str, *values: object) -> None:
+    """Log what the user should know, once however many ranks there are."""
+    if parallel.is_first():
+        logger.warning(text, *values)
+
+
 def read_template(text_or_file: str) -> str:
     """Return the template, read from a file where the argument names one.
 
     Raises:
         UsageError: no {question} in it.
     """
-    is_file = "{question}" not in text_or_file and "\n" not in text_or_file and Path(text_or_file).is_file()
-    try:
+    try:  # a long text is a name too long for a file
+        is_file = "{question}" not in text_or_file and "\n" not in text_or_file and Path(text_or_file).is_file()
         template = Path(text_or_file).read_text(encoding="utf-8") if is_file else text_or_file
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompt_template: want a readable text file, got {text_or_file}: {error}") from error
+        raise UsageError(f"prompt_template: want a readable text file, got {shown(text_or_file)}: {error}") from error
     if "{question}" not in template:
         raise UsageError(
-            f"prompt_template: want a text, or a file that exists, with {{question}} in it, got {template!r}"
+            f"prompt_template: want a text, or a file that exists, with {{question}} in it, got {shown(template)}"
         )
     return template
 
@@ -290,18 +188,30 @@ def warn_of_repeats(train: Sequence[Example], held_out: Sequence[Example]) -> No
         different = {same(example) for example in examples}
         answers = {(same(example), example.gold) for example in examples}
         if len(different) < len(examples):
-            logger.warning(
+            note(
                 "%s: %d of %d prompts repeat another, %d with another answer; each counts as often as it stands there",
                 option, len(examples) - len(different), len(examples), len(answers) - len(different),
             )  # fmt: skip
     trained = {same(example) for example in train}
     seen = sum(same(example) in trained for example in held_out)
     if seen:
-        logger.warning(
+        note(
             "eval_data: %d of %d held-out prompts are trained on too: accuracy on them is no measure of new ones",
             seen,
             len(held_out),
         )
+
+
+def check_prompts(option: str, prompts: Sequence[str], tokenizer: Any, context: int | None) -> None:
+    """Raise UsageError for a prompt that fills the context by itself; the trainer looks at those that leave too little of it."""
+    for prompt in prompts:
+        # Few tokenizers make more tokens than bytes, so most prompts need no count.
+        if context is not None and len(prompt.encode()) >= context:
+            length = len(tokenizer(prompt)["input_ids"])
+            if length >= context:
+                raise UsageError(
+                    f"{option}: want prompts shorter than the model's context of {context} tokens, got one of {length}: {shown(prompt)}"
+                )
 
 
 def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | None, longest: int) -> None:
@@ -312,11 +222,11 @@ def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | No
     for gold, length in zip(golds, lengths, strict=True):
         if context is not None and length > context:
             raise UsageError(
-                f"answer_field: want answers that fit a context of {context} tokens, got one of {length}: {_shown(gold)}"
+                f"answer_field: want answers that fit a context of {context} tokens, got one of {length}: {shown(gold)}"
             )
     too_long = sum(length > longest for length in lengths)
     if too_long:
-        logger.warning(
+        note(
             "max_response_tokens: %d of %d different true answers are longer than %d tokens: no response can give them",
             too_long, len(golds), longest,
         )  # fmt: skip

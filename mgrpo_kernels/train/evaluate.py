@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -167,6 +168,10 @@ def run(config: Config, output: Path) -> dict[str, float]:
     """
     from mgrpo_kernels.train.trainer import check_lengths, check_output, dtype_of, make_engine, write_text
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"torchrun: want one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
+        )
     check_output(output, resume=False)
     assert config.model.model is not None
     device, task = pick_device(config.model.device), load_task(config, training=False)

@@ -24,9 +24,9 @@ from mgrpo_kernels.train.data import (
     load_task,
     prompts_of_step,
     read_examples,
-    read_rows,
     read_template,
 )
+from mgrpo_kernels.train.rows import read_rows
 from mgrpo_kernels.vote import answers_equal
 
 FIXTURES = Path(__file__).parent / "data"
@@ -357,6 +357,20 @@ def test_answers_longer_than_a_response_or_the_context(tmp_path: Path, said: Any
         task_of(str(tmp_path / "model"), data=file)
 
 
+def test_a_prompt_longer_than_the_context(tmp_path: Path) -> None:
+    make_byte_model(tmp_path / "model", context=64)
+    for option in ("data", "eval_data"):
+        sizes = {"data": 10, "eval_data": 10, option: 64}
+        files = {
+            name: write(tmp_path / f"{name}.jsonl", {"question": "x" * size, "answer": "1"})
+            for name, size in sizes.items()
+        }
+        with pytest.raises(
+            UsageError, match=rf"^{option}: want prompts shorter than .* context of 64 tokens, got one of 64: 'x+"
+        ):
+            task_of(str(tmp_path / "model"), **files)
+
+
 def test_a_template_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "t.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="prompt_template: want a readable text file"):
@@ -369,6 +383,8 @@ def test_template_is_a_text_or_a_file(tmp_path: Path) -> None:
     assert read_template(DEFAULT_TEMPLATE) == DEFAULT_TEMPLATE
     with pytest.raises(UsageError, match="prompt_template: want a text, or a file that exists"):
         read_template("no placeholder")
+    with pytest.raises(UsageError, match="prompt_template: want a readable text file, got 'long "):
+        read_template("long " * 1000)
 
 
 def test_steps_go_through_the_data_epoch_by_epoch() -> None:

@@ -1,0 +1,123 @@
+"""Rows of data, from files and data sets: JSONL, JSON, Parquet, and whatever the package datasets loads."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mgrpo_kernels.train.config import UsageError
+
+SPLITS = {"data": "train", "eval_data": "test"}
+"""Which part of a data set an option means, unless it names one."""
+
+
+class Row(NamedTuple):
+    """A row of data, and where it stands, for messages."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def read_rows(source: str, option: str) -> list[Row]:
+    """Read the rows of a file, by its ending, or of a data set.
+
+    Raises:
+        UsageError: it cannot be read or has no rows; names the file and the line.
+    """
+    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    path = Path(source)
+    if path.suffix.lower() in readers:
+        rows = list(readers[path.suffix.lower()](path, option))
+    elif path.is_file():
+        raise UsageError(f"{option}: want a file that ends in {', '.join(readers)}, got {source}")
+    else:
+        rows = list(_data_set(source, option))
+    if not rows:
+        raise UsageError(f"{option}: want at least one example, got none in {source}")
+    return rows
+
+
+def _jsonl(path: Path, option: str) -> Iterator[Row]:
+    # Not splitlines(), which also ends a line at U+2028 and the like: JSON has them inside its texts.
+    for number, line in enumerate(_text(path, option, "JSONL").split("\n"), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield _row(place, option, _parsed(line, f"a JSON object in {place}", option))
+
+
+def _json(path: Path, option: str) -> Iterator[Row]:
+    values = _parsed(
+        _text(path, option, "JSON"), f"a list of JSON objects in {path} (one a line: call it .jsonl)", option
+    )
+    if not isinstance(values, list):
+        raise UsageError(f"{option}: want a list of JSON objects in {path}, got {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        yield _row(f"{path}, object {number}", option, value)
+
+
+def _parquet(path: Path, option: str) -> Iterator[Row]:
+    reader = _package("pyarrow.parquet", f"{option}: want pyarrow to read {path}")
+    try:
+        values = reader.read_table(path).to_pylist()
+    except (OSError, ValueError, NotImplementedError) as error:  # of pyarrow's own, all that are about files
+        raise UsageError(f"{option}: want a readable Parquet file, got {path}: {error}") from error
+    return (_row(f"{path}, row {number}", option, value) for number, value in enumerate(values, 1))
+
+
+def _data_set(source: str, option: str) -> Iterator[Row]:
+    parts = [source] if Path(source).is_dir() else re.split(r":(?![^\[]*\])", source)  # train[:100] is one part
+    name, split = parts[0], parts[-1] if len(parts) > 1 else SPLITS[option]
+    if len(parts) > 3 or not all(parts):
+        raise UsageError(f"{option}: want NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got {source!r}")
+    datasets = _package("datasets", f"{option}: want the package datasets for {source}, which is no file")
+    try:
+        values = datasets.load_dataset(name, parts[1] if len(parts) == 3 else None, split=split)
+    except Exception as error:  # datasets has no common base for what can go wrong between here and a hub
+        what = f"a file, a directory or a data set on the hub, with a split {split!r}"
+        raise UsageError(f"{option}: want {what}, got {source}: {str(error)[:400]}") from error
+    return (_row(f"{source}, row {number}", option, value) for number, value in enumerate(values, 1))
+
+
+def _package(name: str, wanted: str) -> Any:
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{wanted}, got none installed: pip install {package}") from error
+
+
+def _text(path: Path, option: str, kind: str) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{option}: want a readable {kind} file, got {path}: {error}") from error
+    try:
+        return content.decode("utf-8-sig")  # Windows programs begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{option}: want UTF-8 in {path}, got byte 0x{content[error.start]:02x} in line {line}: {error.reason}"
+        ) from error
+
+
+def _parsed(text: str, wanted: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{option}: want {wanted}, got {shown(text)} ({error})") from error
+
+
+def _row(place: str, option: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise UsageError(f"{option}: want a JSON object in {place}, got {shown(value)}")
+    return Row(place, value)
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]} ..."
