@@ -81,7 +81,7 @@ def test_a_run_is_that_of_plain_trl(base, tmp_path, name):
 
 
 def test_an_adapter_trains_as_in_plain_trl_and_one_on_the_head_is_refused(base, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
 
     def adapter(*modules):
         torch.manual_seed(1)  # of the adapter's first weights

@@ -1,6 +1,9 @@
 """M-GRPO on TRL's GRPOTrainer: the same rollouts give what our own trainer makes of them."""
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -340,3 +343,23 @@ def test_what_it_cannot_do_is_refused(base, tmp_path):
 def test_the_text_of_a_chat_completion():
     assert _text([{"role": "assistant", "content": "so #"}, {"role": "assistant", "content": "4"}]) == "so #4"
     assert _text("#4") == "#4"
+
+
+def test_a_group_split_over_two_processes(base, tmp_path, monkeypatch):
+    trainer = trainer_of(base, tmp_path / "one", per_device_train_batch_size=P * G, gradient_accumulation_steps=1)
+    shake(trainer.momentum)
+    script_generation(trainer, responses(), monkeypatch)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(examples(trainer))
+    want = {
+        "advantages": output["advantages"], "trains": output["completion_mask"].bool().any(1), "tokens": output["num_items_in_batch"],
+    }  # fmt: skip
+    torch.save(want, tmp_path / "want.pt")
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+         "localhost:0", str(here / "mgrpo_on_two.py"), base, str(tmp_path / "want.pt"), str(tmp_path / "two")],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the same") == 2
