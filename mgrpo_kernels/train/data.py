@@ -83,11 +83,10 @@ def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example
     """
     source: str = getattr(config.data, option)
     template, rows = read_template(config.data.prompt_template), read_rows(source, option)
-    names = sorted(set().union(*(row.values for row in rows)))
-    prompt_field = find_field("prompt_field", config.data.prompt_field, names, source, needed=True)
+    prompt_field = find_field("prompt_field", config.data.prompt_field, rows, source, needed=True)
     # Training data may lack a field that is named for the held-out ones.
     needed = needs_gold or (config.data.answer_field is not None and config.data.eval_data is None)
-    answer_field = find_field("answer_field", config.data.answer_field, names, source, needed=needed)
+    answer_field = find_field("answer_field", config.data.answer_field, rows, source, needed=needed)
     examples = []
     for row in rows:
         question, gold = _field(row, "prompt_field", prompt_field), None
@@ -111,13 +110,14 @@ def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example
     return examples
 
 
-def find_field(option: str, given: str | None, names: Sequence[str], source: str, *, needed: bool) -> str:
+def find_field(option: str, given: str | None, rows: Sequence[Row], source: str, *, needed: bool) -> str:
     """Return the field that the option names; where it names none the usual one, or with a word in the log the only one like it.
 
     Raises:
         UsageError: it is needed, and not there; or more than one is like it.
     """
     usual, *others = FIELDS[option]
+    names = set().union(*(row.values for row in rows))
     alike = [name for name in others if name in names]
     if given is None and usual not in names and alike:
         if len(alike) > 1:
@@ -128,7 +128,7 @@ def find_field(option: str, given: str | None, names: Sequence[str], source: str
         return alike[0]
     name = usual if given is None else given
     if needed and name not in names:
-        raise UsageError(f"{option}: want one of the fields {', '.join(names) or '(none)'} of {source}, got {name!r}")
+        _field(rows[0], option, name)
     return name
 
 

@@ -77,9 +77,12 @@ def test_reads_questions_and_answers(tmp_path: Path) -> None:
             r"answer_field: want an answer, or a solution that ends in .* line 1, got 5000 ",
         ),
         (('{"q": "x", "a": ' + "1" * 5000 + "}",), r"data: want a JSON object in .*line 1, got .*limit"),
-        (({"question": "x", "id": 1},), r"prompt_field: want one of the fields id, question of .*a\.jsonl, got 'q'"),
+        (
+            ({"question": "x", "id": 1},),
+            r"prompt_field: want one of the fields id, question of .*a\.jsonl, line 1, got 'q'",
+        ),
         (({"q": "x", "a": "1"}, {"a": "1"}), r"prompt_field: want one of the fields a of .*line 2, got 'q'"),
-        (({"q": "x", "id": 1},), r"answer_field: want one of the fields id, q of .*a\.jsonl, got 'a'"),
+        (({"q": "x", "id": 1},), r"answer_field: want one of the fields id, q of .*a\.jsonl, line 1, got 'a'"),
         (({"q": "x", "a": " "},), r"answer_field: want a text or a number in 'a' of .*a\.jsonl, line 1"),
         (('{"q": "x", "a": NaN}',), r"answer_field: want a text or a number in 'a' of .*line 1, got nan"),
         (({"q": "x", "a": True},), r"answer_field: want a text or a number in 'a' of .*line 1, got True"),
@@ -324,7 +327,7 @@ def test_gold_method_and_evaluation_need_answers(tmp_path: Path, model: str) -> 
     assert task_of(model, data=bare).train[0].gold is None
     for changes in ({"data": bare, "method": "gold"}, {"data": full, "eval_data": bare}):
         with pytest.raises(
-            UsageError, match=r"answer_field: want one of the fields question of .*bare\.jsonl, got 'answer'"
+            UsageError, match=r"answer_field: want one of the fields question of .*bare\.jsonl, line 1, got 'answer'"
         ):
             task_of(model, **changes)
 
