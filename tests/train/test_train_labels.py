@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,9 +14,9 @@ ANSWERS = ["1", "1", "2", None, "5", "6", "7", "8"]  # two prompts of four
 ENTROPY = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.6, 0.8])
 
 
-def rewards(method: str, seed: int = 0) -> list[float]:
+def rewards(method: str, seed: int = 0, answers: list[str | None] = ANSWERS) -> Any:
     signals = Signals(
-        vote=majority_vote(ANSWERS, 4),
+        vote=majority_vote(answers, 4),
         group=4,
         entropy=ENTROPY,
         self_certainty=torch.arange(8.0),
@@ -54,6 +56,17 @@ def test_coin_flips_follow_the_generator_alone() -> None:
     assert torch.equal(flips[0], torch.tensor(rewards("random", 0).expected))
     assert set(torch.stack(flips).unique().tolist()) == {0.0, 1.0}
     assert abs(float(torch.stack(flips).mean()) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_reads_and_its_highest_reward(method: str) -> None:
+    row, before = METHODS[method], rewards(method).expected
+    assert max(before) <= row.highest
+    other = rewards(method, answers=["2", "1", "2", None, "5", "5", "7", "8"]).expected
+    assert (before == other) == (row.reads == "nothing")
+    # The same label by a smaller share: only a reward that is a share tells the difference.
+    thinner = rewards(method, answers=["1", "1", "2", "9", "5", "6", "7", "8"]).expected
+    assert (before != thinner) == (row.reads == "shares")
 
 
 def test_the_table_is_complete() -> None:
