@@ -84,6 +84,7 @@ def test_generation_is_unchanged(name):
 
 def test_an_adapter_goes_on_the_fused_base():
     import peft
+
     torch.manual_seed(0)
     model = peft.get_peft_model(make("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     tokens = torch.randint(0, 199, (2, 9))
