@@ -42,6 +42,11 @@ OPTIONS: dict[str, Any] = {
 }
 """What differs from the defaults, which are the paper's, where no model is named."""
 
+RISE = {"eval_accuracy": 0.15, "eval_greedy": 0.10}
+"""What a demonstration must gain from its first evaluation to its last, in the mean of five seeds; none less than half of it."""
+LONGEST = 180
+"""Seconds that it may take in all, on two cores."""
+
 CHARACTERS = "0123456789+=#"
 TRAIN_SIZE, HELD_OUT_SIZE = 4096, 256
 WARM_STEPS, WARM_BATCH, WARM_RATE, WARM_BETAS = 1500, 64, 1e-3, (0.9, 0.95)

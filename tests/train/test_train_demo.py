@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +95,27 @@ def test_a_few_steps_of_the_demonstration(
     assert "\x1b" not in text  # plain where there is no terminal
     assert text.splitlines()[-4] == "try next:"
     assert text.splitlines()[-5].startswith(f"written: {Path('runs') / output.name}/report.html")
+
+
+@pytest.mark.slow
+def test_the_demonstration_keeps_its_promise(tmp_path: Path) -> None:
+    """The whole of it, as `make train` runs it; `python benchmarks/demo_seeds.py` does five seeds and compares the bits of two runs."""
+    began, before = time.monotonic(), os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "mgrpo_kernels.train"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    seconds, after = time.monotonic() - began, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    assert done.returncode == 0, done.stdout
+    (output,) = (tmp_path / "runs").iterdir()
+    lines = [line for line in tiny.lines(output) if line.get("eval_accuracy") is not None]
+    for key, rise in demo.RISE.items():
+        assert lines[-1][key] - lines[0][key] >= rise, (key, [line[key] for line in lines])
+    assert (
+        lines[-1]["eval_accuracy"] > max(line["eval_accuracy"] for line in lines) - 0.05
+    )  # it keeps what it has learned
+    assert min(seconds, cpu) < demo.LONGEST, (seconds, cpu)  # of a busy machine CPU time alone tells
+    assert (output / "report.html").stat().st_size > 0
+    try_next = done.stdout.splitlines()[-3:]
+    assert all(line.startswith("  python -m mgrpo_kernels.train --") and len(line) <= 80 for line in try_next), try_next

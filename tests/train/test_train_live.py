@@ -261,7 +261,8 @@ def test_second_interrupt_on_a_terminal(base: Path, tmp_path: Path, monkeypatch:
 
 def test_an_error_leaves_the_terminal_as_it_was(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    status = run(base, tmp_path / "run", "--learning-rate", "1e18", "--lr-schedule", "constant", "--eval-every", "0")
+    flags = ["--learning-rate", "1e18", "--lr-schedule", "constant", "--eval-every", "0", "--max-skipped-steps", "0"]
+    status = run(base, tmp_path / "run", *flags)
     text = terminal.text()
     assert status == 1
     assert text.count(HIDE) == text.count(SHOW) == 1
