@@ -205,10 +205,14 @@ class Probe(Sequences):
         for layer, slides in enumerate(sliding):
             if slides != (self.windows[layer] is not None):
                 return f"layer {layer} {'does not say' if slides else 'has'} its sliding window"
+        return self.difference(apart, together)
+
+    def difference(self, apart: Tensor, together: Tensor) -> str | None:
+        """Return None if the hidden states are equal to rounding, or by how much they are not."""
         worst = (apart - together).abs().max().item()
-        if not worst <= 1e-4 * max(1.0, apart.abs().max().item()):
-            return f"sequences in one row are not kept apart: hidden states differ by {worst:.2g}"
-        return None
+        if worst <= 1e-4 * max(1.0, apart.abs().max().item()):
+            return None
+        return f"hidden states of sequences in one row differ by {worst:.2g} from each by itself"
 
 
 def make_rows(prompt_start: Tensor, before: Tensor, start: Tensor, begin: Tensor, end: Tensor) -> Rows:

@@ -23,6 +23,7 @@ from transformers import (
 from mgrpo_kernels.lm_head import lm_head
 from mgrpo_kernels.train import attention
 from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.lean import LeanDecoder, lean_decoder
 
 PROBE = [[1, 2, 3, 0], [2, 1]]
 """Prompts that show whether a model keeps sequences in one row apart."""
@@ -58,6 +59,7 @@ class Policy:
         # transformers 5 renamed the cache's keyword on the way.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # four dimensions: transformers takes it as it is
+        self._lean: LeanDecoder | None = None
         self.unpackable = self._why_unpackable()
         if self.unpackable is not None:
             log.warning(
@@ -82,6 +84,8 @@ class Policy:
 
     def packed_hidden(self, ids: Tensor, positions: Tensor, layout: attention.Layout) -> Tensor:
         """Return hidden states ``(T, H)`` of token ids ``(1, T)`` at `positions`, which see each other as the layout says."""
+        if self._lean is not None and self._lean.applies():
+            return self._lean(ids[0], positions, layout)
         if self._no_mask.device != ids.device:
             self._no_mask = self._no_mask.to(ids.device)
         out = self.model.get_decoder()(
@@ -109,6 +113,8 @@ class Policy:
         before = config._attn_implementation
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
+        if config._attn_implementation != attention.NAME:
+            return "its attention is its own, and takes no other"
         layout = attention.Probe(PROBE, torch.zeros(len(PROBE), dtype=torch.int64, device=self.device))
         try:
             together = self.packed_hidden(layout.ids, layout.positions, layout)
@@ -119,7 +125,14 @@ class Policy:
             why = layout.why_not(apart, together, sliding * (1 if kinds else config.num_hidden_layers))
         if why is not None:
             self.model.set_attn_implementation(before)
-        return why
+            return why
+        self._lean = lean_decoder(self.model.get_decoder(), layout.windows)
+        if self._lean is not None:
+            differs = layout.difference(apart, self.packed_hidden(layout.ids, layout.positions, layout))
+            if differs is not None:
+                log.warning("%s: runs by its own modules, not in few calls: %s", type(self.model).__name__, differs)
+                self._lean = None
+        return None
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
