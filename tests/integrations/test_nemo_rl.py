@@ -2,8 +2,10 @@
 signature of its version 0.7.0, and what that function returns, written down anew in plain PyTorch."""
 
 import inspect
+import runpy
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,3 +136,9 @@ def test_where_it_is_not_installed_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(IntegrationError, match=f"nemo_rl is not installed: install NeMo-RL {VERSION[:3]}"):
         nemo_rl.patched()
+
+
+def test_example(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "nemo_rl_head.py"), run_name="__main__")
+    assert "1 rank(s): log-prob -10.0" in capsys.readouterr().out

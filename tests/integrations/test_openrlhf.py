@@ -2,13 +2,14 @@
 
 # ruff: noqa: E402 - what need() makes importable is imported after it
 import logging
+import runpy
 import sys
 import types
 from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
-from installed_peers import need
+from installed_peers import ROOT, need
 
 need("openrlhf")
 
@@ -229,3 +230,11 @@ def test_functions_on_logits():
     with openrlhf.patched():
         torch.testing.assert_close(module.log_probs_from_logits(logits, labels, 0.8), want[0])
         torch.testing.assert_close(module.compute_entropy(logits), want[1])
+
+
+def test_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["openrlhf_actor.py"])
+    runpy.run_path(str(ROOT / "examples" / "openrlhf_actor.py"), run_name="__main__")  # compares the two itself
+    plain, mine = capsys.readouterr().out.splitlines()
+    assert "logits: 3.7 MiB" in plain
+    assert "logits: none" in mine

@@ -2,14 +2,16 @@
 
 # ruff: noqa: E402 - what need() makes importable is imported after it
 import copy
+import json
 import logging
+import runpy
 import sys
 import types
 
 import pytest
 import torch
 import two_ranks
-from installed_peers import need
+from installed_peers import ROOT, need
 
 need("verl")
 
@@ -385,3 +387,40 @@ def test_in_verls_ppo_loss():
     torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-8)
     assert got[1].any()
     assert set(got[2]) == set(want[2])
+
+
+# --- The examples
+
+
+def test_before_and_after_are_the_same_run(monkeypatch, capsys):
+    from transformers import Qwen2ForCausalLM
+
+    own = Qwen2ForCausalLM.forward  # verl replaces it on the class
+    found = {}
+    for name in ("logits", "verl", "patched"):
+        monkeypatch.setattr(Qwen2ForCausalLM, "forward", own)
+        size = ["--vocabulary", "500", "--width", "64", "--rollouts", "4", "--tokens", "16"]
+        monkeypatch.setattr(sys, "argv", ["verl_before_after.py", *size, "--run", name])
+        runpy.run_path(str(ROOT / "examples" / "verl_before_after.py"), run_name="__main__")
+        found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])["lines"]
+    assert len(found["verl"]) == 3
+    for other in ("logits", "patched"):
+        for mine, theirs in zip(found[other], found["verl"], strict=True):
+            for key in ("loss", "grad_norm", "entropy"):
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6)
+    assert found["patched"][2]["loss"] != pytest.approx(found["patched"][0]["loss"], rel=0.1)  # the steps move
+
+
+def test_plugin_example(capsys):
+    from mgrpo_kernels.integrations import verl_plugin
+
+    try:
+        runpy.run_path(str(ROOT / "examples" / "verl_plugin.py"), run_name="__main__")
+    finally:
+        verl_plugin.patch.undo()
+        del sys.modules[verl_plugin.__name__]
+    said = capsys.readouterr().out.splitlines()
+    assert "but mgrpo_kernels.integrations.verl's" in said[0]
+    for vanilla, mine in zip(said[1:3], said[3:], strict=True):
+        assert vanilla.split("loss")[1] == mine.split("loss")[1]
+        assert "loss 0.000000" not in mine
