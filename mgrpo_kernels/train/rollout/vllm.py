@@ -89,7 +89,8 @@ class VllmEngine:
         if 0 < temperature < LEAST_TEMPERATURE:
             raise ValueError(f"temperature: want 0 or >= {LEAST_TEMPERATURE} with vllm, got {temperature}")
         rows = [prompt for prompt in prompts for _ in range(copies)]
-        seeds = torch.randint(2**63 - 1, (len(rows),), generator=generator, device=generator.device).tolist()
+        of_prompts = torch.randint(2**62, (len(prompts),), generator=generator, device=generator.device).tolist()
+        seeds = [seed + copy for seed in of_prompts for copy in range(copies)]
         what = f"vllm: want {len(rows)} responses within {self.timeout:g} s (vllm_timeout)"
         deadline = time.monotonic() + self.timeout
         try:
@@ -111,7 +112,7 @@ class VllmEngine:
             self._llm.wake_up(tags=["weights"])
         weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
         with weights:
-            named = checkpoint_weights(self.policy.model)
+            named = checkpoint_weights(self.policy.model, untie=unties(self.policy))
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
@@ -179,7 +180,7 @@ class VllmEngine:
             seen = self.sample(prompts, 1, temperature=PROBE_TEMPERATURE, generator=seed)
         except EngineError as error:
             raise UsageError(
-                f"engine: want a model whose weights vLLM takes, got {name_of(policy)}: {error}"
+                f"engine: want a model that vLLM runs, with weights that it takes, got {name_of(policy)}: {error}"
             ) from error
         own = score(
             policy, prompts, seen.tokens, seen.mask, temperature=PROBE_TEMPERATURE, budget=1, stats=("logprob",)
@@ -216,6 +217,8 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
     cache_gib = 1.0 if on_cpu and options.vllm_cache_gib is None else options.vllm_cache_gib
     model_config = copy.deepcopy(policy.model.config)
     model_config.architectures = [type(policy.model).__name__]
+    if unties(policy):
+        model_config.tie_word_embeddings = False
     set_num_threads = torch.set_num_threads
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -240,12 +243,20 @@ def name_of(policy: Policy) -> str:
     return type(policy.model).__name__
 
 
-def checkpoint_weights(model: Any) -> dict[str, Tensor]:
-    """Return a model's weights under the names that a checkpoint has, tied ones once: what vLLM reads.
+def unties(policy: Policy) -> bool:
+    """Return whether vLLM gets tied embeddings as two weights.
+
+    For a CPU it packs a head's weight apart, and does not pack it again when the embedding that it is tied to is exchanged (0.32).
+    """
+    return policy.device.type == "cpu"
+
+
+def checkpoint_weights(model: Any, *, untie: bool) -> dict[str, Tensor]:
+    """Return a model's weights under the names that a checkpoint has, which vLLM reads; tied ones once, or under each of their names.
 
     In memory transformers keeps some weights merged and renamed, experts above all.
     """
-    names = {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=not untie)}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
     return revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
 
