@@ -326,7 +326,11 @@ def cause(error: BaseException) -> str:
     if isinstance(error, dcp.api.CheckpointException):
         number, (inner, _) = next(iter(error.failures.items()))
         return f"rank {number}: {cause(inner)}" if parallel.world() > 1 else cause(inner)
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    root: BaseException | None = error
+    while root is not None and not isinstance(root, OSError):  # torch tells of its own surprise at what the disk said
+        root = root.__cause__ or root.__context__
+    root = error if root is None else root
+    return f"{type(root).__name__}: {root}".splitlines()[0]
 
 
 def _done(error: BaseException | None) -> Future[Any]:

@@ -241,6 +241,7 @@ def checkpoint_activations(model: nn.Module) -> None:
             )  # nothing is random
 
         layer.forward = forward
+        layer.gradient_checkpointing = True  # who runs layers in another way must know; transformers' own needs training mode
 
 
 def _layers(model: Any) -> list[nn.Module]:

@@ -43,6 +43,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     momentum: MomentumModel | None
     reference: MomentumModel | None  # of the KL term: a copy of the weights that stays as it is, or the momentum model
+    skipped: int = 0  # steps whose loss or gradient was not finite
 
 
 def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -101,6 +102,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     metrics = {
         "step": step,
         "learning_rate": learning_rate(config, step),
+        "skipped_steps": learner.skipped,
         **step_metrics(examples, seen, stats, judged, task.equivalence),
         **({"behaviour_mismatch": None} if told(learner, seen) else {}),  # the sampler's own log-probs have been taken
         **updated,

@@ -227,7 +227,7 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
     metrics, samples = (lines_of_first(output / name, size) for name, size in files.items())
     guard = Guard(len(learner.task.held_out), config.eval.eval_samples)
     past = parallel.from_first(read_lines(output / "metrics.jsonl") if parallel.is_first() else [])
-    skipped = past[-1]["skipped_steps"] or 0 if past else 0
+    learner.skipped = past[-1]["skipped_steps"] or 0 if past else 0
     guard.replay(past)
     view.begin(past)
     loggers = open_loggers(config, output, past) if parallel.is_first() else []
@@ -250,21 +250,19 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
 
     def take(step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Take a step, or skip it where its loss or gradient is not finite."""
-        nonlocal skipped
         chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
         try:
-            values, shown = train_step(learner, [learner.task.train[each] for each in chosen], step)
+            return parallel.from_first(train_step(learner, [learner.task.train[each] for each in chosen], step))
         except NotFiniteError as error:
             place, most = save_batch(output / "skipped", step, error.batch), config.run.max_skipped_steps
-            if skipped == most:
+            if learner.skipped == most:
                 save(step - 1, wait=True)
                 raise FloatingPointError(
-                    f"{error}, in step {step}, after {skipped} steps that were skipped (max_skipped_steps); its batch is in {place}"
+                    f"{error}, in step {step}, after {most} steps that were skipped (max_skipped_steps); its batch is in {place}"
                 ) from error
-            skipped += 1
-            view.warn(f"step {step} is skipped, {skipped} of at most {most}: {error}; its batch is in {place}")
-            values, shown = {"step": step}, []
-        return parallel.from_first(({**values, "skipped_steps": skipped}, shown))
+            learner.skipped += 1
+            view.warn(f"step {step} is skipped, {learner.skipped} of at most {most}: {error}; its batch is in {place}")
+            return {"step": step, "skipped_steps": learner.skipped}, []
 
     def watch(line: dict[str, Any]) -> str | None:
         """Show the line to the guard, write it, and do what the guard says; return what that was."""
