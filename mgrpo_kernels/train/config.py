@@ -96,6 +96,11 @@ class DataConfig(_Section):
         "as the template ends a turn, which a base model does not",
         choices=("auto", "on", "off"),
     )
+    long_prompts: str = option(
+        "stop",
+        "where a prompt and the longest response exceed the model's context: stop before the run, or skip such prompts",
+        choices=("stop", "skip"),
+    )
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,11 @@ def load_task(config: Config, *, training: bool = True) -> Task:
     check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
     wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, note)
 
-    def wrapped(option: str, examples: list[Example]) -> list[Example]:
-        prompts = [wrap(each.prompt) for each in examples]
-        check_prompts(option, prompts, tokenizer, context)
-        return [each._replace(prompt=prompt) for each, prompt in zip(examples, prompts, strict=True)]
+    def prompts(option: str, examples: list[Example]) -> list[Example]:
+        wrapped = [each._replace(prompt=wrap(each.prompt)) for each in examples]
+        return fitting(option, wrapped, tokenizer, context, config)
 
-    return Task(wrapped("data", train), wrapped("eval_data", held_out))
+    return Task(prompts("data", train), prompts("eval_data", held_out))
 
 
 # --- Examples
@@ -202,16 +201,34 @@ def warn_of_repeats(train: Sequence[Example], held_out: Sequence[Example]) -> No
         )
 
 
-def check_prompts(option: str, prompts: Sequence[str], tokenizer: Any, context: int | None) -> None:
-    """Raise UsageError for a prompt that fills the context by itself; the trainer looks at those that leave too little of it."""
-    for prompt in prompts:
-        # Few tokenizers make more tokens than bytes, so most prompts need no count.
-        if context is not None and len(prompt.encode()) >= context:
-            length = len(tokenizer(prompt)["input_ids"])
-            if length >= context:
-                raise UsageError(
-                    f"{option}: want prompts shorter than the model's context of {context} tokens, got one of {length}: {shown(prompt)}"
-                )
+def fitting(option: str, examples: list[Example], tokenizer: Any, context: int | None, config: Config) -> list[Example]:
+    """Return the examples without those whose prompt leaves too little of the context, where long_prompts is skip.
+
+    Raises:
+        UsageError: none is left; or, where it is stop, a prompt fills the context by itself. (The trainer looks at the others.)
+    """
+    if context is None:
+        return examples
+    skip = config.data.long_prompts == "skip"
+    most = context - config.rollout.max_response_tokens if skip else context - 1  # tokens
+    # Few tokenizers make more tokens than bytes, so most prompts need no count.
+    doubtful = [place for place, each in enumerate(examples) if len(each.prompt.encode()) > most]
+    lengths = {place: len(tokenizer(examples[place].prompt)["input_ids"]) for place in doubtful}
+    long = {place for place, length in lengths.items() if length > most}
+    if long and not skip:
+        first = min(long)
+        raise UsageError(
+            f"{option}: want prompts shorter than the model's context of {context} tokens, or --long-prompts skip, got one of "
+            f"{lengths[first]}: {shown(examples[first].prompt)}"
+        )
+    if long and len(long) == len(examples):
+        raise UsageError(
+            f"max_response_tokens: want at most {context - min(lengths.values())}, since a prompt and its response share a context of "
+            f"{context}, got {config.rollout.max_response_tokens}, for which every prompt of {option} is too long"
+        )
+    if long:
+        note("%s: %d of %d prompts skipped: longer than %d tokens", option, len(long), len(examples), most)
+    return [each for place, each in enumerate(examples) if place not in long]
 
 
 def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | None, longest: int) -> None:

@@ -108,8 +108,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 # --- An evaluation by itself
 
 KNOWN = {name: each for section in SECTIONS.values() for name, each in fields_of(section).items()}
+UNUSED = ("data", "eval_every", "gradient_checkpointing")
 OPTIONS = (
-    *(name for section in (ModelConfig, DataConfig, EvalConfig) for name in fields_of(section) if name not in ("data", "eval_every")),
+    *(name for section in (ModelConfig, DataConfig, EvalConfig) for name in fields_of(section) if name not in UNUSED),
     *("engine", *fields_of(SECTIONS["vllm"]), "max_response_tokens", "tokens_per_microbatch", "seed"),
 )  # fmt: skip
 """The trainer's options that an evaluation has; it passes over the others in a file."""
@@ -119,6 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return a parser of :data:`OPTIONS`. An option that is not given is absent from its result."""
     parser = argparse.ArgumentParser(
         prog="python -m mgrpo_kernels.train.evaluate",
+        usage="%(prog)s --model DIR_OR_HUB_NAME --eval-data FILE [options]",
         description="Evaluate a model: avg@k, pass@k, maj@k and greedy accuracy. Writes metrics.jsonl and questions.jsonl.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -128,7 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name in OPTIONS:
         field, kinds = KNOWN[name]
         kind = next(kind for kind in kinds if kind is not type(None))
-        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        default = "none" if field.default is None else repr(field.default)
+        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
         how: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction}
             if kind is bool

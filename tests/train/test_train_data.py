@@ -369,9 +369,22 @@ def test_a_prompt_longer_than_the_context(tmp_path: Path) -> None:
             for name, size in sizes.items()
         }
         with pytest.raises(
-            UsageError, match=rf"^{option}: want prompts shorter than .* context of 64 tokens, got one of 64: 'x+"
+            UsageError, match=rf"^{option}: want prompts shorter than .* context of 64 tokens, .*, got one of 64: 'x+"
         ):
             task_of(str(tmp_path / "model"), **files)
+
+
+def test_long_prompts_are_skipped_where_that_is_asked_for(tmp_path: Path, said: Any) -> None:
+    make_byte_model(tmp_path / "model", context=64)
+    file = write(tmp_path / "a.jsonl", *({"question": "x" * size} for size in (10, 52, 53, 64, 100)))
+    options = {"model": str(tmp_path / "model"), "data": file, "long_prompts": "skip"}
+    task = task_of(**options, max_response_tokens=12)
+    assert [len(each.prompt) for each in task.train] == [10, 52]  # 52 + 12 is the context
+    assert said() == ["data: 3 of 5 prompts skipped: longer than 52 tokens"]
+    with pytest.raises(
+        UsageError, match=r"max_response_tokens: want at most 54, .* got 60, for which every prompt of data is too"
+    ):
+        task_of(**options, max_response_tokens=60)
 
 
 def test_a_template_that_is_no_text(tmp_path: Path) -> None:
