@@ -30,6 +30,7 @@ from mgrpo_kernels.train import attention
 from mgrpo_kernels.train.attention import Sequences
 from mgrpo_kernels.train.demo import make_tokenizer
 from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout.cache import SharedCache
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import micro_batches, pack, score
 from mgrpo_kernels.train.update import Batch, accumulate_gradient
@@ -180,18 +181,22 @@ def test_samples_are_those_of_the_models_own_cache(family: str, monkeypatch: pyt
     """One prompt held for all its rollouts, rollouts that end and leave, room that grows, windows that slide."""
     monkeypatch.setattr("mgrpo_kernels.train.rollout.cache.ROOM", 3)
     policy = policy_of(family)
+    monkeypatch.setattr(policy, "eos", [1, 4, 7])
+    kept, keep = [], SharedCache.keep
+    monkeypatch.setattr(SharedCache, "keep", lambda self, *which: kept.append(which[1].shape) or keep(self, *which))
     prompts = [[3, 4, 5, 6, 7, 8], [9, 2], [5, 5, 5]]
     engine = TransformersEngine(policy, 14, 10**6, stats=("logprob", "entropy", "self_certainty"))
 
     def sample() -> Any:
-        return engine.sample(prompts, 6, temperature=2.0, generator=torch.Generator().manual_seed(3))
+        return engine.sample(prompts, 12, temperature=2.0, generator=torch.Generator().manual_seed(3))
 
     got = sample()
+    assert any(shape[0] > 1 and shape[1] > 1 for shape in kept)  # some have left, and what stays is a block
     padded(policy, monkeypatch)
     want = sample()
     assert got.tokens.shape[1] > 2 * WINDOW
     lengths = got.mask.sum(-1)
-    assert len(lengths.unique()) > 3  # some have left early
+    assert len(lengths.unique()) > 3
     assert torch.equal(got.tokens, want.tokens)
     for name in ("logprobs", "entropy", "self_certainty"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=1e-4, rtol=1e-4)
