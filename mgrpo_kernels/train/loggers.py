@@ -59,7 +59,8 @@ def log_in(run: RunConfig) -> None:
 
 def open_loggers(config: Config, output: Path, past: Iterable[Line]) -> list[Logger]:
     """Open the loggers that `config` names, for the run in `output`, of which metrics.jsonl holds the lines `past`."""
-    made, past, run = [], list(past), config.run
+    made: list[Logger] = []
+    past, run = list(past), config.run
     if run.tensorboard:
         made.append(TensorBoard(config, output / "tensorboard"))
     if run.wandb is not None:

@@ -1,0 +1,68 @@
+"""A run's figures over its steps, drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+PANELS = (
+    ("held-out accuracy", ("eval_accuracy", "eval_greedy", "eval_maj_at_k", "eval_pass_at_k")),
+    ("the vote", ("vote_share", "label_accuracy", "reward_mean")),
+    ("signs of collapse", ("distinct_labels", "top_answer_share", "pruned_fraction")),
+    ("entropy, nats a token", ("entropy",)),
+    ("KL, nats a token", ("kl",)),
+    ("distance of the momentum model", ("momentum_distance",)),
+)
+SMOOTHING = 20  # steps of the running mean drawn over the single steps
+DARK = "#16181d"  # the page's background on a dark screen
+
+
+def draw(lines: list[dict[str, Any]], panels: Sequence[tuple[str, tuple[str, ...]]], dark: bool = False) -> bytes:
+    """Return curves as a PNG: all panels, or a single one."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    face = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), DARK)
+    with style.context(["dark_background", face] if dark else "default"):
+        figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
+        for place, (title, keys) in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            for key in keys:
+                points = points_of(lines, key)
+                if not points:
+                    continue
+                steps, values = zip(*points, strict=True)
+                # A curve of one point is no line.
+                marker: dict[str, Any] = (
+                    {"marker": "o", "markersize": 3} if key.startswith("eval_") or len(points) == 1 else {}
+                )
+                if key.startswith("eval_"):
+                    axes.plot(steps, values, label=key, **marker)
+                else:
+                    (drawn,) = axes.plot(steps, values, linewidth=0.5, alpha=0.35)
+                    axes.plot(steps, running_mean(list(values)), color=drawn.get_color(), label=key, **marker)
+            if axes.get_lines():
+                axes.legend(fontsize="small")
+            else:
+                axes.text(0.5, 0.5, "no figures", ha="center", va="center", transform=axes.transAxes)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def points_of(lines: Iterable[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Return the mean of each value and those before it, at most SMOOTHING."""
+    means = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - SMOOTHING) : end]
+        means.append(sum(window) / len(window))
+    return means
