@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
 import yaml
 
 from mgrpo_kernels import majority_vote
@@ -176,6 +177,7 @@ def run(config: Config, output: Path) -> dict[str, float]:
             f"torchrun: want one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
         )
     check_output(output, resume=False)
+    transformers.utils.logging.disable_progress_bar()
     assert config.model.model is not None
     device, task = pick_device(config.model.device), load_task(config, training=False)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
