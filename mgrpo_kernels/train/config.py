@@ -293,6 +293,9 @@ class RunConfig(_Section):
     tensorboard: bool = option(False, "write TensorBoard's event files, to tensorboard/ in --output")
     wandb: str | None = option(None, "log to this project of Weights & Biases")
     trackio: str | None = option(None, "log to this project of Trackio")
+    profile_steps: str | None = option(
+        None, "A:B, write a torch.profiler trace of the steps A to B to trace.json in --output"
+    )
     guard: str = option(
         "warn",
         "at signs of collapse: nothing (off), a message (warn), save and end with status 3 (stop), "
@@ -359,7 +362,21 @@ class Config:
                 ("eval_temperature", self.eval.eval_temperature),
             ):
                 checks.check_number(f"{name} (below 0.01 vLLM changes it)", value, at_least=0.01)
+        if self.profiled.stop > self.optim.steps + 1:
+            raise ValueError(f"profile_steps: want steps up to {self.optim.steps}, got {self.run.profile_steps!r}")
         self._check_unused()
+
+    @property
+    def profiled(self) -> range:
+        """The steps that are traced."""
+        if self.run.profile_steps is None:
+            return range(0)
+        first, _, last = self.run.profile_steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ValueError(
+                f"profile_steps: want A:B, the first step and the last, 1 <= A <= B, got {self.run.profile_steps!r}"
+            )
+        return range(int(first), int(last) + 1)
 
     def _check_unused(self) -> None:
         """Raise ValueError for an option that was set and can have no effect."""

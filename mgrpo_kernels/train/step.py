@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from mgrpo_kernels import (
     MomentumModel,
@@ -59,15 +60,15 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     mine = parallel.my_share(len(examples))  # all, where there is one rank
     with parallel.gathered(policy.model):
         synced = sync_seconds(learner.engine)
-        with clock("rollout"):
+        with clock("rollout"), record_function("rollout"):
             seen = roll_out(learner, examples[mine.start : mine.stop], step, mine.start)  # B = P x G trajectories
         if synced is not None:
             spent = (sync_seconds(learner.engine) or 0.0) - synced
             clock.seconds |= {"time_sync": spent, "time_rollout": clock.seconds["time_rollout"] - spent}
-        with clock("score"):
+        with clock("score"), record_function("score"):
             stats = score_by_sampler(learner, seen)
             own = score_by_policy(learner, seen, stats) if config.policy_scores_all else stats
-        with clock("vote"):
+        with clock("vote"), record_function("vote"):
             measured = own if config.method.momentum_scored_by == "policy" else stats
             assert measured.entropy is not None
             entropy = trajectory_entropy(
@@ -88,12 +89,15 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
                 rewards = torch.where(survives, rewards, 0.0)
             trains = who_trains(config, seen, survives)
             advantages = group_advantages(rewards, G, mask=trains)
-        with clock("score"):
+        with clock("score"), record_function("score"):
             batch = training_batch(learner, seen, stats, own, trains, advantages)
-    with clock("update"):  # with nothing to learn from the weights stay; the schedule and the average go on
+    with (
+        clock("update"),
+        record_function("update"),
+    ):  # with nothing to learn from the weights stay; the schedule and the average go on
         any_trains = parallel.on_any(bool(batch.prompts))
         updated = take_step(policy, learner.optimizer, batch, config, step) if any_trains else {}
-    with clock("ema"):
+    with clock("ema"), record_function("ema"):
         if learner.momentum is not None:
             learner.momentum.update(decay_of(config, step))
 

@@ -34,6 +34,7 @@ from mgrpo_kernels.train.rollout import Engine
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.step import Learner, train_step, wanted_stats
 from mgrpo_kernels.train.stopping import Abandoned, Interrupt, interruptible
+from mgrpo_kernels.train.tracing import Trace
 from mgrpo_kernels.train.update import Batch, NotFiniteError, make_optimizer
 
 CACHE_SHARE = 16
@@ -231,6 +232,7 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
     guard.replay(past)
     view.begin(past)
     loggers = open_loggers(config, output, past) if parallel.is_first() else []
+    trace = Trace(config.profiled, output, parallel.rank(), view.say)
 
     def save(step: int, *, wait: bool = False, unevaluated: Any = None) -> Path:
         best = None if config.run.guard == "off" else guard.best([*checkpoint.saved_steps(checkpoints), step])
@@ -252,7 +254,8 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
         """Take a step, or skip it where its loss or gradient is not finite."""
         chosen = prompts_of_step(len(learner.task.train), config.rollout.prompts_per_step, step, config.run.seed)
         try:
-            return parallel.from_first(train_step(learner, [learner.task.train[each] for each in chosen], step))
+            with trace.during(step):
+                return parallel.from_first(train_step(learner, [learner.task.train[each] for each in chosen], step))
         except NotFiniteError as error:
             place, most = save_batch(output / "skipped", step, error.batch), config.run.max_skipped_steps
             if learner.skipped == most:
@@ -330,7 +333,7 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
                 return COLLAPSED
     finally:
         writer.settle()
-        for sink in (metrics, samples, *loggers):
+        for sink in (metrics, samples, *loggers, trace):
             sink.close()
     view.stop()
     save_final(learner.policy, output / "final")

@@ -1,0 +1,46 @@
+"""A trace of some steps by torch.profiler, for chrome://tracing or ui.perfetto.dev."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+class Trace:
+    """Writes ``trace.json`` of some steps into `directory`, or ``trace_rankN.json`` for a rank that is not the first.
+
+    Args:
+        steps: which; empty: none.
+        directory: where the file goes.
+        rank: of this process.
+        say: told where the file is.
+    """
+
+    def __init__(self, steps: range, directory: Path, rank: int, say: Callable[[str], None]) -> None:
+        self.steps = steps
+        self.place = directory / ("trace.json" if rank == 0 else f"trace_rank{rank}.json")
+        self._say = say
+        self._profiler: profile | None = None
+
+    @contextmanager
+    def during(self, step: int) -> Iterator[None]:
+        """Trace the block if `step` is one of these. A run that is resumed in their midst is traced from there."""
+        if step in self.steps and self._profiler is None:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self._profiler = profile(activities=activities, record_shapes=True)
+            self._profiler.start()
+        yield
+        if step >= self.steps.stop - 1:
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is, once."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(str(self.place))
+            self._profiler = None
+            self._say(f"profile: {self.place}")
