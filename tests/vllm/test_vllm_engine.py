@@ -201,11 +201,24 @@ def test_weights_that_go_astray_are_noticed(engine: VllmEngine, monkeypatch: pyt
         UsageError, match="want a model that vLLM and transformers read alike .* LlamaForCausalLM, which"
     ):
         engine._check()
+
+
+def test_an_exchange_that_fails_is_the_end(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import rotary_embedding
+
+    monkeypatch.setattr(
+        rotary_embedding, "_ROPE_DICT", {}
+    )  # what is left half-loaded shall not be shared with other engines
+    engine = VllmEngine(policy, 8, 12, VllmConfig(vllm_cache_gib=0.1))
     monkeypatch.setattr(module, "checkpoint_weights", lambda _, untie: {"model.layers.7.nowhere": torch.zeros(2)})
     with pytest.raises(
         UsageError, match="engine: want a model that vLLM runs, with weights that it takes, got LlamaForCausalLM: "
     ):
         engine._check()
+    with pytest.raises(
+        EngineError, match="want a new engine after an exchange of weights that failed, got the old one"
+    ):
+        draw(engine)
 
 
 def small(**changes: Any) -> Policy:
