@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, rms_norm
+from torch.nn.functional import linear, rms_norm
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
 from mgrpo_kernels.train.attention import Layout
@@ -73,7 +73,7 @@ class LeanDecoder:
 
     def __call__(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Return hidden states ``(T, H)`` of token ids ``(T,)`` at `positions`, ``(1, T)``."""
-        x = embedding(ids, self.decoder.embed_tokens.weight)  # (T, H)
+        x = self.decoder.embed_tokens(ids)  # (T, H); it gives the padding token no gradient
         cos, sin = self.decoder.rotary_emb(x, positions)
         half = self.head_dim // 2
         cos = cos[0].unsqueeze(1)  # (T, 1, D)
