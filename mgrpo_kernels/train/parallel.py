@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -55,7 +56,13 @@ def processes(device: torch.device, timeout: float) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The CPU's backend too: small facts travel by it, and checkpoints are agreed on by it in the background.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    wait = timedelta(seconds=timeout)
+    store, number, size = next(rendezvous("env://", timeout=wait))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun keeps its store when it starts the ranks again, and in it where those before could be reached. (Of many machines, only
+        # that of the failure counts the restart; docs/long_runs.md has the variable that gives each round a store of its own.)
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=wait)
     try:
         yield
     finally:
@@ -241,7 +248,9 @@ def checkpoint_activations(model: nn.Module) -> None:
             )  # nothing is random
 
         layer.forward = forward
-        layer.gradient_checkpointing = True  # who runs layers in another way must know; transformers' own needs training mode
+        layer.gradient_checkpointing = (
+            True  # who runs layers in another way must know; transformers' own needs training mode
+        )
 
 
 def _layers(model: Any) -> list[nn.Module]:

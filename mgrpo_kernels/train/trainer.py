@@ -90,7 +90,7 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
     """
     device = pick_device(config.model.device)
     with parallel.processes(device, config.run.rank_timeout):
-        output = parallel.from_first(output)
+        output, resume = parallel.from_first(output), parallel.on_any(resume)  # one machine knows of a restart
         with parallel.together():
             task, lines = check(config, output, resume, device)
         if parallel.is_first():
@@ -246,9 +246,10 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
 
     def leave(text: str) -> None:
         view.stop()
-        if parallel.is_first():
-            write_report(output, learner.policy.device)
-            say(text)
+        with parallel.together():  # the others wait: torchrun would end the first as soon as one ends with a status
+            if parallel.is_first():
+                write_report(output, learner.policy.device)
+                say(text)
 
     def take(step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Take a step, or skip it where its loss or gradient is not finite."""
@@ -392,6 +393,6 @@ def closing(output: Path, config: Config) -> list[str]:
             "try next:",
             f"  {command} --method srt --steps 1500  # the vote alone",
             f"  {command} --method gold              # the true answers",
-            f"  {command} --model DIR --data FILE    # your own; see --help",
+            f"  {command} --model DIR --data FILE    # yours; see --help",
         ]
     return lines

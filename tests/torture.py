@@ -1,0 +1,145 @@
+"""Kill -9 at chosen moments of a run, resume, and compare every bit with the run left alone: ``make torture`` does it 20 times.
+
+The trainer runs in a process that kills itself, by SIGKILL, at the n-th event of a kind: a token sampled, a step's line written, the
+optimizer's step, or anything that a checkpoint does to the disk. What is left on the disk is what a kill from outside leaves there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "train")]
+
+STEPS = 10
+EVENTS = {"rollout": (20, 100), "checkpoint": (1, 36), "line": (2, 5 * STEPS), "update": (1, STEPS - 1)}
+"""Kinds of event, and the range that the n-th is drawn from: of tokens, disk operations, lines of metrics.jsonl
+and samples.jsonl, optimizer steps."""
+
+
+def flags() -> list[str]:
+    import tiny
+
+    return [*tiny.FLAGS, "--steps", str(STEPS), "--checkpoint-every", "3", "--eval-every", "5"]
+
+
+def die_at(event: str, number: int) -> None:
+    """Let this process kill itself right before the event comes for the n-th time."""
+    import torch
+
+    from mgrpo_kernels.train import checkpoint
+    from mgrpo_kernels.train.metrics import Lines
+    from mgrpo_kernels.train.stopping import Interrupt
+
+    left = number
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    places: list[tuple[Any, Sequence[str]]] = {
+        "rollout": [(Interrupt, ["check"])],
+        "line": [(Lines, ["write"])],
+        "update": [(torch.optim.AdamW, ["step"])],
+        "checkpoint": [(os, ["fsync"]), (Path, ["mkdir", "rename", "replace", "symlink_to"]), (torch, ["save"]), (checkpoint.shutil, ["rmtree"])],
+    }[event]  # fmt: skip
+    for owner, names in places:
+        for name in names:
+            setattr(owner, name, counted(getattr(owner, name)))
+
+
+def child(event: str, number: int, arguments: Sequence[str]) -> int:
+    import mgrpo_kernels.train.trainer  # noqa: F401  before anything is counted
+    from mgrpo_kernels.train import __main__ as command
+
+    die_at(event, number)
+    return command.main(arguments)
+
+
+def killed(event: str, number: int, output: Path, *more: str) -> bool:
+    """Start a run that dies at the event; return whether it did, not having ended before."""
+    command = [sys.executable, str(HERE), "child", event, str(number), *flags(), *more, "--output", str(output)]
+    done = subprocess.run(
+        command, text=True, capture_output=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE.parents[1]
+    )  # fmt: skip
+    assert done.returncode in (0, -signal.SIGKILL), done.stdout + done.stderr
+    return done.returncode != 0
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """Return the names of what differs between two runs' outputs, times aside."""
+    import tiny
+
+    different = [name for name in ("metrics.jsonl", "samples.jsonl") if tiny.lines(one, name) != tiny.lines(two, name)]
+    different += [
+        name
+        for name in ("model.safetensors", "config.json")
+        if (one / "final" / name).read_bytes() != (two / "final" / name).read_bytes()
+    ]
+    from mgrpo_kernels.train import checkpoint
+
+    states = [checkpoint.read(each / "checkpoints" / "latest", "") for each in (one, two)]
+    different += [
+        name for name in states[0].keys() | states[1].keys() if not bits_equal(states[0].get(name), states[1].get(name))
+    ]
+    return different
+
+
+def bits_equal(one: Any, two: Any) -> bool:
+    import torch
+
+    return one is not None and two is not None and torch.equal(one, two)
+
+
+def main(times: int, seed: int) -> int:
+    """Kill and resume; return the exit status: 0 where every bit was the same."""
+    import tiny
+    import torch
+
+    from mgrpo_kernels.train import __main__ as command
+
+    torch.set_num_threads(1)
+    chance, failed = random.Random(seed), 0
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        tiny.make_base(root / "base")
+        whole = tiny.output_with(root / "base", root / "whole")
+        assert command.main([*flags(), "--output", str(whole)]) == 0
+        kinds = list(EVENTS)
+        for turn in range(times):
+            event = kinds[turn % len(kinds)]
+            number = chance.randint(*EVENTS[event])
+            output = tiny.output_with(root / "base", root / f"run_{turn}")
+            assert killed(event, number, output), f"{event} {number}: the run ended before"
+            there = sorted(each.name for each in (output / "checkpoints").iterdir())
+            assert command.main(["--output", str(output), "--resume"]) == 0
+            different = differences(whole, output)
+            failed += bool(different)
+            print(f"torture: killed at {event} {number}, left {there}: {different or 'the same bits'}", flush=True)
+    print(f"torture: {times - failed} of {times} runs resumed to the same bits")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        sys.exit(child(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(main(given.times, given.seed))
