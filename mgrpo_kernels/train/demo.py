@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "temperature": 1.0,
     "learning_rate": 2e-4,
     "warmup": 0.0,
-    "steps": 200,
+    "steps": 300,
     "eval_every": 25,
     "eval_temperature": 1.0,
     "checkpoint_every": 50,
