@@ -1,9 +1,8 @@
-"""Whole runs in processes of their own: output, resume, kill -9, Ctrl-C, own data, wrong use."""
+"""Whole runs in processes of their own: output, resume, Ctrl-C, own data, wrong use."""
 
 from __future__ import annotations
 
 import json
-import random
 import signal
 import time
 from pathlib import Path
@@ -83,25 +82,6 @@ def wait_for(output: Path, step: int) -> None:
     while not (output / "metrics.jsonl").exists() or len((output / "metrics.jsonl").read_text().splitlines()) <= step:
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_twice_and_resumed_gives_the_same_bits(whole: Path, base: Path, tmp_path: Path, seed: int) -> None:
-    output, chance = tiny.output_with(base, tmp_path / "run"), random.Random(seed)
-    flags = [*tiny.FLAGS, "--steps", str(STEPS)]
-    for step in sorted(chance.sample(range(STEPS - 2), 2)):
-        process = tiny.start(*flags, "--output", str(output))
-        wait_for(output, step)
-        time.sleep(chance.random() * 0.1)
-        process.kill()
-        process.communicate()
-        flags = ["--resume"]
-    assert not (output / "final").exists()
-    assert command.main(["--output", str(output), "--resume"]) == 0
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert tiny.lines(output, name) == tiny.lines(whole, name)
-    for name in ("model.safetensors", "config.json"):
-        assert (output / "final" / name).read_bytes() == (whole / "final" / name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
