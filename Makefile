@@ -3,11 +3,14 @@ PY ?= .venv/bin/python
 STAMP := .venv/.ready
 SOURCES := pyproject.toml setup.py scripts/setup.sh $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: setup train test bench gpu-check lint clean
+.PHONY: setup vllm train test bench gpu-check study study-full torture lint clean
 setup: $(STAMP)
 $(STAMP): $(SOURCES)
 	scripts/setup.sh
 	@touch $@
+
+vllm: setup  ## vLLM beside it: its CPU build where there is no GPU
+	scripts/vllm.sh
 
 train: setup  ## the demonstration; ARGS="--steps 100 ..." passes options on
 	$(PY) -m mgrpo_kernels.train $(ARGS)
@@ -21,6 +24,17 @@ bench: setup  ## every op beside its peers
 # With another PY nothing is set up: that interpreter has torch, triton, pytest, pytest-benchmark and hypothesis.
 gpu-check: $(if $(filter .venv/%,$(PY)),setup)  ## tests and benchmarks on one GPU, in nine minutes, as JSON: OUT=dir
 	$(PY) scripts/gpu_check.py --out $(or $(OUT),gpu-check) $(ARGS)
+
+study: setup  ## the collapse study's main cells with three seeds: some 20 minutes on two free cores; resumable
+	$(PY) examples/collapse/study.py $(ARGS)
+	$(PY) examples/collapse/summary.py
+
+study-full: setup  ## every cell of it with five seeds: hours
+	$(PY) examples/collapse/study.py --all --seeds 5 $(ARGS)
+	$(PY) examples/collapse/summary.py
+
+torture: setup  ## runs killed at twenty random moments and resumed, to the same bits
+	$(PY) tests/torture.py $(ARGS)
 
 lint: setup  ## style and types
 	$(PY) -m ruff check .

@@ -1,0 +1,85 @@
+"""The collapse study's bookkeeping, and one of its runs, cut short."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples" / "collapse"
+NAMES = ("cells", "study", "summary")
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield tuple(importlib.import_module(name) for name in NAMES)
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+def run(accuracy, **columns):
+    return {
+        "cell": "a",
+        "seed": 0,
+        "curve": {"step": [50 * i for i in range(len(accuracy))], "eval_accuracy": accuracy, **columns},
+    }
+
+
+def test_collapse_is_a_lasting_fall(modules):
+    _, _, summary = modules
+    risen = [0.4, 0.5, 0.6, 0.6, 0.6]
+    assert summary.row_of(run([*risen, 0.6, 0.58, 0.61])).collapse is None
+    assert summary.row_of(run([*risen, 0.35, 0.6, 0.6])).collapse is None  # one bad evaluation
+    row = summary.row_of(run([*risen, 0.4, 0.3, 0.2, 0.2, 0.2]))
+    assert row.collapse == 300  # (0.6 + 0.4 + 0.3) / 3 is below 0.8 x 0.6
+    assert (row.start, row.best, row.final) == (0.4, pytest.approx(0.6), pytest.approx(0.2))
+    assert row.kept == pytest.approx(1 / 3)
+
+
+def test_table_has_a_row_for_each_cell(modules):
+    _, _, summary = modules
+    runs = [run([0.4, 0.6, 0.6, 0.6]), {**run([0.4, 0.6, 0.1, 0.1, 0.1]), "seed": 1}]
+    line = summary.table(summary.by_cell(runs)).splitlines()[-1]
+    assert line == "| a | 2 | 0.40 | 0.55 | 0.35 (0.10 - 0.60) | 0.60 | 1 of 2 | 100 |"
+
+
+def test_every_cell_is_a_command_that_the_trainer_takes(modules):
+    from mgrpo_kernels.train.__main__ import read_command_line
+
+    cells, study, _ = modules
+    assert set(cells.MAIN) <= set(cells.CELLS)
+    for options in cells.CELLS.values():
+        given = {name: value for name, value in {**cells.COMMON, **options}.items() if name != "base"}
+        config = read_command_line(study.arguments_of(given))[0].values()
+        assert {name: config[name] for name in given} == given
+
+
+def test_a_run_starts_from_the_base_and_gives_its_curve(modules, tmp_path, monkeypatch):
+    cells, study, _ = modules
+    monkeypatch.setattr(study.demo, "WARM_STEPS", 1)
+    base = study.base_of("lazy", 3, tmp_path)
+    assert study.base_of("lazy", 3, tmp_path) == base
+    short = {**cells.COMMON, "steps": 4, "eval_every": 2, "eval_prompts": 4, "rollouts": 4}
+    line = json.loads(
+        json.dumps(study.take("lazy: mgrpo", 3, {**short, "method": "mgrpo", "base": "lazy"}, "cpu", base))
+    )
+    assert line["curve"]["step"] == [0, 2, 4]
+    assert all(0 <= value <= 1 for value in line["curve"]["eval_accuracy"])
+    assert line["curve"]["entropy"][0] is None  # nothing was sampled before the first step
+    assert line["curve"]["entropy"][1] > 0
+
+
+def test_a_finished_run_is_not_taken_again(modules, tmp_path, monkeypatch, capsys):
+    cells, study, _ = modules
+    results = tmp_path / "results.jsonl"
+    options = {**cells.COMMON, **cells.CELLS["srt"]}
+    results.write_text(json.dumps({"cell": "srt", "seed": 0, "options": options}) + "\n")
+    arguments = ["study.py", "--cells", "srt", "--seeds", "1", "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    study.main()
+    assert capsys.readouterr().out == "1 runs, 0 of them missing\n"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "7"])
+    with pytest.raises(SystemExit, match="name another --results"):
+        study.main()
