@@ -52,3 +52,17 @@ def test_trl_mgrpo(run, tmp_path):
     lines = history(names)
     assert len(lines) == 2
     assert all(line["grad_norm"] > 0 and line["mgrpo/momentum_distance"] > 0 for line in lines)
+
+
+def test_trl_before_after(run):
+    """Its processes are its own; here only that they run, and agree."""
+    out, _ = run(
+        "trl_before_after.py", "--vocabulary", "50", "--width", "64", "--tokens", "4", "--steps", "3", "--pairs", "1"
+    )
+    lines = out.splitlines()
+    for plain, patched in zip(lines[0:6:2], lines[1:6:2], strict=True):
+        assert plain.split()[2] == "plain"
+        assert [float(x) for x in patched.split()[4::2]] == pytest.approx(
+            [float(x) for x in plain.split()[4::2]], rel=1e-3, abs=1e-6
+        )
+    assert [line.split()[0] for line in lines[7:]] == ["plain", "patched"]
