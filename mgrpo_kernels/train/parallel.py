@@ -253,7 +253,7 @@ def checkpoint_activations(model: nn.Module) -> None:
         )
 
 
-def _layers(model: Any) -> list[nn.Module]:
+def _layers(model: Any) -> list[Any]:
     """Return the decoder's layers.
 
     Raises:

@@ -45,7 +45,7 @@ def test_output_directory(whole: Path) -> None:
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     report = (whole / "report.html").read_text()
     assert "data:image/png;base64," in report
-    assert "http" not in report  # nothing outside the file
+    assert "://" not in report  # nothing outside the file
     assert "learning_rate: 0.001" in report
 
 
