@@ -75,7 +75,7 @@ def test_a_finished_run_is_not_taken_again(modules, tmp_path, monkeypatch, capsy
     cells, study, _ = modules
     results = tmp_path / "results.jsonl"
     options = {**cells.COMMON, **cells.CELLS["srt"]}
-    results.write_text(json.dumps({"cell": "srt", "seed": 0, "options": options}) + "\n")
+    results.write_text(json.dumps({"cell": "srt", "seed": 2, "options": options}) + "\n")
     arguments = ["study.py", "--cells", "srt", "--seeds", "1", "--results", str(results)]
     monkeypatch.setattr(sys, "argv", arguments)
     study.main()

@@ -1,7 +1,7 @@
 """Run the collapse study: every cell with every seed, each a run of ``python -m mgrpo_kernels.train`` on one core.
 
     python examples/collapse/study.py                      the main cells with three seeds
-    python examples/collapse/study.py --all --seeds 8      everything
+    python examples/collapse/study.py --all --seeds 5      everything
     python examples/collapse/study.py --cells srt mgrpo
 
 Resumable: a run that is in the results is not taken again. Each finished run is one line of JSON: its options, and what it measured at
@@ -112,10 +112,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every cell (default: the main ones)")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), metavar="CELL", help=f"out of {', '.join(CELLS)}")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="start at S instead of 0")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=2, metavar="S", help="the first of them (default: 2)")
     parser.add_argument(
-        "--steps", type=int, default=COMMON["steps"], metavar="N", help="steps of each run (default: 2500)"
+        "--steps", type=int, default=COMMON["steps"], metavar="N", help="steps of each run (default: 2000)"
     )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: the cores)"
