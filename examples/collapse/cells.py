@@ -9,7 +9,8 @@ COMMON = {
     "steps": 2000, "learning_rate": 2e-4, "lr_schedule": "constant", "warmup": 0.0, "eval_every": 50, "checkpoint_every": 0,
     "samples_per_step": 0, "guard": "off", "log_every": 1000,
 }  # fmt: skip
-"""The built-in task at its own learning rate, which here never falls, which here never falls, and many times as many steps as `make train` takes."""
+"""The built-in task at its own learning rate, which here never falls, for several times as many steps as
+`make train` takes."""
 
 LAZY_SHARE, LAZY_RESPONSE = 0.22, "#7$"
 """With ``base: lazy`` this share of the warm start's targets is the same answer whatever the sum: something to collapse onto."""
