@@ -47,7 +47,8 @@ def draw(lines: list[dict[str, Any]], panels: Sequence[tuple[str, tuple[str, ...
                     (drawn,) = axes.plot(steps, values, linewidth=0.5, alpha=0.35)
                     axes.plot(steps, running_mean(list(values)), color=drawn.get_color(), label=key, **marker)
             if axes.get_lines():
-                axes.legend(fontsize="small")
+                # below the curves: to find a place among those of a long run takes seconds
+                axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
             else:
                 axes.text(0.5, 0.5, "no figures", ha="center", va="center", transform=axes.transAxes)
         buffer = io.BytesIO()
