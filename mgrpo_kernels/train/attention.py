@@ -95,8 +95,8 @@ class Rows(NamedTuple):
         places = places.clamp_max(
             self.keys.shape[1] - 1
         )  # beyond the end too a query sees something, or it would be NaN
-        behind = places[:, None, :, None] - keys
-        return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+        places = places[:, None, :, None]
+        return keys <= places if window is None else (keys <= places) & (keys > places - window)
 
 
 class Sequences:
@@ -160,6 +160,7 @@ class Sequences:
         self.back = back.to(device)  # (T,): where a token's output lies in the rows' outputs, one after another
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._keep = keep
+        self._masks: dict[int | None, list[Tensor | None]] = {}
         self._varlen: Varlen | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -170,8 +171,9 @@ class Sequences:
             self._varlen = Varlen.of(self.rows) if self._varlen is None else self._varlen
             return gather(self._varlen.attend(q, k, v, scale, window), self._varlen.back)
         outputs = []
-        for rows in self.rows:
-            mask = rows.mask(window)
+        if window not in self._masks:  # the same in many layers
+            self._masks[window] = [rows.mask(window) for rows in self.rows]
+        for rows, mask in zip(self.rows, self._masks[window], strict=True):
             out = scaled_dot_product_attention(
                 padded(q, rows.queries), padded(k, rows.keys), padded(v, rows.keys),
                 attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1],

@@ -93,6 +93,15 @@ class Policy:
         )
         return out.last_hidden_state[0]
 
+    def how(self) -> str:
+        """Say how sequences go through the model."""
+        if self.unpackable is not None:
+            return f"padded: {self.unpackable}"
+        fast = attention.has_flash_attention() and self.device.type == "cuda" and self.dtype != torch.float32
+        kernel = "flash-attn" if fast else "PyTorch, padded in attention alone"
+        calls = "" if self._lean is None else "; layers in few calls"
+        return f"without padding, a prompt once for its responses; attention by {kernel}{calls}"
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``(N, V)`` of hidden states ``(N, H)``."""
         weight, bias = self.head()

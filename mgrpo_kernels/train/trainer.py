@@ -110,6 +110,7 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
         with make_view(config, title) if parallel.is_first() else Quiet(config) as view:
             if policy is None:
                 policy = demo_policy(config, output / "base", device, view)
+            view.say(f"sequences: {policy.how()}")
             learner = make_learner(config, task, policy)
             with interruptible(view.stopping) as interrupt:
                 return train(learner, output, interrupt, view)
