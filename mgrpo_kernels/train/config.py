@@ -31,6 +31,10 @@ class UsageError(ValueError):
     told = False  # whether another rank has shown it
 
 
+class EngineError(RuntimeError):
+    """What samples failed or hung. The run ends with the reason, and its last checkpoint stands."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is damaged. Those before it are as they were."""
 

@@ -24,10 +24,6 @@ class Rollouts(NamedTuple):
     self_certainty: Tensor | None = None  # the same
 
 
-class EngineError(RuntimeError):
-    """The engine failed or hung. The run ends with the reason, and its last checkpoint stands."""
-
-
 class Engine(Protocol):
     """What samples.
 

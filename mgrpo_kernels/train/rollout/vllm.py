@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train.config import UsageError, VllmConfig
+from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import EngineError, Rollouts
+from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.score import score
 
 ENVIRONMENT = {
