@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -212,6 +213,7 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
     os.environ.update(ENVIRONMENT)
     # What matters is raised, and the rest hides the trainer's lines.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         from vllm import LLM, __version__
     except ImportError as error:
