@@ -90,7 +90,7 @@ def test_noise_is_new_for_every_token_and_of_the_prompt_alone() -> None:
     both = Noise([generator(1), generator(2)], 3, 7, tokens)
     alone = Noise([generator(2)], 3, 7, tokens)
     both.steps, alone.steps = 2, 2  # blocks of two tokens
-    both.block, alone.block = both.block[:, :2].contiguous(), alone.block[:, :2].contiguous()
+    both.block, alone.block = both.block[:2], alone.block[:2]
     seen = [(both.of(t, rows).clone(), alone.of(t, rows[:3]).clone()) for t in range(tokens)]
     for of_both, of_alone in seen:
         assert torch.equal(of_both[3:], of_alone)

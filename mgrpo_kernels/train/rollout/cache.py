@@ -41,6 +41,7 @@ class SharedCache:
         self.length = 0  # of each rollout
         self.prompt: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, (U K, L, D)
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (U, K, c, room, D)
+        self._positions: Tensor | None = None  # (1, T), of the tokens to come
         self._bias: dict[int | None, Tensor] = {}
 
     def start(self) -> Tensor:
@@ -54,9 +55,11 @@ class SharedCache:
 
     def extend(self, tokens: Tensor) -> Tensor:
         """See :class:`Cache`."""
-        positions = (self.lengths + self.length).repeat_interleave(self.copies)
-        logits = self.policy.logits(self.policy.packed_hidden(tokens[None], positions[None], self))
+        if self._positions is None:
+            self._positions = (self.lengths + self.length).repeat_interleave(self.copies).unsqueeze(0)
+        logits = self.policy.logits(self.policy.packed_hidden(tokens[None], self._positions, self))
         self.length += 1
+        self._positions = self._positions + 1
         return logits
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
@@ -117,7 +120,7 @@ class SharedCache:
             self.prompt[layer] = tuple(each.unflatten(0, (U, -1))[prompts].flatten(0, 1) for each in (keys, values))  # type: ignore[assignment]
         for layer, (keys, values) in self.own.items():
             self.own[layer] = chosen(keys, prompts, rollouts), chosen(values, prompts, rollouts)
-        self.lengths, self.copies = self.lengths[prompts], rollouts.shape[1]
+        self.lengths, self.copies, self._positions = self.lengths[prompts], rollouts.shape[1], None
         self._bias.clear()
 
 

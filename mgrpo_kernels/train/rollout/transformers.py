@@ -76,16 +76,14 @@ class TransformersEngine:
         U, B = len(prompts), len(prompts) * copies
         noise = Noise(generators, copies, logits.shape[1], R) if temperature > 0 else None
         scores = Scores(B, R, self.stats, temperature or 1.0, device)
-        tokens = torch.zeros(B, R, dtype=torch.int64, device=device)
         eos = torch.tensor(policy.eos, device=device)
         rows = torch.arange(B, device=device)  # which rollouts are in the cache
         ended = torch.zeros(B, dtype=torch.bool, device=device)  # of these
         for t in range(R):
             self.check()
             chosen = choose(logits, temperature, None if noise is None else noise.of(t, rows))
-            tokens[rows, t] = chosen
             scores.add(rows, t, logits, chosen)
-            ended |= torch.isin(chosen, eos)
+            ended |= (chosen[:, None] == eos).any(-1)
             if t == R - 1:
                 break
             if t % LOOK_EVERY[device.type] == 0:
@@ -102,13 +100,14 @@ class TransformersEngine:
                     rows, ended, chosen, U = rows[index], ended[index], chosen[index], len(kept)
             logits = cache.extend(chosen)
 
-        tokens = tokens[:, : t + 1]
+        found = scores.finish()
+        tokens = scores.tokens[:, : t + 1]
         is_end = torch.isin(tokens, eos)
         mask = is_end.cumsum(-1) - is_end.long() == 0  # no end before
         mask = mask[:, : int(mask.sum(-1).max())]
         width = mask.shape[1]
         tokens = torch.where(mask, tokens[:, :width], 0)
-        found = {name: torch.where(mask, each[:, :width], 0.0) for name, each in scores.finish().items()}
+        found = {name: torch.where(mask, each[:, :width], 0.0) for name, each in found.items()}
         if not bool(torch.isfinite(found["logprob"]).all()):
             raise FloatingPointError(
                 "rollout: want finite log-probs, got NaN or inf: the model's logits are not numbers any more"
@@ -128,15 +127,17 @@ class Noise:
     def __init__(self, generators: Sequence[torch.Generator], copies: int, vocabulary: int, tokens: int) -> None:
         self.generators = generators
         self.steps = max(1, min(tokens, NOISE_NUMBERS // (copies * vocabulary)))
-        self.block = torch.empty(len(generators), self.steps, copies, vocabulary, device=generators[0].device)
+        shape = self.steps, len(generators), copies, vocabulary
+        self.block = torch.empty(shape, device=generators[0].device)
 
     def of(self, t: int, rows: Tensor) -> Tensor:
         """Return the noise of token `t` of some rollouts, ``(rows, V)``; `t` from 0, one after the other."""
         if t % self.steps == 0:
-            for of_prompt, generator in zip(self.block, self.generators, strict=True):
-                of_prompt.exponential_(generator=generator)
+            for prompt, generator in enumerate(self.generators):
+                drawn = torch.empty_like(self.block[:, prompt], memory_format=torch.contiguous_format)
+                self.block[:, prompt] = drawn.exponential_(generator=generator)
             self.block.clamp_min_(torch.finfo(self.block.dtype).tiny).log_().neg_()
-        now = self.block[:, t % self.steps].flatten(0, 1)  # (U copies, V)
+        now = self.block[t % self.steps].flatten(0, 1)  # (U copies, V)
         return now if len(rows) == len(now) else now[rows]
 
 
@@ -146,17 +147,18 @@ def choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
 
 
 class Scores:
-    """Statistics of the tokens that are drawn, from the logits that they are drawn from."""
+    """The tokens that are drawn, and their statistics from the logits that they are drawn from."""
 
     def __init__(self, batch: int, tokens: int, stats: Sequence[str], temperature: float, device: torch.device) -> None:
         self.temperature = temperature
         self.out = {name: torch.zeros(batch, tokens, device=device) for name in stats}
+        self.tokens = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._bytes = 0
 
     def add(self, rows: Tensor, t: int, logits: Tensor, tokens: Tensor) -> None:
         """Take token `t` of some rollouts, and its logits ``(rows, V)``."""
-        self._waiting.append((rows * next(iter(self.out.values())).shape[1] + t, logits, tokens))
+        self._waiting.append((rows * self.tokens.shape[1] + t, logits, tokens))
         self._bytes += logits.nbytes
         if self._bytes >= LOGITS_BYTES:
             self._flush()
@@ -165,6 +167,7 @@ class Scores:
         if not self._waiting:
             return
         place, logits, tokens = (torch.cat(each) for each in zip(*self._waiting, strict=True))
+        self.tokens.view(-1)[place] = tokens
         found: TokenStats = token_stats_from_logits(logits, tokens, stats=tuple(self.out), temperature=self.temperature)
         for name, values in self.out.items():
             values.view(-1)[place] = getattr(found, name)
