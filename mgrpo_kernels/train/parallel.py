@@ -243,14 +243,12 @@ def checkpoint_activations(model: nn.Module) -> None:
         def forward(*args: Any, inner: Any = inner, **options: Any) -> Any:
             if not torch.is_grad_enabled():  # sampling and scoring keep nothing, and sampling fills a cache, once
                 return inner(*args, **options)
-            return checkpoint(
-                inner, *args, use_reentrant=False, preserve_rng_state=False, **options
-            )  # nothing is random
+            # Nothing in a layer is random.
+            return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
         layer.forward = forward
-        layer.gradient_checkpointing = (
-            True  # who runs layers in another way must know; transformers' own needs training mode
-        )
+        # Who would run the layers in another way must know. (transformers' own checkpointing takes training mode too.)
+        layer.gradient_checkpointing = True
 
 
 def _layers(model: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train import checkpoint, parallel
+from mgrpo_kernels.train import checkpoint, parallel, trainer
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.policy import Policy, load_policy
 
@@ -38,6 +38,18 @@ def agreeing() -> None:
     for error, seen in ((UsageError("wrong"), UsageError), (OSError("gone"), RuntimeError)):
         with pytest.raises(seen if parallel.is_first() else type(error), match=str(error)):
             fail(error)
+
+
+def wrong_use(place: Path) -> None:
+    """An error that all ranks meet is the first one's to tell."""
+    import tiny
+
+    with (
+        pytest.raises(UsageError, match="prompts_per_step: want at least one for each of the 2 ranks, got 1") as caught,
+        parallel.together(),
+    ):
+        trainer.check(tiny.config(prompts_per_step=1), place / "run", False, CPU)
+    assert caught.value.told is not parallel.is_first()
 
 
 def tied_policy(dtype: torch.dtype) -> Policy:
@@ -139,6 +151,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with parallel.processes(CPU, 60.0):
         agreeing()
+        wrong_use(Path(sys.argv[2]))
         training(torch.float32, 1e-5, activations=False)
         training(torch.float32, 1e-5, activations=True)
         training(torch.bfloat16, 0.01, activations=False)

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import checkpoint, export
+from mgrpo_kernels.train import checkpoint, export, parallel
+from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.score import pack
 
 STEPS = 6
 FLAGS = [
@@ -176,19 +178,46 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(base: Path, tmp_path: P
     assert not workers(process.pid)
 
 
-def test_wrong_use_is_told_once(tmp_path: Path) -> None:
-    process = train(*FLAGS, "--prompts-per-step", "1", "--output", str(tmp_path / "run"))
-    text = ended(process)
-    assert text.count("error: prompts_per_step: want at least one for each of the 2 ranks, got 1") == 1, text
-    assert "exitcode  : 2 " in text
-    assert not (tmp_path / "run").exists()
-
-
 def test_ranks_agree_shard_and_fail_together(base: Path, tmp_path: Path) -> None:
     process = torchrun(str(Path(__file__).with_name("ranks.py")), str(base), str(tmp_path))
     text = ended(process)
     assert process.returncode == 0, text
     assert text.count("rank done") == 2
+
+
+def test_gradient_checkpointing_keeps_less_for_the_same_gradient(base: Path) -> None:
+    kept, gradients = [], []
+    for activations in (False, True):
+        policy = load_policy(str(base), torch.device("cpu"), torch.float32)
+        if activations:
+            parallel.checkpoint_activations(policy.model)
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        prompts, tokens = [[3, 4, 12, 5]] * 2, torch.tensor([[2, 3, 4, 1], [5, 6, 1, 0]])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            packed = pack(policy, prompts, tokens, tokens > 0)
+        direction = torch.linspace(-1, 1, packed.hidden.numel()).view_as(packed.hidden)
+        (packed.hidden * direction).sum().backward()  # not the squares, whose sum the last norm fixes
+        kept.append(sum(sizes))
+        gradients.append([parameter.grad for parameter in policy.model.parameters() if parameter.grad is not None])
+    assert kept[1] < 0.5 * kept[0]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * max(1.0, float(one.abs().max())))
+
+
+def test_what_another_rank_has_told_is_not_told_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def run(*_: Any, **__: Any) -> int:
+        raise parallel.ToldElsewhereError("rank 0: wrong")
+
+    monkeypatch.setattr("mgrpo_kernels.train.trainer.run", run)
+    assert command.main([*FLAGS, "--output", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_restart_needs_its_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
