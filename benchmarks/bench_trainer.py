@@ -44,7 +44,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "demo": Size(2, 64, 16, 8, 16, 8, 12),
-    "small": Size(4, 256, 8192, 4, 16, 48, 64),
+    "small": Size(4, 256, 8192, 2, 16, 32, 48),
 }
 if SMALL:
     SIZES = {"demo": Size(1, 16, 16, 2, 4, 4, 3)}
