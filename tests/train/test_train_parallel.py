@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,33 @@ SPLIT = ["--tokens-per-microbatch", "64", "--gradient-checkpointing"]
 ROUNDING = {"behaviour_mismatch": 1e-5}
 
 
+started: list[subprocess.Popen[str]] = []
+SLOWEST = 600
+"""Seconds that anything may take, on a machine with much else to do."""
+
+
 def torchrun(*arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts),
             "--monitor-interval", "0.1", *arguments,
         ],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2], start_new_session=True,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])},
     )  # fmt: skip
+    started.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """End what a failed test has left running."""
+    yield
+    while started:
+        process = started.pop()
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            process.communicate(timeout=SLOWEST)
 
 
 def train(*arguments: str, **options: int) -> subprocess.Popen[str]:
@@ -49,7 +68,7 @@ def train(*arguments: str, **options: int) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=240)
+    text, _ = process.communicate(timeout=SLOWEST)
     return text
 
 
@@ -126,7 +145,7 @@ def test_resharding_from_two_ranks_to_one_and_back(pair: Path, single: Path, tmp
 def test_a_dead_rank_ends_all_and_torchrun_resumes(pair: Path, base: Path, tmp_path: Path) -> None:
     output = tiny.output_with(base, tmp_path / "run")
     process = train(*FLAGS, *SPLIT, "--output", str(output), restarts=1)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SLOWEST
     while not checkpoint.latest(output / "checkpoints") or not workers(process.pid):
         assert process.poll() is None, ended(process)
         assert time.monotonic() < deadline
@@ -164,7 +183,7 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(base: Path, tmp_path: P
     process = train(
         *FLAGS, "--rollouts", "512", "--checkpoint-every", "0", "--eval-every", "0", "--output", str(output)
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SLOWEST
     while not (output / "samples.jsonl").exists():
         assert process.poll() is None, ended(process)
         assert time.monotonic() < deadline
