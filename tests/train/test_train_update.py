@@ -79,6 +79,19 @@ def test_behaviour_weights_scale_the_gradient(policy: Policy) -> None:
             torch.testing.assert_close(got, expected * whole, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("budget", [45, 10**6])
+def test_on_policy_the_pass_gives_its_own_old_logprobs(policy: Policy, budget: int) -> None:
+    part = batch(policy)
+    own = score(policy, part.prompts, part.tokens, part.mask, temperature=1.0, budget=10**6).logprob
+    assert own is not None
+    off = part._replace(old_logprobs=None, sampled_logprobs=(own + 0.25) * part.mask)
+    sums, got = gradient(policy, off, budget, kl_coef=0.1)
+    _, want = gradient(policy, part._replace(old_logprobs=own), budget, kl_coef=0.1)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert sums["ratio_sum"] == sums["tokens"]  # each exactly 1
+    assert sums["mismatch_sum"] / sums["mismatch_tokens"] == pytest.approx(0.25, abs=1e-4)
+
+
 def test_a_step_moves_the_weights_against_the_gradient(policy: Policy) -> None:
     part = batch(policy)
     config = tiny.config()
