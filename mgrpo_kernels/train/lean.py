@@ -88,7 +88,9 @@ class LeanDecoder:
             both = torch.cat([q, k], dim=1)
             turned = torch.cat([both[..., half:], both[..., :half]], dim=-1)
             q, k = torch.addcmul(both * cos, turned, sin).split([q.shape[1], k.shape[1]], dim=1)
-            x = x + project(layout.attend(layer.number, q, k, v, layer.scale, layer.window).reshape(len(x), -1), layer.o)
+            x = x + project(
+                layout.attend(layer.number, q, k, v, layer.scale, layer.window).reshape(len(x), -1), layer.o
+            )
             y = normalized(x, layer.between)
             x = x + project(layer.act(project(y, layer.gate)) * project(y, layer.up), layer.down)
         return normalized(x, self.decoder.norm)
