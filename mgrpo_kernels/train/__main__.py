@@ -16,6 +16,7 @@ from mgrpo_kernels.train.config import (
     SECTIONS,
     CheckpointError,
     Config,
+    EngineError,
     UsageError,
     build,
     fields_of,
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"error: {error}. Nothing was saved after that; --resume goes on from the last checkpoint", file=sys.stderr
         )
         return 1
-    except CheckpointError as error:
+    except (CheckpointError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -77,6 +77,7 @@ class VllmEngine:
         temperature: float,
         generator: torch.Generator,
         momentum: MomentumModel | None = None,
+        first: int = 0,
     ) -> Rollouts:
         """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.Engine`.
 
@@ -93,8 +94,8 @@ class VllmEngine:
         if not self._whole:
             raise EngineError("vllm: want a new engine after an exchange of weights that failed, got the old one")
         rows = [prompt for prompt in prompts for _ in range(copies)]
-        of_prompts = torch.randint(2**62, (len(prompts),), generator=generator, device=generator.device).tolist()
-        seeds = [seed + copy for seed in of_prompts for copy in range(copies)]
+        of_prompts = torch.randint(2**62, (first + len(prompts),), generator=generator, device=generator.device)
+        seeds = [seed + copy for seed in of_prompts[first:].tolist() for copy in range(copies)]
         what = f"vllm: want {len(rows)} responses within {self.timeout:g} s (vllm_timeout)"
         deadline = time.monotonic() + self.timeout
         try:
