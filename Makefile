@@ -3,7 +3,7 @@ PY ?= .venv/bin/python
 STAMP := .venv/.ready
 SOURCES := pyproject.toml setup.py scripts/setup.sh $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: setup vllm train test bench gpu-check study study-full torture lint clean
+.PHONY: setup vllm train test bench gpu-check study study-full torture docs lint clean
 setup: $(STAMP)
 $(STAMP): $(SOURCES)
 	scripts/setup.sh
@@ -35,6 +35,10 @@ study-full: setup  ## every cell of it with five seeds: hours
 
 torture: setup  ## runs killed at twenty random moments and resumed, to the same bits
 	$(PY) tests/torture.py $(ARGS)
+
+docs: setup  ## the documentation as pages, into build/docs; a dead link is an error
+	$(PY) -m pip install --quiet 'zensical>=0.0.70' 'mkdocstrings-python>=2'
+	$(PY) -m zensical build --strict --clean -f mkdocs.yml
 
 lint: setup  ## style and types
 	$(PY) -m ruff check .
