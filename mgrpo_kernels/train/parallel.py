@@ -26,7 +26,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import Engine, Rollouts, join
@@ -327,7 +326,7 @@ class Nowhere:
         """There is nothing to close."""
 
 
-class DividedEngine:
+class DividedEngine(Engine):
     """An engine that divides the prompts over the ranks and hands every response to every rank."""
 
     def __init__(self, engine: Engine) -> None:
@@ -338,23 +337,19 @@ class DividedEngine:
         prompts: Sequence[Sequence[int]],
         copies: int,
         *,
-        temperature: float,
         generator: torch.Generator,
-        momentum: MomentumModel | None = None,
         first: int = 0,
+        **options: Any,
     ) -> Rollouts:
         """See :class:`mgrpo_kernels.train.rollout.Engine`."""
         mine = my_share(len(prompts))
         part: Rollouts | None = None
         with sampling():
             if mine:
-                part = self.engine.sample(
-                    prompts[mine.start : mine.stop], copies, temperature=temperature, generator=generator, momentum=momentum,
-                    first=first + mine.start,
-                )  # fmt: skip
-        device = generator.device
+                some = prompts[mine.start : mine.stop]
+                part = self.engine.sample(some, copies, generator=generator, first=first + mine.start, **options)
         parts = [each for each in gather(_on_cpu(part)) if each is not None]
-        return Rollouts(*(None if values is None else values.to(device) for values in join(parts)))  # type: ignore[arg-type]
+        return Rollouts(*(None if values is None else values.to(generator.device) for values in join(parts)))  # type: ignore[arg-type]
 
 
 def divided(engine: Engine) -> Engine:

@@ -27,7 +27,7 @@ from mgrpo_kernels.train.metrics import Clock, peak_memory_bytes
 from mgrpo_kernels.train.monitor import Judgement, Trajectories, sample_lines, step_metrics
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.pruning import survivors
-from mgrpo_kernels.train.rollout import Engine, Rollouts, interleave, sync_seconds
+from mgrpo_kernels.train.rollout import Engine, Rollouts, interleave
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.streams import stream
 from mgrpo_kernels.train.update import Batch, learning_rate, take_step
@@ -59,11 +59,11 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
 
     mine = parallel.my_share(len(examples))  # all, where there is one rank
     with parallel.gathered(policy.model):
-        synced = sync_seconds(learner.engine)
+        synced = learner.engine.sync_seconds
         with clock("rollout"), record_function("rollout"):
             seen = roll_out(learner, examples[mine.start : mine.stop], step, mine.start)  # B = P x G trajectories
         if synced is not None:
-            spent = (sync_seconds(learner.engine) or 0.0) - synced
+            spent = (learner.engine.sync_seconds or 0.0) - synced
             clock.seconds |= {"time_sync": spent, "time_rollout": clock.seconds["time_rollout"] - spent}
         with clock("score"), record_function("score"):
             stats = score_by_sampler(learner, seen)
@@ -123,7 +123,6 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
     Other ranks have the step's prompts before `first`.
     """
     config, policy = learner.config, learner.policy
-    options = {"first": first} if parallel.world() > 1 else {}
     prompts = policy.encode([example.prompt for example in examples])
 
     def part(copies: int, momentum: MomentumModel | None) -> Rollouts:
@@ -136,7 +135,7 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
                 temperature=config.rollout.temperature,
                 generator=generator,
                 momentum=momentum,
-                **options,
+                first=first,
             )
 
     own = part(config.policy_rollouts, None)

@@ -224,7 +224,7 @@ def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> 
         view.say(f"resuming after step {start}")
     keep, background = config.run.keep_checkpoints, config.run.async_checkpoints
     writer = checkpoint.Writer(checkpoints, keep, background=background, say=view.warn)
-    learner.engine.check = interrupt.check  # type: ignore[attr-defined]  # an engine may call it between tokens
+    learner.engine.check = interrupt.check
     files = {"metrics.jsonl": metrics_bytes, "samples.jsonl": samples_bytes}
     metrics, samples = (lines_of_first(output / name, size) for name, size in files.items())
     guard = Guard(len(learner.task.held_out), config.eval.eval_samples)

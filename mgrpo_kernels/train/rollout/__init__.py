@@ -1,9 +1,9 @@
-"""Sampling responses. An engine is anything with the one method of :class:`Engine`."""
+"""Sampling responses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,14 @@ class Rollouts(NamedTuple):
     self_certainty: Tensor | None = None  # the same
 
 
-class Engine(Protocol):
-    """What samples.
+class Engine:
+    """What samples."""
 
-    One that holds a copy of the weights counts the seconds that bringing them there has taken so far in `sync_seconds`.
-    """
+    sync_seconds: float | None = None
+    """Seconds that bringing weights to the sampler has taken so far; None where it samples from the model in place."""
+
+    check: Callable[[], None] = staticmethod(lambda: None)
+    """Called before every token; may raise."""
 
     def sample(
         self,
@@ -45,11 +48,12 @@ class Engine(Protocol):
         Random numbers depend on `generator` and a prompt's number, which is `first` for the first of these: who samples a part of the
         prompts gets what the whole would give. A temperature of 0 is greedy; log-probs are then at temperature 1.
         """
+        raise NotImplementedError
 
 
-def sync_seconds(engine: Engine) -> float | None:
-    """Return how long the engine has spent on taking over weights, or None for one that samples from the model in place."""
-    return getattr(engine, "sync_seconds", None)
+def seeds_of(prompts: Sequence[Sequence[int]], first: int, generator: torch.Generator) -> list[int]:
+    """Return a seed for each prompt; its copies add their number to it."""
+    return torch.randint(2**62, (first + len(prompts),), generator=generator, device=generator.device)[first:].tolist()
 
 
 def join(parts: Sequence[Rollouts]) -> Rollouts:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel, TokenStats, token_stats_from_logits
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Rollouts, join
+from mgrpo_kernels.train.rollout import Engine, Rollouts, join, seeds_of
 from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache
 
 NOISE_NUMBERS = 2**18
@@ -21,7 +21,7 @@ LOOK_EVERY = {"cpu": 1, "cuda": 8}
 """Tokens from one look at which rollouts have ended to the next: on a GPU the host waits for it."""
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Samples from the policy in place; for the momentum model its weights are swapped in, and nothing is copied.
 
     Args:
@@ -36,7 +36,6 @@ class TransformersEngine:
         self.max_tokens = max_tokens
         self.cache_tokens = cache_tokens
         self.stats = tuple(stats)
-        self.check: Callable[[], None] = lambda: None  # called before every token; may raise
 
     @torch.no_grad()
     def sample(
@@ -53,9 +52,7 @@ class TransformersEngine:
         longest = max(map(len, prompts))
         together = max(1, self.cache_tokens // (longest + copies * self.max_tokens))  # prompts
         at_once = max(1, min(copies, (self.cache_tokens - longest) // self.max_tokens))  # copies of a prompt
-        seeds = torch.randint(2**62, (first + len(prompts),), generator=generator, device=generator.device).tolist()[
-            first:
-        ]
+        seeds = seeds_of(prompts, first, generator)
         weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
         with weights, self.policy.autocast():
             return join([

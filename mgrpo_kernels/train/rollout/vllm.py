@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Rollouts
+from mgrpo_kernels.train.rollout import Engine, Rollouts, seeds_of
 from mgrpo_kernels.train.score import score
 
 ENVIRONMENT = {
@@ -37,7 +37,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Mean |trainer - sampler| log-prob that rounding may make, in nats; on small models it was 1e-6 and 2.5e-3."""
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """One vLLM engine for policy and momentum model. Before it samples, the weights of the one that is asked for are copied into it.
 
     They are copied every time: a copy costs little beside a rollout, and a stale one would not show. The prefix cache is emptied with
@@ -60,7 +60,7 @@ class VllmEngine:
         self.max_prompt = max(max_prompt, PROBE_TOKENS)
         self.timeout = options.vllm_timeout
         self.sleeps = policy.device.type == "cuda" if options.vllm_sleep is None else options.vllm_sleep
-        self.sync_seconds = 0.0
+        self.sync_seconds: float = 0.0
         if self.sleeps and policy.device.type != "cuda":
             raise UsageError("vllm_sleep: want a GPU, whose memory is then given back, got the device cpu")
         self._llm = start(policy, self.max_prompt + max_tokens, self.sleeps, options)
@@ -94,8 +94,7 @@ class VllmEngine:
         if not self._whole:
             raise EngineError("vllm: want a new engine after an exchange of weights that failed, got the old one")
         rows = [prompt for prompt in prompts for _ in range(copies)]
-        of_prompts = torch.randint(2**62, (first + len(prompts),), generator=generator, device=generator.device)
-        seeds = [seed + copy for seed in of_prompts[first:].tolist() for copy in range(copies)]
+        seeds = [seed + copy for seed in seeds_of(prompts, first, generator) for copy in range(copies)]
         what = f"vllm: want {len(rows)} responses within {self.timeout:g} s (vllm_timeout)"
         deadline = time.monotonic() + self.timeout
         try:
@@ -148,6 +147,7 @@ class VllmEngine:
                 )  # fmt: skip
                 engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, parameters)
             while engine.has_unfinished_requests():
+                self.check()
                 for output in engine.step():
                     done[int(output.request_id)] = output.outputs[0]
                 if time.monotonic() > deadline:
@@ -227,13 +227,14 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
     model_config.architectures = [type(policy.model).__name__]
     if unties(policy):
         model_config.tie_word_embeddings = False
+    dtype: Any = str(policy.dtype).removeprefix("torch.")
     set_num_threads = torch.set_num_threads
     try:
         with tempfile.TemporaryDirectory() as place:
             model_config.save_pretrained(place)
             return LLM(
                 place, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",  # not the model's own top-p
-                dtype=str(policy.dtype).removeprefix("torch."), logprobs_mode="processed_logprobs", max_model_len=max_length,
+                dtype=dtype, logprobs_mode="processed_logprobs", max_model_len=max_length,
                 enforce_eager=on_cpu if options.vllm_eager is None else options.vllm_eager, enable_sleep_mode=sleeps,
                 gpu_memory_utilization=options.vllm_memory,
                 kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
