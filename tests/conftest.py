@@ -1,6 +1,7 @@
 """Settings of the whole test run: where Triton's kernels run, and whether there is a device for tests/gpu."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,27 +25,31 @@ if GPU_TESTS_ON != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def why_no_gpu_tests() -> str | None:
-    """Return why tests/gpu cannot run, or None."""
-    if os.environ.get("MGRPO_GPU_TESTS_ON"):  # "cuda" or "cpu": who says so wants no skip
-        return None
-    import torch
+def has_gpu() -> bool:
+    import torch  # late: the interpreter's switch above comes first
 
-    if not torch.cuda.is_available():
-        return "no GPU on this machine"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton's interpreter is on for the other tests: run `pytest tests/gpu` alone"
-    return None
+    return torch.cuda.is_available()
 
 
-class SkippedFolder(pytest.Dir):
-    """The folder as one skipped item."""
+class OneItem(pytest.Dir):
+    """tests/gpu where it cannot run in this process: one skip without a GPU; with one, a process of its own, without the interpreter."""
 
     def collect(self):
-        pytest.skip(why_no_gpu_tests())
+        if not has_gpu():
+            pytest.skip("no GPU on this machine")
+        return [OwnProcess.from_parent(self, name="in_a_process_of_its_own")]
+
+
+class OwnProcess(pytest.Item):
+    def runtest(self):
+        settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "pytest", str(GPU_TESTS), "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 def pytest_collect_directory(path, parent):
-    if path == GPU_TESTS and why_no_gpu_tests() is not None:
-        return SkippedFolder.from_parent(parent, path=path)
+    here = GPU_TESTS_ON == "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
+    if path == GPU_TESTS and not os.environ.get("MGRPO_GPU_TESTS_ON") and not (here and has_gpu()):
+        return OneItem.from_parent(parent, path=path)
     return None

@@ -26,7 +26,8 @@ NARROW = {("gfx942", "ema.update_kernel, bfloat16: bfloat16 from bfloat16, stoch
 @pytest.fixture(scope="module")
 def compiled():
     """Target -> the reports of all its kernels."""
-    pytest.importorskip("triton", reason="there is no triton for this platform")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("there is no triton for this platform")  # on Linux it is a dependency: its absence is an error
     return compiling.reports()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))  # the trainer's tests have the small model
 
 import tiny
+from absent import need
 
 from mgrpo_kernels.train import demo
 from mgrpo_kernels.train.config import VllmConfig
@@ -24,18 +23,9 @@ from mgrpo_kernels.train.rollout.vllm import VllmEngine
 R = 12  # longest response
 
 
-def why_not() -> str | None:
-    """Return why the suite cannot run, or None."""
-    return "vllm is not installed: make vllm" if importlib.util.find_spec("vllm") is None else None
-
-
 @pytest.fixture(scope="session", autouse=True)
 def vllm_is_there() -> None:
-    reason = why_not()
-    if reason is not None and os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    if reason is not None:
-        pytest.skip(reason)
+    need("vllm", "make vllm")
 
 
 @pytest.fixture(scope="session")

@@ -29,15 +29,17 @@ def pytest_collection_modifyitems(config, items):
         write({"device_only": [item.nodeid for item in items if item.get_closest_marker("device_only")]})
     every, seen, kept, left_out = int(os.environ.get("MGRPO_GPU_TESTS_EVERY", "1")), Counter(), [], []
     for item in items:
-        ours = HERE in item.path.parents
-        (left_out if ours and seen[item.function] % every else kept).append(item)
+        if HERE not in item.path.parents:
+            kept.append(item)
+            continue
+        (left_out if seen[item.function] % every else kept).append(item)
         seen[item.function] += 1
     if left_out:
         items[:] = kept
         config.hook.pytest_deselected(items=left_out)
     for item in items:
         if ON_CPU and HERE in item.path.parents and item.get_closest_marker("device_only"):
-            item.add_marker(pytest.mark.skip(reason="device_only"))
+            item.add_marker(pytest.mark.skip(reason="no GPU: device_only"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
+from absent import need
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import loggers, trainer
@@ -221,7 +222,7 @@ def in_wandb(output: Path) -> Logged:
 
 
 def test_wandb_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed; its stand-in is tested above")
+    need("wandb", "pip install wandb")
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -235,7 +236,7 @@ def test_wandb_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_trackio_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio", reason="trackio is not installed; its stand-in is tested above")
+    need("trackio", "pip install trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     output = tmp_path / "run"
     run_in_parts(base, output, monkeypatch, "--trackio", "sums")

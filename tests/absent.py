@@ -1,0 +1,19 @@
+"""What a test needs and does not find: a failure in CI, which installs all of it, and a skip elsewhere."""
+
+import importlib.util
+import os
+
+import pytest
+
+
+def absent(reason, *, module=False):
+    """End the test, or with `module` the collection of its file, with a reason that names what is missing."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason, allow_module_level=module)
+
+
+def need(package, install):
+    """Have a package, or end the test: `install` says how to get it."""
+    if importlib.util.find_spec(package) is None:
+        absent(f"{package} is not installed: {install}")
