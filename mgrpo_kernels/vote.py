@@ -20,7 +20,8 @@ from torch import Tensor
 from mgrpo_kernels import checks, sequences
 from mgrpo_kernels._math_worker import MathWorker
 
-Equivalence = str | Callable[[str, str], bool]
+EQUIVALENCES = ("math", "exact")
+Equivalence = str | Callable[[str, str], bool]  # one of these, or a function
 
 # Longer answers than this are no answers but ramblings, which are costly to parse: only the same text is equal to them.
 _MAX_LENGTH = 256
@@ -156,7 +157,7 @@ def answers_equal(a: str | None, b: str | None, equivalence: Equivalence = "math
 
 def _equality(equivalence: Equivalence) -> Callable[[str, str], bool]:
     if isinstance(equivalence, str):
-        checks.check_choice("equivalence", equivalence, ("math", "exact"))
+        checks.check_choice("equivalence", equivalence, EQUIVALENCES)
         return _equal_as_math if equivalence == "math" else str.__eq__
     if not callable(equivalence):
         raise TypeError(f"equivalence: want 'math', 'exact' or a function, got {type(equivalence).__name__}")

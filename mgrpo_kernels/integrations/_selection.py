@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import checks
-from mgrpo_kernels.ops.iqr_filter import iqr_filter, trajectory_entropy
+from mgrpo_kernels.ops.iqr_filter import REDUCTIONS, iqr_filter, trajectory_entropy
 from mgrpo_kernels.ops.policy_loss import group_advantages
-from mgrpo_kernels.vote import majority_vote
+from mgrpo_kernels.train.pruning import SCOPES
+from mgrpo_kernels.vote import EQUIVALENCES, majority_vote
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Options:
 
     def __post_init__(self) -> None:
         checks.check_number("iqr_k", self.iqr_k, at_least=0.0)
-        checks.check_choice("filter_scope", self.filter_scope, ("both", "vote", "penalise"))
-        checks.check_choice("entropy_reduction", self.entropy_reduction, ("mean", "sum"))
-        checks.check_choice("equivalence", self.equivalence, ("math", "exact"))
+        checks.check_choice("filter_scope", self.filter_scope, SCOPES)
+        checks.check_choice("entropy_reduction", self.entropy_reduction, REDUCTIONS)
+        checks.check_choice("equivalence", self.equivalence, EQUIVALENCES)
         checks.check_number("min_share", self.min_share, at_least=0.0, at_most=1.0)
 
     @classmethod

@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from mgrpo_kernels import checks
+from mgrpo_kernels.ops.iqr_filter import REDUCTIONS
 from mgrpo_kernels.ops.policy_loss.specs import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from mgrpo_kernels.train.labels import METHODS
+from mgrpo_kernels.train.pruning import SCOPES, SCORERS
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
@@ -121,16 +123,16 @@ class MethodConfig(_Section):
     filter_scope: str = option(
         "both",
         "pruned rollouts neither vote nor train (both), do not vote (vote), or do not vote and get reward 0 (penalise)",
-        choices=("both", "vote", "penalise"),
+        choices=SCOPES,
     )
     iqr_min_spread: float = option(
         0.0, "prune nothing in a group where Q3 - Q1 < this x the median entropy; 0: as the paper"
     )
-    entropy_reduction: str = option("mean", "a trajectory's entropy over its tokens", choices=("mean", "sum"))
+    entropy_reduction: str = option("mean", "a trajectory's entropy over its tokens", choices=REDUCTIONS)
     momentum_scored_by: str = option(
         "sampler",
         "which model's entropy counts for the momentum rollouts: the one that sampled them, or the policy",
-        choices=("sampler", "policy"),
+        choices=SCORERS,
     )
     train_momentum_rollouts: bool = option(
         False, "they train too, each token weighted by policy / momentum model, at most 2"

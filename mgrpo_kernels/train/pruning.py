@@ -7,6 +7,11 @@ from torch import Tensor
 
 from mgrpo_kernels import iqr_filter
 
+SCOPES = ("both", "vote", "penalise")
+"""What becomes of pruned rollouts: they neither vote nor train; they do not vote; they do not vote, and get reward 0."""
+SCORERS = ("sampler", "policy")
+"""Which model's entropy counts for the momentum rollouts."""
+
 
 def survivors(entropy: Tensor, group: int, *, k: float, min_spread: float = 0.0) -> Tensor:
     """Return which trajectories survive :func:`mgrpo_kernels.iqr_filter` within their prompt's group, ``(B,)`` bool.

@@ -8,6 +8,9 @@ from typing import Any
 from mgrpo_kernels import checks
 from mgrpo_kernels.integrations import IntegrationError
 from mgrpo_kernels.integrations.trl import INSTALL
+from mgrpo_kernels.ops.iqr_filter import REDUCTIONS
+from mgrpo_kernels.train.pruning import SCOPES, SCORERS
+from mgrpo_kernels.vote import EQUIVALENCES
 
 try:
     from trl import GRPOConfig
@@ -16,9 +19,6 @@ except ModuleNotFoundError as error:
         raise
     raise IntegrationError(f"trl is not installed: {INSTALL}") from error
 
-FILTER_SCOPES = ("both", "vote", "penalise")
-ENTROPY_REDUCTIONS = ("mean", "sum")
-SCORERS = ("sampler", "policy")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -72,10 +72,10 @@ class MGRPOConfig(GRPOConfig):
         checks.check_number("decay", self.decay, at_least=0.0, below=1.0)
         checks.check_number("iqr_k", self.iqr_k, at_least=0.0)
         checks.check_number("min_share", self.min_share, at_least=0.0, at_most=1.0)
-        checks.check_choice("filter_scope", self.filter_scope, FILTER_SCOPES)
-        checks.check_choice("entropy_reduction", self.entropy_reduction, ENTROPY_REDUCTIONS)
+        checks.check_choice("filter_scope", self.filter_scope, SCOPES)
+        checks.check_choice("entropy_reduction", self.entropy_reduction, REDUCTIONS)
         checks.check_choice("momentum_scored_by", self.momentum_scored_by, SCORERS)
-        checks.check_choice("equivalence", self.equivalence, ("math", "exact"))
+        checks.check_choice("equivalence", self.equivalence, EQUIVALENCES)
         checks.check_choice("momentum_dtype", self.momentum_dtype, DTYPES)
         if self.use_adaptive_entropy:
             raise ValueError("use_adaptive_entropy: want False with M-GRPO, got True")
