@@ -34,6 +34,7 @@ REST: dict[str, dict[str, object]] = {
     "gold": {"method": "gold"},
     "random": {"method": "random"},
     "momentum labels": TEACHER,
+    "steady, scope vote": {**STEADY, "filter_scope": "vote"},
     "mgrpo, scope vote": {**PAPER, "filter_scope": "vote"},
     "mgrpo, scope penalise": {**PAPER, "filter_scope": "penalise"},
     "mgrpo, m 0.999": {**PAPER, "decay": 0.999},
