@@ -18,8 +18,9 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
-pip install --upgrade pip setuptools wheel ninja
+pip install --upgrade pip setuptools wheel ninja numpy
 
+echo "setup: torch $TORCH ..." >&2
 # A build of torch that fits the machine. Without a GPU: the CPU build, an eighth of the size.
 has_gpu() { nvidia-smi -L >/dev/null 2>&1 || rocm-smi --showid >/dev/null 2>&1; }
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
@@ -33,6 +34,7 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   fi
 fi
 
+echo "setup: the package, and what training and tests need ..." >&2
 # Nothing that follows may replace it.
 .venv/bin/python -c 'import torch; print("torch==" + torch.__version__)' > .venv/constraints.txt
 pip install --constraint .venv/constraints.txt --no-build-isolation --editable '.[train,dev]'
