@@ -711,7 +711,7 @@ def test_a_script_without_a_main_guard(tmp_path):
         tmp_path,
         "print(v.answers_equal('5', '\\\\sqrt{25}'), v._worker._process.pid, flush=True)\n"
         "maps = open(f'/proc/{v._worker._process.pid}/maps').read()\n"
-        "print('torch' in maps, flush=True)\n"
+        "print('libtorch' in maps, flush=True)\n"
         # A child that outlives the script, and holds the worker's pipe open.
         "import os, time\n"
         "child = os.fork()\n"

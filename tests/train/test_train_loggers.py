@@ -238,6 +238,8 @@ def test_wandb_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_trackio_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("trackio", "pip install trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, module)  # it reads TRACKIO_DIR when it is imported, which others may have done
     output = tmp_path / "run"
     run_in_parts(base, output, monkeypatch, "--trackio", "sums")
     from trackio.sqlite_storage import SQLiteStorage
