@@ -30,10 +30,16 @@ MAIN: dict[str, dict[str, object]] = {
 }
 """What `make study` runs, with three seeds."""
 
+LONG = 9000
+"""Ten times as long as the SRT run that lasted longest."""
+
+LAZY: dict[str, object] = {"base": "lazy", "steps": 1000}
+
 REST: dict[str, dict[str, object]] = {
     "gold": {"method": "gold"},
     "random": {"method": "random"},
     "momentum labels": TEACHER,
+    f"steady, {LONG} steps": {**STEADY, "steps": LONG},
     "steady, scope vote": {**STEADY, "filter_scope": "vote"},
     "mgrpo, scope vote": {**PAPER, "filter_scope": "vote"},
     "mgrpo, scope penalise": {**PAPER, "filter_scope": "penalise"},
@@ -41,12 +47,19 @@ REST: dict[str, dict[str, object]] = {
     "mgrpo, N = G/2": {**PAPER, "momentum_rollouts": 8},
     "mgrpo, KL 0.05": {**PAPER, "kl_coef": 0.05},
     "mgrpo, lr 5e-5": {**PAPER, "learning_rate": 5e-5},
+    "mgrpo, k 1.5": {**PAPER, "iqr_k": 1.5},
+    "mgrpo, T 1.2": {**PAPER, "temperature": 1.2},
+    "mgrpo, G 32": {**PAPER, "rollouts": 32, "momentum_rollouts": 8},
     "srt, lr 5e-5": {"method": "srt", "learning_rate": 5e-5},
-    "lazy: srt": {"base": "lazy", "method": "srt"},
-    "lazy: srt + momentum": {"base": "lazy", **MOMENTUM},
-    "lazy: mgrpo": {"base": "lazy", **PAPER},
-    "lazy: mgrpo, scope vote": {"base": "lazy", **PAPER, "filter_scope": "vote"},
-    "lazy: steady": {"base": "lazy", **STEADY},
+    "lazy: srt": {**LAZY, "method": "srt"},
+    "lazy: srt + momentum": {**LAZY, **MOMENTUM},
+    "lazy: srt + IQR": {**LAZY, "method": "srt", "iqr_filter": True},
+    "lazy: srt + IQR, scope vote": {**LAZY, "method": "srt", "iqr_filter": True, "filter_scope": "vote"},
+    "lazy: mgrpo": {**LAZY, **PAPER},
+    "lazy: mgrpo, scope vote": {**LAZY, **PAPER, "filter_scope": "vote"},
+    "lazy: momentum labels": {**LAZY, **TEACHER},
+    "lazy: steady": {**LAZY, **STEADY},
+    "lazy: steady, scope vote": {**LAZY, **STEADY, "filter_scope": "vote"},
 }
 
 CELLS = {**MAIN, **REST}
