@@ -83,7 +83,6 @@ def choose(op: str, requested: str | None, device: torch.device, dtype: torch.dt
     return _choose(op, requested if requested is not None else _override, device, dtype)
 
 
-@torch._dynamo.assume_constant_result  # the answer is a constant of the traced graph; dynamo guards on _override above
 def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
     modules = _registry[op]
     where = "backend"
@@ -108,6 +107,11 @@ def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.d
             return name
         passed_over.append(f"{name}: {reason}")
     raise BackendUnavailable(f"no backend of {op} can run on {device.type}, {dtype}: {'; '.join(passed_over)}")
+
+
+# The answer is a constant of the traced graph; dynamo guards on _override in choose(). This is the mark that
+# torch.compiler.assume_constant_result sets; calling that would cost every import the second that torch._dynamo takes to load.
+_choose.__dict__["_dynamo_marked_constant"] = True
 
 
 def _log_choice(op: str, name: str, device: torch.device, dtype: torch.dtype, passed_over: list[str]) -> None:
