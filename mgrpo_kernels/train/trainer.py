@@ -184,7 +184,7 @@ def check_lengths(tokenizer: Any, context: int | None, task: Task, config: Confi
         if context is not None and len(ids) + longest > context:
             raise UsageError(
                 f"max_response_tokens: want at most {context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
-                f"share a context of {context}, got {longest} (prompt {prompt[:40]!r} ...)"
+                f"share a context of {context}, got {longest} (prompt {prompt[:40]!r} ...); --long-prompts skip leaves such prompts out"
             )
 
 

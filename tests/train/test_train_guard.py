@@ -28,7 +28,7 @@ COLLAPSES = {
     "lazy_2": "python tests/train/lazy.py --method srt --seed 2 --steps 150 --learning-rate 5e-5 --lr-schedule constant --eval-every 5",
 }
 HEALTHY = {
-    "demo_0": "python -m mgrpo_kernels.train --seed 0 --eval-every 10",
+    "demo_0": "python -m mgrpo_kernels.train --seed 0 --steps 200 --eval-every 10",
     "lazy_1": "python tests/train/lazy.py --method srt --seed 1 --steps 150 --learning-rate 5e-5 --lr-schedule constant --eval-every 5",
 }
 PROMPTS, SAMPLES = 256, 8  # of their evaluations
