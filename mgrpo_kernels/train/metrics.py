@@ -32,7 +32,7 @@ KEYS = {
     "entropy": "mean token entropy of the policy's rollouts, nats",
     "kl": "mean KL term per trained token, against the reference, nats",
     "clip_fraction": "share of the trained tokens whose ratio was clipped",
-    "behaviour_mismatch": "mean |log-prob of the trainer - log-prob of the sampler| per token of the step's first micro-batch that trains, nats",
+    "behaviour_mismatch": "mean |log-prob of the trainer - log-prob of the sampler| per token of the first micro-batch that trains, nats",
     "momentum_distance": "||policy - momentum model|| / ||policy||, after the step",
     "response_tokens": "mean length of a response, tokens",
     "tokens_per_second": "response tokens of the step per second of it",
