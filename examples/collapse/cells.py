@@ -40,6 +40,8 @@ REST: dict[str, dict[str, object]] = {
     "random": {"method": "random"},
     "momentum labels": TEACHER,
     f"steady, {LONG} steps": {**STEADY, "steps": LONG},
+    "srt + IQR, scope vote": {"method": "srt", "iqr_filter": True, "filter_scope": "vote"},
+    "srt + IQR, scope penalise": {"method": "srt", "iqr_filter": True, "filter_scope": "penalise"},
     "steady, scope vote": {**STEADY, "filter_scope": "vote"},
     "mgrpo, scope vote": {**PAPER, "filter_scope": "vote"},
     "mgrpo, scope penalise": {**PAPER, "filter_scope": "penalise"},

@@ -74,6 +74,30 @@ class ModelConfig(_Section):
 
 
 @dataclass(frozen=True)
+class LoraConfig(_Section):
+    """LoRA, with --lora-rank."""
+
+    lora_rank: int | None = option(
+        None, "train an adapter of this rank beside frozen weights; none: all weights train", unit="rank"
+    )
+    lora_alpha: float = option(32.0, "the adapter's product counts alpha / rank times")
+    lora_targets: str = option(
+        "all-linear", "layers that get one, as names with commas (q_proj,v_proj); all-linear: each but the head"
+    )
+
+    def check(self) -> None:
+        if self.lora_rank is not None:
+            checks.check_number("lora_rank", self.lora_rank, at_least=1)
+        checks.check_number("lora_alpha", self.lora_alpha, above=0.0)
+        if not all(self.targets):
+            raise ValueError(f"lora_targets: want names with commas between them, got {self.lora_targets!r}")
+
+    @property
+    def targets(self) -> list[str]:
+        return [each.strip() for each in self.lora_targets.split(",")]
+
+
+@dataclass(frozen=True)
 class DataConfig(_Section):
     """data."""
 
@@ -117,6 +141,11 @@ class MethodConfig(_Section):
     decay: float = option(0.99, "m of the momentum model: theta_k = m theta_k + (1 - m) theta_q, once a step")
     decay_end: float | None = option(
         None, "decay of the last step, reached along a cosine; none: the method's own, or no change"
+    )
+    momentum_device: str = option(
+        "auto",
+        "where the momentum model and the KL reference are held: beside the weights, or in the CPU's memory",
+        choices=("auto", "cpu"),
     )
     iqr_filter: bool | None = option(None, "prune trajectories of low entropy; none: as the method has it")
     iqr_k: float = option(0.75, "prune where entropy < Q1 - k (Q3 - Q1)")
@@ -332,6 +361,7 @@ class Config:
     """Every option, and what follows from them together."""
 
     model: ModelConfig
+    lora: LoraConfig
     data: DataConfig
     method: MethodConfig
     rollout: RolloutConfig
@@ -389,10 +419,17 @@ class Config:
         method, loss, momentum = self.method, self.loss, self.momentum_rollouts > 0
         reads = METHODS[method.method].reads
         vllm, of_vllm = self.rollout.engine == "vllm", dataclasses.fields(self.vllm)
+        lora, of_lora = self.lora.lora_rank is not None, dataclasses.fields(self.lora)
         for name, is_set, needs, met in (
             ("train_momentum_rollouts", method.train_momentum_rollouts, "momentum rollouts", momentum),
             ("momentum_scored_by", method.momentum_scored_by == "policy", "momentum rollouts", momentum),
             ("decay_end", method.decay_end is not None, "a momentum model", self.needs_momentum),
+            (
+                "momentum_device",
+                method.momentum_device != "auto",
+                "a momentum model or a copy of the weights for the KL term",
+                self.needs_momentum or self.copies_base,
+            ),
             ("filter_scope", method.filter_scope != "both", "--iqr-filter", self.filters),
             ("filter_scope", method.filter_scope == "vote", "a method that votes", reads != "nothing"),
             ("min_share", method.min_share > 0, "a method whose reward is a label", reads == "label"),
@@ -401,6 +438,7 @@ class Config:
             ("iqr_min_spread", method.iqr_min_spread > 0, "--iqr-filter", self.filters),
             ("kl_reference", loss.kl_reference == "momentum", "kl_coef > 0", loss.kl_coef > 0),
             *((each.name, getattr(self.vllm, each.name) != each.default, "--engine vllm", vllm) for each in of_vllm),
+            *((each.name, getattr(self.lora, each.name) != each.default, "--lora-rank", lora) for each in of_lora),
         ):
             if is_set and not met:
                 got = self.values()[name]
@@ -447,6 +485,11 @@ class Config:
         return None if self.loss.kl_coef == 0 or self.loss.kl_reference == "none" else self.loss.kl_reference
 
     @property
+    def copies_base(self) -> bool:
+        """Whether the weights at the start are kept, for the KL term. With LoRA they are the model without its adapter."""
+        return self.needs_reference == "base" and self.lora.lora_rank is None
+
+    @property
     def decay_end(self) -> float:
         given = self.method.decay_end
         own = METHODS[self.method.method].decay_end
@@ -462,7 +505,7 @@ class Config:
 
     def derived(self) -> dict[str, Any]:
         """Return what follows from the options, for the plan."""
-        batch = self.rollout.prompts_per_step * self.rollout.rollouts
+        batch, lora = self.rollout.prompts_per_step * self.rollout.rollouts, self.lora
         return {
             "rollouts of a step": f"{batch} = {self.rollout.prompts_per_step} prompts x "
             f"({self.policy_rollouts} policy + {self.momentum_rollouts} momentum)",
@@ -472,6 +515,9 @@ class Config:
             else "off",
             "momentum model": f"decay {self.method.decay} -> {self.decay_end}" if self.needs_momentum else "off",
             "KL reference": self.needs_reference or "off",
+            "trained": "all weights"
+            if lora.lora_rank is None
+            else f"LoRA, rank {lora.lora_rank}, alpha {lora.lora_alpha:g}",
             "behaviour correction": "token weights trainer / sampler, at most 2" if self.corrects_behaviour else "off",
             "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
         }
@@ -491,7 +537,7 @@ class Config:
 
 
 SECTIONS: dict[str, type[_Section]] = {
-    "model": ModelConfig, "data": DataConfig, "method": MethodConfig, "rollout": RolloutConfig, "vllm": VllmConfig,
+    "model": ModelConfig, "lora": LoraConfig, "data": DataConfig, "method": MethodConfig, "rollout": RolloutConfig, "vllm": VllmConfig,
     "loss": LossConfig, "optim": OptimConfig, "eval": EvalConfig, "run": RunConfig,
 }  # fmt: skip
 
