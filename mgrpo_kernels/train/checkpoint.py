@@ -37,10 +37,13 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 def state_of(learner: Learner) -> dict[str, Tensor]:
     """Return every tensor that training changes, by name: the learner's own, into which a checkpoint is read back.
 
-    The optimizer's that are not there yet are made, as AdamW makes them.
+    The optimizer's that are not there yet are made, as AdamW makes them. With LoRA the frozen weights are left out.
     """
     model, optimizer = learner.policy.model, learner.optimizer
-    parameters = dict(model.named_parameters())  # tied ones once
+    everything = learner.policy.adapter is None
+    parameters = {
+        name: each for name, each in model.named_parameters() if everything or each.requires_grad
+    }  # tied ones once
     buffers = dict(model.named_buffers())
     values = model.state_dict()
     state = {f"model.{name}": values[name] for name in values if name in parameters or name in buffers}

@@ -22,8 +22,9 @@ from transformers import (
 
 from mgrpo_kernels.lm_head import lm_head
 from mgrpo_kernels.train import attention
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.config import LoraConfig, UsageError
 from mgrpo_kernels.train.lean import LeanDecoder, lean_decoder
+from mgrpo_kernels.train.lora import Adapter
 
 PROBE = [[1, 2, 3, 0], [2, 1]]
 """Prompts that show whether a model keeps sequences in one row apart."""
@@ -44,10 +45,18 @@ class Policy:
         model: a transformers causal language model, in float32.
         tokenizer: its tokenizer.
         dtype: what matrix products run in; other than float32 by autocast.
+        adapter: the model's, where that alone trains.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype = torch.float32,
+        adapter: Adapter | None = None,
+    ) -> None:
         self.model = model.eval()
+        self.adapter = adapter
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.eos = _eos(model.generation_config, tokenizer)
@@ -77,6 +86,11 @@ class Policy:
         """Return the head's weight ``(V, H)`` and bias ``(V,)``."""
         head = lm_head(self.model)
         return head.weight, head.bias
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Return the weights by the names of the model without LoRA: an adapter is added to its layers, in new tensors. On one rank."""
+        state = self.model.state_dict()
+        return state if self.adapter is None else self.adapter.merged(state)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``: causal, so padding reaches nothing before it."""
@@ -214,18 +228,28 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def load_policy(name: str, device: torch.device, dtype: torch.dtype) -> Policy:
+def load_policy(
+    name: str, device: torch.device, dtype: torch.dtype, lora: LoraConfig | None = None, seed: int = 0
+) -> Policy:
     """Load a model and its tokenizer from a directory or a hub name, weights in float32.
 
+    Args:
+        name: of the model.
+        device: where it goes.
+        dtype: of its matrix products.
+        lora: with a rank: an adapter is put in, which alone trains.
+        seed: of the adapter.
+
     Raises:
-        UsageError: it cannot be loaded.
+        UsageError: it cannot be loaded, or does not take the adapter.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(name, error)) from error
-    policy = Policy(model.to(device), tokenizer, dtype)
+    adapter = None if lora is None or lora.lora_rank is None else Adapter(model, lora, seed)
+    policy = Policy(model.to(device), tokenizer, dtype, adapter)
     check_tokenizer(tokenizer, policy.eos, policy.head()[0].shape[0], name)
     policy.check()
     return policy
@@ -277,11 +301,11 @@ def context_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def count_parameters(model: str | PretrainedConfig) -> int:
-    """Return how many parameters a model has, from its configuration or its name, without its weights.
+def count_parameters(model: str | PretrainedConfig, lora: LoraConfig | None = None) -> int:
+    """Return how many parameters a model has, from its configuration or its name, without its weights; with LoRA, its adapter.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it cannot be read, or does not take the adapter.
     """
     try:
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
@@ -289,7 +313,9 @@ def count_parameters(model: str | PretrainedConfig) -> int:
             empty = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(str(model), error)) from error
-    return sum(parameter.numel() for parameter in empty.parameters())
+    if lora is not None:
+        Adapter(empty, lora, seed=0)
+    return sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
 
 
 def unreadable(name: str, error: Exception) -> str:

@@ -23,6 +23,7 @@ from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import Example, Task, equal_to_gold
 from mgrpo_kernels.train.labels import METHODS, Signals
+from mgrpo_kernels.train.lora import Adapter
 from mgrpo_kernels.train.metrics import Clock, peak_memory_bytes
 from mgrpo_kernels.train.monitor import Judgement, Trajectories, sample_lines, step_metrics
 from mgrpo_kernels.train.policy import Policy
@@ -43,7 +44,7 @@ class Learner:
     engine: Engine
     optimizer: torch.optim.Optimizer
     momentum: MomentumModel | None
-    reference: MomentumModel | None  # of the KL term: a copy of the weights that stays as it is, or the momentum model
+    reference: MomentumModel | Adapter | None  # of the KL term: the weights at the start, or the momentum model
     skipped: int = 0  # steps whose loss or gradient was not finite
 
 

@@ -1,0 +1,115 @@
+"""LoRA (arXiv 2106.09685): beside a linear layer W, which is frozen, two thin ones train: ``W x + alpha / rank * B A x``.
+
+The layers are the library peft's, put into the transformers model in place of its own; what the trainer sees is the same model, of which
+little trains. B starts at 0: the model at the start, and the base of the KL term, is the model with the adapter off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mgrpo_kernels.train.config import LoraConfig, UsageError
+from mgrpo_kernels.train.streams import stream
+
+NAME = "default"  # peft's, of a model's only adapter
+WHOLE = "base_model.model."  # what peft puts before a weight's name
+
+
+class Adapter:
+    """The LoRA layers of a model.
+
+    Args:
+        model: a transformers model in evaluation mode, which gets them in place.
+        options: rank, alpha and targets.
+        seed: of A's first values.
+
+    Raises:
+        UsageError: peft is not installed; a target that matches nothing, is no linear layer or is the head.
+    """
+
+    def __init__(self, model: Any, options: LoraConfig, seed: int) -> None:
+        if importlib.util.find_spec("peft") is None:
+            raise UsageError("lora_rank: want the package peft with it, got none: pip install 'mgrpo_kernels[lora]'")
+        import peft
+
+        head = model.get_output_embeddings()
+        check_targets(model, options.targets)
+        wanted = peft.LoraConfig(
+            r=options.lora_rank, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",  # type: ignore[arg-type]
+            target_modules=options.targets[0] if options.targets == ["all-linear"] else options.targets,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's talk with transformers
+            torch.manual_seed(stream(seed, "LoRA", 0).initial_seed())
+            self._wrapped: Any = peft.get_peft_model(
+                model, wanted, low_cpu_mem_usage=any(each.is_meta for each in model.parameters())
+            )
+        assert model.get_output_embeddings() is head, "peft has wrapped the head"
+        self.model = model.eval()
+        self.scale = options.lora_alpha / wanted.r
+        self.layers = {
+            name: bool(module.fan_in_fan_out) for name, module in model.named_modules() if NAME in getattr(module, "lora_A", ())
+        }  # fmt: skip
+        """Name -> whether its weight is transposed, ``(in, out)``."""
+
+    @contextlib.contextmanager
+    def swapped_into(self, model: Any) -> Iterator[Any]:
+        """Run the block with the adapter off, as :meth:`mgrpo_kernels.MomentumModel.swapped_into` does with other weights: the base."""
+        assert model is self.model
+        with self._wrapped.disable_adapter():
+            yield model
+
+    def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the plain model: ``W + alpha / rank * B A`` where there is an adapter, the others as they are.
+
+        Args:
+            state: the model's state dict, or one of the same names, whole tensors.
+        """
+        weights = {}
+        for name, tensor in state.items():
+            layer, base, kind = name.rpartition(".base_layer.")
+            if not base:
+                if ".lora_A." not in name and ".lora_B." not in name:
+                    weights[name] = tensor
+                continue
+            if kind == "weight":
+                a, b = (state[f"{layer}.{each}.{NAME}.weight"] for each in ("lora_A", "lora_B"))  # (r, in), (out, r)
+                product = b @ a * self.scale
+                tensor = tensor + (product.T if self.layers[layer] else product).to(tensor.dtype)  # noqa: PLW2901
+            weights[f"{layer}.{kind}"] = tensor
+        return weights
+
+    def save(self, place: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the adapter as peft reads it; `state` as in :meth:`merged`."""
+        named = {WHOLE + name: tensor for name, tensor in state.items() if ".lora_" in name}
+        self._wrapped.save_pretrained(place, state_dict=named, save_embedding_layers=False)
+
+
+def check_targets(model: Any, targets: list[str]) -> None:
+    """Raise UsageError for a target of LoRA that is none. peft would pass over it where another one matches."""
+    if targets == ["all-linear"]:
+        return
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    there = {
+        name.rpartition(".")[2]
+        for name, each in modules.items()
+        if isinstance(each, (nn.Linear, Conv1D)) and each is not head
+    }
+    wanted = f"lora_targets: want all-linear, or linear layers out of {', '.join(sorted(there))}"
+    for target in targets:
+        found = [each for name, each in modules.items() if name == target or name.endswith(f".{target}")]
+        if any(each is head for each in found):
+            raise UsageError(f"{wanted} (not the head, whose weight the fused loss takes as it is), got {target!r}")
+        if not found:
+            raise UsageError(f"{wanted}, got {target!r}, which matches nothing")
+        if odd := [each for each in found if not isinstance(each, (nn.Linear, Conv1D))]:
+            raise UsageError(f"{wanted}, got {target!r}, which is a {type(odd[0]).__name__}")
