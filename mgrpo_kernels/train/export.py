@@ -1,6 +1,8 @@
 """Weights as transformers reads them: what a run leaves in final/, and any checkpoint's by command.
 
 ``python -m mgrpo_kernels.train.export --run runs/mine --step 50 --weights momentum --to DIR``
+
+Of a run with LoRA the model has the adapter added to its weights; the adapter by itself, as peft reads it, is in adapter/ beside them.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mgrpo_kernels.train import checkpoint, parallel
-from mgrpo_kernels.train.config import UsageError, read_yaml
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.config import UsageError, build, read_yaml
+from mgrpo_kernels.train.lora import Adapter
+from mgrpo_kernels.train.policy import Policy, unreadable
 
 WEIGHTS = {"policy": "model.", "momentum": "momentum."}
 
@@ -34,13 +38,22 @@ def save_final(policy: Policy, place: Path) -> None:
                 state[name] = all_of_it.cpu()
     with parallel.together():
         if parallel.is_first():
-            write(policy.model, policy.tokenizer, place, state)
+            write(policy.model, policy.tokenizer, place, state, policy.adapter)
 
 
-def write(model: Any, tokenizer: Any, place: Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write a model, with the weights `state` in place of its own, and a tokenizer to a directory, which is replaced when all is there."""
+def write(
+    model: Any, tokenizer: Any, place: Path, state: dict[str, Tensor] | None = None, adapter: Adapter | None = None
+) -> None:
+    """Write a model, with the weights `state` in place of its own, and a tokenizer to a directory, which is replaced when all is there.
+
+    With an adapter the model is written as one without, and the adapter beside it.
+    """
     new = place.with_name(place.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
+    if adapter is not None:
+        state = model.state_dict() if state is None else state
+        adapter.save(new / "adapter", state)
+        state = adapter.merged(state)
     model.save_pretrained(new, state_dict=state)
     tokenizer.save_pretrained(new)
     checkpoint.replace_directory(new, place)
@@ -71,17 +84,35 @@ def export(run: Path, step: int | None, weights: str, place: Path) -> Path:
     facts = checkpoint.load(found)
     if weights == "momentum" and facts["momentum_updates"] is None:
         raise UsageError(f"weights: want policy, since the run has no momentum model, got {weights!r}")
-    name = read_yaml(run / "config.yaml")["model"] or str(run / "base")
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-    with contextlib.suppress(OSError):  # a model may come without
-        model.generation_config = GenerationConfig.from_pretrained(name)
+    config = build(read_yaml(run / "config.yaml"))
+    name = config.model.model or str(run / "base")
+    lora = config.lora.lora_rank is not None
+    model = read_model(name, empty=not lora)  # of LoRA a checkpoint has the adapter alone
+    adapter = Adapter(model, config.lora, config.run.seed) if lora else None
     tensors = checkpoint.read(found, WEIGHTS[weights])
     missing, odd = model.load_state_dict(tensors, strict=False)
-    tied = set(model.all_tied_weights_keys)
-    if odd or set(missing) - tied - {name for name, _ in model.named_buffers()}:
+    own = {name for name, each in model.named_parameters() if adapter is None or each.requires_grad}
+    if odd or set(missing) & own:
         raise UsageError(f"run: want a checkpoint of {name}, got one that differs in {', '.join([*missing, *odd][:5])}")
-    write(model, AutoTokenizer.from_pretrained(name), place)
+    write(model, AutoTokenizer.from_pretrained(name), place, adapter=adapter)
     return found
+
+
+def read_model(name: str, *, empty: bool) -> Any:
+    """Return a model, or with `empty` one whose weights are still to come.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    try:
+        if not empty:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(unreadable(name, error)) from error
+    with contextlib.suppress(OSError):  # a model may come without
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
