@@ -100,7 +100,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         updated = take_step(policy, learner.optimizer, batch, config, step) if any_trains else {}
     with clock("ema"), record_function("ema"):
         if learner.momentum is not None:
-            learner.momentum.update(decay_of(config, step))
+            learner.momentum.update(decay_of(config, step), overlap=True)  # the weights stay until the next step's update
 
     judged = parallel.merged(Judgement(entropy, survives, vote, rewards, trains, advantages))
     seen, stats = parallel.merged(seen), parallel.merged(stats)
