@@ -13,8 +13,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train import checkpoint, parallel, trainer
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train import checkpoint, export, parallel, trainer
+from mgrpo_kernels.train.config import LoraConfig, UsageError
+from mgrpo_kernels.train.lora import Adapter
 from mgrpo_kernels.train.policy import Policy, load_policy
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def wrong_use(place: Path) -> None:
     assert caught.value.told is not parallel.is_first()
 
 
-def tied_policy(dtype: torch.dtype) -> Policy:
+def tied_policy(dtype: torch.dtype, *, lora: bool = False) -> Policy:
     class Tokenizer:
         eos_token_id = 0
 
@@ -61,7 +62,9 @@ def tied_policy(dtype: torch.dtype) -> Policy:
         vocab_size=33, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
-    return Policy(Qwen2ForCausalLM(shape), Tokenizer(), dtype)  # type: ignore[arg-type]
+    model = Qwen2ForCausalLM(shape)
+    adapter = Adapter(model, LoraConfig(lora_rank=3), 0) if lora else None  # no rank has as many rows of A as the other
+    return Policy(model, Tokenizer(), dtype, adapter)  # type: ignore[arg-type]
 
 
 def loss_of(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
@@ -71,15 +74,25 @@ def loss_of(policy: Policy, ids: torch.Tensor) -> torch.Tensor:
         return -torch.nn.functional.linear(hidden, weight).float().log_softmax(-1)[..., 3].sum()
 
 
-def training(dtype: torch.dtype, tolerance: float, *, activations: bool) -> Policy:
-    """Compare two steps, in which the second rank has one pass less, with those of a model in one piece that sees all."""
-    one, policy = tied_policy(torch.float32), tied_policy(dtype)
+def training(
+    dtype: torch.dtype,
+    tolerance: float,
+    *,
+    activations: bool = False,
+    lora: bool = False,
+    momentum_device: torch.device | None = None,
+) -> tuple[Policy, Policy]:
+    """Compare two steps, in which the second rank has one pass less, with those of a model in one piece that sees all; return both."""
+    one, policy = tied_policy(torch.float32, lora=lora), tied_policy(dtype, lora=lora)
     start = [each.detach().clone() for each in one.model.parameters()]
     if activations:
         parallel.checkpoint_activations(policy.model)
     parallel.shard(policy)
     assert all(isinstance(each, DTensor) and each.dtype == torch.float32 for each in policy.model.parameters())
-    momentum = MomentumModel(policy.model, 0.5)
+    momentum, plain = (
+        MomentumModel(policy.model, 0.5, device=momentum_device, frozen=not lora),
+        MomentumModel(one.model, 0.5, frozen=not lora),
+    )
     optimizers = [torch.optim.AdamW(each.model.parameters(), lr=1e-3, fused=True) for each in (one, policy)]
     for step in range(2):
         batches = [IDS, IDS + 1 + step, IDS + 9]
@@ -97,6 +110,7 @@ def training(dtype: torch.dtype, tolerance: float, *, activations: bool) -> Poli
         with CommDebugMode() as communication:
             momentum.update()
         assert communication.get_total_counts() == 0, communication.get_comm_counts()
+        plain.update()
     pairs = zip(one.model.parameters(), policy.model.parameters(), start, strict=True)
     apart, moved = torch.zeros(()), torch.zeros(())
     for a, b, before in pairs:
@@ -107,6 +121,7 @@ def training(dtype: torch.dtype, tolerance: float, *, activations: bool) -> Poli
         moved,
     )  # Adam turns a rounding of little into a step of its own
     assert 0 < float(momentum.distance(policy.model)) < 1
+    torch.testing.assert_close(momentum.distance(policy.model), plain.distance(one.model), rtol=100 * tolerance, atol=0)
     with torch.no_grad():
         with parallel.gathered(policy.model):
             assert policy.head()[0].dtype == dtype
@@ -114,9 +129,37 @@ def training(dtype: torch.dtype, tolerance: float, *, activations: bool) -> Poli
             with momentum.swapped_into(policy.model):
                 assert not torch.equal(policy.hidden(IDS), own)
             assert torch.equal(policy.hidden(IDS), own)
+            if policy.adapter is not None:
+                with policy.adapter.swapped_into(policy.model):
+                    base = policy.hidden(IDS)
+                assert torch.equal(policy.hidden(IDS), own)
+                assert not torch.equal(base, own)
+                want = tied_policy(torch.float32).hidden(IDS).to(dtype)
+                torch.testing.assert_close(base, want, rtol=tolerance, atol=tolerance)
         with pytest.raises(RuntimeError, match="want a model whose weights are gathered"):
             momentum.swapped_into(policy.model).__enter__()
-    return policy
+    return policy, one
+
+
+def adapters(place: Path) -> None:
+    """LoRA: the frozen weights keep their bits on all ranks, and what the first writes is what one process would."""
+    policy, one = training(torch.float32, 1e-5, lora=True)
+    training(torch.float32, 1e-5, lora=True, activations=True)
+    training(torch.bfloat16, 0.01, lora=True)
+    start = tied_policy(torch.float32, lora=True).model.state_dict()
+    for name, value in policy.model.state_dict().items():
+        assert ".lora_" in name or torch.equal(parallel.whole(value), start[name]), name
+
+    class Tokenizer:
+        def save_pretrained(self, place: Path) -> None:
+            pass
+
+    policy.tokenizer = Tokenizer()  # type: ignore[assignment]
+    export.save_final(policy, place / "final")
+    found = Qwen2ForCausalLM.from_pretrained(place / "final").state_dict()
+    assert one.adapter is not None
+    for name, value in one.adapter.merged(one.model.state_dict()).items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
 
 
 def failing_save(base: str, place: Path) -> None:
@@ -152,10 +195,11 @@ def main() -> None:
     with parallel.processes(CPU, 60.0):
         agreeing()
         wrong_use(Path(sys.argv[2]))
-        training(torch.float32, 1e-5, activations=False)
-        training(torch.float32, 1e-5, activations=True)
-        training(torch.bfloat16, 0.01, activations=False)
-        failing_save(sys.argv[1], Path(sys.argv[2]))
+        training(torch.float32, 1e-5)
+        training(torch.float32, 1e-5, activations=True, momentum_device=CPU)
+        training(torch.bfloat16, 0.01)
+        adapters(Path(sys.argv[2]) / "adapters")
+        failing_save(sys.argv[1], Path(sys.argv[2]) / "saves")
         print("rank done", flush=True)
 
 
