@@ -68,7 +68,15 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with the run in --output, with its own options where none are given",
     )
-    place.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    place.add_argument(
+        "--dry-run",
+        nargs="?",
+        const=True,
+        type=target,
+        metavar="RANKS",
+        help="print the plan, memory and time estimated, and stop; for what there is, for so many ranks (8), or by a device's data "
+        "sheet (8xh100-80gb)",
+    )
     for section in SECTIONS.values():
         group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
         for name, (field, kinds) in fields_of(section).items():
@@ -115,8 +123,15 @@ def _metavar(field: Any, kind: type) -> str | None:
     return {int: "N", float: "X", str: "TEXT"}[kind]
 
 
-def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, bool]:
-    """Return configuration, output directory, resume and dry-run.
+def target(text: str) -> Any:
+    """Return what --dry-run plans for; the module takes seconds to import, and --help shall not wait for it."""
+    from mgrpo_kernels.train.plan import Target
+
+    return Target.parse(text)
+
+
+def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, Any]:
+    """Return configuration, output directory, resume and dry-run: whether, or for what target.
 
     Raises:
         UsageError: an option that is unknown, of the wrong type or out of range.

@@ -14,13 +14,14 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import checkpoint, demo, parallel
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
 from mgrpo_kernels.train.data import Task, equal_to_gold, load_task, prompts_of_step
+from mgrpo_kernels.train.estimate import CACHE_SHARE
 from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.export import save_final
 from mgrpo_kernels.train.guard import Guard, message
 from mgrpo_kernels.train.live import Plain, make_view
 from mgrpo_kernels.train.loggers import check_loggers, log_in, open_loggers
 from mgrpo_kernels.train.metrics import Lines, metrics_line
-from mgrpo_kernels.train.plan import describe, plan
+from mgrpo_kernels.train.plan import Target, describe, plan, read_model
 from mgrpo_kernels.train.policy import (
     Policy,
     context_of,
@@ -37,9 +38,6 @@ from mgrpo_kernels.train.stopping import Abandoned, Interrupt, interruptible
 from mgrpo_kernels.train.tracing import Trace
 from mgrpo_kernels.train.update import Batch, NotFiniteError, make_optimizer
 
-CACHE_SHARE = 16
-"""Tokens in the sampler's cache for each token of a micro-batch: a cached token holds only keys and values, a trained one all
-activations of all layers, which is more than 16 times as much in the usual shapes."""
 COLLAPSED = 3
 INTERRUPTED = 130
 
@@ -74,14 +72,16 @@ def check_resume(config: Config, output: Path) -> list[str]:
         UsageError: something that the steps already taken depend on.
     """
     before, now = build(read_yaml(output / "config.yaml")).values(), config.values()
-    for name in ("model", "seed"):
+    for name in ("model", "seed", "lora_rank", "lora_alpha", "lora_targets"):
         if now[name] != before[name]:
             raise UsageError(f"{name}: want {before[name]}, which the run in {output} began with, got {now[name]}")
     return [f"changed: {name}: {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
 
 
-def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = False) -> int:
+def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool | Target = False) -> int:
     """Train; return the exit status: 0, 3 where the guard stopped the run, or 130 where it was interrupted.
+
+    With `dry_run` the plan is printed, and that is all: for the ranks and the device there are, or for a target.
 
     Raises:
         UsageError: something that the user can put right; nothing has been written then.
@@ -92,7 +92,7 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool = F
     with parallel.processes(device, config.run.rank_timeout):
         output, resume = parallel.from_first(output), parallel.on_any(resume)  # one machine knows of a restart
         with parallel.together():
-            task, lines = check(config, output, resume, device)
+            task, lines = check(config, output, resume, device, dry_run)
         if parallel.is_first():
             for line in lines:
                 say(line)
@@ -126,7 +126,9 @@ class Quiet(Plain):
         """Leave it to the first rank."""
 
 
-def check(config: Config, output: Path, resume: bool, device: torch.device) -> tuple[Task, list[str]]:
+def check(
+    config: Config, output: Path, resume: bool, device: torch.device, dry_run: bool | Target = False
+) -> tuple[Task, list[str]]:
     """Return the task, and the lines that tell what is going to be done, before any of it.
 
     Raises:
@@ -146,17 +148,24 @@ def check(config: Config, output: Path, resume: bool, device: torch.device) -> t
     check_loggers(config.run)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
-    parameters = count_parameters(config.model.model or demo.model_config())
+    shape = config.model.model or demo.model_config()
+    model, adapter = read_model(shape), []
+    if config.lora.lora_rank is not None:
+        trained = count_parameters(shape, config.lora)
+        adapter = [f"  trained: {trained:,} parameters of the adapter, {trained / model.parameters:.2%} of the model's"]
     if config.model.model is None:
-        check_lengths(demo.make_tokenizer(), context_of(demo.model_config()), task, config)
+        longest = check_lengths(demo.make_tokenizer(), context_of(demo.model_config()), task, config)
     else:
-        check_lengths(*read_tokenizer(config.model.model), task, config)
-    return task, [*describe(config), *plan(config, task, parameters, str(device)), *changes]
+        longest = check_lengths(*read_tokenizer(config.model.model), task, config)
+    target = dry_run if isinstance(dry_run, Target) else Target(parallel.world())
+    lines = plan(config, task, model, longest, device, target, probe=bool(dry_run) and parallel.is_first())
+    return task, [*describe(config), *lines, *adapter, *changes]
 
 
 def load(config: Config, name: str, device: torch.device) -> Policy:
     """Return a policy; where ranks will share its weights, in the CPU's memory."""
-    return load_policy(name, device if parallel.world() == 1 else torch.device("cpu"), dtype_of(config))
+    place = device if parallel.world() == 1 else torch.device("cpu")
+    return load_policy(name, place, dtype_of(config), config.lora, config.run.seed)
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -175,10 +184,15 @@ def demo_policy(config: Config, place: Path, device: torch.device, view: Plain) 
     return load(config, str(place), device)
 
 
-def check_lengths(tokenizer: Any, context: int | None, task: Task, config: Config) -> None:
-    """Raise UsageError for an empty prompt, or one that leaves too little of the context for the longest response."""
+def check_lengths(tokenizer: Any, context: int | None, task: Task, config: Config) -> int:
+    """Return the tokens of the longest prompt.
+
+    Raises:
+        UsageError: an empty prompt, or one that leaves too little of the context for the longest response.
+    """
     longest, prompts = config.rollout.max_response_tokens, [example.prompt for example in (*task.train, *task.held_out)]
-    for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True):
+    tokens = tokenizer(prompts)["input_ids"]
+    for prompt, ids in zip(prompts, tokens, strict=True):
         if not ids:
             raise UsageError(f"data: want prompts of at least one token, got {prompt!r}")
         if context is not None and len(ids) + longest > context:
@@ -186,6 +200,7 @@ def check_lengths(tokenizer: Any, context: int | None, task: Task, config: Confi
                 f"max_response_tokens: want at most {context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
                 f"share a context of {context}, got {longest} (prompt {prompt[:40]!r} ...); --long-prompts skip leaves such prompts out"
             )
+    return max(map(len, tokens))
 
 
 def make_engine(config: Config, task: Task, policy: Policy) -> Engine:
@@ -193,9 +208,11 @@ def make_engine(config: Config, task: Task, policy: Policy) -> Engine:
     longest = config.rollout.max_response_tokens
     if config.rollout.engine == "vllm":
         from mgrpo_kernels.train.rollout.vllm import VllmEngine
+        from mgrpo_kernels.train.rollout.vllm_server import VllmServers
 
+        kind = VllmServers if config.vllm.server_urls else VllmEngine
         prompts = policy.encode([example.prompt for example in (*task.train, *task.held_out)])
-        return VllmEngine(policy, longest, max(map(len, prompts)), config.vllm)
+        return kind(policy, longest, max(map(len, prompts)), config.vllm)
     return TransformersEngine(policy, longest, CACHE_SHARE * config.rollout.tokens_per_microbatch, wanted_stats(config))
 
 
@@ -205,11 +222,14 @@ def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
     if config.model.gradient_checkpointing:
         parallel.checkpoint_activations(policy.model)
     parallel.shard(policy)
-    momentum = MomentumModel(policy.model, config.method.decay) if config.needs_momentum else None
-    references = {"base": lambda: MomentumModel(policy.model, 1.0), "momentum": lambda: momentum, None: lambda: None}
-    return Learner(
-        config, task, policy, engine, make_optimizer(policy, config), momentum, references[config.needs_reference]()
-    )
+    device = None if config.method.momentum_device == "auto" else config.method.momentum_device
+    momentum = reference = None
+    if config.needs_momentum:
+        momentum = MomentumModel(policy.model, config.method.decay, device=device, frozen=policy.adapter is None)
+    if config.needs_reference is not None:
+        reference = momentum if config.needs_reference == "momentum" else policy.adapter
+        reference = reference or MomentumModel(policy.model, 1.0, device=device)
+    return Learner(config, task, policy, engine, make_optimizer(policy, config), momentum, reference)
 
 
 def train(learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> int:
