@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from mgrpo_kernels.train import checkpoint, parallel
 from mgrpo_kernels.train.config import UsageError, build, read_yaml
-from mgrpo_kernels.train.lora import Adapter
+from mgrpo_kernels.train.lora import Adapter, merged
 from mgrpo_kernels.train.policy import Policy, unreadable
 
 WEIGHTS = {"policy": "model.", "momentum": "momentum."}
@@ -53,7 +53,7 @@ def write(
     if adapter is not None:
         state = model.state_dict() if state is None else state
         adapter.save(new / "adapter", state)
-        state = adapter.merged(state)
+        state = merged(model, state)
     model.save_pretrained(new, state_dict=state)
     tokenizer.save_pretrained(new)
     checkpoint.replace_directory(new, place)

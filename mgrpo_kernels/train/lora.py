@@ -55,11 +55,6 @@ class Adapter:
             )
         assert model.get_output_embeddings() is head, "peft has wrapped the head"
         self.model = model.eval()
-        self.scale = options.lora_alpha / wanted.r
-        self.layers = {
-            name: bool(module.fan_in_fan_out) for name, module in model.named_modules() if NAME in getattr(module, "lora_A", ())
-        }  # fmt: skip
-        """Name -> whether its weight is transposed, ``(in, out)``."""
 
     @contextlib.contextmanager
     def swapped_into(self, model: Any) -> Iterator[Any]:
@@ -68,30 +63,33 @@ class Adapter:
         with self._wrapped.disable_adapter():
             yield model
 
-    def merged(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of the plain model: ``W + alpha / rank * B A`` where there is an adapter, the others as they are.
-
-        Args:
-            state: the model's state dict, or one of the same names, whole tensors.
-        """
-        weights = {}
-        for name, tensor in state.items():
-            layer, base, kind = name.rpartition(".base_layer.")
-            if not base:
-                if ".lora_A." not in name and ".lora_B." not in name:
-                    weights[name] = tensor
-                continue
-            if kind == "weight":
-                a, b = (state[f"{layer}.{each}.{NAME}.weight"] for each in ("lora_A", "lora_B"))  # (r, in), (out, r)
-                product = b @ a * self.scale
-                tensor = tensor + (product.T if self.layers[layer] else product).to(tensor.dtype)  # noqa: PLW2901
-            weights[f"{layer}.{kind}"] = tensor
-        return weights
-
     def save(self, place: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the adapter as peft reads it; `state` as in :meth:`merged`."""
+        """Write the adapter as peft reads it; `state` as in :func:`merged`."""
         named = {WHOLE + name: tensor for name, tensor in state.items() if ".lora_" in name}
         self._wrapped.save_pretrained(place, state_dict=named, save_embedding_layers=False)
+
+
+def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return a model's weights by the names that it has without LoRA: ``W + alpha / rank * B A`` where there is an adapter, in new tensors.
+
+    Args:
+        model: with an adapter or without.
+        state: whole tensors in place of its state dict's.
+    """
+    state = model.state_dict() if state is None else state
+    weights = {}
+    for name, tensor in state.items():
+        place, base, kind = name.rpartition(".base_layer.")
+        if base:
+            layer = model.get_submodule(place)
+            if kind == "weight":
+                a, b = (state[f"{place}.{each}.{NAME}.weight"] for each in ("lora_A", "lora_B"))  # (r, in), (out, r)
+                product = b @ a * layer.scaling[NAME]
+                tensor = tensor + (product.T if layer.fan_in_fan_out else product)  # noqa: PLW2901
+            weights[f"{place}.{kind}"] = tensor
+        elif ".lora_" not in name:
+            weights[name] = tensor
+    return weights
 
 
 def check_targets(model: Any, targets: list[str]) -> None:

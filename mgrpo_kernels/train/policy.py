@@ -87,11 +87,6 @@ class Policy:
         head = lm_head(self.model)
         return head.weight, head.bias
 
-    def named_weights(self) -> dict[str, Tensor]:
-        """Return the weights by the names of the model without LoRA: an adapter is added to its layers, in new tensors. On one rank."""
-        state = self.model.state_dict()
-        return state if self.adapter is None else self.adapter.merged(state)
-
     def hidden(self, ids: Tensor) -> Tensor:
         """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``: causal, so padding reaches nothing before it."""
         return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
