@@ -7,6 +7,7 @@ file. Its metadata carries the help text, from which ``--help`` is made.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -232,12 +233,33 @@ class VllmConfig(_Section):
     )
     vllm_eager: bool | None = option(None, "no compiled graphs, which take longer to start; none: yes on a CPU")
     vllm_timeout: float = option(3600.0, "sampling that takes longer ends the run with the reason", unit="s")
+    vllm_servers: str | None = option(
+        None,
+        "URL[,URL ...] of servers that sample, each started by python -m mgrpo_kernels.train.serve; none: vLLM in this process",
+    )
+
+    @property
+    def server_urls(self) -> list[str]:
+        """The servers."""
+        return [] if self.vllm_servers is None else [url.strip().rstrip("/") for url in self.vllm_servers.split(",")]
 
     def check(self) -> None:
         checks.check_number("vllm_memory", self.vllm_memory, above=0.0, at_most=1.0)
         checks.check_number("vllm_timeout", self.vllm_timeout, above=0.0)
         if self.vllm_cache_gib is not None:
             checks.check_number("vllm_cache_gib", self.vllm_cache_gib, above=0.0)
+        urls = self.server_urls
+        if len(set(urls)) < len(urls) or not all(re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) for url in urls):
+            raise ValueError(
+                f"vllm_servers: want http://HOST:PORT, or several with commas between, none twice, got {self.vllm_servers!r}"
+            )
+        if urls:
+            for each in dataclasses.fields(self):
+                if each.name not in ("vllm_servers", "vllm_timeout") and getattr(self, each.name) != each.default:
+                    raise ValueError(
+                        f"{each.name}: want it given to the servers in vLLM's own words, since with vllm_servers it has no effect "
+                        f"here, got {getattr(self, each.name)!r}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -515,9 +537,9 @@ class Config:
             else "off",
             "momentum model": f"decay {self.method.decay} -> {self.decay_end}" if self.needs_momentum else "off",
             "KL reference": self.needs_reference or "off",
-            "trained": "all weights"
+            "LoRA": "off, all weights train"
             if lora.lora_rank is None
-            else f"LoRA, rank {lora.lora_rank}, alpha {lora.lora_alpha:g}",
+            else f"rank {lora.lora_rank}, alpha {lora.lora_alpha:g}",
             "behaviour correction": "token weights trainer / sampler, at most 2" if self.corrects_behaviour else "off",
             "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
         }

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig
+from mgrpo_kernels.train.lora import merged
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import Engine, Rollouts, seeds_of
 from mgrpo_kernels.train.score import score
@@ -35,6 +36,16 @@ GRACE = 60.0
 PROBE_ROWS, PROBE_TOKENS, PROBE_TEMPERATURE = 4, 8, 0.8
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Mean |trainer - sampler| log-prob that rounding may make, in nats; on small models it was 1e-6 and 2.5e-3."""
+
+
+NOT_FINITE = "rollout: want finite log-probs, got NaN or inf: the model's logits are not numbers any more"
+
+
+class Completion(NamedTuple):
+    """A response as vLLM gives it."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
 
 
 class VllmEngine(Engine):
@@ -55,18 +66,25 @@ class VllmEngine(Engine):
     """
 
     def __init__(self, policy: Policy, max_tokens: int, max_prompt: int, options: VllmConfig) -> None:
-        self.policy = policy
-        self.max_tokens = max_tokens
-        self.max_prompt = max(max_prompt, PROBE_TOKENS)
-        self.timeout = options.vllm_timeout
+        self._remember(policy, max_tokens, max_prompt, options)
         self.sleeps = policy.device.type == "cuda" if options.vllm_sleep is None else options.vllm_sleep
-        self.sync_seconds: float = 0.0
         if self.sleeps and policy.device.type != "cuda":
             raise UsageError("vllm_sleep: want a GPU, whose memory is then given back, got the device cpu")
         self._llm = start(policy, self.max_prompt + max_tokens, self.sleeps, options)
         self._asleep = False
-        self._whole = True  # no exchange of weights has been broken off
         self._check()
+
+    def _remember(self, policy: Policy, max_tokens: int, max_prompt: int, options: VllmConfig) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "engine: want transformers under torchrun, since vllm here is one engine of one process, got vllm"
+            )
+        self.policy = policy
+        self.max_tokens = max_tokens
+        self.max_prompt = max(max_prompt, PROBE_TOKENS)
+        self.timeout = options.vllm_timeout
+        self.sync_seconds: float = 0.0
+        self._whole = True  # no exchange of weights has been broken off
 
     @torch.no_grad()
     def sample(
@@ -93,17 +111,17 @@ class VllmEngine(Engine):
             raise ValueError(f"temperature: want 0 or >= {LEAST_TEMPERATURE} with vllm, got {temperature}")
         if not self._whole:
             raise EngineError("vllm: want a new engine after an exchange of weights that failed, got the old one")
-        rows = [prompt for prompt in prompts for _ in range(copies)]
-        seeds = [seed + copy for seed in seeds_of(prompts, first, generator) for copy in range(copies)]
-        what = f"vllm: want {len(rows)} responses within {self.timeout:g} s (vllm_timeout)"
+        seeds = seeds_of(prompts, first, generator)
+        what = f"vllm: want {len(prompts) * copies} responses within {self.timeout:g} s (vllm_timeout)"
         deadline = time.monotonic() + self.timeout
         try:
             with ended_after(self.timeout + min(GRACE, self.timeout), f"{what}, got a call that does not return"):
                 self._synchronize(momentum)
-                outputs = self._generate(rows, seeds, temperature, deadline)
-                self._sleep()
+                outputs = self._generate(prompts, copies, seeds, temperature, deadline)
         except TimeoutError as error:
             raise EngineError(f"{what}, got {error}") from None
+        except FloatingPointError:
+            raise
         except Exception as error:
             raise EngineError(f"{what}, got {type(error).__name__}: {error}") from error
         return self._rollouts(outputs)
@@ -130,16 +148,22 @@ class VllmEngine(Engine):
         self.sync_seconds += time.perf_counter() - start
 
     def _generate(
-        self, rows: Sequence[Sequence[int]], seeds: Sequence[int], temperature: float, deadline: float
-    ) -> list[Any]:
-        """Return a completion for each row."""
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        seeds: Sequence[int],
+        temperature: float,
+        deadline: float,
+    ) -> list[Completion]:
+        """Return `copies` completions for each prompt; the seed of each is its prompt's and its number."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
+        rows = [(prompt, seed + copy) for prompt, seed in zip(prompts, seeds, strict=True) for copy in range(copies)]
         done: dict[int, Any] = {}
         try:
-            for row, (prompt, seed) in enumerate(zip(rows, seeds, strict=True)):
+            for row, (prompt, seed) in enumerate(rows):
                 parameters = SamplingParams(
                     temperature=temperature, seed=None if temperature == 0 else seed, max_tokens=self.max_tokens,
                     stop_token_ids=self.policy.eos, ignore_eos=True,  # the trainer's list of ends is the only one
@@ -155,25 +179,21 @@ class VllmEngine(Engine):
         except BaseException:
             engine.abort_request([str(row) for row in range(len(rows))])
             raise
-        return [done[row] for row in range(len(rows))]
-
-    def _sleep(self) -> None:
         if self.sleeps:
             self._llm.sleep(level=2)  # weights too: they come anew before the next rollout
             self._asleep = True
+        return [Completion(done[row].token_ids, done[row].logprobs.logprobs) for row in range(len(rows))]
 
-    def _rollouts(self, outputs: Sequence[Any]) -> Rollouts:
-        lengths = torch.tensor([len(each.token_ids) for each in outputs])
+    def _rollouts(self, outputs: Sequence[Completion]) -> Rollouts:
+        lengths = torch.tensor([len(each.tokens) for each in outputs])
         width = int(lengths.max())
         mask = torch.arange(width) < lengths[:, None]  # (B, R)
         tokens = torch.zeros(mask.shape, dtype=torch.int64)
         logprobs = torch.zeros(mask.shape)
-        tokens[mask] = torch.tensor([token for each in outputs for token in each.token_ids])
-        logprobs[mask] = torch.tensor([value for each in outputs for value in each.logprobs.logprobs])
+        tokens[mask] = torch.tensor([token for each in outputs for token in each.tokens])
+        logprobs[mask] = torch.tensor([value for each in outputs for value in each.logprobs])
         if not bool(torch.isfinite(logprobs).all()):
-            raise FloatingPointError(
-                "rollout: want finite log-probs, got NaN or inf: the model's logits are not numbers any more"
-            )
+            raise FloatingPointError(NOT_FINITE)
         last = tokens.gather(1, lengths[:, None] - 1).squeeze(1)
         finished = torch.isin(last, torch.tensor(self.policy.eos))
         return Rollouts(*(values.to(self.policy.device) for values in (tokens, mask, logprobs, finished)))
@@ -207,20 +227,10 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
     Raises:
         UsageError: it does not start.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            "engine: want transformers under torchrun, since vllm here is one engine of one process, got vllm"
-        )
     os.environ.update(ENVIRONMENT)
-    # What matters is raised, and the rest hides the trainer's lines.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    try:
-        from vllm import LLM, __version__
-    except ImportError as error:
-        raise UsageError(
-            f"engine: want the package vllm, got none that can be imported ({error}): make vllm"
-        ) from error
+    version = import_vllm()
+    from vllm import LLM
+
     on_cpu = policy.device.type == "cpu"
     cache_gib = 1.0 if on_cpu and options.vllm_cache_gib is None else options.vllm_cache_gib
     model_config = copy.deepcopy(policy.model.config)
@@ -241,11 +251,29 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
             )  # fmt: skip
     except Exception as error:
         raise UsageError(
-            f"engine: want a model and memory with which vLLM {__version__} starts, got {name_of(policy)} and "
+            f"engine: want a model and memory with which vLLM {version} starts, got {name_of(policy)} and "
             f"{type(error).__name__}: {error}"
         ) from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
+
+
+def import_vllm() -> str:
+    """Import vLLM and return its version.
+
+    Raises:
+        UsageError: there is none.
+    """
+    # What matters is raised, and the rest hides the trainer's lines.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    try:
+        from vllm import __version__
+    except ImportError as error:
+        raise UsageError(
+            f"engine: want the package vllm, got none that can be imported ({error}): make vllm"
+        ) from error
+    return __version__
 
 
 def name_of(policy: Policy) -> str:
@@ -267,7 +295,7 @@ def checkpoint_weights(model: Any, *, untie: bool) -> dict[str, Tensor]:
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=not untie)}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    return revert_weight_conversion(model, {k: v for k, v in model.state_dict().items() if k not in tied})
+    return revert_weight_conversion(model, {k: v for k, v in merged(model).items() if k not in tied})
 
 
 @contextlib.contextmanager
