@@ -49,6 +49,7 @@ class Adapter:
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's talk with transformers
+            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it sees to transposed weights itself
             torch.manual_seed(stream(seed, "LoRA", 0).initial_seed())
             self._wrapped: Any = peft.get_peft_model(
                 model, wanted, low_cpu_mem_usage=any(each.is_meta for each in model.parameters())
