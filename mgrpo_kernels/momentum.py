@@ -96,7 +96,7 @@ class MomentumModel:
             raise ValueError(f"model: want no other trained parameters than at first, got {', '.join(odd[:5])}")
         parameters = self._parameters(self._model)
         places = [ema.device for ema in self._ema.values()]
-        if any(p.device.type == "cuda" and place.type == "cpu" for p, place in zip(parameters, places, strict=True)):
+        if any(crosses(p.device, place) for p, place in zip(parameters, places, strict=True)):
             if not isinstance(decay, Tensor):
                 checks.check_number("decay", decay, at_least=0.0, at_most=1.0)
             self._transfer.down(parameters, overlap=overlap)
@@ -233,7 +233,12 @@ class MomentumModel:
 def held(parameter: Tensor, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     """Return a copy of a parameter for the average, page-locked where it is copied to and from a GPU."""
     copy = parameter.to(device=device, dtype=dtype, copy=True)
-    return page_locked(copy) if copy.device.type == "cpu" and parameter.device.type == "cuda" else copy
+    return page_locked(copy) if crosses(parameter.device, copy.device) else copy
+
+
+def crosses(one: torch.device, two: torch.device) -> bool:
+    """Return whether a GPU copies from one to the CPU's memory at two: the host need not wait for that."""
+    return one.type == "cuda" and two.type == "cpu"
 
 
 @torch.no_grad()
@@ -300,7 +305,7 @@ class Transfer:
     def up(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a tensor on a device; itself, where that is its own."""
         moved = tensor.to(device, non_blocking=True)
-        if tensor.device.type == "cpu" and device.type == "cuda":
+        if crosses(device, tensor.device):
             self._up[device] = torch.cuda.current_stream(device).record_event()
         return moved
 

@@ -1,6 +1,8 @@
 """The momentum update and the momentum model."""
 
+import contextlib
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mgrpo_kernels import MomentumModel, ema_update_
+from mgrpo_kernels import momentum as momentum_module
 from mgrpo_kernels.ops.ema import OP, ema_update_op
 from mgrpo_kernels.ops.ema.specs import key, random_bits, round_stochastically
 
@@ -345,6 +348,118 @@ def test_copy_to_and_state_dict():
     assert all(torch.equal(kept[name], t) for name, t in again.ema.items())
     with pytest.raises(ValueError, match="state_dict: want the keys decay, ema, updates, got ema"):
         again.load_state_dict({"ema": {}})
+
+
+@pytest.fixture
+def as_from_a_gpu(monkeypatch):
+    """Send the CPU down the path from a GPU to the CPU: what is held and staged is page-locked, and updates end when they are waited for."""
+    locked = []
+    monkeypatch.setattr(momentum_module, "crosses", lambda one, two: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self.shape) or self.clone())
+    monkeypatch.setattr(momentum_module.Transfer, "up", lambda self, tensor, device: tensor.clone())
+    return locked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_update_from_a_gpu_is_of_the_weights_as_they_were(as_from_a_gpu, dtype, overlap):
+    model = Tied()
+    late = MomentumModel(model, 0.9, dtype, "cpu")
+    assert len(as_from_a_gpu) == len(list(model.parameters()))
+    want = {name: p.detach().to(dtype, copy=True) for name, p in model.named_parameters()}
+    readers = (
+        lambda: late.ema, lambda: late.state_dict(), lambda: late.distance(model), lambda: late.copy_to(Tied()),
+        lambda: late.swapped_into(model).__enter__(), lambda: late.load_state_dict(late.state_dict()), lambda: late.update(),
+    )  # fmt: skip
+    for number, read in enumerate(readers):
+        step(model)
+        late.update(0.1 * number, overlap=overlap)
+        assert late._pending is not None  # the copies are made; the average is not
+        rounded = {"stochastic_rounding": True, "seed": number} if dtype == torch.bfloat16 else {}
+        ema_update_(list(want.values()), [p.detach() for p in model.parameters()], 0.1 * number, **rounded)
+        if not overlap:
+            kept = [p.detach().clone() for p in model.parameters()]
+            step(model)  # whoever does not ask for an overlap may write at once
+        read()
+        assert all(torch.equal(late._ema[name], value) for name, value in want.items()), number
+        if not overlap:
+            with torch.no_grad():
+                for parameter, value in zip(model.parameters(), kept, strict=True):
+                    parameter.copy_(value)
+        late._swapped = False
+    assert late.updates == len(readers) + 1
+    assert len(as_from_a_gpu) == 2 * len(list(model.parameters()))  # staged once
+
+
+def test_writing_to_weights_that_are_being_copied_is_told(as_from_a_gpu):
+    model = Tied()
+    momentum = MomentumModel(model, 0.9, device="cpu")
+    before = {name: value.clone() for name, value in momentum.ema.items()}
+    momentum.update(overlap=True)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    with pytest.raises(
+        RuntimeError, match=r"want parameters that nobody writes to after update\(overlap=True\), got 1 "
+    ):
+        momentum.wait()
+    assert all(torch.equal(momentum.ema[name], value) for name, value in before.items())
+    momentum.update(overlap=True)
+    assert not torch.equal(momentum.ema["embed.weight"], before["embed.weight"])
+    with pytest.raises(ValueError, match="decay: want a finite number >= 0.0 and <= 1.0, got 2"):
+        momentum.update(2)
+    model.norm.weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"params\[\d\]: want the shape that it had, \(4,\), got \(1,\)"):
+        momentum.update()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_copies_from_a_gpu_follow_what_it_was_given_before(monkeypatch, overlap):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda:0")
+
+    log = mock.Mock()
+    stream, event = (mock.create_autospec(each, instance=True) for each in (torch.cuda.Stream, torch.cuda.Event))
+    log.attach_mock(stream, "own")
+    log.attach_mock(event, "event")
+    current = mock.create_autospec(torch.cuda.Stream, instance=True)
+    log.attach_mock(current, "current")
+    stream.record_event.return_value = event
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda chosen: contextlib.nullcontext(log.enter(chosen)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    parameters = [torch.randn(3).as_subclass(OnGpu), torch.randn(2, 2)]
+    transfer = momentum_module.Transfer()
+    transfer.down(parameters, overlap=overlap)
+    transfer.wait()
+    want = [mock.call.own.wait_stream(current), mock.call.enter(stream), mock.call.own.record_event()]
+    want += [] if overlap else [mock.call.current.wait_event(event)]
+    assert log.mock_calls == [*want, mock.call.event.synchronize()]
+    assert all(torch.equal(to, p) for to, p in zip(transfer.staged, parameters, strict=True))
+
+
+def test_frozen_parameters_can_be_left_out():
+    model = Tied()
+    model.norm.requires_grad_(False)
+    every, some = MomentumModel(model, 0.9), MomentumModel(model, 0.9, frozen=False)
+    assert every.ema.keys() - some.ema.keys() == {"norm.weight", "norm.bias"}
+    kept = model.norm.weight.detach().clone()
+    step(model)
+    with torch.no_grad():
+        model.norm.weight.copy_(kept)
+    for each in (every, some):
+        each.update()
+    assert all(torch.equal(value, every.ema[name]) for name, value in some.ema.items())
+    with some.swapped_into(model):
+        assert torch.equal(model.norm.weight, kept)
+        assert torch.equal(model.head.weight, some.ema["embed.weight"])
+    model.norm.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match="model: want no other trained parameters than at first, got norm.bias, norm.weight"
+    ):
+        some.update()
+    with pytest.raises(ValueError, match="model: want parameters of a floating dtype to average, got none in Tied"):
+        MomentumModel(model.requires_grad_(False), frozen=False)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from on_device import DEVICE, NAN, pick
 
-from mgrpo_kernels import ema_update_, iqr_filter
+from mgrpo_kernels import MomentumModel, ema_update_, iqr_filter
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = pick(1_000_003, 40_003)  # elements: several chunks of a program, and a ragged end
@@ -34,6 +34,30 @@ def assert_bits(lists, **options):
         assert not different.any(), (
             f"tensor {i}, {mine.dtype}: {int(different.sum())} of {mine.numel()} elements differ"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_in_the_cpus_memory_is_the_one_beside_the_weights(dtype):
+    model = torch.nn.Sequential(*(torch.nn.Linear(pick(4096, 64), pick(4096, 64)) for _ in range(3))).to(DEVICE)
+    beside, apart = MomentumModel(model, 0.9, dtype), MomentumModel(model, 0.9, dtype, "cpu")
+    for _ in range(3):
+        for momentum in (beside, apart):
+            momentum.update()
+        with torch.no_grad():  # at once: what is being copied is as it was
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    for momentum in (beside, apart):
+        momentum.update(overlap=True)
+    assert all(
+        value.device.type == "cpu" and value.is_pinned() == (DEVICE.type == "cuda") for value in apart.ema.values()
+    )
+    assert all(torch.equal(value, apart.ema[name].to(DEVICE)) for name, value in beside.ema.items())
+    torch.testing.assert_close(apart.distance(model), beside.distance(model))
+    with apart.swapped_into(model):
+        for name, parameter in model.named_parameters():
+            assert parameter.device.type == DEVICE.type
+            assert torch.equal(parameter, beside.ema[name].to(parameter.dtype))
+        apart.wait()
 
 
 def mixed(sizes, seed=0, emit=True):
