@@ -106,11 +106,7 @@ class MomentumModel:
         self.updates += 1
 
     def wait(self) -> None:
-        """Wait for copies between the CPU and a GPU, and end an update that has begun.
-
-        Raises:
-            RuntimeError: parameters have been written to since ``update(overlap=True)``; which values the average got is not known.
-        """
+        """Wait for copies between the CPU and a GPU, and end an update that has begun."""
         pending, self._pending = self._pending, None
         self._transfer.wait()
         if pending is not None:
@@ -266,7 +262,7 @@ class Transfer:
         self.staged: list[Tensor] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._down: list[torch.cuda.Event] = []
-        self._from: list[tuple[Tensor, int]] = []  # what is copied, and its version: alive until it has been
+        self._from: list[Tensor] = []  # what is being copied must not be freed
         self._up: dict[torch.device, torch.cuda.Event] = {}
 
     def down(self, parameters: list[Tensor], *, overlap: bool) -> None:
@@ -300,7 +296,7 @@ class Transfer:
         for to, p in pairs:
             if p.device.type == "cpu":
                 to.copy_(p)
-        self._from = [(p, p._version) for _, p in pairs] if overlap else []
+        self._from = [p for _, p in pairs]
 
     def up(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a tensor on a device; itself, where that is its own."""
@@ -310,19 +306,10 @@ class Transfer:
         return moved
 
     def wait(self) -> None:
-        """Let the host wait until all copies have been made: what is in the CPU's memory may then be read and written.
-
-        Raises:
-            RuntimeError: a parameter has been written to that was to stay as it is.
-        """
+        """Let the host wait until all copies have been made: what is in the CPU's memory may then be read and written."""
         for event in [*self._down, *self._up.values()]:
             event.synchronize()
-        written = sum(p._version != version for p, version in self._from)
         self._down, self._up, self._from = [], {}, []
-        if written:
-            raise RuntimeError(
-                f"wait: want parameters that nobody writes to after update(overlap=True), got {written} written to"
-            )
 
 
 def _total(parts: list[Tensor]) -> Tensor:
