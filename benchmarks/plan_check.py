@@ -102,9 +102,9 @@ def child(place: Path) -> None:
     case, config = Case(**said["case"]), build(said["options"])
     metrics.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
     status = trainer.run(config, place / "output")
-    rates = plan.measure(torch.device("cpu"), config.model.dtype, time.process_time)
+    model = plan.read_model(config.model.model or "")
+    rates = plan.measure(torch.device("cpu"), config.model.dtype, model, time.process_time)
     if os.environ.get("RANK", "0") == "0":
-        model = plan.read_model(config.model.model or "")
         work = estimate.work_of(config, case.prompt_tokens, 0, case.ranks)
         memory = estimate.memory(config, model, work, case.ranks, "cpu")
         (place / "estimate.json").write_text(
@@ -161,13 +161,15 @@ def main() -> int:
     if arguments.child is not None:
         child(arguments.child)
     rows: dict[str, Any] = {}
-    least: dict[int, int] = {}  # of each number of ranks
+    least: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in arguments.only or CASES:
             case = CASES[name]
-            if case.ranks not in least:
-                least[case.ranks] = run(NOTHING._replace(ranks=case.ranks), Path(scratch))[1][-1]["peak_memory_bytes"]
-            rows[name] = row = check(case, least[case.ranks], Path(scratch))
+            nothing = NOTHING._replace(ranks=case.ranks, options=case.options)
+            key = f"{case.ranks} ranks, {dict(case.options).get('dtype', 'float32')}"
+            if key not in least:
+                least[key] = run(nothing, Path(scratch))[1][-1]["peak_memory_bytes"]
+            rows[name] = row = check(case, least[key], Path(scratch))
             said, found, ratio = (row[key] for key in ("estimate", "measured", "estimate over measured"))
             print(
                 f"{name:<30} memory {said['memory'] / 2**20:7.0f} MiB / {found['memory'] / 2**20:7.0f} = {ratio['memory']:.2f}   "
@@ -177,9 +179,8 @@ def main() -> int:
             )
     off = [n for n, row in rows.items() if abs(row["estimate over measured"]["memory"] - 1) > MEMORY_WITHIN]
     slow = [n for n, row in rows.items() if not 1 / TIME_WITHIN <= row["estimate over measured"]["step"] <= TIME_WITHIN]
-    print(
-        f"memory off by more than {MEMORY_WITHIN:.0%}: {', '.join(off) or 'none'}; time by more than {TIME_WITHIN} x: {', '.join(slow) or 'none'}"
-    )
+    print(f"memory off by more than {MEMORY_WITHIN:.0%}: {', '.join(off) or 'none'}")
+    print(f"time off by more than {TIME_WITHIN} x: {', '.join(slow) or 'none'}")
     if arguments.out is not None:
         arguments.out.write_text(json.dumps({"least": least, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0

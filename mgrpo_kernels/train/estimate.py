@@ -23,16 +23,20 @@ CACHE_SHARE = 16
 """Tokens in the sampler's cache for each token of a micro-batch: a cached token holds only keys and values, a trained one all
 activations of all layers, which is more than 16 times as much in the usual shapes."""
 CPU_TILE = 1024, 4096  # rows and columns of the fused head's workspace where its gradient is composed
-OPERATIONS_LAYER, OPERATIONS_TOKEN = 45, 30
-"""Operations of a layer's forward pass, and of what samples a token from the logits. Backward takes twice as many."""
+OPERATIONS_LAYER, OPERATIONS_TOKEN = 100, 60
+"""Operations of a layer's forward pass, and of what samples a token from the logits, views included. Backward takes twice as many."""
+BY_MODULES = 2.5
+"""As many operations' time by the modules' own calls, which FSDP2's hooks and gradient checkpointing need."""
+
+
+Shape = tuple[int, ...]
 
 
 class Model(NamedTuple):
     """A model's shape."""
 
-    groups: tuple[
-        tuple[tuple[int, ...], ...], ...
-    ]  # the parameters that FSDP2 gathers together: the rest, then each layer's
+    groups: tuple[tuple[Shape, ...], ...]  # parameters that FSDP2 gathers together: the rest, then each layer's
+    trained: tuple[Shape, ...]  # of these, what trains: all, or an adapter
     layers: int
     width: int
     inner: int
@@ -48,6 +52,11 @@ class Model(NamedTuple):
         return count(self.groups)
 
     @property
+    def whole(self) -> bool:
+        """Whether all weights train."""
+        return count([self.trained]) == self.parameters
+
+    @property
     def in_layers(self) -> int:
         return count(self.groups[1:])
 
@@ -58,20 +67,21 @@ def count(groups: Sequence[Sequence[Sequence[int]]], ranks: int = 1) -> int:
 
 
 def model_of(empty: Any) -> Model:
-    """Return the shape of a transformers causal language model, which may be on the meta device."""
+    """Return the shape of a transformers causal language model, which may be on the meta device and have an adapter in it."""
     config = empty.config.get_text_config()
     names = set(getattr(empty, "_no_split_modules", None) or ())
     layers = [module for module in empty.modules() if type(module).__name__ in names]
     inside = [tuple(tuple(each.shape) for each in layer.parameters()) for layer in layers]
     owned = {id(each) for layer in layers for each in layer.parameters()}
     rest = tuple(tuple(each.shape) for each in empty.parameters() if id(each) not in owned)
+    trained = tuple(tuple(each.shape) for each in empty.parameters() if each.requires_grad)
     heads, width = config.num_attention_heads, config.hidden_size
     head = getattr(config, "head_dim", None) or width // heads
     parts = {part for name, _ in empty.named_parameters() for part in name.split(".")}
+    inner, kv_heads = (getattr(config, name, None) for name in ("intermediate_size", "num_key_value_heads"))
     return Model(
-        (rest, *inside), config.num_hidden_layers, width, getattr(config, "intermediate_size", None) or 4 * width, heads * head,
-        (getattr(config, "num_key_value_heads", None) or heads) * head, heads, config.vocab_size, bool(parts & {"gate_proj", "gate_up_proj"}),
-        "q_norm" in parts,
+        (rest, *inside), trained, config.num_hidden_layers, width, inner or 4 * width, heads * head, (kv_heads or heads) * head, heads,
+        config.vocab_size, bool(parts & {"gate_proj", "gate_up_proj"}), "q_norm" in parts,
     )  # fmt: skip
 
 
@@ -147,15 +157,15 @@ def memory(config: Config, model: Model, work: Work, ranks: int, device: str, *,
         flash: flash-attn attends, which needs no mask.
     """
     c = width_of(config)
-    mine, whole = count(model.groups, ranks), model.parameters
+    mine, whole, trained = count(model.groups, ranks), model.parameters, count([model.trained], ranks)
+    away = device == "cuda" and config.method.momentum_device == "cpu"
     held = {
         "weights": 4 * mine,
-        "AdamW": 8 * mine,
-        "momentum model": 4 * mine * config.needs_momentum,
-        "KL reference": 4 * mine * (config.needs_reference == "base"),
+        "AdamW": 8 * trained,
+        "momentum model": 4 * trained * (config.needs_momentum and not away),
+        "KL reference": 4 * mine * (config.copies_base and not away),
     }
     cast = c * whole if c < 4 and ranks == 1 else 0  # autocast keeps a copy
-    base = config.needs_reference == "base"
     gathered = c * whole if ranks > 1 else 0
     second = c * whole if ranks > 1 else 0  # the momentum model or the reference, in the weights' place
     rollout = {
@@ -169,7 +179,7 @@ def memory(config: Config, model: Model, work: Work, ranks: int, device: str, *,
         held |= {"vLLM's weights": 0, "vLLM's cache": 0} | vllm_bytes(config, model, device)
     largest = max(work.micro, key=work.tokens)
     T, N = work.tokens(largest), largest.responses * work.response_tokens
-    gradients, several = 4 * mine, len(work.micro) > 1
+    gradients, several = 4 * trained, len(work.micro) > 1
     workspace, weight = head_bytes(config, model, N, device)
     layer = layer_bytes(config, model, work, largest, flash=flash)
     kept = 8 * T * model.width  # of the last norm
@@ -182,7 +192,7 @@ def memory(config: Config, model: Model, work: Work, ranks: int, device: str, *,
         "rollout": rollout,
         "score": {
             "16-bit weights": cast,
-            "gathered weights": gathered + second * base,
+            "gathered weights": gathered + second * (config.needs_reference is not None and model.whole),
             "activations": T * (8 * model.width + 3 * model.inner * c + 3 * model.queries * c),
         },
         "update": {
@@ -196,11 +206,11 @@ def memory(config: Config, model: Model, work: Work, ranks: int, device: str, *,
             "16-bit weights": cast,
             "gathered weights": units,
             "gradients": gradients,
-            "head and backward": (weight if several else 0) + 4 * model.vocabulary * model.width,
+            "head and backward": (weight if several else 0) + 4 * model.vocabulary * model.width * model.whole,
         },
     }
     used = {name: {what: size for what, size in parts.items() if size} for name, parts in moments.items()}
-    if not base:
+    if config.needs_reference is None:
         del used["score"]
     return Memory({name: size for name, size in held.items() if size}, used)
 
@@ -281,7 +291,7 @@ def layer_bytes(config: Config, model: Model, work: Work, micro: Micro, *, flash
 def head_bytes(config: Config, model: Model, tokens: int, device: str) -> tuple[int, int]:
     """Return the fused head's workspace, and the gradient of its weight before it is added to what is there."""
     c, V = width_of(config), model.vocabulary
-    weight = V * model.width * (4 if c == 4 else 6)  # of 16 bits a float32 one beside it
+    weight = V * model.width * (4 if c == 4 else 6) * model.whole  # of 16 bits a float32 one beside it
     if device == "cpu" and c < 4:
         return c * min(CPU_TILE[0], tokens) * min(CPU_TILE[1], V), weight
     most = WORKSPACE_BYTES if device == "cpu" else Tuning().workspace_bytes
@@ -341,36 +351,43 @@ def rates_of(device: Device, config: Config) -> Rates:
 def seconds(config: Config, model: Model, work: Work, ranks: int, rates: Rates) -> dict[str, float]:
     """Return the seconds of a step's phases, names as in metrics.jsonl without ``time_``. The vote and evaluations are not in it."""
     samples = sum(
-        sampling_seconds(config, model, work, copies, rates) for copies in (work.policy, work.momentum) if copies
+        sampling_seconds(config, model, work, copies, ranks, rates) for copies in (work.policy, work.momentum) if copies
     )
-    c, whole, mine = width_of(config), model.parameters, count(model.groups, ranks)
+    c, whole, trained = width_of(config), model.parameters, count([model.trained], ranks)
+    frozen = 0 if model.whole else 1  # of the products, those that give a weight's gradient
+    composed = c < 4 and rates.passes > 1  # a CPU's head in 16 bits: its logits are computed again
     share = (ranks - 1) / ranks / rates.link  # seconds for each byte of what is gathered or summed
     update = score = 0.0
     for micro in work.micro:
-        layers, head = forward_seconds(config, model, work, micro, rates)
+        layers, head = forward_seconds(config, model, work, micro, ranks, rates)
         score += layers + head
-        update += (4 if config.model.gradient_checkpointing else 3) * layers + (3 if c == 4 else 4) * head
+        update += (3 - frozen + config.model.gradient_checkpointing) * layers + (3 - frozen + composed) * head
         update += share * (c * (2 * model.in_layers + count(model.groups[:1])) + 4 * whole)
-    update += (40 + 8 * len(work.micro)) * mine / rates.bandwidth  # norm, clipping, AdamW; gradients are added up
+    update += (40 + 8 * len(work.micro)) * trained / rates.bandwidth  # norm, clipping, AdamW; gradients are added up
     return {
         "rollout": samples + share * whole * (c + 4 * (config.momentum_rollouts > 0)),
         "score": score + share * 4 * whole if config.needs_reference else 0.0,
         "update": update,
-        "ema": 12 * mine / rates.bandwidth if config.needs_momentum else 0.0,
+        "ema": 12 * trained / rates.bandwidth if config.needs_momentum else 0.0,
     }
 
 
-def forward_seconds(config: Config, model: Model, work: Work, micro: Micro, rates: Rates) -> tuple[float, float]:
+def forward_seconds(
+    config: Config, model: Model, work: Work, micro: Micro, ranks: int, rates: Rates
+) -> tuple[float, float]:
     """Return the seconds of a micro-batch's forward pass: of its layers, and of its head."""
     T, N = work.tokens(micro), micro.responses * work.response_tokens
     seen = work.prompt_tokens + work.response_tokens / 2  # by a token, in the mean
     products = 2 * T * model.in_layers + 4 * T * seen * model.queries * model.layers
-    moved = 2 * layer_bytes(config, model, work, micro) * model.layers / rates.bandwidth  # written, and read
-    layers = products / rates.matmul + moved + OPERATIONS_LAYER * rates.operation * model.layers
+    moved = (
+        4 * layer_bytes(config, model, work, micro) * model.layers / rates.bandwidth
+    )  # and as much is not kept: written, and read
+    by = BY_MODULES if ranks > 1 or config.model.gradient_checkpointing else 1
+    layers = products / rates.matmul + moved + by * OPERATIONS_LAYER * rates.operation * model.layers
     return layers, 2 * N * model.vocabulary * model.width / rates.matmul
 
 
-def sampling_seconds(config: Config, model: Model, work: Work, copies: int, rates: Rates) -> float:
+def sampling_seconds(config: Config, model: Model, work: Work, copies: int, ranks: int, rates: Rates) -> float:
     """Return the seconds in which every prompt gets that many responses. A product takes its operations and its weight's bytes."""
     U, c = work.prompts, width_of(config)
     together, each = at_once(config, work, U, copies)
@@ -384,6 +401,7 @@ def sampling_seconds(config: Config, model: Model, work: Work, copies: int, rate
     cached = 2 * model.keys * c * own * model.layers / rates.bandwidth
     attended = 4 * B * (work.prompt_tokens + work.response_tokens / 2) * model.queries * model.layers / rates.matmul
     drawn = B * V * (1 / rates.draws + 32 / rates.bandwidth)  # noise; logits are added to it, joined, and read
-    operations = (OPERATIONS_LAYER * model.layers + OPERATIONS_TOKEN) * rates.operation
+    by = BY_MODULES if ranks > 1 or config.model.gradient_checkpointing else 1
+    operations = (by * OPERATIONS_LAYER * model.layers + OPERATIONS_TOKEN) * rates.operation
     prompt = 2 * U * work.prompt_tokens * model.in_layers / rates.matmul
     return calls * work.response_tokens * (products + cached + attended + drawn + operations) + prompt

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mgrpo_kernels.train import attention, estimate
-from mgrpo_kernels.train.config import Config, UsageError
+from mgrpo_kernels.train.config import Config, LoraConfig, UsageError
 from mgrpo_kernels.train.data import Task
 from mgrpo_kernels.train.estimate import DEVICES, Memory, Model, Rates, Work
+from mgrpo_kernels.train.lora import Adapter
 from mgrpo_kernels.train.policy import unreadable
 
 
@@ -49,18 +50,21 @@ def describe(config: Config) -> list[str]:
     return [*lines, "derived:", *(f"  {name}: {value}" for name, value in config.derived().items())]
 
 
-def read_model(model: str | PretrainedConfig) -> Model:
-    """Return a model's shape, from its configuration or its name, without its weights.
+def read_model(model: str | PretrainedConfig, lora: LoraConfig | None = None) -> Model:
+    """Return a model's shape, from its configuration or its name, without its weights; with LoRA, its adapter in it.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it cannot be read, or does not take the adapter.
     """
     try:
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
         with torch.device("meta"):
-            return estimate.model_of(AutoModelForCausalLM.from_config(config))
+            empty = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(str(model), error)) from error
+    if lora is not None and lora.lora_rank is not None:
+        Adapter(empty, lora, seed=0)
+    return estimate.model_of(empty)
 
 
 def plan(
@@ -110,7 +114,9 @@ def plan(
         sleeps = "kept all along" if config.vllm.vllm_sleep is False else "given back between rollouts"
         lines.append(f"  vLLM: {config.vllm.vllm_memory:.0%} of the device's memory beside that, {sleeps}")
     if known is not None or probe:
-        rates = measure(device, config.model.dtype) if known is None else estimate.rates_of(DEVICES[known], config)
+        rates = (
+            measure(device, config.model.dtype, model) if known is None else estimate.rates_of(DEVICES[known], config)
+        )
         lines += time_lines(config, model, work, ranks, rates, known)
     return lines
 
@@ -135,18 +141,17 @@ def time_lines(config: Config, model: Model, work: Work, ranks: int, rates: Rate
     """Return the seconds of a step, and what they rest on."""
     found = estimate.seconds(config, model, work, ranks, rates)
     phases = " + ".join(f"{name} {value:.3g}" for name, value in found.items() if value)
-    base = (
-        f"from a probe of this device: {rates.matmul / 1e12:.3g} TFLOP/s, {rates.bandwidth / 1e9:.3g} GB/s, {rates.operation * 1e6:.2g} us "
-        "an operation"
-        if known is None
-        else f"from the data sheet of {known}: {estimate.MATMUL_SHARE:.0%} of its TFLOP/s and {estimate.BANDWIDTH_SHARE:.0%} of its GB/s are "
-        "assumed, not measured"
-    )
     total = sum(found.values())
+    hours = config.optim.steps * total / 3600
+    if known is None:
+        probed = f"{rates.matmul / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s, {rates.operation * 1e6:.2g} us an operation"
+        base = f"a probe of this device: {probed}"
+    else:
+        shares = f"{estimate.MATMUL_SHARE:.0%} of its FLOP/s and {estimate.BANDWIDTH_SHARE:.0%} of its bytes/s"
+        base = f"the data sheet of {known}, of which {shares} are assumed; not measured"
     return [
-        f"  time of a step (estimate, at the longest responses): {total:.3g} s = {phases}; {config.optim.steps} steps "
-        f"{config.optim.steps * total / 3600:.3g} h, without evaluations",
-        f"    {base}",
+        f"  time of a step: {total:.3g} s (estimate, at the longest responses) = {phases}",
+        f"    {config.optim.steps} steps: {hours:.3g} h, without evaluations; from {base}",
     ]
 
 
@@ -168,14 +173,14 @@ def room_of(device: torch.device) -> int | None:
         return None
 
 
-def measure(device: torch.device, dtype: str, clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """Return what a device does in a second, the median of a few tries: about a second in all.
+def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], float] = time.perf_counter) -> Rates:
+    """Return what a device does in a second, with products of the model's width; the median of a few tries, about a second in all.
 
     Where ranks share a machine's memory a byte goes to another through it, and is read and written some eight times: gloo's rate.
     """
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     on_gpu = device.type == "cuda"
-    n, numbers = (4096, 2**28) if on_gpu else (768, 2**24)
+    rows, numbers = (8192, 2**28) if on_gpu else (1024, 2**24)
 
     def typical(work: Callable[[], Any], tries: int = 5) -> float:
         def once() -> float:
@@ -196,8 +201,8 @@ def measure(device: torch.device, dtype: str, clock: Callable[[], float] = time.
         return max(statistics.median(found[1:]), 1e-9)
 
     with torch.no_grad():
-        a, b = (torch.ones(n, n, device=device, dtype=kind) for _ in range(2))
-        matmul = 2 * n**3 / typical(lambda: torch.mm(a, b))
+        a, b = (torch.ones(n, model.width, device=device, dtype=kind) for n in (rows, model.inner))
+        matmul = 2 * rows * model.width * model.inner / typical(lambda: torch.mm(a, b.t()))
         block, other = (torch.ones(numbers, device=device) for _ in range(2))
         bandwidth = 2 * 4 * numbers / typical(lambda: other.copy_(block), 3)
         few = block[: numbers // 64]

@@ -149,7 +149,7 @@ def check(
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
     shape = config.model.model or demo.model_config()
-    model, adapter = read_model(shape), []
+    model, adapter = read_model(shape, config.lora), []
     if config.lora.lora_rank is not None:
         trained = count_parameters(shape, config.lora)
         adapter = [f"  trained: {trained:,} parameters of the adapter, {trained / model.parameters:.2%} of the model's"]
