@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared(base: Path) -> VllmEngine:
     policy = load_policy(str(base), torch.device("cpu"), torch.float32)
-    return VllmEngine(policy, R, 12, VllmConfig(vllm_cache_gib=0.1))
+    return VllmEngine(policy, R, 40, VllmConfig(vllm_cache_gib=0.1))
 
 
 @pytest.fixture

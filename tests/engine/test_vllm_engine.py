@@ -67,6 +67,13 @@ def test_logprobs_are_those_of_transformers(engine: VllmEngine, policy: Policy, 
     assert mismatch(policy, draw(engine, temperature=temperature), temperature) < 1e-4
 
 
+def test_more_prompts_than_one_pass_takes(engine: VllmEngine) -> None:
+    """Some would be prefilled in parts, which a CPU's seeds do not survive."""
+    texts = ["+".join(f"{number:020}") + "=" for number in range(200)]  # 40 tokens each, no two the same
+    got = engine.sample(engine.policy.encode(texts), 1, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    assert got.mask.any(-1).all()
+
+
 def test_greedy_is_that_of_transformers(engine: VllmEngine, policy: Policy) -> None:
     prompts, generator = policy.encode(PROMPTS), torch.Generator().manual_seed(0)
     got = engine.sample(prompts, 1, temperature=0.0, generator=generator)
@@ -144,8 +151,8 @@ def test_nan_weights_stop_the_rollout(engine: VllmEngine, policy: Policy) -> Non
 
 def test_refused_arguments(engine: VllmEngine) -> None:
     generator = torch.Generator()
-    for prompt, length in ([[]], 0), ([[3] * 13], 13):
-        with pytest.raises(ValueError, match=f"prompts: want 1 to 12 tokens, got {length}"):
+    for prompt, length in ([[]], 0), ([[3] * 41], 41):
+        with pytest.raises(ValueError, match=f"prompts: want 1 to 40 tokens, got {length}"):
             engine.sample(prompt, 1, temperature=1.0, generator=generator)
     with pytest.raises(ValueError, match=r"temperature: want 0 or >= 0\.01 with vllm, got 0\.001"):
         engine.sample([[3]], 1, temperature=0.001, generator=generator)

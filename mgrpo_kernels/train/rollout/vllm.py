@@ -247,6 +247,8 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
                 dtype=dtype, logprobs_mode="processed_logprobs", max_model_len=max_length,
                 enforce_eager=on_cpu if options.vllm_eager is None else options.vllm_eager, enable_sleep_mode=sleeps,
                 gpu_memory_utilization=options.vllm_memory,
+                # For a CPU's prompts that are prefilled in parts it would turn back the generator of a seed, which a CPU's cannot (0.32).
+                enable_chunked_prefill=False if on_cpu else None,
                 kv_cache_memory_bytes=None if cache_gib is None else int(cache_gib * 2**30),
             )  # fmt: skip
     except Exception as error:
