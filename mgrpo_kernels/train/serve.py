@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from mgrpo_kernels.train.config import UsageError
-from mgrpo_kernels.train.rollout.vllm import import_vllm
+import torch
+
+EXTENSION = "mgrpo_kernels.train.rollout.vllm_worker.Extension"
+"""What the server's workers load."""
+GLOO = "mgrpo_gloo"
+"""The weight transfer of that module."""
 
 USAGE = """python -m mgrpo_kernels.train.serve MODEL [options of vllm serve]
 
@@ -28,9 +33,6 @@ def line(arguments: Sequence[str], *, on_cpu: bool) -> tuple[list[str], dict[str
         arguments: MODEL, then options of ``vllm serve``, which win.
         on_cpu: whether vLLM runs on the CPU here.
     """
-    from mgrpo_kernels.train.rollout.vllm_server import EXTENSION
-    from mgrpo_kernels.train.rollout.vllm_worker import GLOO
-
     model, *given = arguments
     defaults = {
         "--host": "127.0.0.1",
@@ -63,21 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
-    level = os.environ.get("VLLM_LOGGING_LEVEL")
-    try:
-        if arguments[0].startswith("-"):
-            raise UsageError(f"serve: want MODEL first, got {arguments[0]}")
-        import_vllm()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+    error = None
+    if arguments[0].startswith("-"):
+        error = f"want MODEL first, got {arguments[0]}"
+    elif importlib.util.find_spec("vllm") is None:
+        error = "want the package vllm, got none: make vllm"
+    if error:
+        print(f"error: serve: {error}", file=sys.stderr)
         return 2
-    from vllm.platforms import current_platform
-
-    command, environment = line(arguments, on_cpu=current_platform.is_cpu())
+    command, environment = line(arguments, on_cpu=not torch.cuda.is_available())
     print(shlex.join([*(f"{name}={value}" for name, value in environment.items()), *command]), flush=True)
     os.environ.update(environment)
-    if level is None:
-        del os.environ["VLLM_LOGGING_LEVEL"]  # the import made it quiet, for the trainer
     return os.execv(command[0], command)
 
 

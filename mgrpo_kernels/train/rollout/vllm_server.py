@@ -21,8 +21,8 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import UsageError, VllmConfig
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout.vllm import NOT_FINITE, Completion, VllmEngine, checkpoint_weights, import_vllm
+from mgrpo_kernels.train.serve import EXTENSION, GLOO
 
-EXTENSION = "mgrpo_kernels.train.rollout.vllm_worker.Extension"
 POLL = 0.1
 """Seconds between two looks at whether the run is to end."""
 QUICK = 30.0
@@ -259,7 +259,7 @@ def check_server(url: str, policy: Policy, version: str, longest: int, control: 
         UsageError: it was not started as the trainer needs it, or with another model.
         ServerError: it does not answer.
     """
-    from mgrpo_kernels.train.rollout.vllm_worker import GLOO, sizes_of
+    from mgrpo_kernels.train.rollout.vllm_worker import sizes_of
 
     def want(name: str, wanted: Any, got: Any, flag: str, *, met: bool | None = None) -> None:
         if not (got == wanted if met is None else met):
@@ -301,7 +301,7 @@ def meet(control: Control, source: Source, backend: str, policy: Policy) -> Any:
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    from mgrpo_kernels.train.rollout.vllm_worker import GLOO, GlooTrainerInitInfo
+    from mgrpo_kernels.train.rollout.vllm_worker import GlooTrainerInitInfo
 
     for url in control.urls:
         try:

@@ -23,7 +23,8 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-GLOO = "mgrpo_gloo"
+from mgrpo_kernels.train.serve import GLOO
+
 PATIENCE = 120.0
 """Seconds that a process of a transfer over gloo waits for another."""
 

@@ -1,0 +1,452 @@
+"""Sampling by vLLM servers: real ones, two processes on this machine. What they give is what the engine in this process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny
+import torch
+from test_vllm_engine import COPIES, PROMPTS, draw, equal, mismatch, shaken, small
+from transformers import AutoModelForCausalLM
+
+from mgrpo_kernels.train import __main__ as command
+from mgrpo_kernels.train import serve
+from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig, build
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout import vllm_server as module
+from mgrpo_kernels.train.rollout.vllm import VllmEngine
+from mgrpo_kernels.train.rollout.vllm_server import VllmServers
+from mgrpo_kernels.train.stopping import Abandoned
+
+ROOT = Path(__file__).resolve().parents[2]
+START = 240.0  # seconds that a server may take on a busy machine; alone it is 20
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def started(
+    base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[tuple[str, subprocess.Popen[bytes]]]]:
+    """Yield two servers, URL and process, each with the model of the other tests."""
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith("VLLM_")
+    }  # the engine here has set some
+    clean |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    clean["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    servers, logs = [], tmp_path_factory.mktemp("servers")
+    for _ in range(2):
+        port = free_port()
+        with (logs / f"{port}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mgrpo_kernels.train.serve", str(base), "--port", str(port), "--kv-cache-memory-bytes", "50000000"],
+                env=clean, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        servers.append((f"http://127.0.0.1:{port}", process))
+    try:
+        deadline = time.monotonic() + START
+        for url, process in servers:
+            while True:
+                text = (logs / f"{url.rpartition(':')[2]}.log").read_text(errors="replace")[-3000:]
+                assert process.poll() is None, text
+                assert time.monotonic() < deadline, text
+                try:
+                    httpx.get(f"{url}/health", timeout=5.0).raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    time.sleep(0.2)
+        yield servers
+    finally:
+        for _, process in servers:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for _, process in servers:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def urls(started: list[tuple[str, subprocess.Popen[bytes]]]) -> list[str]:
+    return [url for url, _ in started]
+
+
+def connect(policy: Policy, urls: list[str], timeout: float = 60.0, longest: int = 12) -> VllmServers:
+    return VllmServers(policy, longest, 12, VllmConfig(vllm_servers=",".join(urls), vllm_timeout=timeout))
+
+
+@pytest.fixture
+def servers(policy: Policy, urls: list[str]) -> VllmServers:
+    """Return an engine of both servers."""
+    return connect(policy, urls)
+
+
+def test_same_as_the_engine_in_this_process(servers: VllmServers, engine: VllmEngine) -> None:
+    for seed, temperature in ((0, 1.1), (3, 0.7)):
+        got, want = (draw(each, seed, temperature=temperature) for each in (servers, engine))
+        assert torch.equal(got.tokens, want.tokens)
+        assert torch.equal(got.mask, want.mask)
+        assert torch.equal(got.finished, want.finished)
+        torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
+    assert len(set(want.mask.sum(-1).tolist())) > 1
+    assert len({tuple(row.tolist()) for row in want.tokens[:COPIES]}) > 1  # a group's rollouts differ
+    assert not torch.equal(draw(servers, 4).tokens, draw(servers, 0).tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.1])
+def test_logprobs_are_those_of_transformers(servers: VllmServers, policy: Policy, temperature: float) -> None:
+    assert mismatch(policy, draw(servers, temperature=temperature), temperature) < 1e-4
+
+
+def test_greedy(servers: VllmServers, engine: VllmEngine) -> None:
+    got, want = (draw(each, temperature=0.0) for each in (servers, engine))
+    assert torch.equal(got.tokens, want.tokens)
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
+
+
+def test_policy_momentum_policy(servers: VllmServers, policy: Policy) -> None:
+    momentum = shaken(policy)
+    own, theirs, again = draw(servers), draw(servers, momentum=momentum), draw(servers)
+    assert equal(own, again)
+    assert mismatch(policy, theirs) > 0.1
+    with momentum.swapped_into(policy.model):
+        assert mismatch(policy, theirs) < 1e-4
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.05)
+    synced = servers.sync_seconds
+    assert mismatch(policy, draw(servers)) < 1e-4
+    assert servers.sync_seconds > synced > 0
+
+
+def test_how_many_servers_makes_no_difference(policy: Policy, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    complete = module.complete
+
+    async def counted(client: Any, url: str, request: dict[str, Any]) -> Any:
+        asked.append(url)
+        return await complete(client, url, request)
+
+    monkeypatch.setattr(module, "complete", counted)
+    both = connect(policy, urls)
+    asked.clear()
+    want = draw(both)
+    assert sorted(asked) == sorted(urls * 2)  # four prompts
+    one = connect(policy, urls[1:])
+    asked.clear()
+    got = draw(one)
+    assert set(asked) == {urls[1]}
+    assert torch.equal(got.tokens, want.tokens)
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
+    with pytest.raises(EngineError, match=f"{urls[1]}: want a server for this run alone, got one that another has"):
+        draw(both)
+
+
+def test_nan_weights_stop_the_rollout(servers: VllmServers, policy: Policy) -> None:
+    policy.model.get_output_embeddings().weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="rollout: want finite log-probs"):
+        draw(servers)
+
+
+def busy(url: str) -> float:
+    """Return how many requests a server has."""
+    text = httpx.get(f"{url}/metrics", timeout=30).text
+    rows = [
+        row for row in text.splitlines() if row.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
+    ]
+    assert len(rows) == 2
+    return sum(float(row.rpartition(" ")[2]) for row in rows)
+
+
+@pytest.mark.parametrize("reason", ["a signal", "the time limit"])
+def test_requests_are_given_up(servers: VllmServers, urls: list[str], reason: str) -> None:
+    looks = 0
+
+    def check() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise Abandoned
+
+    def long() -> None:
+        prompts = servers.policy.encode(PROMPTS)
+        servers.sample(prompts, 2000, temperature=1.1, generator=torch.Generator().manual_seed(0))
+
+    start = time.monotonic()
+    if reason == "a signal":
+        servers.check = check
+        with pytest.raises(Abandoned):
+            long()
+    else:
+        servers.timeout = 1.0
+        with pytest.raises(EngineError, match=r"within 1 s \(vllm_timeout\), got those to 0 of 4 prompts"):
+            long()
+    assert time.monotonic() - start < 10
+    servers.timeout = 60.0
+    servers.check = lambda: None
+    deadline = time.monotonic() + 20
+    while any(busy(url) for url in urls):
+        assert time.monotonic() < deadline, "the servers go on with what nobody waits for"
+        time.sleep(0.1)
+    assert equal(draw(servers), draw(servers))
+
+
+def test_after_a_trainer_that_was_killed_in_an_exchange(policy: Policy, urls: list[str]) -> None:
+    want = draw(connect(policy, urls))
+    httpx.post(f"{urls[0]}/start_weight_update", timeout=30).raise_for_status()
+    assert equal(draw(connect(policy, urls)), want)
+
+
+def altered(monkeypatch: pytest.MonkeyPatch, path: str, change: Callable[[Any], Any]) -> None:
+    """Have what the servers say of themselves changed."""
+    one = module.Control.one
+
+    def told(self: module.Control, url: str, asked: str, *rest: Any, **options: Any) -> Any:
+        answer = one(self, url, asked, *rest, **options)
+        return change(answer) if asked.startswith(path) else answer
+
+    monkeypatch.setattr(module.Control, "one", told)
+
+
+def of_config(part: str, name: str, value: Any) -> Callable[[Any], Any]:
+    def change(answer: Any) -> Any:
+        answer["vllm_config"][part] = {**(answer["vllm_config"][part] or {}), name: value}
+        return answer
+
+    return change
+
+
+SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "want the trainer's vLLM .* got 0.1.0: install": ("version", lambda _: {"version": "0.1.0"}),
+    "want --logprobs-mode processed_logprobs .* got raw_logprobs": (
+        "server_info",
+        of_config("model_config", "logprobs_mode", "raw_logprobs"),
+    ),
+    "want --generation-config vllm .* got auto": (
+        "server_info",
+        of_config("model_config", "generation_config", "auto"),
+    ),
+    "want --worker-extension-cls mgrpo.* got none": (
+        "server_info",
+        of_config("parallel_config", "worker_extension_cls", ""),
+    ),
+    "want --weight-transfer-config with backend mgrpo_gloo .* got ipc": (
+        "server_info",
+        of_config("weight_transfer_config", "backend", "ipc"),
+    ),
+    "want --dtype float32 .* got bfloat16": ("server_info", of_config("model_config", "dtype", "torch.bfloat16")),
+    "want --max-model-len at least 24, prompt and response, .* got 23": (
+        "server_info",
+        of_config("model_config", "max_model_len", 23),
+    ),
+    "want tie_word_embeddings False .* got True": (
+        "collective_rpc",
+        lambda answer: {"results": [{**each, "tie_word_embeddings": True} for each in answer["results"]]},
+    ),
+    "want the policy's vocab_size 15 .* got 16: start it with the policy's model": (
+        "collective_rpc",
+        lambda answer: {"results": [{**each, "vocab_size": 16} for each in answer["results"]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", SETTINGS)
+def test_a_server_that_was_started_otherwise_is_refused(
+    policy: Policy, urls: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    altered(monkeypatch, *SETTINGS[message])
+    with pytest.raises(UsageError, match=f"vllm_servers: {message}"):
+        connect(policy, urls)
+
+
+def test_another_model_is_refused(urls: list[str]) -> None:
+    with pytest.raises(UsageError, match=f"want the policy's model_type qwen2 of {urls[0]}, got llama"):
+        connect(small(), urls)
+    with pytest.raises(UsageError, match=f"want --max-model-len at least 82, .* of {urls[0]}, got 64: start it so"):
+        connect(small(), urls, longest=70)
+
+
+def test_weights_that_do_not_load_or_go_astray_are_noticed(
+    policy: Policy, urls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = draw(connect(policy, urls))
+    right, places = module.checkpoint_weights, [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
+
+    def crossed(model: Any, *, untie: bool) -> dict[str, torch.Tensor]:
+        named = dict(right(model, untie=untie))
+        named[places[0]], named[places[1]] = named[places[1]], named[places[0]]
+        return named
+
+    def unknown(model: Any, *, untie: bool) -> dict[str, torch.Tensor]:
+        return {"model.layers.7.nowhere": torch.zeros(2), **right(model, untie=untie)}
+
+    for wrong, message in (
+        (crossed, "want a model that vLLM and transformers read alike .* LlamaForCausalLM, which"),
+        (
+            unknown,
+            r"want a model that vLLM runs, with weights that it takes, got .*model\.layers\.7\.nowhere, \(2,\): ",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "checkpoint_weights", wrong)
+            with pytest.raises(UsageError, match=message):
+                connect(policy, urls)
+    assert equal(draw(connect(policy, urls)), want)  # the servers took no harm
+
+
+class Bare(BaseHTTPRequestHandler):
+    """A server without vLLM's development mode."""
+
+    def do_GET(self) -> None:
+        import vllm
+
+        known = self.path == "/version"
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps({"version": vllm.__version__} if known else {"detail": "Not Found"}).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_what_is_no_server_is_refused(policy: Policy) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(
+        UsageError, match=f"vllm_servers: want servers that can be used, got {url}/version: ConnectError"
+    ):
+        connect(policy, [url])
+    bare = HTTPServer(("127.0.0.1", 0), Bare)
+    threading.Thread(target=bare.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{bare.server_port}"
+    try:
+        with pytest.raises(UsageError, match=f"want VLLM_SERVER_DEV_MODE=1 in the environment of {url}, got .*404"):
+            connect(policy, [url])
+    finally:
+        bare.shutdown()
+        bare.server_close()
+
+
+def test_ranks_of_servers_with_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers of two and three GPUs: the trainer is rank 0 of six."""
+    from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+    asked: list[tuple[str, Any]] = []
+    sizes = {"http://a:1": 2, "http://b:1": 3}
+
+    def one(self: module.Control, url: str, path: str, body: Any = None, **_: Any) -> Any:
+        asked.append((url, body))
+        return {"world_size": sizes[url]}
+
+    def trainer_init(info: Any, *, client: Any, source: Any) -> Any:
+        client.init_weight_transfer_engine({"rank_offset": 1})
+        return info
+
+    monkeypatch.setattr(module.Control, "one", one)
+    monkeypatch.setattr(module, "own_address", lambda urls: ("10.0.0.1", 5000))
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
+    info = module.meet(module.Control(list(sizes), 1.0), module.Source(), "nccl", small())
+    assert (info.backend, info.world_size, info.master_address, info.master_port) == ("nccl", 6, "10.0.0.1", 5000)
+    ranks = {url: body["init_info"]["rank_offset"] for url, body in asked if body and "init_info" in body}
+    assert ranks == {"http://a:1": 1, "http://b:1": 3}
+
+
+def test_options() -> None:
+    given = {"engine": "vllm", "vllm_servers": " http://a:1/ ,https://b:2"}
+    assert build(given).vllm.server_urls == ["http://a:1", "https://b:2"]
+    for value in ("a:1", "http://a:1,", "http://a:1,http://a:1/", ""):
+        with pytest.raises(UsageError, match="vllm_servers: want http://HOST:PORT, or several .* none twice, got"):
+            build({**given, "vllm_servers": value})
+    with pytest.raises(UsageError, match="vllm_servers: want --engine vllm with it"):
+        build({**given, "engine": "transformers"})
+    with pytest.raises(UsageError, match="vllm_memory: want it given to the servers in vLLM's own words, .* got 0.3"):
+        build({**given, "vllm_memory": 0.3})
+
+
+def test_command_of_a_server() -> None:
+    gpu, environment = serve.line(["some/model", "--dtype=bfloat16", "--port", "8001"], on_cpu=False)
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert gpu[-3:] == ["--dtype=bfloat16", "--port", "8001"]
+    assert "float32" not in gpu
+    assert gpu[gpu.index("--weight-transfer-config") + 1] == '{"backend": "nccl"}'
+    assert "--enforce-eager" not in gpu
+    cpu, _ = serve.line(["some/model", "--logprobs_mode", "raw_logprobs"], on_cpu=True)
+    assert "processed_logprobs" not in cpu
+    assert cpu[cpu.index("--weight-transfer-config") + 1] == '{"backend": "mgrpo_gloo"}'
+    assert "--enforce-eager" in cpu
+
+
+def test_command_line_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.main(["--help"]) == 0
+    assert "python -m mgrpo_kernels.train.serve MODEL" in capsys.readouterr().out
+    assert serve.main(["--port", "8000"]) == 2
+    assert "error: serve: want MODEL first, got --port" in capsys.readouterr().err
+
+
+def test_a_run_trains(base: Path, urls: list[str], tmp_path: Path) -> None:
+    output = tiny.output_with(base, tmp_path / "run")
+    flags = [
+        *tiny.FLAGS,
+        "--engine",
+        "vllm",
+        "--vllm-servers",
+        ",".join(urls),
+        "--steps",
+        "3",
+        "--lr-schedule",
+        "constant",
+    ]
+    assert command.main([*flags, "--output", str(output)]) == 0
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(4))
+    for line in lines[1:]:
+        assert 0 < line["behaviour_mismatch"] < 1e-4
+        assert line["time_rollout"] > 0
+        assert line["time_sync"] > 0
+        assert line["loss"] is not None
+    before, after = (AutoModelForCausalLM.from_pretrained(output / name).state_dict() for name in ("base", "final"))
+    assert any(not before[name].equal(value) for name, value in after.items())
+
+
+def test_z_a_server_that_dies_ends_the_run(
+    servers: VllmServers, started: list[tuple[str, subprocess.Popen[bytes]]]
+) -> None:
+    """The last of this file: one of the two is no more after it."""
+    url, process = started[1]
+    first = servers.check
+
+    def kill() -> None:
+        servers.check = first
+        time.sleep(0.2)  # the requests are on their way
+        os.killpg(process.pid, signal.SIGKILL)
+
+    servers.check = kill
+    prompts = servers.policy.encode(PROMPTS)
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=rf"vllm: want 16000 responses .* got ServerError: {url}: "):
+        servers.sample(prompts, 4000, temperature=1.1, generator=torch.Generator())
+    process.wait(20)
+    with pytest.raises(
+        EngineError, match=rf"vllm: want 24 responses .* got ServerError: {url}/weight_info: ConnectError"
+    ):
+        draw(servers)
+    assert time.monotonic() - start < 30
+    alone = connect(servers.policy, [started[0][0]])  # what a new run, with --resume, has
+    assert draw(alone).tokens.shape[0] == len(PROMPTS) * COPIES
