@@ -252,6 +252,16 @@ def test_export_is_the_trained_model_merged_and_its_adapter(
     assert all(torch.equal(value, final[name]) for name, value in model.state_dict().items()) == (weights == "policy")
 
 
+def test_export_wants_every_part_of_the_adapter(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checkpoint.read(whole / "checkpoints" / "latest", "model.")
+    lost = next(name for name in found if ".lora_B." in name)
+    for tensors in ({name: value for name, value in found.items() if name != lost}, {**found, "odd": torch.zeros(1)}):
+        monkeypatch.setattr(checkpoint, "read", lambda place, prefix, tensors=tensors: tensors)
+        with pytest.raises(UsageError, match="run: want a checkpoint of .*, got one that differs in "):
+            export.export(whole, None, "policy", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
 def test_vllm_gets_merged_weights_of_whichever_model(base: Path) -> None:
     policy = load(base)
     momentum = MomentumModel(policy.model, frozen=False)
