@@ -47,7 +47,8 @@ def line(arguments: Sequence[str], *, on_cpu: bool) -> tuple[list[str], dict[str
         # vLLM 0.32 packs a head for the CPU, and does not pack it again when the embedding that it is tied to changes.
         defaults |= {"--hf-overrides": json.dumps({"tie_word_embeddings": False})}
         defaults |= {"--kv-cache-memory-bytes": str(2**30)}
-        given = [*given, *(["--enforce-eager"] if "--enforce-eager" not in given else [])]
+        # For prompts that are prefilled in parts it would turn back the generator of a seed, which a CPU's cannot.
+        given = [each for each in ("--enforce-eager", "--no-enable-chunked-prefill") if each not in given] + given
     taken = {each.partition("=")[0].replace("_", "-") for each in given if each.startswith("--")}
     options = [part for name, value in defaults.items() if name not in taken for part in (name, value)]
     try:

@@ -116,6 +116,13 @@ def test_logprobs_are_those_of_transformers(servers: VllmServers, policy: Policy
     assert mismatch(policy, draw(servers, temperature=temperature), temperature) < 1e-4
 
 
+def test_more_prompts_than_one_pass_takes(policy: Policy, urls: list[str]) -> None:
+    texts = ["+".join(f"{number:020}") + "=" for number in range(200)]  # 40 tokens each, no two the same
+    servers = VllmServers(policy, 12, 40, VllmConfig(vllm_servers=urls[0], vllm_timeout=60.0))
+    got = servers.sample(policy.encode(texts), 1, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    assert got.mask.any(-1).all()
+
+
 def test_greedy(servers: VllmServers, engine: VllmEngine) -> None:
     got, want = (draw(each, temperature=0.0) for each in (servers, engine))
     assert torch.equal(got.tokens, want.tokens)
@@ -253,6 +260,10 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         of_config("weight_transfer_config", "backend", "ipc"),
     ),
     "want --dtype float32 .* got bfloat16": ("server_info", of_config("model_config", "dtype", "torch.bfloat16")),
+    "want enable_chunked_prefill False .* got True": (
+        "server_info",
+        of_config("scheduler_config", "enable_chunked_prefill", True),
+    ),
     "want --max-model-len at least 24, prompt and response, .* got 23": (
         "server_info",
         of_config("model_config", "max_model_len", 23),
@@ -390,7 +401,7 @@ def test_command_of_a_server() -> None:
     cpu, _ = serve.line(["some/model", "--logprobs_mode", "raw_logprobs"], on_cpu=True)
     assert "processed_logprobs" not in cpu
     assert cpu[cpu.index("--weight-transfer-config") + 1] == '{"backend": "mgrpo_gloo"}'
-    assert "--enforce-eager" in cpu
+    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(cpu)
 
 
 def test_command_line_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:

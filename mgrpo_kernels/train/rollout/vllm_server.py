@@ -284,6 +284,8 @@ def check_server(url: str, policy: Policy, version: str, longest: int, control: 
     usable = ("nccl", GLOO) if on_gpus and not on_cpu else (GLOO,)
     want("--weight-transfer-config with backend", " or ".join(usable), transfer, START, met=transfer in usable)
     want("--dtype", str(policy.dtype).removeprefix("torch."), model["dtype"].removeprefix("torch."), "as the trainer's")
+    if on_cpu:
+        want("enable_chunked_prefill", False, told["scheduler_config"]["enable_chunked_prefill"], START)
     length = model["max_model_len"]
     want("--max-model-len", f"at least {longest}, prompt and response,", length, "start it so", met=length >= longest)
     own = sizes_of(policy.model.config.get_text_config())
