@@ -296,23 +296,6 @@ def context_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def count_parameters(model: str | PretrainedConfig, lora: LoraConfig | None = None) -> int:
-    """Return how many parameters a model has, from its configuration or its name, without its weights; with LoRA, its adapter.
-
-    Raises:
-        UsageError: it cannot be read, or does not take the adapter.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(unreadable(str(model), error)) from error
-    if lora is not None:
-        Adapter(empty, lora, seed=0)
-    return sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
-
-
 def unreadable(name: str, error: Exception) -> str:
     what = "a directory with a model" if Path(name).exists() else "an existing directory or a hub name"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

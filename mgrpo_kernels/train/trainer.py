@@ -14,7 +14,7 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import checkpoint, demo, parallel
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
 from mgrpo_kernels.train.data import Task, equal_to_gold, load_task, prompts_of_step
-from mgrpo_kernels.train.estimate import CACHE_SHARE
+from mgrpo_kernels.train.estimate import CACHE_SHARE, count
 from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.export import save_final
 from mgrpo_kernels.train.guard import Guard, message
@@ -25,7 +25,6 @@ from mgrpo_kernels.train.plan import Target, describe, plan, read_model
 from mgrpo_kernels.train.policy import (
     Policy,
     context_of,
-    count_parameters,
     load_policy,
     pick_device,
     read_tokenizer,
@@ -148,11 +147,10 @@ def check(
     check_loggers(config.run)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
-    shape = config.model.model or demo.model_config()
-    model, adapter = read_model(shape, config.lora), []
+    model, adapter = read_model(config.model.model or demo.model_config(), config.lora), []
     if config.lora.lora_rank is not None:
-        trained = count_parameters(shape, config.lora)
-        adapter = [f"  trained: {trained:,} parameters of the adapter, {trained / model.parameters:.2%} of the model's"]
+        trained = count([model.trained])
+        adapter = [f"  trained: {trained:,} parameters of the adapter, {trained / model.parameters:.2%} of all"]
     if config.model.model is None:
         longest = check_lengths(demo.make_tokenizer(), context_of(demo.model_config()), task, config)
     else:

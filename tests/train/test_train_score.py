@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.demo import make_tokenizer, model_config
-from mgrpo_kernels.train.policy import Policy, count_parameters, load_policy
+from mgrpo_kernels.train.plan import read_model
+from mgrpo_kernels.train.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import micro_batches, score
@@ -145,12 +146,12 @@ def test_a_head_that_is_not_understood_is_refused() -> None:
 
 def test_unreadable_models(tmp_path: Path, base: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for read in (lambda name: load_policy(name, torch.device("cpu"), torch.float32), count_parameters):
+    for read in (lambda name: load_policy(name, torch.device("cpu"), torch.float32), read_model):
         with pytest.raises(
             UsageError, match=r"model: want a directory with a model that transformers can load, got .*empty"
         ):
             read(str(tmp_path / "empty"))
-    assert count_parameters(str(base)) == count_parameters(model_config())
+    assert read_model(str(base)) == read_model(model_config())
 
 
 def test_a_model_without_an_end_is_refused() -> None:
