@@ -83,3 +83,23 @@ def test_a_finished_run_is_not_taken_again(modules, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "7"])
     with pytest.raises(SystemExit, match="name another --results"):
         study.main()
+
+
+def test_what_is_pruned(modules, tmp_path, monkeypatch, capsys):
+    """Two groups of four: one loses its only wrong answer, and with it its advantages; the other's label changes."""
+    groups = [
+        [("3", False), ("3", False), ("3", False), ("5", True)],
+        [("3", True), ("3", True), ("5", False), (None, False)],
+    ]
+    lines = [
+        {"step": step, "answer": answer, "gold": "3", "reward": float(answer == "3"), "pruned": pruned}
+        for step, group in enumerate(groups, 1)
+        for answer, pruned in group
+    ]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pruned = importlib.import_module("pruned")
+    monkeypatch.setattr(sys, "argv", ["pruned.py", str(tmp_path)])
+    pruned.main()
+    del sys.modules["pruned"]
+    figures = [float(each) for each in capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")[1:]]
+    assert figures == [0.375, 0.6, 0.667, 1.0, 0.5, 0.0, 1.0]

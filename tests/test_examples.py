@@ -1,10 +1,13 @@
 """The examples run as they stand, with small models made on the spot."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+
+from mgrpo_kernels.train import __main__ as command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -66,3 +69,29 @@ def test_trl_before_after(run):
             [float(x) for x in plain.split()[4::2]], rel=1e-3, abs=1e-6
         )
     assert [line.split()[0] for line in lines[7:]] == ["plain", "patched"]
+
+
+def test_small_model(run, tmp_path):
+    data = Path(__file__).parent / "train" / "data" / "gsm8k.jsonl"
+    out, _ = run(
+        "small_model.py", str(data), "--output", str(tmp_path / "small"), "--steps", "120", "--vocabulary", "400"
+    )
+    assert "step 120 of 120" in out
+    flags = [
+        "--data",
+        str(data),
+        "--steps",
+        "2",
+        "--prompts-per-step",
+        "2",
+        "--rollouts",
+        "4",
+        "--max-response-tokens",
+        "12",
+    ]
+    status = command.main(
+        ["--model", str(tmp_path / "small"), *flags, "--eval-every", "0", "--output", str(tmp_path / "run")]
+    )
+    assert status == 0
+    responses = [json.loads(line)["response"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert any("\\boxed{" in response for response in responses)  # it has learnt the form

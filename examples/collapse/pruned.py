@@ -1,0 +1,81 @@
+"""Tell what the IQR filter prunes: whether it is wrong more often than what stays, and whether the label changes by it.
+
+    python -m mgrpo_kernels.train --method mgrpo --samples-per-step 16 --guard off --output DIR
+    python examples/collapse/pruned.py DIR [DIR ...]
+
+The samples must be all rollouts of a step's first prompt (`--samples-per-step` at least `--rollouts`), and their true answers known. The
+runs given are taken together; answers are compared as strings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Rollout = dict[str, Any]
+EDGES = (1, 51, 101, 201, 401)
+"""The first steps of the table's rows."""
+
+
+def groups_of(run: Path) -> list[list[Rollout]]:
+    """Return the rollouts of each step's first prompt."""
+    groups: dict[int, list[Rollout]] = {}
+    for line in (run / "samples.jsonl").read_text().splitlines():
+        rollout = json.loads(line)
+        groups.setdefault(rollout["step"], []).append(rollout)
+    return list(groups.values())
+
+
+def right(rollouts: Sequence[Rollout]) -> float:
+    """Return the share whose answer is the true one; NaN of nothing."""
+    return sum(each["answer"] == each["gold"] for each in rollouts) / len(rollouts) if rollouts else float("nan")
+
+
+def label_is_right(group: Sequence[Rollout]) -> bool:
+    """Return whether the majority of these is the true answer; of a tie the answer that came first."""
+    answers = Counter(each["answer"] for each in group if each["answer"] is not None)
+    return bool(answers) and answers.most_common(1)[0][0] == group[0]["gold"]
+
+
+def is_dead(group: Sequence[Rollout]) -> bool:
+    """Return whether these all have the same reward, and so no advantage."""
+    return len({each["reward"] for each in group}) < 2
+
+
+def kept(group: Sequence[Rollout]) -> list[Rollout]:
+    return [each for each in group if not each["pruned"]]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR")
+    groups = [group for run in parser.parse_args().runs for group in groups_of(run)]
+    print(
+        "| steps | pruned | right: kept | right: pruned | label right: all vote | survivors vote | no advantage: all | survivors |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for first, last in zip(EDGES, (*(edge - 1 for edge in EDGES[1:]), None), strict=True):
+        some = [group for group in groups if first <= group[0]["step"] and (last is None or group[0]["step"] <= last)]
+        if not some:
+            continue
+        stay, go = (
+            [each for group in some for each in kept(group)],
+            [each for group in some for each in group if each["pruned"]],
+        )
+        figures = [
+            len(go) / (len(stay) + len(go)), right(stay), right(go),
+            sum(map(label_is_right, some)) / len(some), sum(label_is_right(kept(group)) for group in some if kept(group)) / len(some),
+            sum(map(is_dead, some)) / len(some), sum(is_dead(kept(group)) for group in some) / len(some),
+        ]  # fmt: skip
+        print(
+            f"| {first} - {last or max(group[0]['step'] for group in some)} | {' | '.join(f'{each:.3f}' for each in figures)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
