@@ -283,7 +283,8 @@ def layer_bytes(config: Config, model: Model, work: Work, micro: Micro, *, flash
     )  # a prompt and its response in one piece; else a response's queries see the prompt's keys, copied for each
     keys = T if alone else U * P + B * (P + rest) * (rest > 0)
     mask = 0 if alone or flash else B * rest * (P + rest)
-    norms = T * (2 * model.width * (8 + c) + 8 * (model.queries + model.keys) * model.normed)
+    inputs = 2 if c == 4 else 4 + model.gated  # autocast casts for each product anew what a norm gives to several
+    norms = T * (model.width * (2 * 8 + inputs * c) + 8 * (model.queries + model.keys) * model.normed)
     attention = c * (3 * T * model.queries + 2 * keys * model.keys + mask) + 4 * T * model.heads
     return norms + attention + T * (4 if model.gated else 2) * model.inner * c
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from argparse import ArgumentTypeError
@@ -159,8 +160,8 @@ def known_device(device: torch.device) -> str | None:
     """Return the name in the table of the device at hand, or None."""
     if device.type != "cuda":
         return None
-    found = torch.cuda.get_device_name(device).lower()
-    return next((key for key in DEVICES if all(part in found for part in key.split("-"))), None)
+    words = set(re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower()))
+    return next((key for key in DEVICES if words.issuperset(key.split("-"))), None)
 
 
 def room_of(device: torch.device) -> int | None:
