@@ -144,6 +144,22 @@ def test_policy_momentum_policy(servers: VllmServers, policy: Policy) -> None:
     assert servers.sync_seconds > synced > 0
 
 
+def test_order_of_an_exchange(servers: VllmServers, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts here are too short for vLLM's prefix cache to keep them: that it is emptied shows in what is asked."""
+    asked: list[str] = []
+    one = module.Control.one
+
+    def noted(self: module.Control, url: str, path: str, *rest: Any, **options: Any) -> Any:
+        if url == urls[0]:
+            asked.append(path)
+        return one(self, url, path, *rest, **options)
+
+    monkeypatch.setattr(module.Control, "one", noted)
+    draw(servers)
+    exchange = ["start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"]
+    assert asked == ["weight_info", *exchange, "weight_info"]
+
+
 def test_how_many_servers_makes_no_difference(policy: Policy, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     complete = module.complete
