@@ -100,7 +100,8 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         updated = take_step(policy, learner.optimizer, batch, config, step) if any_trains else {}
     with clock("ema"), record_function("ema"):
         if learner.momentum is not None:
-            learner.momentum.update(decay_of(config, step), overlap=True)  # the weights stay until the next step's update
+            # Nothing writes to the weights before the average is read, for the distance below.
+            learner.momentum.update(decay_of(config, step), overlap=True)
 
     judged = parallel.merged(Judgement(entropy, survives, vote, rewards, trains, advantages))
     seen, stats = parallel.merged(seen), parallel.merged(stats)
