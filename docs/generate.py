@@ -34,7 +34,7 @@ over the file, and the file over the defaults. "none" means: not set.
 
 A value that makes no sense, alone or together with others, ends the command with status 2 before anything is written, and says
 which option, what was wanted and what came. `--dry-run` checks everything, prints the plan (every value, what follows from them,
-parameters, memory) and stops.
+parameters, memory, time) and stops: [planning.md](planning.md).
 """
     for group in make_parser()._action_groups:
         rows = [(name_of(action), help_of(action)) for action in group._group_actions if action.dest != "help"]
