@@ -107,7 +107,8 @@ def plan(
         *memory_lines(memory, room_of(device) if target.device is None else round(DEVICES[target.device].memory * 1e9)),
     ]
     if config.run.async_checkpoints:
-        copies = sum(memory.held.get(name, 0) for name in ("weights", "AdamW", "momentum model", "KL reference"))
+        trained = memory.held["AdamW"] // 2  # bytes of the weights that train: with LoRA a checkpoint has no others
+        copies = trained + sum(memory.held.get(name, 0) for name in ("AdamW", "momentum model", "KL reference"))
         lines.append(
             f"  a checkpoint that is written in the background: {size(copies)} more of the CPU's memory, meanwhile"
         )

@@ -108,7 +108,7 @@ class Policy:
             return f"padded: {self.unpackable}"
         fast = attention.has_flash_attention() and self.device.type == "cuda" and self.dtype != torch.float32
         kernel = "flash-attn" if fast else "PyTorch, padded in attention alone"
-        calls = "" if self._lean is None else "; layers in few calls"
+        calls = "; layers in few calls" if self._lean is not None and self._lean.applies() else ""
         return f"without padding, a prompt once for its responses; attention by {kernel}{calls}"
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool | T
         with make_view(config, title) if parallel.is_first() else Quiet(config) as view:
             if policy is None:
                 policy = demo_policy(config, output / "base", device, view)
-            view.say(f"sequences: {policy.how()}")
             learner = make_learner(config, task, policy)
+            view.say(f"sequences: {policy.how()}")  # sharded weights go another way
             with interruptible(view.stopping) as interrupt:
                 return train(learner, output, interrupt, view)
 
