@@ -80,6 +80,7 @@ class GlooEngine(NCCLWeightTransferEngine):
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Load each weight as it comes. After one that does not load the rest is still received, since the trainer sends it."""
         group: Any = self.model_update_group
+        model: Any = self.model  # whose load_weights nn.Module does not declare
         if group is None:
             raise RuntimeError("weights: want a trainer that has made itself known, got none")
         error: Exception | None = None
@@ -88,7 +89,7 @@ class GlooEngine(NCCLWeightTransferEngine):
             group.broadcast(weight)
             if error is None:
                 try:
-                    self.model.load_weights([(name, weight)])
+                    model.load_weights([(name, weight)])
                 except Exception as reason:  # raised below
                     error = RuntimeError(f"{name}, {tuple(shape)}: {type(reason).__name__}: {reason}")
         if error is not None:
