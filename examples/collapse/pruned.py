@@ -1,6 +1,6 @@
 """Tell what the IQR filter prunes: whether it is wrong more often than what stays, and whether the label changes by it.
 
-    python -m mgrpo_kernels.train --method mgrpo --samples-per-step 16 --guard off --output DIR
+    python -m mgrpo_kernels.train --steps 600 --lr-schedule constant --samples-per-step 16 --guard off --output DIR
     python examples/collapse/pruned.py DIR [DIR ...]
 
 The samples must be all rollouts of a step's first prompt (`--samples-per-step` at least `--rollouts`), and their true answers known. The
@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from mgrpo_kernels import majority_vote
 
 Rollout = dict[str, Any]
 EDGES = (1, 51, 101, 201, 401)
@@ -35,10 +38,16 @@ def right(rollouts: Sequence[Rollout]) -> float:
     return sum(each["answer"] == each["gold"] for each in rollouts) / len(rollouts) if rollouts else float("nan")
 
 
-def label_is_right(group: Sequence[Rollout]) -> bool:
-    """Return whether the majority of these is the true answer; of a tie the answer that came first."""
-    answers = Counter(each["answer"] for each in group if each["answer"] is not None)
-    return bool(answers) and answers.most_common(1)[0][0] == group[0]["gold"]
+def labels_right(groups: Sequence[Sequence[Rollout]], *, survivors: bool) -> float:
+    """Return the share of the groups whose majority, of all or of those that survive, is the true answer."""
+    right = 0
+    for group in groups:
+        voters = torch.tensor([not (survivors and each["pruned"]) for each in group])
+        (label,) = majority_vote(
+            [each["answer"] for each in group], len(group), voters=voters, equivalence="exact"
+        ).labels
+        right += label == group[0]["gold"]
+    return right / len(groups)
 
 
 def is_dead(group: Sequence[Rollout]) -> bool:
@@ -69,7 +78,7 @@ def main() -> None:
         )
         figures = [
             len(go) / (len(stay) + len(go)), right(stay), right(go),
-            sum(map(label_is_right, some)) / len(some), sum(label_is_right(kept(group)) for group in some if kept(group)) / len(some),
+            labels_right(some, survivors=False), labels_right(some, survivors=True),
             sum(map(is_dead, some)) / len(some), sum(is_dead(kept(group)) for group in some) / len(some),
         ]  # fmt: skip
         print(

@@ -96,19 +96,24 @@ def plan(
     memory = estimate.memory(config, model, work, ranks, kind, flash=flash)
     known = target.device or known_device(device)
     name = str(device) if target.device is None else target.device
-    largest = max(work.micro, key=work.tokens)
+    largest, trained = max(work.micro, key=work.tokens), estimate.count([model.trained])
     lines = [
         "plan:",
         f"  device: {name}" if ranks == 1 else f"  devices: {ranks} x {name}, one a rank",
         f"  parameters: {model.parameters:,}",
+        *(
+            []
+            if model.whole
+            else [f"  trained: {trained:,} parameters of the adapter, {trained / model.parameters:.2%} of all"]
+        ),
         f"  prompts: {len(task.train):,} to train on ({epochs:.2g} epochs), {len(task.held_out):,} held out",
         f"  responses of one evaluation: {samples:,}",
         f"  micro-batches of a step: {len(work.micro)} a rank, the largest of {work.tokens(largest):,} tokens, at the longest responses",
         *memory_lines(memory, room_of(device) if target.device is None else round(DEVICES[target.device].memory * 1e9)),
     ]
     if config.run.async_checkpoints:
-        trained = memory.held["AdamW"] // 2  # bytes of the weights that train: with LoRA a checkpoint has no others
-        copies = trained + sum(memory.held.get(name, 0) for name in ("AdamW", "momentum model", "KL reference"))
+        weights = memory.held["AdamW"] // 2  # those that train: with LoRA a checkpoint has no others
+        copies = weights + sum(memory.held.get(name, 0) for name in ("AdamW", "momentum model", "KL reference"))
         lines.append(
             f"  a checkpoint that is written in the background: {size(copies)} more of the CPU's memory, meanwhile"
         )
@@ -194,10 +199,8 @@ def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], 
                 torch.cuda.synchronize(device)
             return clock() - begin
 
-        until, found = (
-            time.perf_counter() + 0.2,
-            [once(), once()],
-        )  # the first warms up; where others take the cores, few must do
+        until = time.perf_counter() + 0.2  # where others take the cores, few must do
+        found = [once(), once()]  # the first warms up
         while len(found) <= tries and time.perf_counter() < until:
             found.append(once())
         return max(statistics.median(found[1:]), 1e-9)

@@ -14,7 +14,7 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import checkpoint, demo, parallel
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
 from mgrpo_kernels.train.data import Task, equal_to_gold, load_task, prompts_of_step
-from mgrpo_kernels.train.estimate import CACHE_SHARE, count
+from mgrpo_kernels.train.estimate import CACHE_SHARE
 from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.export import save_final
 from mgrpo_kernels.train.guard import Guard, message
@@ -140,24 +140,17 @@ def check(
         raise UsageError("report: want matplotlib for the curves, got none: pip install 'mgrpo_kernels[train]'")
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UsageError("engine: want the package vllm with --engine vllm, got none: make vllm")
-    if config.rollout.prompts_per_step < parallel.world():
-        raise UsageError(
-            f"prompts_per_step: want at least one for each of the {parallel.world()} ranks, got {config.rollout.prompts_per_step}"
-        )
     check_loggers(config.run)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
-    model, adapter = read_model(config.model.model or demo.model_config(), config.lora), []
-    if config.lora.lora_rank is not None:
-        trained = count([model.trained])
-        adapter = [f"  trained: {trained:,} parameters of the adapter, {trained / model.parameters:.2%} of all"]
+    model = read_model(config.model.model or demo.model_config(), config.lora)
     if config.model.model is None:
         longest = check_lengths(demo.make_tokenizer(), context_of(demo.model_config()), task, config)
     else:
         longest = check_lengths(*read_tokenizer(config.model.model), task, config)
     target = dry_run if isinstance(dry_run, Target) else Target(parallel.world())
     lines = plan(config, task, model, longest, device, target, probe=bool(dry_run) and parallel.is_first())
-    return task, [*describe(config), *lines, *adapter, *changes]
+    return task, [*describe(config), *lines, *changes]
 
 
 def load(config: Config, name: str, device: torch.device) -> Policy:

@@ -26,6 +26,7 @@ from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import serve
 from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig, build
 from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout import vllm as engine_module
 from mgrpo_kernels.train.rollout import vllm_server as module
 from mgrpo_kernels.train.rollout.vllm import VllmEngine
 from mgrpo_kernels.train.rollout.vllm_server import VllmServers
@@ -315,7 +316,7 @@ def test_weights_that_do_not_load_or_go_astray_are_noticed(
     policy: Policy, urls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = draw(connect(policy, urls))
-    right, places = module.checkpoint_weights, [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
+    right, places = engine_module.checkpoint_weights, [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
 
     def crossed(model: Any, *, untie: bool) -> dict[str, torch.Tensor]:
         named = dict(right(model, untie=untie))
@@ -333,7 +334,7 @@ def test_weights_that_do_not_load_or_go_astray_are_noticed(
         ),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "checkpoint_weights", wrong)
+            patch.setattr(engine_module, "checkpoint_weights", wrong)
             with pytest.raises(UsageError, match=message):
                 connect(policy, urls)
     assert equal(draw(connect(policy, urls)), want)  # the servers took no harm

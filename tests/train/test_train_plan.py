@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from absent import need
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -224,7 +225,7 @@ def test_ranks_divide_what_is_sharded(qwen: Policy, ranks: int) -> None:
 
 
 def test_an_adapter_alone_has_a_gradient() -> None:
-    pytest.importorskip("peft")
+    need("peft", "make setup")
     config = tiny.config(**BIG, lora_rank=2)
     model = plan.read_model(demo.model_config(), config.lora)
     assert not model.whole

@@ -72,6 +72,7 @@ class VllmEngine(Engine):
             raise UsageError("vllm_sleep: want a GPU, whose memory is then given back, got the device cpu")
         self._llm = start(policy, self.max_prompt + max_tokens, self.sleeps, options)
         self._asleep = False
+        self._untie = unties(policy)
         self._check()
 
     def _remember(self, policy: Policy, max_tokens: int, max_prompt: int, options: VllmConfig) -> None:
@@ -127,25 +128,32 @@ class VllmEngine(Engine):
         return self._rollouts(outputs)
 
     def _synchronize(self, momentum: MomentumModel | None) -> None:
-        """Copy the weights of the policy, or of the momentum model, into vLLM, and wake it for that."""
+        """Copy the weights of the policy, or of the momentum model, into vLLM, and empty its prefix cache."""
         start = time.perf_counter()
         self._whole = False
+        weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
+        with weights:
+            self._send(checkpoint_weights(self.policy.model, untie=self._untie))
+        self._forget()
+        self._whole = True
+        self.sync_seconds += time.perf_counter() - start
+
+    def _send(self, weights: dict[str, Tensor]) -> None:
+        """Put weights in the place of vLLM's, and wake it for that."""
         if self._asleep:
             torch.cuda.empty_cache()  # what the trainer has freed, vLLM may take
             self._llm.wake_up(tags=["weights"])
-        weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
-        with weights:
-            named = checkpoint_weights(self.policy.model, untie=unties(self.policy))
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+
+    def _forget(self) -> None:
+        """Empty the prefix cache: what is in it is of the weights before."""
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        if not self._llm.reset_prefix_cache():  # what is cached is of the weights before
+        if not self._llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache was in use and kept")
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize()
-        self._whole = True
-        self.sync_seconds += time.perf_counter() - start
 
     def _generate(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import socket
 import time
@@ -17,10 +16,9 @@ import httpx
 import torch
 from torch import Tensor
 
-from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import UsageError, VllmConfig
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout.vllm import NOT_FINITE, Completion, VllmEngine, checkpoint_weights, import_vllm
+from mgrpo_kernels.train.rollout.vllm import NOT_FINITE, Completion, VllmEngine, import_vllm
 from mgrpo_kernels.train.serve import EXTENSION, GLOO
 
 POLL = 0.1
@@ -74,20 +72,15 @@ class VllmServers(VllmEngine):
             raise UsageError(f"vllm_servers: want servers that can be used, got {error}") from error
         self._check()
 
-    def _synchronize(self, momentum: MomentumModel | None) -> None:
-        """Copy the weights of the policy, or of the momentum model, into every server."""
-        start = time.perf_counter()
-        self._whole = False
-        weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
-        with weights:
-            self._source.weights = checkpoint_weights(self.policy.model, untie=self._untie)
-            self._transfer.send_weights()
-            self._source.weights = {}
+    def _send(self, weights: dict[str, Tensor]) -> None:
+        self._source.weights = weights
+        self._transfer.send_weights()
+        self._source.weights = {}
+
+    def _forget(self) -> None:
         for url, answer in zip(self._urls, self._control.all("reset_prefix_cache"), strict=True):
             if not answer["success"]:
                 raise ServerError(f"{url}: the prefix cache was in use and kept")
-        self._whole = True
-        self.sync_seconds += time.perf_counter() - start
 
     def _generate(
         self,
