@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,7 @@ def test_a_crash_loses_only_what_did_not_run(script, tmp_path, monkeypatch):
 
 
 def test_time_runs_out(script, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in main(): a shell's background job has it ignored, children too
     check = script.Check(tmp_path, 0.0, dry=True)
     assert check.time_for("tests") is None
     check.deadline += 60

@@ -236,7 +236,10 @@ def _tile(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep:
     n, first = rows.stop - rows.start, columns.start if keep else 0
     width = columns.stop - columns.start
     stride = _padded(width, padding)
-    return workspace[n * first : n * (first + stride)].view(n, stride)[:, :width]
+    place = workspace[n * first : n * (first + stride)].view(n, stride)
+    if stride > width and place.device.type == "cpu":  # oneDNN with AMX multiplies a 16-bit row's padding by 0: no NaN may lie there
+        place[:, width:].zero_()
+    return place[:, :width]
 
 
 def _result(hidden: Tensor, head: Head) -> Tensor:
