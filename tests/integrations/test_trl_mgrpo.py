@@ -1,5 +1,6 @@
 """M-GRPO on TRL's GRPOTrainer: the same rollouts give what our own trainer makes of them."""
 
+import json
 import os
 import random
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_trl
 import torch
+from absent import need
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -237,6 +239,25 @@ def test_momentum_rollouts_come_from_the_momentum_models_weights(base, tmp_path,
         ] * 4
         assert trainer._last_loaded_step == -1  # the policy's weights come back before it is sampled again
     assert all(torch.equal(value, before[name]) for name, value in tiny_trl.weights(trainer.model).items())
+
+
+def test_momentum_rollouts_come_from_vllm(tmp_path):
+    need("vllm", "make vllm")
+    # 32 is the least width of a head that vLLM has for a CPU.
+    base = tiny_trl.make_base(tmp_path / "base", num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(here / "mgrpo_on_vllm.py"), base, str(tmp_path / "run")], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{here.parent}:{os.environ.get('PYTHONPATH', '')}"}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["rows"] == 2 * P * G  # before and after the steps
+    assert found["own"] < 1e-5
+    assert found["other"] > 0.01
+    assert found["moved"] > 1e-4
+    assert found["gradients"][0] > 0
+    assert len(found["gradients"]) == 3
 
 
 def first_digit(text):

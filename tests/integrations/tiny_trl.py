@@ -15,10 +15,12 @@ from mgrpo_kernels.train import demo
 KINDS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
-def make_base(place: Path) -> str:
+def make_base(place: Path, **changes: Any) -> str:
     """Leave a small random model with its tokenizer in `place`: sums of single characters, 15 tokens."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(demo.model_config())
+    config = demo.model_config()
+    config.update(changes)
+    model = LlamaForCausalLM(config)
     with torch.no_grad():  # a peaked distribution: log-probs that training moves
         model.lm_head.weight.mul_(8)
     model.save_pretrained(place)
