@@ -26,6 +26,16 @@ from mgrpo_kernels.train.rollout import Engine, Rollouts
 from mgrpo_kernels.train.trainer import make_learner
 
 P, G, N = 3, 8, 2
+HERE = Path(__file__).parent
+
+
+def process(*arguments, **variables):
+    """Run Python on a script of this folder, which finds what the tests share."""
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -245,11 +255,7 @@ def test_momentum_rollouts_come_from_vllm(tmp_path):
     need("vllm", "make vllm")
     # 32 is the least width of a head that vLLM has for a CPU.
     base = tiny_trl.make_base(tmp_path / "base", num_attention_heads=2, num_key_value_heads=2, head_dim=32)
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(here / "mgrpo_on_vllm.py"), base, str(tmp_path / "run")], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{here.parent}:{os.environ.get('PYTHONPATH', '')}"}, timeout=300, check=False,
-    )  # fmt: skip
+    done = process(HERE / "mgrpo_on_vllm.py", base, tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["rows"] == 2 * P * G  # before and after the steps
@@ -376,11 +382,8 @@ def test_a_group_split_over_two_processes(base, tmp_path, monkeypatch):
         "advantages": output["advantages"], "trains": output["completion_mask"].bool().any(1), "tokens": output["num_items_in_batch"],
     }  # fmt: skip
     torch.save(want, tmp_path / "want.pt")
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-         "localhost:0", str(here / "mgrpo_on_two.py"), base, str(tmp_path / "want.pt"), str(tmp_path / "two")],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False,
-    )  # fmt: skip
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0".split()
+    script = HERE / "mgrpo_on_two.py"
+    done = process(*torchrun, script, base, tmp_path / "want.pt", tmp_path / "two", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the same") == 2
