@@ -382,8 +382,9 @@ def test_a_group_split_over_two_processes(base, tmp_path, monkeypatch):
         "advantages": output["advantages"], "trains": output["completion_mask"].bool().any(1), "tokens": output["num_items_in_batch"],
     }  # fmt: skip
     torch.save(want, tmp_path / "want.pt")
-    torchrun = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0".split()
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     script = HERE / "mgrpo_on_two.py"
-    done = process(*torchrun, script, base, tmp_path / "want.pt", tmp_path / "two", OMP_NUM_THREADS="1")
+    done = process(*torchrun, *rendezvous, script, base, tmp_path / "want.pt", tmp_path / "two", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the same") == 2
