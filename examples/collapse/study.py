@@ -25,7 +25,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN
+from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
 
 from mgrpo_kernels.train import demo
 
@@ -68,17 +68,21 @@ def curve_of(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     return columns
 
 
+def own_lesson(draw: random.Random, held_out: set[str]) -> tuple[str, str]:
+    return demo.lesson(draw, held_out, lengthened_share=0.0)
+
+
 def lazy_lesson(draw: random.Random, held_out: set[str]) -> tuple[str, str]:
-    prompt, response = demo.lesson(draw, held_out)
+    prompt, response = own_lesson(draw, held_out)
     return prompt, LAZY_RESPONSE if draw.random() < LAZY_SHARE else response
 
 
 def base_of(name: str, seed: int, bases: Path) -> Path:
-    """Return where the model is that the runs of a seed start from: the trainer's own, unless the name says otherwise."""
+    """Return where the model is that the runs of a seed start from: the trainer's own, but taught sums of all lengths alike."""
     place = bases / f"{name}-{seed}"
     if not place.exists():
-        teach = {"own": demo.lesson, "lazy": lazy_lesson}[name]
-        demo.make_model(place, seed, torch.device("cpu"), demo.WARM_STEPS, teach=teach)
+        teach = {"own": own_lesson, "lazy": lazy_lesson}[name]
+        demo.make_model(place, seed, torch.device("cpu"), WARM_STEPS, teach=teach)
     return place
 
 

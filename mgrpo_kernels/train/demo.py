@@ -2,7 +2,8 @@
 
 The model is warm-started on direct answers (``#7``) and on scratchpads (``4+3+3=`` ``360#0``: the running sums, then the
 answer) in equal parts. Sums run from the last digit to the first: the digit to add then lies as far back whatever their number,
-which a small model learns in a few hundred steps with any seed; the other way round some seeds take thousands.
+which a small model learns in a few hundred steps with any seed; the other way round some seeds take thousands. It learns each of those
+places apart, though, so that half of the scratchpads are of the longest sums: a model that cannot do those has a majority that is wrong.
 Guessing is mostly wrong and working out mostly right, so the majority is right more often than a single sample, and learning from
 the majority teaches the model to work the sum out.
 """
@@ -49,11 +50,12 @@ LONGEST = 180
 
 CHARACTERS = "0123456789+=#"
 TRAIN_SIZE, HELD_OUT_SIZE = 4096, 256
-WARM_STEPS, WARM_BATCH, WARM_RATE, WARM_BETAS = 1500, 64, 1e-3, (0.9, 0.95)
+LEAST_DIGITS, MOST_DIGITS = 2, 6
+WARM_STEPS, WARM_BATCH, WARM_RATE, WARM_BETAS = 3000, 64, 1e-3, (0.9, 0.95)
 WARM_ACCURACY, WARM_CHECK = 0.38, 25
 """The warm start ends at this accuracy, looked at every so many steps: when a model of this size gets the knack of sums depends on
 the seed, and what comes after needs one that neither fails nor succeeds at them."""
-SCRATCH_SHARE, CORRUPTED_SHARE = 0.5, 0.05
+SCRATCH_SHARE, CORRUPTED_SHARE, LENGTHENED_SHARE = 0.5, 0.05, 0.5
 
 
 def make_task(seed: int) -> Task:
@@ -68,7 +70,7 @@ def make_task(seed: int) -> Task:
 
 
 def make_digits(draw: random.Random) -> tuple[int, ...]:
-    return tuple(draw.randrange(10) for _ in range(draw.randint(2, 6)))
+    return tuple(draw.randrange(10) for _ in range(draw.randint(LEAST_DIGITS, MOST_DIGITS)))
 
 
 def example(digits: tuple[int, ...]) -> Example:
@@ -136,14 +138,21 @@ def make_model(
     replace_directory(new, place)
 
 
-def lesson(draw: random.Random, held_out: set[str]) -> tuple[str, str]:
-    """Return a prompt that is not held out, and the response to imitate."""
+def lesson(draw: random.Random, held_out: set[str], lengthened_share: float = LENGTHENED_SHARE) -> tuple[str, str]:
+    """Return a prompt that is not held out, and the response to imitate: the answer, or a scratchpad.
+
+    `lengthened_share` of the scratchpads are of sums of the most digits.
+    """
     digits = make_digits(draw)
     while example(digits).prompt in held_out:
         digits = make_digits(draw)
     prompt, answer = example(digits)
     if draw.random() >= SCRATCH_SHARE:
         return prompt, f"#{answer}$"
+    if lengthened_share and draw.random() < lengthened_share:
+        longer = tuple(draw.randrange(10) for _ in range(MOST_DIGITS))
+        if (longest := example(longer)).prompt not in held_out:
+            digits, prompt = longer, longest.prompt
     total, steps = 0, ""
     for digit in reversed(digits):  # a slip of the pen is carried on, like a real one
         total = draw.randrange(10) if draw.random() < CORRUPTED_SHARE else (total + digit) % 10

@@ -48,6 +48,16 @@ def test_lessons() -> None:
     assert "1+1=" not in {prompt for prompt, _ in lessons}
 
 
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0.17, 0.23), (0.5, 0.57, 0.63), (1.0, 1.0, 1.0)])
+def test_scratchpads_of_the_longest_sums(share: float, least: float, most: float) -> None:
+    draw = random.Random(0)
+    scratchpads = [
+        response for _, response in (demo.lesson(draw, set(), share) for _ in range(6000)) if response[0] != "#"
+    ]
+    longest = sum(response.index("#") == 6 for response in scratchpads)
+    assert least <= longest / len(scratchpads) <= most
+
+
 def test_tokenizer_is_one_of_characters() -> None:
     tokenizer = demo.make_tokenizer()
     ids = tokenizer("3+4=7#$")["input_ids"]
