@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import TokenStats, linear_token_stats
-from mgrpo_kernels.train.attention import Sequences
+from mgrpo_kernels.train.attention import Sequences, gather
 from mgrpo_kernels.train.policy import Policy
 
 
@@ -62,7 +62,8 @@ def pack(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor, mask:
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     if policy.unpackable is None:
         layout = Sequences(prompts, lengths.tolist(), labels)
-        return Packed(policy.packed_hidden(layout.ids, layout.positions, layout)[layout.states], labels, cu_seqlens)
+        hidden = policy.packed_hidden(layout.ids, layout.positions, layout)
+        return Packed(gather(hidden, layout.states), labels, cu_seqlens)
     before = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     width = max(int((before + lengths).max()) - 1, 1)  # what follows the last token is not asked for
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)

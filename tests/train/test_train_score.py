@@ -15,7 +15,7 @@ from mgrpo_kernels.train.plan import read_model
 from mgrpo_kernels.train.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
-from mgrpo_kernels.train.score import micro_batches, score
+from mgrpo_kernels.train.score import micro_batches, pack, score
 
 PROMPTS = ["3+4=", "1+2+3+4+5+6=", "9+9+9=", "0+5="]
 T = 1.1
@@ -163,3 +163,22 @@ def test_a_model_without_an_end_is_refused() -> None:
         UsageError, match="want a tokenizer or a generation configuration with an end-of-sequence token"
     ):
         Policy(AutoModelForCausalLM.from_config(config), tokenizer)
+
+
+def test_gradients_are_the_same_bits_each_time_on_several_threads(policy: Policy) -> None:
+    """Responses share the state of their prompt's last token: what it gets from each must add up in the same order."""
+    prompts = policy.encode(PROMPTS[:1]) * 256
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 12, (len(prompts), 8), generator=generator)
+    upstream = torch.randn(tokens.numel(), 64, generator=generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        gradients = []
+        for _ in range(8):
+            policy.model.zero_grad()
+            pack(policy, prompts, tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden.backward(upstream)
+            gradients.append(torch.cat([each.grad.flatten() for each in policy.model.model.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradients[0], each) for each in gradients)
