@@ -25,13 +25,14 @@ bench: setup  ## every op beside its peers
 gpu-check: $(if $(filter .venv/%,$(PY)),setup)  ## tests and benchmarks on one GPU, in nine minutes, as JSON: OUT=dir
 	$(PY) scripts/gpu_check.py --out $(or $(OUT),gpu-check) $(ARGS)
 
+OF_STUDY := examples/collapse/summary.py --results runs/collapse.jsonl --against examples/collapse/results.jsonl
 study: setup  ## the collapse study's main cells with three seeds: some 20 minutes on two free cores; resumable
 	$(PY) examples/collapse/study.py $(ARGS)
-	$(PY) examples/collapse/summary.py
+	$(PY) $(OF_STUDY)
 
 study-full: setup  ## every cell of it with five seeds: hours
 	$(PY) examples/collapse/study.py --all --seeds 5 $(ARGS)
-	$(PY) examples/collapse/summary.py
+	$(PY) $(OF_STUDY)
 
 torture: setup  ## runs killed at twenty random moments and resumed, to the same bits
 	$(PY) tests/torture.py $(ARGS)

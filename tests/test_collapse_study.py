@@ -45,6 +45,15 @@ def test_table_has_a_row_for_each_cell(modules):
     assert line == "| a | 2 | 0.40 | 0.55 | 0.35 (0.10 - 0.60) | 0.60 | 1 of 2 | 100 |"
 
 
+def test_results_beside_others(modules):
+    _, _, summary = modules
+    theirs = [run([0.4, 0.6, 0.6, 0.6]), {**run([0.4, 0.6, 0.1, 0.1, 0.1]), "seed": 1}]
+    for final, within, fallen in ((0.5, "yes", 0), (0.05, "no", 1), (0.7, "no", 0)):
+        mine = [run([0.4, 0.5, final, final, final]), {**run([0.5]), "cell": "only here"}]
+        lines = summary.comparison(summary.by_cell(mine), summary.by_cell(theirs)).splitlines()[2:]
+        assert lines == [f"| a | {final:.2f} | 0.10 - 0.60 | {within} | {fallen} of 1 | 1 of 2 |"]
+
+
 def test_every_cell_is_a_command_that_the_trainer_takes(modules):
     from mgrpo_kernels.train.__main__ import read_command_line
 
@@ -58,7 +67,7 @@ def test_every_cell_is_a_command_that_the_trainer_takes(modules):
 
 def test_a_run_starts_from_the_base_and_gives_its_curve(modules, tmp_path, monkeypatch):
     cells, study, _ = modules
-    monkeypatch.setattr(study.demo, "WARM_STEPS", 1)
+    monkeypatch.setattr(study, "WARM_STEPS", 1)
     base = study.base_of("lazy", 3, tmp_path)
     assert study.base_of("lazy", 3, tmp_path) == base
     short = {**cells.COMMON, "steps": 4, "eval_every": 2, "eval_prompts": 4, "rollouts": 4}

@@ -5,7 +5,7 @@
     python examples/collapse/study.py --cells srt mgrpo
 
 Resumable: a run that is in the results is not taken again. Each finished run is one line of JSON: its options, and what it measured at
-each evaluation. ``summary.py`` makes the table and the figures of them.
+each evaluation. ``summary.py`` makes the table and the figures of them, and sets them beside the project's own, ``results.jsonl``.
 """
 
 from __future__ import annotations
@@ -125,8 +125,11 @@ def main() -> None:
         "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: the cores)"
     )
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl", metavar="FILE")
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/collapse.jsonl"), metavar="FILE", help="default: runs/collapse.jsonl"
+    )
     given = parser.parse_args()
+    given.results.parent.mkdir(parents=True, exist_ok=True)
 
     cells = given.cells or list(CELLS if given.all else MAIN)
     seeds = range(given.first_seed, given.first_seed + given.seeds)

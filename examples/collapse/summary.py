@@ -2,6 +2,7 @@
 
     python examples/collapse/summary.py                        print the table
     python examples/collapse/summary.py --figures docs/        and draw docs/collapse_*.png
+    python examples/collapse/summary.py --results FILE --against examples/collapse/results.jsonl    one's own beside the project's
 
 Accuracies are means over :data:`WINDOW` evaluations in a row, so that one lucky evaluation is no best. A run has collapsed at the first
 evaluation where that is below :data:`COLLAPSED` of its best so far.
@@ -76,6 +77,23 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def comparison(cells: dict[str, list[dict[str, Any]]], others: dict[str, list[dict[str, Any]]]) -> str:
+    """Return, in Markdown, whether the mean final accuracy of each cell lies within the other study's least and most."""
+    lines = ["| cell | final | theirs (least - most) | within | collapsed | theirs |", "|---|---|---|---|---|---|"]
+    for cell in cells:
+        if cell in others:
+            rows, theirs = ([row_of(run) for run in each[cell]] for each in (cells, others))
+            final, band = statistics.fmean(row.final for row in rows), [row.final for row in theirs]
+            fallen, theirs_fallen = (
+                f"{sum(r.collapse is not None for r in each)} of {len(each)}" for each in (rows, theirs)
+            )
+            lines.append(
+                f"| {cell} | {final:.2f} | {min(band):.2f} - {max(band):.2f} | {'yes' if min(band) <= final <= max(band) else 'no'} "
+                f"| {fallen} | {theirs_fallen} |"
+            )
+    return "\n".join(lines)
+
+
 def draw(cells: dict[str, list[dict[str, Any]]], path: Path, keys: Sequence[str]) -> None:
     """Draw the curves of some figures, a panel each: the mean over seeds, and a band from the least to the most."""
     import matplotlib as mpl
@@ -111,11 +129,14 @@ def main() -> None:
     """Print the table; draw the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl", metavar="FILE")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="results to be compared with")
     parser.add_argument("--figures", type=Path, metavar="DIR")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="of the figures (default: the first five)")
     given = parser.parse_args()
     cells = by_cell(read(given.results))
     print(table(cells))
+    if given.against is not None:
+        print(f"\nbeside {given.against}:\n\n{comparison(cells, by_cell(read(given.against)))}")
     if given.figures is not None:
         shown = {cell: cells[cell] for cell in given.cells or list(cells)[:5]}
         draw(shown, given.figures / "collapse_accuracy.png", ["eval_accuracy", "eval_greedy"])
