@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import checkpoint
 from mgrpo_kernels.train.config import build, read_yaml
+from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -223,7 +224,7 @@ def test_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lerning-rate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["mgrpo", "gold"])
+@pytest.mark.parametrize("method", METHODS)
 def test_gsm8k(tmp_path: Path, method: str) -> None:
     if not GSM8K.exists():
         pytest.skip("gsm8k is not in ../shared/data")
