@@ -23,7 +23,12 @@ def run(accuracy, **columns):
     return {
         "cell": "a",
         "seed": 0,
-        "curve": {"step": [50 * i for i in range(len(accuracy))], "eval_accuracy": accuracy, **columns},
+        "curve": {
+            "step": [50 * i for i in range(len(accuracy))],
+            "eval_accuracy": accuracy,
+            "pruned_fraction": [None, 0.02],
+            **columns,
+        },
     }
 
 
@@ -42,7 +47,7 @@ def test_table_has_a_row_for_each_cell(modules):
     _, _, summary = modules
     runs = [run([0.4, 0.6, 0.6, 0.6]), {**run([0.4, 0.6, 0.1, 0.1, 0.1]), "seed": 1}]
     line = summary.table(summary.by_cell(runs)).splitlines()[-1]
-    assert line == "| a | 2 | 0.40 | 0.55 | 0.35 (0.10 - 0.60) | 0.60 | 1 of 2 | 100 |"
+    assert line == "| a | 2 | 0.40 | 0.55 | 0.35 (0.10 - 0.60) | 0.600 (0.200) | 2.0% | 1 of 2 | 100 |"
 
 
 def test_results_beside_others(modules):
@@ -51,7 +56,8 @@ def test_results_beside_others(modules):
     for final, within, fallen in ((0.5, "yes", 0), (0.05, "no", 1), (0.7, "no", 0)):
         mine = [run([0.4, 0.5, final, final, final]), {**run([0.5]), "cell": "only here"}]
         lines = summary.comparison(summary.by_cell(mine), summary.by_cell(theirs)).splitlines()[2:]
-        assert lines == [f"| a | {final:.2f} | 0.10 - 0.60 | {within} | {fallen} of 1 | 1 of 2 |"]
+        assert lines == [f"| a | {final:.2f} | 0.10 - 0.60 | {within} | {fallen} of 1 | 1 of 2 | 0 of 1 |"]
+    assert summary.comparison(*[summary.by_cell(theirs)] * 2).endswith("| 2 of 2 |")
 
 
 def test_every_cell_is_a_command_that_the_trainer_takes(modules):

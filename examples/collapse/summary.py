@@ -60,36 +60,45 @@ def by_cell(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(cells: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the table in Markdown: means over seeds, with the least and the most of the final accuracy."""
+    """Return the table in Markdown: means over seeds, with the least and the most of the final accuracy, the least of what was kept."""
     lines = [
-        "| cell | seeds | start | best | final (least - most) | final / best | collapsed | at step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| cell | seeds | start | best | final (least - most) | final / best (least) | pruned | collapsed | at step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell, runs in cells.items():
         rows = [row_of(run) for run in runs]
         final = [row.final for row in rows]
         steps = sorted(row.collapse for row in rows if row.collapse is not None)
         start, best, kept = (statistics.fmean(getattr(row, name) for row in rows) for name in ("start", "best", "kept"))
+        pruned = statistics.fmean(
+            value for run in runs for value in run["curve"]["pruned_fraction"] if value is not None
+        )
+        at = ", ".join(map(str, steps)) or "-"
         lines.append(
             f"| {cell} | {len(rows)} | {start:.2f} | {best:.2f} | {statistics.fmean(final):.2f} ({min(final):.2f} - {max(final):.2f}) "
-            f"| {kept:.2f} | {len(steps)} of {len(rows)} | {', '.join(map(str, steps)) or '-'} |"
+            f"| {kept:.3f} ({min(row.kept for row in rows):.3f}) | {pruned:.1%} | {len(steps)} of {len(rows)} | {at} |"
         )
     return "\n".join(lines)
 
 
 def comparison(cells: dict[str, list[dict[str, Any]]], others: dict[str, list[dict[str, Any]]]) -> str:
-    """Return, in Markdown, whether the mean final accuracy of each cell lies within the other study's least and most."""
-    lines = ["| cell | final | theirs (least - most) | within | collapsed | theirs |", "|---|---|---|---|---|---|"]
-    for cell in cells:
+    """Return a table: does each cell's mean final accuracy lie within the other study's least and most, and how many runs are equal?"""
+    lines = [
+        "| cell | final | theirs (least - most) | within | collapsed | theirs | same curve |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell, runs in cells.items():
         if cell in others:
-            rows, theirs = ([row_of(run) for run in each[cell]] for each in (cells, others))
+            rows, theirs = ([row_of(run) for run in each] for each in (runs, others[cell]))
+            curves = {run["seed"]: run["curve"]["eval_accuracy"] for run in others[cell]}
+            same = sum(run["curve"]["eval_accuracy"] == curves.get(run["seed"]) for run in runs)
             final, band = statistics.fmean(row.final for row in rows), [row.final for row in theirs]
             fallen, theirs_fallen = (
                 f"{sum(r.collapse is not None for r in each)} of {len(each)}" for each in (rows, theirs)
             )
             lines.append(
                 f"| {cell} | {final:.2f} | {min(band):.2f} - {max(band):.2f} | {'yes' if min(band) <= final <= max(band) else 'no'} "
-                f"| {fallen} | {theirs_fallen} |"
+                f"| {fallen} | {theirs_fallen} | {same} of {len(rows)} |"
             )
     return "\n".join(lines)
 

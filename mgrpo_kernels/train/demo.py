@@ -149,7 +149,9 @@ def lesson(draw: random.Random, held_out: set[str], lengthened_share: float = LE
     prompt, answer = example(digits)
     if draw.random() >= SCRATCH_SHARE:
         return prompt, f"#{answer}$"
-    if lengthened_share and draw.random() < lengthened_share:
+    if (
+        lengthened_share and draw.random() < lengthened_share
+    ):  # with 0 nothing is drawn: the study's models stay as they are
         longer = tuple(draw.randrange(10) for _ in range(MOST_DIGITS))
         if (longest := example(longer)).prompt not in held_out:
             digits, prompt = longer, longest.prompt
