@@ -15,8 +15,8 @@ vllm: setup  ## vLLM beside it: its CPU build where there is no GPU
 train: setup  ## the demonstration; ARGS="--steps 100 ..." passes options on
 	$(PY) -m mgrpo_kernels.train $(ARGS)
 
-test: setup  ## the whole suite
-	$(PY) -m pytest $(ARGS)
+test: setup  ## the whole suite, a file at a time in each of two processes
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: setup  ## every op beside its peers
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

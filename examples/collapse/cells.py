@@ -21,6 +21,7 @@ LAZY_SHARE, LAZY_RESPONSE = 0.22, "#7$"
 PAPER: dict[str, object] = {"method": "mgrpo"}
 MOMENTUM: dict[str, object] = {"method": "mgrpo", "iqr_filter": False}
 TEACHER: dict[str, object] = {"method": "co_rewarding", "momentum_rollouts": 8, "decay_end": 0.99}
+HALF: dict[str, object] = {**PAPER, "momentum_rollouts": 8}
 STEADY: dict[str, object] = {**TEACHER, "iqr_filter": True}
 """Chosen on seeds 0 and 1, which the study leaves out: the momentum model alone votes, and the filter prunes as the paper has it."""
 
@@ -43,19 +44,23 @@ REST: dict[str, dict[str, object]] = {
     "random": {"method": "random"},
     "momentum labels": TEACHER,
     f"steady, {LONG} steps": {**STEADY, "steps": LONG},
+    f"steady, scope vote, {LONG} steps": {**STEADY, "filter_scope": "vote", "steps": LONG},
+    f"mgrpo, N = G/2, {LONG} steps": {**HALF, "steps": LONG},
     "srt + IQR, scope vote": {"method": "srt", "iqr_filter": True, "filter_scope": "vote"},
     "srt + IQR, scope penalise": {"method": "srt", "iqr_filter": True, "filter_scope": "penalise"},
     "steady, scope vote": {**STEADY, "filter_scope": "vote"},
     "mgrpo, scope vote": {**PAPER, "filter_scope": "vote"},
     "mgrpo, scope penalise": {**PAPER, "filter_scope": "penalise"},
     "mgrpo, m 0.999": {**PAPER, "decay": 0.999},
-    "mgrpo, N = G/2": {**PAPER, "momentum_rollouts": 8},
+    "mgrpo, N = G/2": HALF,
     "mgrpo, KL 0.05": {**PAPER, "kl_coef": 0.05},
     "mgrpo, lr 5e-5": {**PAPER, "learning_rate": 5e-5},
     "mgrpo, k 1.5": {**PAPER, "iqr_k": 1.5},
     "mgrpo, T 1.2": {**PAPER, "temperature": 1.2},
     "mgrpo, G 32": {**PAPER, "rollouts": 32, "momentum_rollouts": 8},
     "mgrpo, min spread 0.5": {**PAPER, "iqr_min_spread": 0.5},
+    "mgrpo, min spread 0.1": {**PAPER, "iqr_min_spread": 0.1},
+    "mgrpo, min spread 0.2": {**PAPER, "iqr_min_spread": 0.2},
     "srt + IQR, min spread 0.5": {"method": "srt", "iqr_filter": True, "iqr_min_spread": 0.5},
     "srt + momentum, N = G/2": {**MOMENTUM, "momentum_rollouts": 8},
     "srt, lr 5e-5": {"method": "srt", "learning_rate": 5e-5},

@@ -4,8 +4,8 @@
     python examples/collapse/study.py --all --seeds 5      everything
     python examples/collapse/study.py --cells srt mgrpo
 
-Resumable: a run that is in the results is not taken again. Each finished run is one line of JSON: its options, and what it measured at
-each evaluation. ``summary.py`` makes the table and the figures of them, and sets them beside the project's own, ``results.jsonl``.
+Resumable: a run that is in the results is not taken again. Each finished run is one line of JSON: its options, the processor, and what it
+measured at each evaluation. ``summary.py`` makes the table and the figures of them, and sets them beside the project's own, ``results.jsonl``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
 
 from mgrpo_kernels.train import demo
+from mgrpo_kernels.train.report import cpu_name
 
 KEPT = ("step", "eval_accuracy", "eval_greedy", "eval_maj_at_k")
 AVERAGED = (
@@ -103,7 +104,8 @@ def take(cell: str, seed: int, options: dict[str, object], device: str, base: Pa
             raise RuntimeError(f"{cell}, seed {seed}: exit status {done.returncode}\n{done.stderr[-2000:]}")
         lines = [json.loads(line) for line in Path(place, "run", "metrics.jsonl").read_text().splitlines()]
     return {
-        "cell": cell, "seed": seed, "options": options, "seconds": round(time.perf_counter() - start), "curve": curve_of(lines),
+        "cell": cell, "seed": seed, "options": options, "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "seconds": round(time.perf_counter() - start), "curve": curve_of(lines),
     }  # fmt: skip
 
 
