@@ -16,7 +16,7 @@ train: setup  ## the demonstration; ARGS="--steps 100 ..." passes options on
 	$(PY) -m mgrpo_kernels.train $(ARGS)
 
 test: setup  ## the whole suite, a file at a time in each of two processes
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 bench: setup  ## every op beside its peers
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

@@ -223,7 +223,7 @@ def test_requests_are_given_up(servers: VllmServers, urls: list[str], reason: st
         servers.timeout = 1.0
         with pytest.raises(EngineError, match=r"within 1 s \(vllm_timeout\), got those to 0 of 4 prompts"):
             long()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     servers.timeout = 60.0
     servers.check = lambda: None
     deadline = time.monotonic() + 20

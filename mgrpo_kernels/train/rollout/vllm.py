@@ -116,7 +116,7 @@ class VllmEngine(Engine):
         what = f"vllm: want {len(prompts) * copies} responses within {self.timeout:g} s (vllm_timeout)"
         deadline = time.monotonic() + self.timeout
         try:
-            with ended_after(self.timeout + min(GRACE, self.timeout), f"{what}, got a call that does not return"):
+            with ended_after(self.timeout + GRACE, f"{what}, got a call that does not return"):
                 self._synchronize(momentum)
                 outputs = self._generate(prompts, copies, seeds, temperature, deadline)
         except TimeoutError as error:
