@@ -50,6 +50,15 @@ def test_table_has_a_row_for_each_cell(modules):
     assert line == "| a | 2 | 0.40 | 0.55 | 0.35 (0.10 - 0.60) | 0.600 (0.200) | 2.0% | 1 of 2 | 100 |"
 
 
+def test_a_run_as_if_it_had_ended_earlier(modules):
+    _, _, summary = modules
+    fallen = run([0.4, 0.6, 0.6, 0.6, 0.1, 0.1, 0.1])
+    assert summary.row_of(fallen).collapse == 200
+    row = summary.row_of(summary.until(fallen, 199))
+    assert (row.final, row.collapse) == (pytest.approx(0.6), None)
+    assert summary.until(fallen, 300) == fallen
+
+
 def test_results_beside_others(modules):
     _, _, summary = modules
     theirs = [run([0.4, 0.6, 0.6, 0.6]), {**run([0.4, 0.6, 0.1, 0.1, 0.1]), "seed": 1}]

@@ -5,7 +5,8 @@
     python examples/collapse/study.py --cells srt mgrpo
 
 Resumable: a run that is in the results is not taken again. Each finished run is one line of JSON: its options, the processor, and what it
-measured at each evaluation. ``summary.py`` makes the table and the figures of them, and sets them beside the project's own, ``results.jsonl``.
+measured at each evaluation. ``summary.py`` makes the table and the figures of them, and sets them beside the project's own,
+``results.jsonl``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     python examples/collapse/summary.py                        print the table
     python examples/collapse/summary.py --figures docs/        and draw docs/collapse_*.png
+    python examples/collapse/summary.py --until 250            as if the runs had ended after so many steps
     python examples/collapse/summary.py --results FILE --against examples/collapse/results.jsonl    one's own beside the project's
 
 Accuracies are means over :data:`WINDOW` evaluations in a row, so that one lucky evaluation is no best. A run has collapsed at the first
@@ -57,6 +58,12 @@ def by_cell(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for run in runs:
         cells.setdefault(run["cell"], []).append(run)
     return {cell: sorted(of, key=lambda run: run["seed"]) for cell, of in cells.items()}
+
+
+def until(run: dict[str, Any], last: int) -> dict[str, Any]:
+    """Return a run as if it had ended after `last` steps."""
+    kept = sum(step <= last for step in run["curve"]["step"])
+    return {**run, "curve": {key: column[:kept] for key, column in run["curve"].items()}}
 
 
 def table(cells: dict[str, list[dict[str, Any]]]) -> str:
@@ -139,10 +146,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl", metavar="FILE")
     parser.add_argument("--against", type=Path, metavar="FILE", help="results to be compared with")
+    parser.add_argument("--until", type=int, metavar="STEP", help="leave out what came later (default: nothing)")
     parser.add_argument("--figures", type=Path, metavar="DIR")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="of the figures (default: the first five)")
     given = parser.parse_args()
-    cells = by_cell(read(given.results))
+    runs = read(given.results)
+    cells = by_cell(runs if given.until is None else [until(run, given.until) for run in runs])
     print(table(cells))
     if given.against is not None:
         print(f"\nbeside {given.against}:\n\n{comparison(cells, by_cell(read(given.against)))}")
