@@ -67,7 +67,6 @@ REST: dict[str, dict[str, object]] = {
     "lazy: mgrpo": {**LAZY, **PAPER},
     "lazy: mgrpo, scope vote": {**LAZY, **PAPER, "filter_scope": "vote"},
     "lazy: mgrpo, N = G/2": {**LAZY, **HALF},
-    "lazy: srt + momentum, N = G/2": {**LAZY, **MOMENTUM, "momentum_rollouts": 8},
     "lazy: mgrpo, min spread 0.2": {**LAZY, **PAPER, "iqr_min_spread": 0.2},
     "lazy: momentum labels": {**LAZY, **TEACHER},
     "lazy: steady": {**LAZY, **STEADY},
