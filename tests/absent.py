@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import pytest
+import torch
 
 
 def absent(reason, *, module=False):
@@ -17,3 +18,10 @@ def need(package, install):
     """Have a package, or end the test: `install` says how to get it."""
     if importlib.util.find_spec(package) is None:
         absent(f"{package} is not installed: {install}")
+
+
+def need_instructions(isa):
+    """Have a CPU with an instruction set, or skip. ATEN_CPU_CAPABILITY is not held to what the CPU has: more ends in SIGILL."""
+    order, here = ["DEFAULT", "AVX2", "AVX512"], torch.backends.cpu.get_cpu_capability()
+    if order.index(isa) > (order.index(here) if here in order else 0):
+        pytest.skip(f"this CPU has {here}, not {isa}")

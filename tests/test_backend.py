@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from absent import need_instructions
 from contract import BACKENDS
 
 import mgrpo_kernels
@@ -120,11 +121,8 @@ def test_importing_needs_no_triton():
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_each_instruction_set_gives_the_same_answers(isa):
-    """ATEN_CPU_CAPABILITY chooses what PyTorch, and so this library, uses. It is not held to what the CPU has: more ends in SIGILL."""
-    order = ["DEFAULT", "AVX2", "AVX512"]
-    here = torch.backends.cpu.get_cpu_capability()
-    if isa.upper() not in (order[: order.index(here) + 1] if here in order else order[:1]):
-        pytest.skip(f"this CPU has {here}, not {isa.upper()}")
+    """ATEN_CPU_CAPABILITY chooses what PyTorch, and so this library, uses."""
+    need_instructions(isa.upper())
     code = """
 import torch, mgrpo_kernels as m
 from mgrpo_kernels import _native

@@ -59,6 +59,14 @@ def test_a_run_as_if_it_had_ended_earlier(modules):
     assert summary.until(fallen, 300) == fallen
 
 
+def test_a_column_by_seed(modules):
+    _, _, summary = modules
+    runs = [run([0.4, 0.6]), {**run([0.4, 0.1]), "seed": 1}, {**run([0.2, 0.3]), "cell": "b", "seed": 1}]
+    lines = summary.by_seed(summary.by_cell(runs), "eval_accuracy").splitlines()
+    assert lines[0] == "| eval_accuracy | 0 | 1 | mean |"
+    assert lines[2:] == ["| a | 0.60 | 0.10 | 0.35 |", "| b |  | 0.30 | 0.30 |"]
+
+
 def test_results_beside_others(modules):
     _, _, summary = modules
     theirs = [run([0.4, 0.6, 0.6, 0.6]), {**run([0.4, 0.6, 0.1, 0.1, 0.1]), "seed": 1}]

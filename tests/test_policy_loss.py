@@ -11,6 +11,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from absent import need_instructions
 from contract import each_backend, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -557,6 +558,7 @@ def test_the_number_of_threads_changes_no_bit(backend):
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_other_instruction_sets(isa):
     """The tests above as an older CPU would run them."""
+    need_instructions(isa.upper())
     names = "native and (any_number or none or exponential or trl)"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__],

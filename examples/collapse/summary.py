@@ -3,6 +3,7 @@
     python examples/collapse/summary.py                        print the table
     python examples/collapse/summary.py --figures docs/        and draw docs/collapse_*.png
     python examples/collapse/summary.py --until 250            as if the runs had ended after so many steps
+    python examples/collapse/summary.py --by-seed entropy      what each seed's last evaluation has of a column
     python examples/collapse/summary.py --results FILE --against examples/collapse/results.jsonl    one's own beside the project's
 
 Accuracies are means over :data:`WINDOW` evaluations in a row, so that one lucky evaluation is no best. A run has collapsed at the first
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from study import read
+from study import AVERAGED, KEPT, read
 
 WINDOW = 3
 COLLAPSED = 0.8
@@ -88,6 +89,17 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def by_seed(cells: dict[str, list[dict[str, Any]]], key: str) -> str:
+    """Return a table of a column's last value in each run, and of their mean."""
+    seeds = sorted({run["seed"] for runs in cells.values() for run in runs})
+    lines = [f"| {key} | {' | '.join(map(str, seeds))} | mean |", f"|---|{'---|' * len(seeds)}---|"]
+    for cell, runs in cells.items():
+        last = {run["seed"]: run["curve"][key][-1] for run in runs}
+        values = " | ".join(f"{last[seed]:.2f}" if seed in last else "" for seed in seeds)
+        lines.append(f"| {cell} | {values} | {statistics.fmean(last.values()):.2f} |")
+    return "\n".join(lines)
+
+
 def comparison(cells: dict[str, list[dict[str, Any]]], others: dict[str, list[dict[str, Any]]]) -> str:
     """Return a table: does each cell's mean final accuracy lie within the other study's least and most, and how many runs are equal?"""
     lines = [
@@ -144,15 +156,17 @@ def draw(cells: dict[str, list[dict[str, Any]]], path: Path, keys: Sequence[str]
 def main() -> None:
     """Print the table; draw the figures where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl", metavar="FILE")
+    own = Path(__file__).parent / "results.jsonl"
+    parser.add_argument("--results", type=Path, nargs="+", default=[own], metavar="FILE", help="taken together")
     parser.add_argument("--against", type=Path, metavar="FILE", help="results to be compared with")
     parser.add_argument("--until", type=int, metavar="STEP", help="leave out what came later (default: nothing)")
+    parser.add_argument("--by-seed", choices=[*KEPT[1:], *AVERAGED], metavar="COLUMN", help="of the curves: by seed")
     parser.add_argument("--figures", type=Path, metavar="DIR")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="of the figures (default: the first five)")
     given = parser.parse_args()
-    runs = read(given.results)
+    runs = [run for path in given.results for run in read(path)]
     cells = by_cell(runs if given.until is None else [until(run, given.until) for run in runs])
-    print(table(cells))
+    print(table(cells) if given.by_seed is None else by_seed(cells, given.by_seed))
     if given.against is not None:
         print(f"\nbeside {given.against}:\n\n{comparison(cells, by_cell(read(given.against)))}")
     if given.figures is not None:

@@ -223,7 +223,7 @@ def test_requests_are_given_up(servers: VllmServers, urls: list[str], reason: st
         servers.timeout = 1.0
         with pytest.raises(EngineError, match=r"within 1 s \(vllm_timeout\), got those to 0 of 4 prompts"):
             long()
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 10
     servers.timeout = 60.0
     servers.check = lambda: None
     deadline = time.monotonic() + 20
@@ -475,6 +475,6 @@ def test_z_a_server_that_dies_ends_the_run(
         EngineError, match=rf"vllm: want 24 responses .* got ServerError: {url}/weight_info: ConnectError"
     ):
         draw(servers)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 10
     alone = connect(servers.policy, [started[0][0]])  # what a new run, with --resume, has
     assert draw(alone).tokens.shape[0] == len(PROMPTS) * COPIES
