@@ -67,6 +67,19 @@ def test_a_column_by_seed(modules):
     assert lines[2:] == ["| a | 0.60 | 0.10 | 0.35 |", "| b |  | 0.30 | 0.30 |"]
 
 
+def test_committed_results_by_seed(modules, monkeypatch, capsys):
+    _, _, summary = modules
+    files = [str(FOLDER / f"results_zen3{more}.jsonl") for more in ("", "_more")]
+    monkeypatch.setattr(
+        sys, "argv", ["summary.py", "--results", *files, "--by-seed", "eval_accuracy", "--until", "250"]
+    )
+    summary.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"| eval_accuracy | {' | '.join(map(str, range(2, 12)))} | mean |"
+    means = {line.split(" | ")[0][2:]: line.rstrip(" |").split(" | ")[-1] for line in lines[2:]}
+    assert (means["lazy: mgrpo"], means["lazy: srt + momentum"]) == ("0.69", "0.61")  # as docs/collapse.md has them
+
+
 def test_results_beside_others(modules):
     _, _, summary = modules
     theirs = [run([0.4, 0.6, 0.6, 0.6]), {**run([0.4, 0.6, 0.1, 0.1, 0.1]), "seed": 1}]
