@@ -273,7 +273,9 @@ def small_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmarks") / "small.json"
     command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "--benchmark-only", "-q", "-k", "not compile"]
     command += [f"--benchmark-json={path}", "-p", "no:cacheprovider"]
-    environment = os.environ | {"MGRPO_BENCH_SMALL": "1", "OMP_NUM_THREADS": "1"}
+    # pytest-benchmark measures nothing where it finds a worker's mark of pytest-xdist, which runs this suite in two processes.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"MGRPO_BENCH_SMALL": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return path

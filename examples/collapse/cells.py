@@ -51,6 +51,7 @@ REST: dict[str, dict[str, object]] = {
     "mgrpo, scope penalise": {**PAPER, "filter_scope": "penalise"},
     "mgrpo, m 0.999": {**PAPER, "decay": 0.999},
     "mgrpo, N = G/2": HALF,
+    f"mgrpo, N = G/2, {LONG} steps": {**HALF, "steps": LONG},
     "mgrpo, KL 0.05": {**PAPER, "kl_coef": 0.05},
     "mgrpo, lr 5e-5": {**PAPER, "learning_rate": 5e-5},
     "mgrpo, k 1.5": {**PAPER, "iqr_k": 1.5},
