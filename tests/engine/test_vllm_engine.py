@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -191,6 +192,21 @@ def test_a_call_that_hangs_ends_the_process() -> None:
     assert got.returncode == 1
     assert got.stderr.startswith("error: vllm: want an answer, got none; --resume goes on from the last checkpoint")
     assert "most recent call first" in got.stderr
+
+
+@pytest.mark.parametrize("timeout", [1.0, 600.0])
+def test_a_call_has_a_minute_beyond_its_time_limit(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, timeout: float
+) -> None:
+    """However short the limit: a machine that is only slow is told of it by an error, and goes on."""
+    limits = []
+    monkeypatch.setattr(
+        module, "ended_after", lambda seconds, reason: (limits.append(seconds), contextlib.nullcontext())[1]
+    )
+    monkeypatch.setattr(engine, "_generate", lambda *_: [module.Completion([1], [-0.5])])
+    engine.timeout = timeout
+    draw(engine)
+    assert limits == [timeout + 60.0]
 
 
 def test_weights_that_go_astray_are_noticed(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
