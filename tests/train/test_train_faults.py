@@ -47,8 +47,8 @@ def test_killed_and_resumed_gives_the_same_bits(
     assert torture.killed(event, number, output)
     assert not (output / "final").exists()
     assert len((output / "metrics.jsonl").read_text().splitlines()) > 1
-    left = {each.name for each in (output / "checkpoints").iterdir()}
-    assert any(name.endswith(".new") for name in left) == (event == "checkpoint"), left
+    if event == "checkpoint":  # at the others one may be on its way, too: it is written while training goes on
+        assert list((output / "checkpoints").glob(".*.new"))
     assert command.main(["--output", str(output), "--resume"]) == 0
     assert torture.differences(whole, output) == []
 
