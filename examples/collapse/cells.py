@@ -22,6 +22,7 @@ PAPER: dict[str, object] = {"method": "mgrpo"}
 MOMENTUM: dict[str, object] = {"method": "mgrpo", "iqr_filter": False}
 TEACHER: dict[str, object] = {"method": "co_rewarding", "momentum_rollouts": 8, "decay_end": 0.99}
 HALF: dict[str, object] = {**PAPER, "momentum_rollouts": 8}
+HALF_MOMENTUM: dict[str, object] = {**MOMENTUM, "momentum_rollouts": 8}
 STEADY: dict[str, object] = {**TEACHER, "iqr_filter": True}
 """Chosen on seeds 0 and 1, which the study leaves out: the momentum model alone votes, and the filter prunes as the paper has it."""
 
@@ -41,6 +42,7 @@ LAZY: dict[str, object] = {"base": "lazy", "steps": 1000}
 
 REST: dict[str, dict[str, object]] = {
     "gold": {"method": "gold"},
+    f"gold, {LONG} steps": {"method": "gold", "steps": LONG},
     "random": {"method": "random"},
     "momentum labels": TEACHER,
     f"steady, {LONG} steps": {**STEADY, "steps": LONG},
@@ -59,7 +61,7 @@ REST: dict[str, dict[str, object]] = {
     "mgrpo, G 32": {**PAPER, "rollouts": 32, "momentum_rollouts": 8},
     "mgrpo, min spread 0.5": {**PAPER, "iqr_min_spread": 0.5},
     "srt + IQR, min spread 0.5": {"method": "srt", "iqr_filter": True, "iqr_min_spread": 0.5},
-    "srt + momentum, N = G/2": {**MOMENTUM, "momentum_rollouts": 8},
+    "srt + momentum, N = G/2": HALF_MOMENTUM,
     "srt, lr 5e-5": {"method": "srt", "learning_rate": 5e-5},
     "lazy: srt": {**LAZY, "method": "srt"},
     "lazy: srt + momentum": {**LAZY, **MOMENTUM},
@@ -68,6 +70,7 @@ REST: dict[str, dict[str, object]] = {
     "lazy: mgrpo": {**LAZY, **PAPER},
     "lazy: mgrpo, scope vote": {**LAZY, **PAPER, "filter_scope": "vote"},
     "lazy: mgrpo, N = G/2": {**LAZY, **HALF},
+    "lazy: srt + momentum, N = G/2": {**LAZY, **HALF_MOMENTUM},
     "lazy: mgrpo, min spread 0.2": {**LAZY, **PAPER, "iqr_min_spread": 0.2},
     "lazy: momentum labels": {**LAZY, **TEACHER},
     "lazy: steady": {**LAZY, **STEADY},

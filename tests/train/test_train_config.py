@@ -185,7 +185,7 @@ def preset(name: str) -> dict[str, object]:
 
 
 def test_presets_hold_their_papers_numbers() -> None:
-    assert {each.stem for each in PRESETS.glob("*.yaml")} == {"paper", "srt", "ttrl", "single_24gb", "steady"}
+    assert {each.stem for each in PRESETS.glob("*.yaml")} == {"paper", "srt", "ttrl", "single_24gb", "half", "steady"}
     paper = {
         **build().values(),
         "model": "Qwen/Qwen3-4B-Base",
@@ -215,7 +215,7 @@ def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pyte
     assert read_yaml(find_config("paper")) == {"steps": 3}
     with pytest.raises(
         UsageError,
-        match="config: want a YAML file that exists, or a preset .paper, single_24gb, srt, steady, ttrl., got 'papr'",
+        match="config: want a YAML file that exists, or a preset .half, paper, single_24gb, srt, steady, ttrl., got 'papr'",
     ):
         find_config("papr")
 
