@@ -65,6 +65,7 @@ def test_a_column_by_seed(modules):
     lines = summary.by_seed(summary.by_cell(runs), "eval_accuracy").splitlines()
     assert lines[0] == "| eval_accuracy | 0 | 1 | mean |"
     assert lines[2:] == ["| a | 0.60 | 0.10 | 0.35 |", "| b |  | 0.30 | 0.30 |"]
+    assert summary.by_seed(summary.by_cell(runs), "kept").splitlines()[2] == "| a | 1.000 | 0.625 | 0.812 |"
 
 
 def test_committed_results_by_seed(modules, monkeypatch, capsys):

@@ -4,6 +4,7 @@
     python examples/collapse/summary.py --figures docs/        and draw docs/collapse_*.png
     python examples/collapse/summary.py --until 250            as if the runs had ended after so many steps
     python examples/collapse/summary.py --by-seed entropy      what each seed's last evaluation has of a column
+    python examples/collapse/summary.py --by-seed kept         and what of its best accuracy is left at the end
     python examples/collapse/summary.py --results FILE --against examples/collapse/results.jsonl    one's own beside the project's
 
 Accuracies are means over :data:`WINDOW` evaluations in a row, so that one lucky evaluation is no best. A run has collapsed at the first
@@ -90,13 +91,14 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def by_seed(cells: dict[str, list[dict[str, Any]]], key: str) -> str:
-    """Return a table of a column's last value in each run, and of their mean."""
+    """Return a table of a column's last value in each run, or of what it kept of its best accuracy, and of their mean."""
+    digits = 3 if key == "kept" else 2
     seeds = sorted({run["seed"] for runs in cells.values() for run in runs})
     lines = [f"| {key} | {' | '.join(map(str, seeds))} | mean |", f"|---|{'---|' * len(seeds)}---|"]
     for cell, runs in cells.items():
-        last = {run["seed"]: run["curve"][key][-1] for run in runs}
-        values = " | ".join(f"{last[seed]:.2f}" if seed in last else "" for seed in seeds)
-        lines.append(f"| {cell} | {values} | {statistics.fmean(last.values()):.2f} |")
+        last = {run["seed"]: row_of(run).kept if key == "kept" else run["curve"][key][-1] for run in runs}
+        values = " | ".join(f"{last[seed]:.{digits}f}" if seed in last else "" for seed in seeds)
+        lines.append(f"| {cell} | {values} | {statistics.fmean(last.values()):.{digits}f} |")
     return "\n".join(lines)
 
 
@@ -160,7 +162,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, nargs="+", default=[own], metavar="FILE", help="taken together")
     parser.add_argument("--against", type=Path, metavar="FILE", help="results to be compared with")
     parser.add_argument("--until", type=int, metavar="STEP", help="leave out what came later (default: nothing)")
-    parser.add_argument("--by-seed", choices=[*KEPT[1:], *AVERAGED], metavar="COLUMN", help="of the curves: by seed")
+    parser.add_argument(
+        "--by-seed", choices=["kept", *KEPT[1:], *AVERAGED], metavar="COLUMN", help="by seed; kept: final / best"
+    )
     parser.add_argument("--figures", type=Path, metavar="DIR")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="of the figures (default: the first five)")
     given = parser.parse_args()
