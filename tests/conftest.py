@@ -25,8 +25,16 @@ if GPU_TESTS_ON != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def has_gpu() -> bool:
+@pytest.fixture(autouse=True)
+def seeded():
+    """Let what a test draws depend on no other test: which ran before it in its process is another one every time."""
     import torch  # late: the interpreter's switch above comes first
+
+    torch.manual_seed(0)
+
+
+def has_gpu() -> bool:
+    import torch  # late, too
 
     return torch.cuda.is_available()
 
