@@ -37,7 +37,6 @@ def ours(logits, labels, backend, **kwargs):
 @pytest.mark.parametrize("vocab", [1, 2, 31, BLOCK - 1, BLOCK, BLOCK + 1, 5000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_values_and_gradients(backend, dtype, vocab, temperature):
-    torch.manual_seed(0)
     logits = (torch.randn(3, 4, vocab) * 4).to(dtype)
     labels = torch.randint(0, vocab, (3, 4))
     labels[0, 0], labels[0, 1] = 0, vocab - 1

@@ -28,6 +28,15 @@ def vllm_is_there() -> None:
     need("vllm", "make vllm")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def left_as_found(vllm_is_there: None) -> Iterator[None]:
+    """Take down the process group that vLLM leaves to the rest of the process, where other suites make their own."""
+    yield
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with the built-in model, briefly warm-started, so that it sometimes answers."""
@@ -41,7 +50,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(base: Path) -> VllmEngine:
     policy = load_policy(str(base), torch.device("cpu"), torch.float32)
     return VllmEngine(policy, R, 40, VllmConfig(vllm_cache_gib=0.1))

@@ -82,7 +82,6 @@ def test_mixed_dtypes(stochastic, misaligned):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.999, 1.0])
 def test_the_usual(decay):
-    torch.manual_seed(0)
     lists = [torch.randn(LARGE)], [torch.randn(LARGE).bfloat16()], [torch.empty(LARGE, dtype=torch.bfloat16)]
     assert_bits(lists, decay=decay)
     assert_bits(lists, decay=torch.tensor(decay))
@@ -109,7 +108,6 @@ def test_equal_stays_equal():
 @pytest.mark.parametrize("sizes", [[32] * 40, [0, 1, 2, 3, 100, 0, pick(1000, 90), 33]])
 @pytest.mark.parametrize("k", [0.0, 0.75])
 def test_iqr_filter(dtype, sizes, k):
-    torch.manual_seed(0)
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     entropy = torch.rand(sum(sizes)).to(dtype)
     entropy[torch.rand(sum(sizes)) < 0.1] = NAN

@@ -50,6 +50,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     if event == "checkpoint":  # at the others one may be on its way, too: it is written while training goes on
         assert list((output / "checkpoints").glob(".*.new"))
     assert command.main(["--output", str(output), "--resume"]) == 0
+    assert not list((output / "checkpoints").glob(".*.new"))
     assert torture.differences(whole, output) == []
 
 
