@@ -25,9 +25,9 @@ from mgrpo_kernels import majority_vote
 from mgrpo_kernels.train.config import build
 from mgrpo_kernels.train.data import Example, Task
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
+from mgrpo_kernels.train.run.learner import make_learner
 from mgrpo_kernels.train.step import Learner, train_step
-from mgrpo_kernels.train.trainer import make_learner
 
 
 class Size(NamedTuple):
@@ -119,7 +119,7 @@ def make_trl(shape: Size, place: Path, task: Task, scratch: Path, steps: int) ->
     return GRPOTrainer(model=str(place), reward_funcs=vote, args=settings, train_dataset=rows)
 
 
-class Given(Engine):
+class Given(RolloutEngine):
     """An engine that hands out rollouts that are there already."""
 
     def __init__(self, rollouts: Rollouts) -> None:

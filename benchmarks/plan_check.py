@@ -94,23 +94,29 @@ def child(place: Path) -> None:
     """Run, with phases timed in CPU time; and estimate, after it, as measuring rates takes memory."""
     import torch
 
-    from mgrpo_kernels.train import estimate, metrics, plan, trainer
+    from mgrpo_kernels.train import metrics
     from mgrpo_kernels.train.config import build
+    from mgrpo_kernels.train.plan.describe import read_model
+    from mgrpo_kernels.train.plan.devices import measure
+    from mgrpo_kernels.train.plan.memory import memory_of
+    from mgrpo_kernels.train.plan.shape import work_of
+    from mgrpo_kernels.train.plan.time import seconds
+    from mgrpo_kernels.train.run.start import run as train
 
     torch.set_num_threads(1)
     said = json.loads((place / "run.json").read_text(encoding="utf-8"))
     case, config = Case(**said["case"]), build(said["options"])
     metrics.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[assignment]
-    status = trainer.run(config, place / "output")
-    model = plan.read_model(config.model.model or "")
-    rates = plan.measure(torch.device("cpu"), config.model.dtype, model, time.process_time)
+    status = train(config, place / "output")
+    model = read_model(config.model.model or "")
+    rates = measure(torch.device("cpu"), config.model.dtype, model, time.process_time)
     if os.environ.get("RANK", "0") == "0":
-        work = estimate.work_of(config, case.prompt_tokens, 0, case.ranks)
-        memory = estimate.memory(config, model, work, case.ranks, "cpu")
+        work = work_of(config, case.prompt_tokens, 0, case.ranks)
+        memory = memory_of(config, model, work, case.ranks, "cpu")
         (place / "estimate.json").write_text(
             json.dumps({
                 "parameters": model.parameters, "memory": memory.total, "moment": memory.moment, "rates": rates._asdict(),
-                "parts": {"held": memory.held, **memory.moments}, **estimate.seconds(config, model, work, case.ranks, rates),
+                "parts": {"held": memory.held, **memory.moments}, **seconds(config, model, work, case.ranks, rates),
             })
         )  # fmt: skip
     sys.exit(status)

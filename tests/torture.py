@@ -36,9 +36,9 @@ def die_at(event: str, number: int) -> None:
     """Let this process kill itself right before the event comes for the n-th time."""
     import torch
 
-    from mgrpo_kernels.train import checkpoint
     from mgrpo_kernels.train.metrics import Lines
-    from mgrpo_kernels.train.stopping import Interrupt
+    from mgrpo_kernels.train.run import checkpoint
+    from mgrpo_kernels.train.run.stopping import Interrupt
 
     left = number
 
@@ -64,7 +64,7 @@ def die_at(event: str, number: int) -> None:
 
 
 def child(event: str, number: int, arguments: Sequence[str]) -> int:
-    import mgrpo_kernels.train.trainer  # noqa: F401  before anything is counted
+    import mgrpo_kernels.train.run.start  # noqa: F401  before anything is counted
     from mgrpo_kernels.train import __main__ as command
 
     die_at(event, number)
@@ -91,7 +91,7 @@ def differences(one: Path, two: Path) -> list[str]:
         for name in ("model.safetensors", "config.json")
         if (one / "final" / name).read_bytes() != (two / "final" / name).read_bytes()
     ]
-    from mgrpo_kernels.train import checkpoint
+    from mgrpo_kernels.train.run import checkpoint
 
     states = [checkpoint.read(each / "checkpoints" / "latest", "") for each in (one, two)]
     different += [

@@ -125,7 +125,7 @@ def _metavar(field: Any, kind: type) -> str | None:
 
 def target(text: str) -> Any:
     """Return what --dry-run plans for; the module takes seconds to import, and --help shall not wait for it."""
-    from mgrpo_kernels.train.plan import Target
+    from mgrpo_kernels.train.plan.describe import Target
 
     return Target.parse(text)
 
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         config, output, resume, dry_run = read_command_line(arguments)
-        from mgrpo_kernels.train.trainer import (
+        from mgrpo_kernels.train.run.start import (
             run,
         )  # transformers takes seconds to import, and --help shall not wait for it
 

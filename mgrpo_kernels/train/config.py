@@ -22,6 +22,7 @@ from mgrpo_kernels.ops.iqr_filter import REDUCTIONS
 from mgrpo_kernels.ops.policy_loss.specs import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
 from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.pruning import SCOPES, SCORERS
+from mgrpo_kernels.train.rollout.engines import ENGINES
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
@@ -182,7 +183,7 @@ class MethodConfig(_Section):
 class RolloutConfig(_Section):
     """rollouts."""
 
-    engine: str = option("transformers", "what samples", choices=("transformers", "vllm"))
+    engine: str = option("transformers", "what samples", choices=tuple(ENGINES))
     prompts_per_step: int = option(8, "of one step", unit="prompts")
     rollouts: int = option(32, "of each prompt, the momentum model's included", unit="rollouts")
     momentum_rollouts: int | None = option(
@@ -414,12 +415,15 @@ class Config:
             raise ValueError(
                 f"momentum_rollouts: want >= 1 with method {self.method.method}, whose labels they give, got 0"
             )
-        if self.rollout.engine == "vllm":
-            for name, value in (
-                ("temperature", self.rollout.temperature),
-                ("eval_temperature", self.eval.eval_temperature),
-            ):
-                checks.check_number(f"{name} (below 0.01 vLLM changes it)", value, at_least=0.01)
+        least = ENGINES[self.rollout.engine].least_temperature
+        for name, value in (
+            ("temperature", self.rollout.temperature),
+            ("eval_temperature", self.eval.eval_temperature),
+        ):
+            if value < least:
+                raise ValueError(
+                    f"{name}: want >= {least}, below which {self.rollout.engine} samples at another temperature, got {value!r}"
+                )
         if self.profiled.stop > self.optim.steps + 1:
             raise ValueError(f"profile_steps: want steps up to {self.optim.steps}, got {self.run.profile_steps!r}")
         self._check_unused()
@@ -440,7 +444,11 @@ class Config:
         """Raise ValueError for an option that was set and can have no effect."""
         method, loss, momentum = self.method, self.loss, self.momentum_rollouts > 0
         reads = METHODS[method.method].reads
-        vllm, of_vllm = self.rollout.engine == "vllm", dataclasses.fields(self.vllm)
+        of_engines = [
+            (each.name, getattr(part, each.name) != each.default, f"--engine {engine}", engine == self.rollout.engine)
+            for engine, info in ENGINES.items() if info.section
+            for part in (getattr(self, info.section),) for each in dataclasses.fields(part)
+        ]  # fmt: skip
         lora, of_lora = self.lora.lora_rank is not None, dataclasses.fields(self.lora)
         for name, is_set, needs, met in (
             ("train_momentum_rollouts", method.train_momentum_rollouts, "momentum rollouts", momentum),
@@ -459,7 +467,7 @@ class Config:
             ("chat_template", self.data.chat_template == "on", "--model", self.model.model is not None),
             ("iqr_min_spread", method.iqr_min_spread > 0, "--iqr-filter", self.filters),
             ("kl_reference", loss.kl_reference == "momentum", "kl_coef > 0", loss.kl_coef > 0),
-            *((each.name, getattr(self.vllm, each.name) != each.default, "--engine vllm", vllm) for each in of_vllm),
+            *of_engines,
             *((each.name, getattr(self.lora, each.name) != each.default, "--lora-rank", lora) for each in of_lora),
         ):
             if is_set and not met:
@@ -495,7 +503,13 @@ class Config:
     def corrects_behaviour(self) -> bool:
         """Whether the loss weights each token by trainer / sampler."""
         given = self.loss.behaviour_correction
-        return self.rollout.engine == "vllm" if given is None else given
+        return ENGINES[self.rollout.engine].rounds_differently if given is None else given
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The statistics of each token that the method reads."""
+        certainty = ("self_certainty",) if METHODS[self.method.method].needs_self_certainty else ()
+        return ("logprob", "entropy", *certainty)
 
     @property
     def needs_momentum(self) -> bool:

@@ -271,3 +271,23 @@ def equal_to_gold(answers: Sequence[str | None], gold: Sequence[str | None], equ
         (a, g): math.nan if g is None else float(answers_equal(a, g, equivalence)) for a, g in dict.fromkeys(pairs)
     }
     return torch.tensor([known[pair] for pair in pairs])
+
+
+def check_lengths(tokenizer: Any, context: int | None, task: Task, max_response_tokens: int) -> int:
+    """Return the tokens of the longest prompt.
+
+    Raises:
+        UsageError: an empty prompt, or one that leaves too little of the context for the longest response.
+    """
+    prompts = [example.prompt for example in (*task.train, *task.held_out)]
+    tokens = tokenizer(prompts)["input_ids"]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if not ids:
+            raise UsageError(f"data: want prompts of at least one token, got {prompt!r}")
+        if context is not None and len(ids) + max_response_tokens > context:
+            raise UsageError(
+                f"max_response_tokens: want at most {context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
+                f"share a context of {context}, got {max_response_tokens} (prompt {prompt[:40]!r} ...); --long-prompts skip leaves such "
+                "prompts out"
+            )
+    return max(map(len, tokens))

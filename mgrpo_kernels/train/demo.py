@@ -21,10 +21,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgrpo_kernels import linear_token_stats
-from mgrpo_kernels.train.checkpoint import replace_directory
 from mgrpo_kernels.train.data import Example, Task, equal_to_gold
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
+from mgrpo_kernels.train.run.checkpoint import replace_directory
 from mgrpo_kernels.train.score import pack
 from mgrpo_kernels.train.streams import stream
 

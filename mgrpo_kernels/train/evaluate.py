@@ -1,23 +1,18 @@
-"""Accuracy on held-out prompts. Its random numbers are its own: evaluating does not change training.
-
-``python -m mgrpo_kernels.train.evaluate --model DIR_OR_HUB_NAME --eval-data FILE`` is an evaluation by itself.
-"""
+"""An evaluation by itself: ``python -m mgrpo_kernels.train.evaluate --model DIR_OR_HUB_NAME --eval-data FILE``."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 import yaml
 
-from mgrpo_kernels import majority_vote
 from mgrpo_kernels.train.config import (
     SECTIONS,
     Config,
@@ -29,84 +24,13 @@ from mgrpo_kernels.train.config import (
     fields_of,
     read_yaml,
 )
-from mgrpo_kernels.train.data import Example, Task, equal_to_gold, load_task
+from mgrpo_kernels.train.data import check_lengths, load_task
 from mgrpo_kernels.train.metrics import Lines, metrics_line
-from mgrpo_kernels.train.policy import Policy, load_policy, pick_device, read_tokenizer
-from mgrpo_kernels.train.rollout import Engine, Rollouts
-from mgrpo_kernels.train.streams import stream
-
-
-class Question(NamedTuple):
-    """What a model makes of one held-out prompt: n samples, their majority, and the greedy answer."""
-
-    example: Example
-    responses: list[str]  # n
-    answers: list[str | None]  # n; None where none was found
-    right: list[bool]  # n
-    majority: str | None
-    majority_right: bool
-    greedy_response: str
-    greedy: str | None
-    greedy_right: bool
-
-    def line(self) -> dict[str, Any]:
-        """Return a line for questions.jsonl."""
-        return {**self.example._asdict(), **{key: value for key, value in self._asdict().items() if key != "example"}}
-
-
-def evaluate(policy: Policy, engine: Engine, task: Task, config: Config, step: int) -> dict[str, float]:
-    """Sample every held-out prompt, and greedily once; return the eval_ metrics of :data:`mgrpo_kernels.train.metrics.KEYS`."""
-    return figures(examine(policy, engine, task, config, step), config.pass_k)
-
-
-def examine(policy: Policy, engine: Engine, task: Task, config: Config, step: int) -> list[Question]:
-    """Sample every held-out prompt, and greedily once; return what came, prompt by prompt."""
-    n = config.eval.eval_samples
-    prompts = policy.encode([example.prompt for example in task.held_out])
-    gold = [example.gold for example in task.held_out]
-
-    def texts(rollouts: Rollouts) -> list[str]:
-        return policy.decode(rollouts.tokens, rollouts.mask)
-
-    def right(answers: Sequence[str | None], true: Sequence[str | None]) -> list[bool]:
-        return equal_to_gold(answers, true, task.equivalence).eq(1).tolist()
-
-    generator = stream(config.run.seed, "evaluation", step, policy.device)
-    sampled = texts(engine.sample(prompts, n, temperature=config.eval.eval_temperature, generator=generator))
-    greedy = texts(engine.sample(prompts, 1, temperature=0.0, generator=generator))
-    answers, best = [task.extract(text) for text in sampled], [task.extract(text) for text in greedy]
-    labels = majority_vote(answers, n, equivalence=task.equivalence).labels
-    hits = right(answers, [each for each in gold for _ in range(n)])
-    labels_right, greedy_right = right(labels, gold), right(best, gold)
-    return [
-        Question(
-            example, sampled[i * n : (i + 1) * n], answers[i * n : (i + 1) * n], hits[i * n : (i + 1) * n],
-            labels[i], labels_right[i], greedy[i], best[i], greedy_right[i],
-        )
-        for i, example in enumerate(task.held_out)
-    ]  # fmt: skip
-
-
-def figures(questions: Sequence[Question], k: int) -> dict[str, float]:
-    """Return the eval_ metrics: means over the questions."""
-
-    def mean(values: Iterable[float]) -> float:
-        return math.fsum(values) / len(questions)
-
-    return {
-        "eval_accuracy": mean(sum(each.right) / len(each.right) for each in questions),
-        "eval_greedy": mean(each.greedy_right for each in questions),
-        "eval_pass_at_k": mean(pass_at_k(len(each.right), sum(each.right), k) for each in questions),
-        "eval_maj_at_k": mean(each.majority_right for each in questions),
-    }
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Return the unbiased estimate, from n samples of which `correct` are right, that at least one of k is (arXiv 2107.03374)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-# --- An evaluation by itself
+from mgrpo_kernels.train.policy import load_policy, pick_device, read_tokenizer
+from mgrpo_kernels.train.rollout.engines import engine_class
+from mgrpo_kernels.train.run.evaluation import examine, figures
+from mgrpo_kernels.train.run.learner import dtype_of, make_engine
+from mgrpo_kernels.train.run.output import check_output, write_text
 
 KNOWN = {name: each for section in SECTIONS.values() for name, each in fields_of(section).items()}
 UNUSED = ("data", "eval_every", "gradient_checkpointing")
@@ -170,18 +94,17 @@ def run(config: Config, output: Path) -> dict[str, float]:
     Raises:
         UsageError: something that the user can put right; nothing has been written then.
     """
-    from mgrpo_kernels.train.trainer import check_lengths, check_output, dtype_of, make_engine, write_text
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             f"torchrun: want one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
         )
     check_output(output, resume=False)
+    engine_class(config).check_installed()
     transformers.utils.logging.disable_progress_bar()
     assert config.model.model is not None
     device, task = pick_device(config.model.device), load_task(config, training=False)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
-    check_lengths(*read_tokenizer(config.model.model), task, config)
+    check_lengths(*read_tokenizer(config.model.model), task, config.rollout.max_response_tokens)
     policy = load_policy(config.model.model, device, dtype_of(config))
     engine = make_engine(config, task, policy)
     n = config.eval.eval_samples

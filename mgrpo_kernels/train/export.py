@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mgrpo_kernels.train import checkpoint, parallel
+from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import UsageError, build, read_yaml
 from mgrpo_kernels.train.lora import Adapter, merged
 from mgrpo_kernels.train.policy import Policy, unreadable
+from mgrpo_kernels.train.run import checkpoint
 
 WEIGHTS = {"policy": "model.", "momentum": "momentum."}
 

@@ -28,8 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts, join
-from mgrpo_kernels.train.stopping import Abandoned
+from mgrpo_kernels.train.run.stopping import Abandoned
 
 T = TypeVar("T")
 
@@ -289,13 +288,14 @@ def merged(value: T) -> T:
 
     A value is a named tuple of such values, a list, None, or a tensor: ``(B,)``, or ``(B, R)``, which is padded to the longest.
     """
-    return value if world() == 1 else _joined(gather(_on_cpu(value)))
+    return value if world() == 1 else _joined(gather(on_cpu(value)))
 
 
-def _on_cpu(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
+    """Return a tensor, or a named tuple's tensors, on the CPU; anything else as it is."""
     if isinstance(value, Tensor):
         return value.cpu()
-    return type(value)(*map(_on_cpu, value)) if hasattr(value, "_fields") else value
+    return type(value)(*map(on_cpu, value)) if hasattr(value, "_fields") else value
 
 
 def _joined(parts: Sequence[Any]) -> Any:
@@ -324,34 +324,3 @@ class Nowhere:
 
     def close(self) -> None:
         """There is nothing to close."""
-
-
-class DividedEngine(Engine):
-    """An engine that divides the prompts over the ranks and hands every response to every rank."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        copies: int,
-        *,
-        generator: torch.Generator,
-        first: int = 0,
-        **options: Any,
-    ) -> Rollouts:
-        """See :class:`mgrpo_kernels.train.rollout.Engine`."""
-        mine = my_share(len(prompts))
-        part: Rollouts | None = None
-        with sampling():
-            if mine:
-                some = prompts[mine.start : mine.stop]
-                part = self.engine.sample(some, copies, generator=generator, first=first + mine.start, **options)
-        parts = [each for each in gather(_on_cpu(part)) if each is not None]
-        return Rollouts(*(None if values is None else values.to(generator.device) for values in join(parts)))  # type: ignore[arg-type]
-
-
-def divided(engine: Engine) -> Engine:
-    """Return an engine that spreads its work over the ranks."""
-    return engine if world() == 1 else DividedEngine(engine)

@@ -28,7 +28,7 @@ from mgrpo_kernels.train.metrics import Clock, peak_memory_bytes
 from mgrpo_kernels.train.monitor import Judgement, Trajectories, sample_lines, step_metrics
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.pruning import survivors
-from mgrpo_kernels.train.rollout import Engine, Rollouts, interleave
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, interleave
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.streams import stream
 from mgrpo_kernels.train.update import Batch, learning_rate, take_step
@@ -41,7 +41,7 @@ class Learner:
     config: Config
     task: Task
     policy: Policy
-    engine: Engine
+    engine: RolloutEngine
     optimizer: torch.optim.Optimizer
     momentum: MomentumModel | None
     reference: MomentumModel | Adapter | None  # of the KL term: the weights at the start, or the momentum model
@@ -175,7 +175,7 @@ def score_by_sampler(learner: Learner, seen: Trajectories) -> TokenStats:
 def told(learner: Learner, seen: Trajectories) -> bool:
     """Return whether the sampler's statistics are taken. Not where momentum rollouts train: their weights are ratios of two scores."""
     has = {"logprob", *(name for name in ("entropy", "self_certainty") if getattr(seen.rollouts, name) is not None)}
-    return has >= set(wanted_stats(learner.config)) and not learner.config.method.train_momentum_rollouts
+    return has >= set(learner.config.statistics) and not learner.config.method.train_momentum_rollouts
 
 
 def score_by_policy(learner: Learner, seen: Trajectories, stats: TokenStats) -> TokenStats:
@@ -193,16 +193,10 @@ def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: Toke
     return stats._replace(**{name: getattr(stats, name).index_copy(0, rows, getattr(scored, name)) for name in wanted})
 
 
-def wanted_stats(config: Config) -> tuple[str, ...]:
-    """Return what the method looks at."""
-    certainty = ("self_certainty",) if METHODS[config.method.method].needs_self_certainty else ()
-    return ("logprob", "entropy", *certainty)
-
-
 def blank(learner: Learner, seen: Trajectories) -> TokenStats:
     """Return zeros for what the method looks at: ``(B, R)`` each."""
     zeros = torch.zeros(seen.rollouts.mask.shape, device=learner.policy.device)
-    wanted = wanted_stats(learner.config)
+    wanted = learner.config.statistics
     return TokenStats(*(zeros if name in wanted else None for name in TokenStats._fields))
 
 

@@ -30,7 +30,7 @@ from mgrpo_kernels.train.rollout import vllm as engine_module
 from mgrpo_kernels.train.rollout import vllm_server as module
 from mgrpo_kernels.train.rollout.vllm import VllmEngine
 from mgrpo_kernels.train.rollout.vllm_server import VllmServers
-from mgrpo_kernels.train.stopping import Abandoned
+from mgrpo_kernels.train.run.stopping import Abandoned
 
 ROOT = Path(__file__).resolve().parents[2]
 START = 240.0  # seconds that a server may take on a busy machine; alone it is 20

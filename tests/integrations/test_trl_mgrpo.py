@@ -22,8 +22,8 @@ from mgrpo_kernels.train import demo
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import build
 from mgrpo_kernels.train.policy import load_policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts
-from mgrpo_kernels.train.trainer import make_learner
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
+from mgrpo_kernels.train.run.learner import make_learner
 
 P, G, N = 3, 8, 2
 HERE = Path(__file__).parent
@@ -94,7 +94,7 @@ def own_trainers(base, script, monkeypatch, **options):
     learner = make_learner(config, demo.make_task(0), load_policy(base, torch.device("cpu"), torch.float32))
     shake(learner.momentum)
 
-    class Scripted(Engine):
+    class Scripted(RolloutEngine):
         def sample(self, prompts, copies, *, momentum=None, **_):
             rows = [row for each in script for row in each[momentum is not None][:copies]]
             width = max(map(len, rows))

@@ -13,10 +13,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train import checkpoint, export, parallel, trainer
+from mgrpo_kernels.train import export, parallel
 from mgrpo_kernels.train.config import LoraConfig, UsageError
 from mgrpo_kernels.train.lora import Adapter, merged
 from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.run import checkpoint, start
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 4, 5, 6, 2]])
@@ -49,7 +50,7 @@ def wrong_use(place: Path) -> None:
         pytest.raises(UsageError, match="prompts_per_step: want at least one for each of the 2 ranks, got 1") as caught,
         parallel.together(),
     ):
-        trainer.check(tiny.config(prompts_per_step=1), place / "run", False, CPU)
+        start.check(tiny.config(prompts_per_step=1), place / "run", False, CPU)
     assert caught.value.told is not parallel.is_first()
 
 

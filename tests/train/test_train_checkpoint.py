@@ -9,10 +9,10 @@ import pytest
 import tiny
 import torch
 
-from mgrpo_kernels.train import checkpoint
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.metrics import Lines, metrics_line
 from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.step import train_step
 
 

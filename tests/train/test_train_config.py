@@ -78,7 +78,10 @@ def test_bad_values_name_the_option(name: str) -> None:
         ),
         ({"method": "srt", "decay_end": 0.999}, "decay_end: want a momentum model with it"),
         ({"vllm_timeout": 60.0}, "vllm_timeout: want --engine vllm with it, without which it has no effect, got 60.0"),
-        ({"engine": "vllm", "eval_temperature": 0.005}, "eval_temperature (below 0.01 vLLM changes it): want a finite"),
+        (
+            {"engine": "vllm", "eval_temperature": 0.005},
+            "eval_temperature: want >= 0.01, below which vllm samples at another temperature, got 0.005",
+        ),
         ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want --iqr-filter with it"),
         ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: want --iqr-filter with it"),
         (

@@ -19,10 +19,10 @@ from mgrpo_kernels.train import evaluate as by_itself
 from mgrpo_kernels.train.config import build, read_yaml
 from mgrpo_kernels.train.data import Example, Task, prompts_of_step
 from mgrpo_kernels.train.demo import after_hash, make_task
-from mgrpo_kernels.train.evaluate import evaluate, examine, figures, pass_at_k
 from mgrpo_kernels.train.metrics import EVALUATION
 from mgrpo_kernels.train.policy import Policy, load_policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
+from mgrpo_kernels.train.run.evaluation import evaluate, examine, figures, pass_at_k
 from mgrpo_kernels.train.step import Learner, train_step
 from mgrpo_kernels.train.streams import stream
 
@@ -36,7 +36,7 @@ def test_pass_at_k_is_the_mean_over_all_choices(n: int, correct: int, k: int) ->
     assert pass_at_k(n, correct, k) == pytest.approx(sum(map(max, choices)) / len(choices))
 
 
-class Scripted(Engine):
+class Scripted(RolloutEngine):
     """Two held-out prompts: one is right twice of four and by majority, the other once and not by majority."""
 
     def __init__(self, policy: Policy) -> None:

@@ -18,9 +18,10 @@ import torch
 import torture
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import checkpoint, step, trainer
+from mgrpo_kernels.train import step
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.stopping import Abandoned, Interrupt
+from mgrpo_kernels.train.run import checkpoint, loop
+from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +157,14 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return batch._replace(advantages=batch.advantages * torch.nan) if current[0] in steps else batch
 
     current = [0]
-    real_step = trainer.train_step
+    real_step = loop.train_step
 
     def train_step(learner: Any, examples: Any, number: int) -> Any:
         current[0] = number
         return real_step(learner, examples, number)
 
     monkeypatch.setattr(step, "training_batch", training_batch)
-    monkeypatch.setattr(trainer, "train_step", train_step)
+    monkeypatch.setattr(loop, "train_step", train_step)
     return steps
 
 
@@ -222,7 +223,7 @@ def test_left_while_sampling_and_resumed_gives_the_same_bits(
 ) -> None:
     output = tiny.output_with(base, tmp_path / "run")
     places: list[str] = []
-    real_step, real_evaluate = trainer.train_step, trainer.evaluate
+    real_step, real_evaluate = loop.train_step, loop.evaluate
 
     def noted(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -241,8 +242,8 @@ def test_left_while_sampling_and_resumed_gives_the_same_bits(
                 interrupt.asked = True
                 raise Abandoned
 
-    monkeypatch.setattr(trainer, "train_step", noted("step", real_step))
-    monkeypatch.setattr(trainer, "evaluate", noted("evaluation", real_evaluate))
+    monkeypatch.setattr(loop, "train_step", noted("step", real_step))
+    monkeypatch.setattr(loop, "evaluate", noted("evaluation", real_evaluate))
     with monkeypatch.context() as patch:
         patch.setattr(Interrupt, "check", check)
         assert command.main([*torture.flags(), "--output", str(output)]) == 130

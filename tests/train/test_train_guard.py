@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import checkpoint, trainer
 from mgrpo_kernels.train.guard import ACCURACY, Guard
 from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.run import checkpoint, loop
 
 DATA = Path(__file__).parent / "data"
 # Recorded once by these commands, each with --checkpoint-every 0 --output DIR; of each line the guard's keys, to 4 digits, of some a start.
@@ -210,7 +210,7 @@ def actions(output: Path) -> dict[int, str]:
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "Guard", Forced)
+    monkeypatch.setattr(loop, "Guard", Forced)
 
 
 @pytest.mark.usefixtures("forced")
@@ -227,7 +227,7 @@ def test_off_and_warn_train_alike(base: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.usefixtures("forced")
 def test_stop_saves_ends_with_its_own_status_and_can_be_resumed(base: Path, tmp_path: Path) -> None:
     status, output = start(base, tmp_path / "run", "--guard", "stop", "--checkpoint-every", "0")
-    assert status == trainer.COLLAPSED == 3
+    assert status == loop.COLLAPSED == 3
     assert actions(output) == {AT: "stop"}
     assert checkpoint.saved_steps(output / "checkpoints") == [AT]
     assert not (output / "final").exists()
@@ -242,7 +242,7 @@ def test_rollback_goes_on_from_the_best_and_resumes_to_the_same_bits(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restored = []
-    real_restore, real_step = checkpoint.restore, trainer.train_step
+    real_restore, real_step = checkpoint.restore, loop.train_step
 
     def restore(state: Any, learner: Any) -> None:
         real_restore(state, learner)
@@ -268,10 +268,10 @@ def test_rollback_goes_on_from_the_best_and_resumes_to_the_same_bits(
             raise KeyboardInterrupt
         return real_step(learner, examples, step)
 
-    monkeypatch.setattr(trainer, "train_step", broken)
+    monkeypatch.setattr(loop, "train_step", broken)
     status, output = start(base, tmp_path / "again", "--guard", "rollback")
     assert status == 130
-    monkeypatch.setattr(trainer, "train_step", real_step)
+    monkeypatch.setattr(loop, "train_step", real_step)
     assert command.main(["--output", str(output), "--resume"]) == 0
     assert tiny.lines(output) == tiny.lines(whole)
 

@@ -16,8 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import live, trainer
+from mgrpo_kernels.train import live
 from mgrpo_kernels.train.live import Curve, Live
+from mgrpo_kernels.train.run import loop
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -225,7 +226,7 @@ def test_no_color(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def interrupted(count: int) -> Any:
     """Return a step that is interrupted `count` times while it is taken."""
-    real = trainer.train_step
+    real = loop.train_step
 
     def step(*arguments: Any) -> Any:
         for _ in range(count):
@@ -237,7 +238,7 @@ def interrupted(count: int) -> Any:
 
 def test_interrupt_on_a_terminal(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(trainer, "train_step", interrupted(1))
+    monkeypatch.setattr(loop, "train_step", interrupted(1))
     terminal = Terminal(monkeypatch)
     status = run(base, tmp_path / "run", "--eval-every", "0")
     text = terminal.text()
@@ -250,7 +251,7 @@ def test_interrupt_on_a_terminal(base: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_second_interrupt_on_a_terminal(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "train_step", interrupted(2))
+    monkeypatch.setattr(loop, "train_step", interrupted(2))
     terminal = Terminal(monkeypatch)
     status = run(base, tmp_path / "run", "--eval-every", "0")
     text = terminal.text()

@@ -17,9 +17,10 @@ import tiny
 from absent import need
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import loggers, trainer
+from mgrpo_kernels.train import loggers
 from mgrpo_kernels.train.loggers import open_loggers, scalars
 from mgrpo_kernels.train.report import read_lines
+from mgrpo_kernels.train.run import loop
 
 Logged = dict[str, dict[int, float]]  # tag -> step -> value
 
@@ -46,7 +47,7 @@ def expected(output: Path) -> Logged:
 def run_in_parts(base: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """Train with a checkpoint after step 2, be stopped at once in step 4 and again in step 6, and resume each time."""
     tiny.output_with(base, output)
-    real, taken = trainer.train_step, []
+    real, taken = loop.train_step, []
 
     def step(learner: Any, examples: Any, number: int) -> Any:
         taken.append(number)
@@ -54,12 +55,12 @@ def run_in_parts(base: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *fla
             raise KeyboardInterrupt
         return real(learner, examples, number)
 
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     first = [*tiny.FLAGS, "--steps", "7", "--checkpoint-every", "2", *flags]
     for arguments, status in ((first, 130), (["--resume"], 130), (["--resume"], 0)):
         assert command.main([*arguments, "--output", str(output)]) == status
     assert taken == [1, 2, 3, 4, 3, 4, 5, 6, 5, 6, 7]  # steps 3 and 5 were taken twice
-    monkeypatch.setattr(trainer, "train_step", real)
+    monkeypatch.setattr(loop, "train_step", real)
 
 
 def event_files(output: Path) -> list[Path]:

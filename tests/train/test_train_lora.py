@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mgrpo_kernels import MomentumModel, ema_update_
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import checkpoint, export, parallel, update
+from mgrpo_kernels.train import export, parallel, update
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import LoraConfig, UsageError
 from mgrpo_kernels.train.lora import Adapter, merged
 from mgrpo_kernels.train.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.vllm import checkpoint_weights
+from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.step import Learner, train_step
 from mgrpo_kernels.train.update import Batch

@@ -10,9 +10,10 @@ import torch
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import checkpoint, trainer
 from mgrpo_kernels.train.metrics import VARYING
 from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.run import checkpoint
+from mgrpo_kernels.train.run import learner as building
 from mgrpo_kernels.train.step import train_step
 
 
@@ -25,7 +26,7 @@ def test_the_same_bits(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         built.append(options["device"])
         real(self, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer.MomentumModel, "__init__", init)
+    monkeypatch.setattr(building.MomentumModel, "__init__", init)
     for device in ("auto", "cpu"):
         built.clear()
         learner = tiny.learner(

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import checkpoint, export, parallel
+from mgrpo_kernels.train import export, parallel
 from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.score import pack
 
 STEPS = 6
@@ -234,7 +235,7 @@ def test_what_another_rank_has_told_is_not_told_again(
     def run(*_: Any, **__: Any) -> int:
         raise parallel.ToldElsewhereError("rank 0: wrong")
 
-    monkeypatch.setattr("mgrpo_kernels.train.trainer.run", run)
+    monkeypatch.setattr("mgrpo_kernels.train.run.start.run", run)
     assert command.main([*FLAGS, "--output", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == ""
 

@@ -14,12 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import demo, estimate, parallel, plan
+from mgrpo_kernels.train import demo, parallel
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.estimate import Memory, Micro, Model, Rates, Work
-from mgrpo_kernels.train.plan import Target
+from mgrpo_kernels.train.plan.describe import Target, memory_lines, plan, read_model
+from mgrpo_kernels.train.plan.devices import Rates, known_device
+from mgrpo_kernels.train.plan.memory import Memory, layer_bytes, memory_of
+from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, model_of, work_of
+from mgrpo_kernels.train.plan.time import forward_seconds, seconds
 from mgrpo_kernels.train.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.cache import SharedCache
+from mgrpo_kernels.train.rollout.transformers import TransformersEngine, cache_bytes
 from mgrpo_kernels.train.score import pack
 from mgrpo_kernels.train.step import train_step
 
@@ -87,16 +91,16 @@ def test_bytes_are_those_of_a_real_step(policy: Policy) -> None:
     learner.optimizer.register_step_pre_hook(look)
     train_step(learner, learner.task.train[:3], 1)
     state = [each for values in learner.optimizer.state.values() for each in values.values() if each.dim()]
-    model = estimate.model_of(policy.model)
+    model = model_of(policy.model)
     assert learner.momentum is not None
     assert isinstance(learner.reference, type(learner.momentum))
-    found = estimate.memory(learner.config, model, estimate.work_of(learner.config, 9, 0, 1), 1, "cpu")
+    found = memory_of(learner.config, model, work_of(learner.config, 9, 0, 1), 1, "cpu")
     assert found.held == {
         "weights": nbytes(policy.model.parameters()), "AdamW": nbytes(state), "momentum model": nbytes(learner.momentum.ema.values()),
         "KL reference": nbytes(learner.reference.ema.values()),
     }  # fmt: skip
     assert [found.moments["end of backward"]["gradients"]] == gradients
-    assert model == plan.read_model(demo.model_config())
+    assert model == read_model(demo.model_config())
 
 
 @pytest.mark.parametrize("response", [2, 12, 193])
@@ -112,7 +116,8 @@ def test_cache_bytes_are_those_of_the_cache(qwen: Policy, response: int, dtype: 
     tensors = [each for pair in (*cache.prompt, *cache.own.values()) for each in pair]
     assert {each.dtype for each in tensors} == {kind}
     least = work(2, 3)._replace(response_tokens=response)
-    assert estimate.cache_bytes(config, estimate.model_of(qwen.model), least, 2, 3) == nbytes(tensors)
+    batch = TransformersEngine.batch_of(config, least, 2, 3)
+    assert cache_bytes(config, model_of(qwen.model), least, batch) == nbytes(tensors)
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -122,10 +127,10 @@ def test_activations_are_those_that_backward_keeps(
 ) -> None:
     monkeypatch.setattr(qwen, "dtype", dtype)
     config = tiny.config(dtype=str(dtype).removeprefix("torch."))
-    model, micro = estimate.model_of(qwen.model), Micro(2, 2 * group)
+    model, micro = model_of(qwen.model), Micro(2, 2 * group)
     assert model.normed
     assert model.gated
-    found = estimate.layer_bytes(config, model, work(2, group), micro) * model.layers
+    found = layer_bytes(config, model, work(2, group), micro) * model.layers
     found += 8 * work(2, group).tokens(micro) * model.width
     real = kept(qwen, 2, group)
     assert abs(found / real - 1) < ACTIVATIONS_WITHIN, f"{found} for {real}"
@@ -135,8 +140,8 @@ def test_with_checkpointing_the_layers_inputs_are_kept(base: Path) -> None:
     policy = load_policy(str(base), torch.device("cpu"), torch.float32)
     parallel.checkpoint_activations(policy.model)
     real = kept(policy, 2, 4)
-    config, model = tiny.config(gradient_checkpointing=True), estimate.model_of(policy.model)
-    found = estimate.memory(config, model, work(2, 4), 1, "cpu").moments["update"]["activations"]
+    config, model = tiny.config(gradient_checkpointing=True), model_of(policy.model)
+    found = memory_of(config, model, work(2, 4), 1, "cpu").moments["update"]["activations"]
     assert abs(found / real - 1) < ACTIVATIONS_WITHIN, f"{found} for {real}"
 
 
@@ -145,8 +150,8 @@ def test_operations_are_those_of_the_products(qwen: Policy) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         packed(qwen, 2, 4)
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    model, one = estimate.model_of(qwen.model), work(2, 4)
-    layers, head = estimate.forward_seconds(tiny.config(), model, one, one.micro[0], 1, IDEAL)
+    model, one = model_of(qwen.model), work(2, 4)
+    layers, head = forward_seconds(tiny.config(), model, one, one.micro[0], 1, IDEAL)
     tokens = one.tokens(one.micro[0])
     attention = 4 * tokens * (PROMPT + RESPONSE / 2) * model.queries * model.layers
     assert abs((layers - attention) / counted - 1) < 0.02  # the norms' weights are no products
@@ -156,44 +161,44 @@ def test_operations_are_those_of_the_products(qwen: Policy) -> None:
 BIG = {"prompts_per_step": 8, "rollouts": 16, "max_response_tokens": 64, "tokens_per_microbatch": 2048}
 
 
-def memory_of(model: Model, ranks: int = 1, device: str = "cpu", **changes: Any) -> Memory:
+def memory_with(model: Model, ranks: int = 1, device: str = "cpu", **changes: Any) -> Memory:
     config = tiny.config(**{**BIG, **changes})
-    return estimate.memory(config, model, estimate.work_of(config, PROMPT, 0, ranks), ranks, device)
+    return memory_of(config, model, work_of(config, PROMPT, 0, ranks), ranks, device)
 
 
 def test_more_of_anything_takes_more_memory(qwen: Policy) -> None:
-    model = estimate.model_of(qwen.model)
-    base = memory_of(model)
+    model = model_of(qwen.model)
+    base = memory_with(model)
     for more in ({"tokens_per_microbatch": 4096}, {"max_response_tokens": 128}):
-        assert memory_of(model, **more).total > base.total, more
+        assert memory_with(model, **more).total > base.total, more
     for name, more in (
         ("key-value cache", {"rollouts": 32}), ("logits and noise", {"rollouts": 32}), ("key-value cache", {"prompts_per_step": 16}),
     ):  # fmt: skip
         wide = {"tokens_per_microbatch": 16384}
         assert (
-            memory_of(model, **wide, **more).moments["rollout"][name]
-            > memory_of(model, **wide).moments["rollout"][name]
+            memory_with(model, **wide, **more).moments["rollout"][name]
+            > memory_with(model, **wide).moments["rollout"][name]
         ), name
     for less in ({"kl_coef": 0.0}, {"kl_reference": "momentum"}):
-        assert memory_of(model, **less).total < base.total, less
-    spared = memory_of(model, gradient_checkpointing=True).moments["update"]
+        assert memory_with(model, **less).total < base.total, less
+    spared = memory_with(model, gradient_checkpointing=True).moments["update"]
     assert spared["activations"] < base.moments["update"]["activations"] / 5
     assert sum(spared.values()) < sum(base.moments["update"].values())
-    assert set(base.held) - set(memory_of(model, method="srt").held) == {"momentum model"}
-    away = memory_of(model, device="cuda", momentum_device="cpu")
-    assert sum(away.held.values()) < sum(memory_of(model, device="cuda").held.values())
-    half = memory_of(model, dtype="bfloat16")
+    assert set(base.held) - set(memory_with(model, method="srt").held) == {"momentum model"}
+    away = memory_with(model, device="cuda", momentum_device="cpu")
+    assert sum(away.held.values()) < sum(memory_with(model, device="cuda").held.values())
+    half = memory_with(model, dtype="bfloat16")
     assert half.moments["update"]["activations"] < base.moments["update"]["activations"]
     assert half.moments["rollout"]["key-value cache"] * 2 == base.moments["rollout"]["key-value cache"]
     assert half.held == base.held
 
 
 def test_more_work_takes_more_time(qwen: Policy) -> None:
-    model, rates = estimate.model_of(qwen.model), Rates(1e11, 2e10, 2e-6, 5e7, 1e9, 3)
+    model, rates = model_of(qwen.model), Rates(1e11, 2e10, 2e-6, 5e7, 1e9, 3)
 
     def of(ranks: int = 1, with_rates: Rates = rates, **changes: Any) -> dict[str, float]:
         config = tiny.config(**{**BIG, **changes})
-        return estimate.seconds(config, model, estimate.work_of(config, PROMPT, 0, ranks), ranks, with_rates)
+        return seconds(config, model, work_of(config, PROMPT, 0, ranks), ranks, with_rates)
 
     base = of()
     assert all(of(max_response_tokens=128)[phase] > base[phase] for phase in ("rollout", "score", "update"))
@@ -212,10 +217,10 @@ def test_more_work_takes_more_time(qwen: Policy) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_ranks_divide_what_is_sharded(qwen: Policy, ranks: int) -> None:
     """FSDP2 cuts a parameter along its first dimension as torch.chunk does."""
-    model = estimate.model_of(qwen.model)
+    model = model_of(qwen.model)
     mine = sum(each.chunk(ranks)[0].numel() for each in qwen.model.parameters())
-    assert estimate.count(model.groups, ranks) == mine
-    one, many = memory_of(model), memory_of(model, ranks)
+    assert count(model.groups, ranks) == mine
+    one, many = memory_with(model), memory_with(model, ranks)
     assert many.held == {
         "weights": 4 * mine, "AdamW": 8 * mine, "momentum model": 4 * mine, "KL reference": 4 * mine,
     }  # fmt: skip
@@ -227,10 +232,10 @@ def test_ranks_divide_what_is_sharded(qwen: Policy, ranks: int) -> None:
 def test_an_adapter_alone_has_a_gradient() -> None:
     need("peft", "make setup")
     config = tiny.config(**BIG, lora_rank=2)
-    model = plan.read_model(demo.model_config(), config.lora)
+    model = read_model(demo.model_config(), config.lora)
     assert not model.whole
-    found = memory_of(model, lora_rank=2)
-    adapter = estimate.count([model.trained])
+    found = memory_with(model, lora_rank=2)
+    adapter = count([model.trained])
     assert found.held == {"weights": 4 * model.parameters, "AdamW": 8 * adapter, "momentum model": 4 * adapter}
     assert found.moments["end of backward"] == {"gradients": 4 * adapter}
 
@@ -239,7 +244,7 @@ def test_work_is_what_a_step_does() -> None:
     config = tiny.config(
         **{**BIG, "tokens_per_microbatch": 17 + 12 * 63, "method": "ttrl"}
     )  # half of 16 rollouts train
-    found = estimate.work_of(config, PROMPT, 100, 3)
+    found = work_of(config, PROMPT, 100, 3)
     assert (found.prompts, found.policy, found.momentum, found.evaluated) == (3, 16, 0, 34)
     assert [found.tokens(each) for each in found.micro] == [17 + 8 * 63 + 17 + 3 * 63] + [
         17 + 5 * 63 + 17 + 6 * 63,
@@ -268,13 +273,13 @@ def test_devices_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> No
         ("NVIDIA L40S", None), ("NVIDIA L4", "l4"), ("AMD Instinct MI300X", "mi300x"), ("NVIDIA A100-SXM4-40GB", None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
-        assert plan.known_device(gpu) == key
-    assert plan.known_device(torch.device("cpu")) is None
+        assert known_device(gpu) == key
+    assert known_device(torch.device("cpu")) is None
 
 
 def lines_of(config: Config, target: Target, *, probe: bool = False) -> str:
-    model = plan.read_model(demo.model_config())
-    return "\n".join(plan.plan(config, demo.make_task(0), model, 12, torch.device("cpu"), target, probe=probe))
+    model = read_model(demo.model_config())
+    return "\n".join(plan(config, demo.make_task(0), model, 12, torch.device("cpu"), target, probe=probe))
 
 
 def test_the_plan_names_every_part(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -299,12 +304,12 @@ def test_rates_are_measured_for_a_dry_run_alone() -> None:
 
 def test_too_little_memory_is_said() -> None:
     memory = Memory({"weights": 10}, {"update": {"activations": 5}})
-    assert "TOO LITTLE" in plan.memory_lines(memory, 14)[0]
-    assert "TOO LITTLE" not in plan.memory_lines(memory, 15)[0]
+    assert "TOO LITTLE" in memory_lines(memory, 14)[0]
+    assert "TOO LITTLE" not in memory_lines(memory, 15)[0]
 
 
 def test_vllm_has_its_share(qwen: Policy) -> None:
-    model = estimate.model_of(qwen.model)
-    held = memory_of(model, engine="vllm", vllm_cache_gib=2.0).held
+    model = model_of(qwen.model)
+    held = memory_with(model, engine="vllm", vllm_cache_gib=2.0).held
     assert (held["vLLM's weights"], held["vLLM's cache"]) == (4 * model.parameters, 2 * 2**30)
-    assert "vLLM's cache" not in memory_of(model, device="cuda", engine="vllm").held
+    assert "vLLM's cache" not in memory_with(model, device="cuda", engine="vllm").held

@@ -14,10 +14,10 @@ from small_models import make_byte_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import checkpoint
 from mgrpo_kernels.train.config import build, read_yaml
 from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS
+from mgrpo_kernels.train.run import checkpoint
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 STEPS = 12
@@ -97,7 +97,7 @@ def test_interrupt_saves_and_resume_gives_the_same_bits(
     assert process.returncode == 130, text
     step = len(tiny.lines(output)) - 1
     assert text.splitlines()[-1] == (
-        f"stopped after step {step} of {STEPS}; saved {output}/checkpoints/step_{step}; go on with --output {output} --resume"
+        f"stopped after step {step} of {STEPS}; saved {output}/checkpoints/step_{step}; continue with --output {output} --resume"
     )
     assert 2 <= step < STEPS
     assert command.main(["--output", str(output), "--resume"]) == 0

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.demo import make_tokenizer, model_config
-from mgrpo_kernels.train.plan import read_model
+from mgrpo_kernels.train.plan.describe import read_model
 from mgrpo_kernels.train.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine

@@ -20,7 +20,7 @@ from mgrpo_kernels.train.demo import after_hash
 from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS, metrics_line
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.step import Learner, decay_of, train_step, who_trains
 
 G, M = 8, 6  # of 8 rollouts 6 are the policy's
@@ -29,7 +29,7 @@ G, M = 8, 6  # of 8 rollouts 6 are the policy's
 def scripted(policy: Policy, responses: Callable[[int, bool], list[str]]) -> Any:
     """Return an engine that says what it is told, padded as the real one pads; without '$' a response is cut."""
 
-    class Scripted(Engine):
+    class Scripted(RolloutEngine):
         def sample(
             self, prompts: Sequence[Sequence[int]], copies: int, *, momentum: MomentumModel | None, **_: Any
         ) -> Rollouts:

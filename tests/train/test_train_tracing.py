@@ -24,16 +24,16 @@ def test_a_trace_of_the_steps_asked_for(base: Path, tmp_path: Path) -> None:
 def test_a_run_that_ends_before_leaves_what_there_is(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mgrpo_kernels.train import trainer
+    from mgrpo_kernels.train.run import loop
 
-    real = trainer.train_step
+    real = loop.train_step
 
     def broken(learner: object, examples: object, step: int) -> object:
         if step == 3:
             raise FloatingPointError("on purpose")
         return real(learner, examples, step)
 
-    monkeypatch.setattr(trainer, "train_step", broken)
+    monkeypatch.setattr(loop, "train_step", broken)
     output = tiny.output_with(base, tmp_path / "run")
     assert main([*tiny.FLAGS, "--output", str(output), "--eval-every", "0", "--profile-steps", "2:4"]) == 1
     events = json.loads((output / "trace.json").read_text(encoding="utf-8"))["traceEvents"]

@@ -19,8 +19,8 @@ from mgrpo_kernels.train.config import Config, build
 from mgrpo_kernels.train.data import Task
 from mgrpo_kernels.train.metrics import VARYING
 from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.run.learner import make_learner
 from mgrpo_kernels.train.step import Learner
-from mgrpo_kernels.train.trainer import make_learner
 
 WARM_STEPS = 60
 OPTIONS = {

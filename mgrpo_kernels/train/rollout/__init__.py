@@ -1,14 +1,19 @@
-"""Sampling responses."""
+"""Sampling responses: what every rollout engine offers, and the tensors that rollouts are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel
+
+if TYPE_CHECKING:
+    from mgrpo_kernels.train.config import Config
+    from mgrpo_kernels.train.plan.shape import Model, Work
+    from mgrpo_kernels.train.policy import Policy
 
 
 class Rollouts(NamedTuple):
@@ -19,19 +24,53 @@ class Rollouts(NamedTuple):
     logprobs: Tensor  # (B, R) float32, what the sampler gave each token, at its temperature; 0 beyond the end
     finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the longest length
     entropy: Tensor | None = (
-        None  # (B, R) float32, of what the token was drawn from, where the engine tells it; 0 beyond the end
+        None  # (B, R) float32, of what the token was drawn from, if the engine gives it; 0 beyond the end
     )
     self_certainty: Tensor | None = None  # the same
 
 
-class Engine:
-    """What samples."""
+class Batch(NamedTuple):
+    """How many prompts, and responses of each, an engine samples at once."""
+
+    prompts: int
+    copies: int
+
+
+class RolloutEngine:
+    """Samples responses. Its class answers for what the engine needs, so that nothing else asks which engine it is."""
+
+    samples_in_place: ClassVar[bool] = True
+    """Whether it samples from the policy's own weights, and not from a copy."""
 
     sync_seconds: float | None = None
-    """Seconds that bringing weights to the sampler has taken so far; None where it samples from the model in place."""
+    """Seconds that bringing weights to the engine has taken so far; None where it samples in place."""
 
     check: Callable[[], None] = staticmethod(lambda: None)
     """Called before every token; may raise."""
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise UsageError where a package that the engine needs is missing, naming what to install."""
+
+    @classmethod
+    def build(cls, config: Config, policy: Policy, longest_prompt: int) -> RolloutEngine:
+        """Return the engine that the configuration describes, for prompts of at most `longest_prompt` tokens."""
+        raise NotImplementedError
+
+    @classmethod
+    def batch_of(cls, config: Config, work: Work, prompts: int, copies: int) -> Batch:
+        """Return how much of `copies` responses to each of `prompts` prompts is sampled at once; the plan counts calls by it."""
+        return Batch(prompts, copies)
+
+    @classmethod
+    def memory(cls, config: Config, model: Model, work: Work, device: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the bytes that the engine holds all along, and those while it samples, by what holds them; weights in place left out."""
+        return {}, {}
+
+    @classmethod
+    def plan_lines(cls, config: Config, device: str) -> list[str]:
+        """Return what the plan says of the engine beside its memory."""
+        return []
 
     def sample(
         self,

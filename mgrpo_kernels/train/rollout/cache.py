@@ -15,6 +15,14 @@ ROOM = 64
 """Tokens of a rollout that there is room for at first; the room doubles when it is used up."""
 
 
+def room_for(tokens: int, most: int) -> int:
+    """Return for how many tokens of a rollout the cache has room once it holds `tokens`: it doubles, up to `most`."""
+    room = min(most, ROOM)
+    while room < tokens:
+        room = min(most, 2 * room)
+    return room
+
+
 class Cache(Protocol):
     """U prompts with c rollouts each, those of a prompt together."""
 
@@ -90,7 +98,7 @@ class SharedCache:
         """Write the new token's keys and values, ``(T, K, D)``; return those of all tokens, ``(U, K, c, room, D)``."""
         held = self.own.get(layer)
         if held is None or held[0].shape[3] == self.length:
-            room = min(self.max_tokens, max(ROOM, 2 * self.length))
+            room = room_for(self.length + 1, self.max_tokens)
             shape = len(self.lengths), k.shape[1], self.copies, room, k.shape[2]
             new = (v.new_empty(shape), v.new_empty(shape))
             for before, after in zip(held or (), new, strict=held is not None):

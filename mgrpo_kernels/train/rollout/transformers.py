@@ -9,19 +9,24 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel, TokenStats, token_stats_from_logits
+from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.plan.shape import Model, Work, samplings, width_of
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts, join, seeds_of
-from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache
+from mgrpo_kernels.train.rollout import Batch, RolloutEngine, Rollouts, join, seeds_of
+from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache, room_for
 
 NOISE_NUMBERS = 2**18
 """Random numbers of a prompt that are drawn at once, at least those of one token."""
 LOGITS_BYTES = 2**25
 """Logits that wait for their statistics, at least those of one token: a launch for many tokens instead of one for each."""
+CACHE_SHARE = 16
+"""Tokens in the cache for each token of a micro-batch: a cached token holds only keys and values, a trained one all activations of all
+layers, which is more than 16 times as much in the usual shapes."""
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
 """Tokens from one look at which rollouts have ended to the next: on a GPU the host waits for it."""
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(RolloutEngine):
     """Samples from the policy in place; for the momentum model its weights are swapped in, and nothing is copied.
 
     Args:
@@ -37,6 +42,25 @@ class TransformersEngine(Engine):
         self.cache_tokens = cache_tokens
         self.stats = tuple(stats)
 
+    @classmethod
+    def build(cls, config: Config, policy: Policy, longest_prompt: int) -> TransformersEngine:
+        """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
+        return cls(policy, config.rollout.max_response_tokens, cache_tokens_of(config), config.statistics)
+
+    @classmethod
+    def batch_of(cls, config: Config, work: Work, prompts: int, copies: int) -> Batch:
+        """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
+        return fitting(prompts, copies, work.prompt_tokens, work.response_tokens, cache_tokens_of(config))
+
+    @classmethod
+    def memory(cls, config: Config, model: Model, work: Work, device: str) -> tuple[dict[str, int], dict[str, int]]:
+        """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
+        batches = [cls.batch_of(config, work, *call) for call in samplings(work)]
+        return {}, {
+            "key-value cache": max(cache_bytes(config, model, work, each) for each in batches),
+            "logits and noise": max(logits_bytes(config, model, work, each) for each in batches),
+        }
+
     @torch.no_grad()
     def sample(
         self,
@@ -48,10 +72,8 @@ class TransformersEngine(Engine):
         momentum: MomentumModel | None = None,
         first: int = 0,
     ) -> Rollouts:
-        """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.Engine`."""
-        longest = max(map(len, prompts))
-        together = max(1, self.cache_tokens // (longest + copies * self.max_tokens))  # prompts
-        at_once = max(1, min(copies, (self.cache_tokens - longest) // self.max_tokens))  # copies of a prompt
+        """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
+        together, at_once = fitting(len(prompts), copies, max(map(len, prompts)), self.max_tokens, self.cache_tokens)
         seeds = seeds_of(prompts, first, generator)
         weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
         with weights, self.policy.autocast():
@@ -114,6 +136,44 @@ class TransformersEngine(Engine):
         )  # fmt: skip
 
 
+def cache_tokens_of(config: Config) -> int:
+    """Return the tokens that the cache of a run may hold."""
+    return CACHE_SHARE * config.rollout.tokens_per_microbatch
+
+
+def fitting(prompts: int, copies: int, prompt_tokens: int, response_tokens: int, cache_tokens: int) -> Batch:
+    """Return how many prompts, and responses of each, fit into the cache at once; at least one of one."""
+    together = cache_tokens // (prompt_tokens + copies * response_tokens)
+    of_each = (cache_tokens - prompt_tokens) // response_tokens
+    return Batch(min(prompts, max(1, together)), max(1, min(copies, of_each)))
+
+
+def cache_bytes(config: Config, model: Model, work: Work, batch: Batch) -> int:
+    """Return the keys and values of a batch: those of a prompt once, and room for each rollout's own.
+
+    While a layer's room doubles, it has the old one too; what attention reads it copies, a layer at a time.
+    """
+    last = work.response_tokens - 1  # is drawn, and not read
+    of_rollout = room_for(last, work.response_tokens)
+    tokens = batch.prompts * (work.prompt_tokens + batch.copies * of_rollout)
+    return 2 * model.keys * width_of(config) * tokens * model.layers if last else 0
+
+
+def logits_bytes(config: Config, model: Model, work: Work, batch: Batch) -> int:
+    """Return the logits that wait for their statistics, once more while they are joined; a token's own; and the noise."""
+    U, copies, c = batch.prompts, batch.copies, width_of(config)
+    one = U * copies * model.vocabulary
+    waiting = min(one * c * work.response_tokens, LOGITS_BYTES + one * c)
+    noise = 4 * one * noise_steps(copies, model.vocabulary, work.response_tokens)
+    attended = 2 * U * copies * (2 * model.keys * c + 3 * 4 * model.heads) * (work.prompt_tokens + work.response_tokens)
+    return 2 * waiting + noise + noise // U + one * (4 + c) + attended
+
+
+def noise_steps(copies: int, vocabulary: int, tokens: int) -> int:
+    """Return for how many tokens noise is drawn at once."""
+    return max(1, min(tokens, NOISE_NUMBERS // (copies * vocabulary)))
+
+
 def generator_of(seed: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(seed)
 
@@ -123,7 +183,7 @@ class Noise:
 
     def __init__(self, generators: Sequence[torch.Generator], copies: int, vocabulary: int, tokens: int) -> None:
         self.generators = generators
-        self.steps = max(1, min(tokens, NOISE_NUMBERS // (copies * vocabulary)))
+        self.steps = noise_steps(copies, vocabulary, tokens)
         shape = self.steps, len(generators), copies, vocabulary
         self.block = torch.empty(shape, device=generators[0].device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import faulthandler
+import importlib.util
 import os
 import tempfile
 import threading
@@ -18,10 +19,12 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig
+from mgrpo_kernels.train.config import Config, EngineError, UsageError, VllmConfig
 from mgrpo_kernels.train.lora import merged
+from mgrpo_kernels.train.plan.shape import Model, Work, width_of
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts, seeds_of
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, seeds_of
+from mgrpo_kernels.train.rollout.engines import ENGINES
 from mgrpo_kernels.train.score import score
 
 ENVIRONMENT = {
@@ -29,7 +32,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's, too
     "VLLM_NO_USAGE_STATS": "1",
 }
-LEAST_TEMPERATURE = 0.01
+LEAST_TEMPERATURE = ENGINES["vllm"].least_temperature
 """Below it vLLM samples at this temperature."""
 GRACE = 60.0
 """Seconds that a call may go on after its time limit, before the process is ended from outside the call."""
@@ -48,7 +51,7 @@ class Completion(NamedTuple):
     logprobs: Sequence[float]
 
 
-class VllmEngine(Engine):
+class VllmEngine(RolloutEngine):
     """One vLLM engine for policy and momentum model. Before it samples, the weights of the one that is asked for are copied into it.
 
     They are copied every time: a copy costs little beside a rollout, and a stale one would not show. The prefix cache is emptied with
@@ -64,6 +67,38 @@ class VllmEngine(Engine):
     Raises:
         UsageError: vLLM is not installed, cannot run this model or does not get its memory, or gives other log-probs than the trainer.
     """
+
+    samples_in_place = False
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
+        if importlib.util.find_spec("vllm") is None:
+            raise UsageError("engine: want the package vllm with --engine vllm, got none: make vllm")
+
+    @classmethod
+    def build(cls, config: Config, policy: Policy, longest_prompt: int) -> VllmEngine:
+        """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`. With --vllm-servers the engine is a client of these."""
+        from mgrpo_kernels.train.rollout.vllm_server import VllmServers  # needs httpx
+
+        kind = VllmServers if config.vllm.server_urls else VllmEngine
+        return kind(policy, config.rollout.max_response_tokens, longest_prompt, config.vllm)
+
+    @classmethod
+    def memory(cls, config: Config, model: Model, work: Work, device: str) -> tuple[dict[str, int], dict[str, int]]:
+        """Return vLLM's share on a CPU. On a GPU it is vllm_memory of the device, which :meth:`plan_lines` names."""
+        if device != "cpu":
+            return {}, {}
+        cache = config.vllm.vllm_cache_gib or 1.0
+        return {"vLLM's weights": width_of(config) * model.parameters, "vLLM's cache": round(cache * 2**30)}, {}
+
+    @classmethod
+    def plan_lines(cls, config: Config, device: str) -> list[str]:
+        """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
+        if device != "cuda":
+            return []
+        sleeps = "kept all along" if config.vllm.vllm_sleep is False else "given back between rollouts"
+        return [f"  vLLM: {config.vllm.vllm_memory:.0%} of the device's memory beside that, {sleeps}"]
 
     def __init__(self, policy: Policy, max_tokens: int, max_prompt: int, options: VllmConfig) -> None:
         self._remember(policy, max_tokens, max_prompt, options)
@@ -98,7 +133,7 @@ class VllmEngine(Engine):
         momentum: MomentumModel | None = None,
         first: int = 0,
     ) -> Rollouts:
-        """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.Engine`.
+        """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.RolloutEngine`.
 
         Raises:
             ValueError: a prompt that is empty or longer than the engine was built for; a temperature that vLLM would change.

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import re
-import statistics
-import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from mgrpo_kernels.train import attention, estimate
+from mgrpo_kernels.train import attention
 from mgrpo_kernels.train.config import Config, LoraConfig, UsageError
 from mgrpo_kernels.train.data import Task
-from mgrpo_kernels.train.estimate import DEVICES, Memory, Model, Rates, Work
 from mgrpo_kernels.train.lora import Adapter
+from mgrpo_kernels.train.plan.devices import (
+    BANDWIDTH_SHARE,
+    DEVICES,
+    MATMUL_SHARE,
+    Rates,
+    known_device,
+    measure,
+    rates_of,
+    room_of,
+)
+from mgrpo_kernels.train.plan.memory import Memory, memory_of
+from mgrpo_kernels.train.plan.shape import Model, Work, count, model_of, work_of
+from mgrpo_kernels.train.plan.time import seconds
 from mgrpo_kernels.train.policy import unreadable
+from mgrpo_kernels.train.rollout.engines import engine_class
 
 
 class Target(NamedTuple):
@@ -65,7 +72,7 @@ def read_model(model: str | PretrainedConfig, lora: LoraConfig | None = None) ->
         raise UsageError(unreadable(str(model), error)) from error
     if lora is not None and lora.lora_rank is not None:
         Adapter(empty, lora, seed=0)
-    return estimate.model_of(empty)
+    return model_of(empty)
 
 
 def plan(
@@ -90,13 +97,13 @@ def plan(
         )
     samples = len(task.held_out) * (config.eval.eval_samples + 1) if config.eval.eval_every else 0
     epochs = config.optim.steps * config.rollout.prompts_per_step / len(task.train)
-    work = estimate.work_of(config, prompt_tokens, len(task.held_out), ranks)
+    work = work_of(config, prompt_tokens, len(task.held_out), ranks)
     kind = device.type if target.device is None else "cuda"
     flash = kind == "cuda" and config.model.dtype != "float32" and attention.has_flash_attention()
-    memory = estimate.memory(config, model, work, ranks, kind, flash=flash)
+    memory = memory_of(config, model, work, ranks, kind, flash=flash)
     known = target.device or known_device(device)
     name = str(device) if target.device is None else target.device
-    largest, trained = max(work.micro, key=work.tokens), estimate.count([model.trained])
+    largest, trained = max(work.micro, key=work.tokens), count([model.trained])
     lines = [
         "plan:",
         f"  device: {name}" if ranks == 1 else f"  devices: {ranks} x {name}, one a rank",
@@ -117,13 +124,9 @@ def plan(
         lines.append(
             f"  a checkpoint that is written in the background: {size(copies)} more of the CPU's memory, meanwhile"
         )
-    if config.rollout.engine == "vllm" and kind == "cuda":
-        sleeps = "kept all along" if config.vllm.vllm_sleep is False else "given back between rollouts"
-        lines.append(f"  vLLM: {config.vllm.vllm_memory:.0%} of the device's memory beside that, {sleeps}")
+    lines += engine_class(config).plan_lines(config, kind)
     if known is not None or probe:
-        rates = (
-            measure(device, config.model.dtype, model) if known is None else estimate.rates_of(DEVICES[known], config)
-        )
+        rates = measure(device, config.model.dtype, model) if known is None else rates_of(DEVICES[known], config)
         lines += time_lines(config, model, work, ranks, rates, known)
     return lines
 
@@ -146,7 +149,7 @@ def memory_lines(memory: Memory, room: int | None) -> list[str]:
 
 def time_lines(config: Config, model: Model, work: Work, ranks: int, rates: Rates, known: str | None) -> list[str]:
     """Return the seconds of a step, and what they rest on."""
-    found = estimate.seconds(config, model, work, ranks, rates)
+    found = seconds(config, model, work, ranks, rates)
     phases = " + ".join(f"{name} {value:.3g}" for name, value in found.items() if value)
     total = sum(found.values())
     hours = config.optim.steps * total / 3600
@@ -154,75 +157,12 @@ def time_lines(config: Config, model: Model, work: Work, ranks: int, rates: Rate
         probed = f"{rates.matmul / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s, {rates.operation * 1e6:.2g} us an operation"
         base = f"a probe of this device: {probed}"
     else:
-        shares = f"{estimate.MATMUL_SHARE:.0%} of its FLOP/s and {estimate.BANDWIDTH_SHARE:.0%} of its bytes/s"
+        shares = f"{MATMUL_SHARE:.0%} of its FLOP/s and {BANDWIDTH_SHARE:.0%} of its bytes/s"
         base = f"the data sheet of {known}, of which {shares} are assumed; not measured"
     return [
         f"  time of a step: {total:.3g} s (estimate, at the longest responses) = {phases}",
         f"    {config.optim.steps} steps: {hours:.3g} h, without evaluations; from {base}",
     ]
-
-
-def known_device(device: torch.device) -> str | None:
-    """Return the name in the table of the device at hand, or None."""
-    if device.type != "cuda":
-        return None
-    words = set(re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower()))
-    return next((key for key in DEVICES if words.issuperset(key.split("-"))), None)
-
-
-def room_of(device: torch.device) -> int | None:
-    """Return the bytes of memory that the device has, where the system says so."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """Return what a device does in a second, with products of the model's width; the median of a few tries, about a second in all.
-
-    Where ranks share a machine's memory a byte goes to another through it, and is read and written some eight times: gloo's rate.
-    """
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    on_gpu = device.type == "cuda"
-    rows, numbers = (8192, 2**28) if on_gpu else (1024, 2**24)
-
-    def typical(work: Callable[[], Any], tries: int = 5) -> float:
-        def once() -> float:
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            begin = clock()
-            work()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            return clock() - begin
-
-        until = time.perf_counter() + 0.2  # where others take the cores, few must do
-        found = [once(), once()]  # the first warms up
-        while len(found) <= tries and time.perf_counter() < until:
-            found.append(once())
-        return max(statistics.median(found[1:]), 1e-9)
-
-    with torch.no_grad():
-        a, b = (torch.ones(n, model.width, device=device, dtype=kind) for n in (rows, model.inner))
-        matmul = 2 * rows * model.width * model.inner / typical(lambda: torch.mm(a, b.t()))
-        block, other = (torch.ones(numbers, device=device) for _ in range(2))
-        bandwidth = 2 * 4 * numbers / typical(lambda: other.copy_(block), 3)
-        few = block[: numbers // 64]
-        draws = len(few) / typical(lambda: few.exponential_().clamp_min_(1e-30).log_().neg_())
-        x, w = torch.ones(16, 64, device=device), torch.ones(64, 64, device=device)
-        operation = typical(lambda: [_operations(x, w) for _ in range(5)], 20) / (5 * 8)
-    return Rates(matmul, bandwidth, operation, draws, bandwidth / 8, passes=1 if on_gpu else 3)
-
-
-def _operations(x: Tensor, w: Tensor) -> Tensor:
-    """Run eight operations of a decoder's layer on a few tokens."""
-    y = torch.mm(x, w)
-    y = torch.nn.functional.silu(y) * x
-    y = torch.cat([y[:, :32], y[:, 32:]], dim=-1)
-    return (y + x).softmax(-1)
 
 
 def size(number: int) -> str:

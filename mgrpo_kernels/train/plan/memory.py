@@ -1,0 +1,164 @@
+"""The memory of a run, from its options and its model's shape: formulas, and nothing that runs. docs/planning.md explains them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mgrpo_kernels.ops._triton.tuning import Tuning
+from mgrpo_kernels.ops.linear_policy_loss import native as fused_on_cpu
+from mgrpo_kernels.ops.linear_token_stats import native as composed_on_cpu
+from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, width_of
+from mgrpo_kernels.train.rollout.engines import engine_class
+
+Parts = dict[str, int]  # what holds memory -> bytes
+
+
+class Memory(NamedTuple):
+    """Bytes of a rank, by what holds them."""
+
+    held: Parts  # from the first step on
+    moments: dict[str, Parts]  # beside that, at the moments that hold most
+
+    @property
+    def moment(self) -> str:
+        """The moment that decides."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def total(self) -> int:
+        """The bytes held at the moment that decides."""
+        return sum(self.held.values()) + sum(self.moments[self.moment].values())
+
+
+def memory_of(config: Config, model: Model, work: Work, ranks: int, device: str, *, flash: bool = False) -> Memory:
+    """Return a rank's memory.
+
+    Args:
+        config, model, work: what runs.
+        ranks: among how many the weights are sharded.
+        device: cpu or cuda.
+        flash: flash-attn attends, which needs no mask.
+    """
+    engine = engine_class(config)
+    engine_held, sampling = engine.memory(config, model, work, device)
+    weights = sampling_weights(config, model, ranks, with_momentum=config.momentum_rollouts > 0)
+    if not engine.samples_in_place:
+        del weights["16-bit weights"]
+    moments = {
+        "rollout": weights | sampling,
+        **({"score": scoring(config, model, work, ranks)} if config.needs_reference is not None else {}),
+        **updating(config, model, work, ranks, device, flash=flash),
+    }
+    return Memory(
+        nonzero(held(config, model, ranks, device) | engine_held),
+        {name: nonzero(parts) for name, parts in moments.items()},
+    )
+
+
+def nonzero(parts: Parts) -> Parts:
+    """Return the parts that take memory."""
+    return {name: size for name, size in parts.items() if size}
+
+
+def held(config: Config, model: Model, ranks: int, device: str) -> Parts:
+    """Return what a rank holds from the first step on, the rollout engine's own memory left out."""
+    mine, trained = count(model.groups, ranks), count([model.trained], ranks)
+    away = device == "cuda" and config.method.momentum_device == "cpu"
+    return {
+        "weights": 4 * mine,
+        "AdamW": 8 * trained,
+        "momentum model": 4 * trained * (config.needs_momentum and not away),
+        "KL reference": 4 * mine * (config.copies_base and not away),
+    }
+
+
+def sampling_weights(config: Config, model: Model, ranks: int, *, with_momentum: bool) -> Parts:
+    """Return the copies of the weights while the model samples or scores; with other weights in place of its own, one more."""
+    c = width_of(config)
+    gathered = c * model.parameters if ranks > 1 else 0
+    return {
+        "16-bit weights": cast_bytes(config, model, ranks),
+        "gathered weights": gathered * (2 if with_momentum else 1),
+    }
+
+
+def cast_bytes(config: Config, model: Model, ranks: int) -> int:
+    """Return the copy of the weights that autocast keeps."""
+    c = width_of(config)
+    return c * model.parameters if c < 4 and ranks == 1 else 0
+
+
+def scoring(config: Config, model: Model, work: Work, ranks: int) -> Parts:
+    """Return what scoring under the KL reference takes."""
+    c, T = width_of(config), max(map(work.tokens, work.micro))
+    return sampling_weights(config, model, ranks, with_momentum=model.whole) | {
+        "activations": T * (8 * model.width + 3 * model.inner * c + 3 * model.queries * c),
+    }
+
+
+def updating(config: Config, model: Model, work: Work, ranks: int, device: str, *, flash: bool) -> dict[str, Parts]:
+    """Return what the update takes at its two fullest moments: in the backward pass, and at its end."""
+    c, largest = width_of(config), max(work.micro, key=work.tokens)
+    T, N = work.tokens(largest), largest.responses * work.response_tokens
+    workspace, weight = head_bytes(config, model, N, device)
+    gradients, several = 4 * count([model.trained], ranks), len(work.micro) > 1
+    layer = layer_bytes(config, model, work, largest, flash=flash)
+    again = layer if config.model.gradient_checkpointing else 0
+    kept = 4 * T * model.width * model.layers if config.model.gradient_checkpointing else layer * model.layers
+    kept += 8 * T * model.width  # of the last norm
+    passing = T * (4 * model.inner * c + 8 * model.width)  # gradients of a layer's activations, on their way
+    at_head = workspace + N * model.width * (8 + (c if c < 4 else 0))
+    weights = {
+        "16-bit weights": cast_bytes(config, model, ranks),
+        "gathered weights": unit_bytes(config, model) if ranks > 1 else 0,
+    }
+    return {
+        "update": weights | {
+            "gradients": gradients if several else 0,
+            "activations": kept,
+            "head and backward": weight + max(at_head, again + passing),
+        },
+        "end of backward": weights | {
+            "gradients": gradients,
+            "head and backward": (weight if several else 0) + 4 * model.vocabulary * model.width * model.whole,
+        },
+    }  # fmt: skip
+
+
+def layer_bytes(config: Config, model: Model, work: Work, micro: Micro, *, flash: bool = False) -> int:
+    """Return what backward keeps of a layer. Norms compute in float32 and keep input and normalised; products keep inputs in c bytes."""
+    T, c = work.tokens(micro), width_of(config)
+    U, B, rest, P = micro.prompts, micro.responses, work.response_tokens - 1, work.prompt_tokens
+    # A prompt and its response in one piece; else a response's queries see the prompt's keys, copied for each.
+    alone = U == B
+    keys = T if alone else U * P + B * (P + rest) * (rest > 0)
+    mask = 0 if alone or flash else B * rest * (P + rest)
+    inputs = 2 if c == 4 else 4 + model.gated  # autocast casts for each product anew what a norm gives to several
+    norms = T * (model.width * (2 * 8 + inputs * c) + 8 * (model.queries + model.keys) * model.normed)
+    attention = c * (3 * T * model.queries + 2 * keys * model.keys + mask) + 4 * T * model.heads
+    return norms + attention + T * (4 if model.gated else 2) * model.inner * c
+
+
+def head_bytes(config: Config, model: Model, tokens: int, device: str) -> tuple[int, int]:
+    """Return the fused head's workspace, and the gradient of its weight before it is added to what is there."""
+    c, V = width_of(config), model.vocabulary
+    weight = V * model.width * (4 if c == 4 else 6) * model.whole  # of 16 bits a float32 one beside it
+    most = Tuning().workspace_bytes
+    if device == "cpu":
+        dtype = torch.float32 if c == 4 else torch.bfloat16
+        fused, _ = fused_on_cpu.fusion(torch.device(device), dtype)
+        if not fused:
+            tile = composed_on_cpu.tile_shape(dtype)
+            return c * min(tile.rows, tokens) * min(tile.columns, V), weight
+        most = fused_on_cpu.WORKSPACE_BYTES
+    return c * V * min(tokens, max(1, most // (c * V))), weight
+
+
+def unit_bytes(config: Config, model: Model) -> int:
+    """Return what FSDP2 gathers in an update: the rest's weights all along, two layers' at a time; and a layer's whole gradient."""
+    c, rest = width_of(config), count(model.groups[:1])
+    layer = max((count([group]) for group in model.groups[1:]), default=0)
+    return c * (rest + 2 * layer) + (c + 4) * max(rest, layer)

@@ -1,0 +1,63 @@
+"""Builds what a step works on: policy, rollout engine, optimizer, momentum model and KL reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.train import demo, parallel
+from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.data import Task
+from mgrpo_kernels.train.live import Plain
+from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.rollout import RolloutEngine
+from mgrpo_kernels.train.rollout.engines import engine_class
+from mgrpo_kernels.train.step import Learner
+from mgrpo_kernels.train.update import make_optimizer
+
+
+def load(config: Config, name: str, device: torch.device) -> Policy:
+    """Return a policy; where ranks will share its weights, in the CPU's memory."""
+    placed = device if parallel.world() == 1 else torch.device("cpu")
+    return load_policy(name, placed, dtype_of(config), config.lora, config.run.seed)
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Return the dtype of the matrix products."""
+    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+
+
+def demo_policy(config: Config, directory: Path, device: torch.device, view: Plain) -> Policy:
+    """Return the built-in model, warm-started once for each output directory."""
+    with parallel.together():
+        if parallel.is_first() and not directory.exists():
+            view.say(
+                f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
+                f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
+            )
+            demo.make_model(directory, config.run.seed, device, demo.WARM_STEPS, view.warm_start)
+    return load(config, str(directory), device)
+
+
+def make_engine(config: Config, task: Task, policy: Policy) -> RolloutEngine:
+    """Return the rollout engine that the configuration names, ready to sample the task's prompts."""
+    prompts = policy.encode([example.prompt for example in (*task.train, *task.held_out)])
+    return engine_class(config).build(config, policy, max(map(len, prompts)))
+
+
+def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
+    """Build everything that a step works on, as it is before the first."""
+    engine = make_engine(config, task, policy)
+    if config.model.gradient_checkpointing:
+        parallel.checkpoint_activations(policy.model)
+    parallel.shard(policy)
+    device = None if config.method.momentum_device == "auto" else config.method.momentum_device
+    momentum = reference = None
+    if config.needs_momentum:
+        momentum = MomentumModel(policy.model, config.method.decay, device=device, frozen=policy.adapter is None)
+    if config.needs_reference is not None:
+        reference = momentum if config.needs_reference == "momentum" else policy.adapter
+        reference = reference or MomentumModel(policy.model, 1.0, device=device)
+    return Learner(config, task, policy, engine, make_optimizer(policy, config), momentum, reference)
