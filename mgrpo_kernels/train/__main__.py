@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mgrpo_kernels.train import command_line
 from mgrpo_kernels.train.config import (
-    PRESETS,
     SECTIONS,
     CheckpointError,
     Config,
@@ -20,13 +19,10 @@ from mgrpo_kernels.train.config import (
     UsageError,
     build,
     fields_of,
-    find_config,
     read_yaml,
 )
 from mgrpo_kernels.train.labels import METHODS
 
-SHORT = 40
-"""Choices that take more characters than this are named in the help text, not in the flag's line."""
 EPILOG = """methods:
 {methods}
 
@@ -46,29 +42,23 @@ interrupted.
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return a parser with a group for each concern. An option that is not given is absent from its result."""
+    """Return a parser with a group for each concern."""
     width = max(map(len, METHODS))
-    parser = argparse.ArgumentParser(
-        prog="python -m mgrpo_kernels.train",
-        usage="%(prog)s [options]",
-        description="Train a language model by M-GRPO or a relative. Without a model it trains a small built-in one on sums.",
-        epilog=EPILOG.format(methods="\n".join(f"  {name:<{width}} {row.text}" for name, row in METHODS.items())),
-        formatter_class=Formatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+    parser = command_line.make_parser(
+        "mgrpo_kernels.train",
+        "%(prog)s [options]",
+        "Train a language model by M-GRPO or a relative. Without a model it trains a small built-in one on sums.",
+        EPILOG.format(methods="\n".join(f"  {name:<{width}} {row.text}" for name, row in METHODS.items())),
     )
-    place = parser.add_argument_group("files")
-    presets = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
-    place.add_argument(
-        "--config", metavar="FILE", help=f"YAML file of options by name, as a run's config.yaml, or a preset: {presets}"
-    )
-    place.add_argument("--output", metavar="DIR", help="where the run goes (default: runs/<method>-<date-time>)")
-    place.add_argument(
+    files = parser.add_argument_group("files")
+    command_line.add_config(files)
+    files.add_argument("--output", metavar="DIR", help="where the run goes (default: runs/<method>-<date-time>)")
+    files.add_argument(
         "--resume",
         action="store_true",
         help="go on with the run in --output, with its own options where none are given",
     )
-    place.add_argument(
+    files.add_argument(
         "--dry-run",
         nargs="?",
         const=True,
@@ -79,48 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for section in SECTIONS.values():
         group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
-        for name, (field, kinds) in fields_of(section).items():
-            flag, kind = "--" + name.replace("_", "-"), next(kind for kind in kinds if kind is not type(None))
-            text = _help(name, field).replace("%", "%%")
-            if kind is bool:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-            else:
-                choices = field.metadata["choices"]
-                group.add_argument(flag, type=kind, choices=choices, metavar=_metavar(field, kind), help=text)
+        for name in fields_of(section):
+            command_line.add_option(group, name)
     return parser
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Flags in a narrow column, so that what they mean has room in 80."""
-
-    def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, max_help_position=26, **options)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        # the description is one paragraph, the epilog has its lines
-        return super()._fill_text(text if "\n" in text else textwrap.fill(text, width), width, indent)
-
-
-def _help(name: str, field: Any) -> str:
-    """Return what an option means, its long list of choices, and its default with the unit."""
-    choices, unit, default = (field.metadata["choices"], field.metadata["unit"], field.default)
-    if default is None:
-        default = "none"
-    elif isinstance(default, bool):
-        default = "on" if default else "off"
-    elif isinstance(default, str) and "\n" in default:
-        default = repr(default)
-    named = ""
-    if choices and _metavar(field, str) and name != "method":  # the methods have a list of their own
-        named = f"; one of {', '.join(choices)}"
-    return f"{field.metadata['help']}{named} (default: {default}{f', {unit}' if unit else ''})"
-
-
-def _metavar(field: Any, kind: type) -> str | None:
-    choices = field.metadata["choices"]
-    if choices:
-        return "NAME" if len(",".join(choices)) > SHORT else None
-    return {int: "N", float: "X", str: "TEXT"}[kind]
 
 
 def target(text: str) -> Any:
@@ -139,27 +90,21 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
     given = vars(make_parser().parse_args(arguments))
     file, output = given.pop("config", None), given.pop("output", None)
     resume, dry_run = given.pop("resume", False) or is_restart(output), given.pop("dry_run", False)
-    layers: list[dict[str, Any]] = []
+    layers: list[Mapping[str, Any]] = []
     if resume:
         if output is None:
             raise UsageError("resume: want --output DIR, the run to go on with, got none")
         if not (Path(output) / "config.yaml").exists():
             raise UsageError(f"resume: want a directory with a run (config.yaml), got {output}")
         layers.append(read_yaml(Path(output) / "config.yaml"))
-    if file is not None:
-        layers.append(read_yaml(find_config(file)))
-    layers.append(given)
+    layers += [command_line.read_config(file), given]
     if not any(layer.get(name) is not None for layer in layers for name in ("model", "data")):
         from mgrpo_kernels.train.demo import OPTIONS
 
         layers.insert(0, OPTIONS)
     config = build(*layers)
-    place = (
-        Path(output)
-        if output is not None
-        else Path("runs") / f"{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    return config, place, resume, dry_run
+    default = f"{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config, command_line.output_directory(output, default), resume, dry_run
 
 
 def is_restart(output: str | None) -> bool:

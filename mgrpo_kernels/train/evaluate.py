@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import transformers
 import yaml
 
+from mgrpo_kernels.train import command_line
 from mgrpo_kernels.train.config import (
     SECTIONS,
     Config,
@@ -22,7 +22,6 @@ from mgrpo_kernels.train.config import (
     UsageError,
     build,
     fields_of,
-    read_yaml,
 )
 from mgrpo_kernels.train.data import check_lengths, load_task
 from mgrpo_kernels.train.metrics import Lines, metrics_line
@@ -32,41 +31,25 @@ from mgrpo_kernels.train.run.evaluation import examine, figures
 from mgrpo_kernels.train.run.learner import dtype_of, make_engine
 from mgrpo_kernels.train.run.output import check_output, write_text
 
-KNOWN = {name: each for section in SECTIONS.values() for name, each in fields_of(section).items()}
 UNUSED = ("data", "eval_every", "gradient_checkpointing")
 OPTIONS = (
     *(name for section in (ModelConfig, DataConfig, EvalConfig) for name in fields_of(section) if name not in UNUSED),
     *("engine", *fields_of(SECTIONS["vllm"]), "max_response_tokens", "tokens_per_microbatch", "seed"),
 )  # fmt: skip
-"""The trainer's options that an evaluation has; it passes over the others in a file."""
+"""The trainer's options that an evaluation has; the others in a file or preset are passed over."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return a parser of :data:`OPTIONS`. An option that is not given is absent from its result."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mgrpo_kernels.train.evaluate",
-        usage="%(prog)s --model DIR_OR_HUB_NAME --eval-data FILE [options]",
-        description="Evaluate a model: avg@k, pass@k, maj@k and greedy accuracy. Writes metrics.jsonl and questions.jsonl.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+    """Return a parser of :data:`OPTIONS`."""
+    parser = command_line.make_parser(
+        "mgrpo_kernels.train.evaluate",
+        "%(prog)s --model DIR_OR_HUB_NAME --eval-data FILE [options]",
+        "Evaluate a model: avg@k, pass@k, maj@k and greedy accuracy. Writes metrics.jsonl and questions.jsonl.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options by name, as a run's config.yaml")
+    command_line.add_config(parser)
     parser.add_argument("--output", metavar="DIR", help="where the results go (default: runs/evaluation-<date-time>)")
     for name in OPTIONS:
-        field, kinds = KNOWN[name]
-        kind = next(kind for kind in kinds if kind is not type(None))
-        default = "none" if field.default is None else repr(field.default)
-        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-        how: dict[str, Any] = (
-            {"action": argparse.BooleanOptionalAction}
-            if kind is bool
-            else {
-                "type": kind,
-                "choices": field.metadata["choices"],
-                "metavar": None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[kind],
-            }
-        )
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **how)
+        command_line.add_option(parser, name)
     return parser
 
 
@@ -78,14 +61,11 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path]:
     """
     given = vars(make_parser().parse_args(arguments))
     file, output = given.pop("config", None), given.pop("output", None)
-    layers = [{} if file is None else read_yaml(file), given]
-    values = {name: value for layer in layers for name, value in layer.items()}
-    values = {name: value for name, value in values.items() if name in OPTIONS or name not in KNOWN}
-    for name in ("model", "eval_data"):
-        if values.get(name) is None:
-            raise UsageError(f"{name}: want a value, got none")
+    values = {**command_line.read_config(file), **given}
+    values = {name: value for name, value in values.items() if name in OPTIONS or name not in command_line.OPTIONS}
+    command_line.require(values, "model", "eval_data")
     config = build(values, {"data": values["eval_data"]})  # a model comes with data to train on; these are not read
-    return config, Path(output) if output is not None else Path("runs") / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config, command_line.output_directory(output, f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def run(config: Config, output: Path) -> dict[str, float]:

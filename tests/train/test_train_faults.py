@@ -211,7 +211,7 @@ def test_sigterm_does_not_wait_for_sampling(base: Path, tmp_path: Path) -> None:
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130, text
     assert text.splitlines()[-1].startswith(
-        f"stopped after step 0 of 5; saved {output}/checkpoints/step_0; go on with "
+        f"stopped after step 0 of 5; saved {output}/checkpoints/step_0; continue with "
     )
     assert time.monotonic() - start < 20  # a machine gives 30 and more
     assert checkpoint.load(output / "checkpoints" / "latest")["step"] == 0
