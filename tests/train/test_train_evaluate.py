@@ -16,7 +16,7 @@ from small_models import make_answering_model
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import evaluate as by_itself
-from mgrpo_kernels.train.config import build, read_yaml
+from mgrpo_kernels.train.config import PRESETS, build, read_yaml
 from mgrpo_kernels.train.data import Example, Task, prompts_of_step
 from mgrpo_kernels.train.demo import after_hash, make_task
 from mgrpo_kernels.train.metrics import EVALUATION
@@ -210,6 +210,14 @@ def test_it_passes_over_the_training_options_of_a_run(tmp_path: Path) -> None:
     assert set(yaml.safe_load((tmp_path / "c.yaml").read_text())) == set(read_yaml(tmp_path / "c.yaml"))
 
 
+@pytest.mark.parametrize("preset", sorted(each.stem for each in PRESETS.glob("*.yaml")))
+def test_an_evaluation_takes_the_presets_of_training(preset: str) -> None:
+    config, _ = by_itself.read_command_line(["--config", preset, "--model", "m", "--eval-data", "e.jsonl"])
+    of_preset = read_yaml(PRESETS / f"{preset}.yaml")
+    shared = {name: value for name, value in of_preset.items() if name in by_itself.OPTIONS}
+    assert {name: config.values()[name] for name in shared} == shared
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -220,7 +228,7 @@ def test_it_passes_over_the_training_options_of_a_run(tmp_path: Path) -> None:
         (["--model", "{dir}", "--eval-data", "{dir}/bare.jsonl"], "answer_field: want one of the fields question of"),
         (["--model", "{dir}", "--eval-data", str(DATA), "--eval-pass-k", "9"], "eval_pass_k: want a finite number >= 1 and <= 8"),
         (["--config", "{dir}/typo.yaml", "--model", "m", "--eval-data", "x.jsonl"], "eval_sample: want one of the options"),
-        (["--config", "{dir}/none.yaml"], "config: want a readable YAML file"),
+        (["--config", "{dir}/none.yaml"], "config: want a YAML file that exists, or a preset"),
         (["--model", "{model}", "--eval-data", str(DATA), "--max-response-tokens", "250"], "max_response_tokens: want at most"),
         (["--model", "{model}", "--eval-data", str(DATA), "--output", "{dir}/run"], "output: want a directory without a run"),
     ],
