@@ -47,6 +47,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")),
         "-DCPU_CAPABILITY_AVX512",
     ]
+if os.environ.get("MGRPO_ISAS"):  # only these, for a quick build: MGRPO_ISAS=DEFAULT
+    ISAS = {isa: flags for isa, flags in ISAS.items() if isa in os.environ["MGRPO_ISAS"].split()}
 
 
 class BuildNative(BuildExtension):
