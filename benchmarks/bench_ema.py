@@ -5,7 +5,8 @@ On a GPU over the parameters of Qwen2.5-7B, on a CPU over a list of tensors.
 
 import pytest
 import torch
-from harness import DEVICE, GPU, SMALL, assert_close, available, copy_of, measure, room_for, simple_rows, size
+from harness import assert_close, available, beside, copy_of, room_for, simple_rows
+from timing import DEVICE, GPU, SMALL, measure, size
 
 DECAY = 0.99
 
@@ -36,12 +37,17 @@ def bench_ema(benchmark, provider):
             want = old.double() * DECAY + (1 - DECAY) * param.double()
             assert_close(average, want, 1e-6, "ema")
             assert_close(copy, want, 3e-3, "copy")
+            average.copy_(old)  # as it was, for the other that is checked
 
-    def forward():
-        peer.function(ema, params, emit, DECAY)
-        return ()
+    def call(function):
+        def forward():
+            function(ema, params, emit, DECAY)
+            return ()
+
+        return forward
 
     measure(
-        benchmark, "forward", forward, check=check, ceiling=copy_of(12 * elements), ceiling_name="copy", bytes=12 * elements,
+        benchmark, "forward", call(peer.function), provider=provider, ours=beside("ema", peer, call), check=check,
+        ceiling=copy_of(12 * elements), ceiling_name="copy", bytes=12 * elements,
         computes=peer.computes,
     )  # fmt: skip

@@ -415,14 +415,16 @@ class Figures:
         return None if share is None else 1 / share
 
     def ahead(self, op: str, step: str, *peers: str) -> float | None:
-        """Return how many times as long as ours the fastest of the providers takes whose names begin with one of `peers`."""
-        ours = self.rows.get((op, "ours", step))
-        times = [
-            row["p50_ms"]
+        """Return how many times as long as ours the fastest of the providers takes whose names begin with one of `peers`.
+
+        Ours was timed in the provider's own row, in turn with it, and computes what the provider computes.
+        """
+        ratios = [
+            row["ratio_to_ours"]
             for (of, name, at), row in self.rows.items()
             if (of, at) == (op, step) and name.startswith(peers)
         ]
-        return min(times) / ours["p50_ms"] if ours and times else None
+        return min(ratios, default=None)
 
     def of_test(self, test: str, figure: str, entry: str = "MiB") -> float | None:
         """Return the largest figure of that name that a test wrote down."""
