@@ -142,7 +142,9 @@ class Copy:
     def process(self, *command: str, seconds: float = 120.0, **environment: str) -> tuple[int | None, str]:
         """Run a command in the copy; return its exit status, None past the time limit, and what it printed."""
         settings = {
-            **os.environ, "PYTHONPATH": str(self.place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **environment,
+            **os.environ, "PYTHONPATH": str(self.place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+            "COLUMNS": "240",  # pytest shortens messages to the width of the terminal
+            **environment,
         }  # fmt: skip
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             process = subprocess.Popen(
@@ -228,7 +230,8 @@ class NativeCopy(Copy):
             raise RuntimeError(f"mutants: the extension cannot be built in {place}: {problem}")
         # ninja compares times: each rebuild starts from this state, so that it compiles the mutated file and nothing else.
         self.built = place.with_name(place.name + "-built")
-        shutil.copytree(place / "build", self.built, dirs_exist_ok=True)
+        shutil.rmtree(self.built, ignore_errors=True)
+        shutil.copytree(place / "build", self.built)
 
     def build(self) -> str:
         """Build what has changed; return why it cannot be built, empty if it can."""
@@ -391,6 +394,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--timeout", type=float, default=300.0, help="seconds for the tests of one mutation (default: 300)"
     )
     parser.add_argument("--fresh", action="store_true", help="ignore the results of earlier runs")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="directory for the scratch copies, kept for the next run (default: a temporary one)",
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to test (default: this one)")
     options = parser.parse_args(arguments)
     mutations = load(options.root)
@@ -401,8 +409,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(m.name for m in mutations))
         return 0
-    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
-        results = Check(options.root, mutations, Path(scratch), options.timeout, options.fresh).run(options.jobs)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        scratch = options.scratch or Path(temporary)
+        results = Check(options.root, mutations, scratch, options.timeout, options.fresh).run(options.jobs)
     if not options.only:
         write_report(options.root, mutations, results)
     bad = {name: result for name, result in sorted(results.items()) if result.outcome != "killed"}
