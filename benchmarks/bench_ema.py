@@ -37,7 +37,10 @@ def bench_ema(benchmark, provider):
             want = old.double() * DECAY + (1 - DECAY) * param.double()
             assert_close(average, want, 1e-6, "ema")
             assert_close(copy, want, 3e-3, "copy")
-            average.copy_(old)  # as it was, for the other that is checked
+
+    def reset():
+        for average, old in zip(ema[-3:], before, strict=True):
+            average.copy_(old)
 
     def call(function):
         def forward():
@@ -47,7 +50,7 @@ def bench_ema(benchmark, provider):
         return forward
 
     measure(
-        benchmark, "forward", call(peer.function), provider=provider, ours=beside("ema", peer, call), check=check,
+        benchmark, "forward", call(peer.function), provider=provider, ours=beside("ema", peer, call), check=check, reset=reset,
         ceiling=copy_of(12 * elements), ceiling_name="copy", bytes=12 * elements,
         computes=peer.computes,
     )  # fmt: skip

@@ -184,6 +184,7 @@ def measure(
     ceiling_name: str,
     ceilings: float = 1.0,
     patient: bool = False,
+    reset: Callable[[], object] = lambda: None,
     **info: object,
 ) -> None:
     """Check `forward` and ours, then time `step` of both beside the ceiling, and record it in ``benchmark.extra_info``.
@@ -198,6 +199,7 @@ def measure(
         check: raises if outputs or gradients are wrong.
         ceiling: work whose time, `ceilings` times, is the least possible (the matmuls of the pass; 0 leaves no share to speak of).
         patient: one call takes minutes: each side is called once, and that call is checked, looked at for memory, and timed.
+        reset: puts back what a call changes in place; called before each side is checked.
         info: what the file's docstring gives a formula for: bytes, flops, gemms; shape; what is computed.
     """
     if ours is None and not provider.startswith("ours"):
@@ -208,11 +210,15 @@ def measure(
     rounds: list[Round] = []
     if patient:
         base = clock(ceiling)
+        reset()
         my_memory, my_seconds = mine.only(check) if mine else (0, None)
+        reset()
         memory, seconds = benchmark.pedantic(theirs.only, args=(check,), rounds=1)
         rounds.append(Round(base, my_seconds, seconds))
     else:
+        reset()
         my_memory, my_once = mine.first(check) if mine else (0, 0.0)
+        reset()
         memory, once = theirs.first(check)
         least, most = ROUNDS
         count = 1 if once > 4 * SECONDS else max(least, min(most, int(SECONDS / max(once + my_once, 1e-9))))
