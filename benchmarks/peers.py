@@ -66,7 +66,7 @@ class Peer(NamedTuple):
         try:
             load(self.needs)
         except ModuleNotFoundError as missing:
-            package = self.needs.partition(".")[0]
+            package = self.needs.replace(":", ".").partition(".")[0]
             if missing.name == package:
                 return f"peer {package} is not installed"
             return f"peer {package} does not import here: {missing}"
