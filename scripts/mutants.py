@@ -42,6 +42,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = "tests/mutations"
+# Imported once for all tests of a copy; the package itself is imported anew for each.
+PRELOADED = (
+    "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "triton", "numpy", "hypothesis",
+    "xdist.plugin", "pytest_benchmark.plugin", "transformers", "transformers.models.qwen2", "trl.trainer.grpo_trainer",
+)  # fmt: skip
 PACKAGES = ("torch", "triton", "transformers", "trl", "pytest")
 # What a mutant's result depends on, besides the list itself.
 SOURCES = ("mgrpo_kernels", "csrc", "tests", "setup.py", "pyproject.toml", "benchmarks", "scripts", "examples")
@@ -56,7 +61,6 @@ BROKEN = {
     "UnboundLocalError",
     "AttributeError",
 }
-BUILD_SECONDS = 900.0
 
 
 class Mutation(NamedTuple):
@@ -135,47 +139,59 @@ class Copy:
         for path in root.glob("mgrpo_kernels/_C*.so"):
             shutil.copy2(path, place / "mgrpo_kernels")
         self.baselines: dict[str, Result] = {}
-        where = self.process(sys.executable, "-c", "import mgrpo_kernels; print(mgrpo_kernels.__file__)")[1].strip()
+        self.worker: subprocess.Popen[str] | None = None
+        where = (
+            self.process(sys.executable, "-c", "import mgrpo_kernels; print(mgrpo_kernels.__file__)")
+            .communicate()[0]
+            .strip()
+        )
         if not Path(where.splitlines()[-1]).resolve().is_relative_to(place.resolve()):
             raise RuntimeError(f"mutants: expected tests to import the package from {place}, got {where}")
 
-    def process(self, *command: str, seconds: float = 120.0, **environment: str) -> tuple[int | None, str]:
-        """Run a command in the copy; return its exit status, None past the time limit, and what it printed."""
+    def process(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a command in the copy, with the copy's package."""
         settings = {
             **os.environ, "PYTHONPATH": str(self.place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
             "COLUMNS": "240",  # pytest shortens messages to the width of the terminal
             **environment,
         }  # fmt: skip
-        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-            process = subprocess.Popen(
-                command, cwd=self.place, env=settings, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                code: int | None = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # its children too, which may hang as well
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            return code, output.read()
+        return subprocess.Popen(
+            command, cwd=self.place, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace",
+        )  # fmt: skip
+
+    def ask(self, *arguments: str) -> tuple[int | None, str]:
+        """Run pytest in the copy; return its exit status, None past the time limit, and what it printed."""
+        if self.worker is None:
+            command = (sys.executable, str(Path(__file__).with_name("mutants_worker.py")), *PRELOADED)
+            self.worker = self.process(*command, TRITON_INTERPRET="1")  # triton reads it when it is imported
+        assert self.worker.stdin is not None
+        assert self.worker.stdout is not None
+        output = self.place / ".output"
+        self.worker.stdin.write(json.dumps([arguments, str(output)]) + "\n")
+        self.worker.stdin.flush()
+        replies = self.worker.stdout
+        while not (line := replies.readline()).strip().isdecimal():  # libraries print warnings while they are imported
+            if not line:
+                raise RuntimeError("mutants: the process that runs the tests has ended")
+        pid, late = int(line), threading.Event()
+
+        def kill(reason: threading.Event | None = None) -> None:
+            if reason is not None:
+                reason.set()
+            with contextlib.suppress(ProcessLookupError):  # its children too, which may hang as well
+                os.killpg(pid, signal.SIGKILL)
+
+        timer = threading.Timer(self.seconds, kill, (late,))
+        timer.start()
+        code = int(replies.readline())
+        timer.cancel()
+        kill()
+        return None if late.is_set() else code, output.read_text(encoding="utf-8", errors="replace")
 
     def test(self, tests: str) -> Result:
         """Run the selected tests until one fails."""
-        command = (
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--tb=line",
-            *shlex.split(tests),
-        )
-        code, text = self.process(*command, seconds=self.seconds)
+        code, text = self.ask("-x", "-q", "-p", "no:cacheprovider", "--tb=line", *shlex.split(tests))
         if code == 0:
             passed = re.search(r"\b(\d+) passed", text)
             return (
@@ -187,9 +203,7 @@ class Copy:
             return Result("killed", f"crash: signal {-code if code < 0 else code - 128}")
         failed = re.search(r"^(?:FAILED|ERROR) (\S+?(?:\[.*?\])?)(?: - (.*))?$", text, re.MULTILINE)
         if code != 1 or failed is None:
-            return Result(
-                "error", f"pytest ended with status {code}: {text.strip().splitlines()[-1] if text.strip() else ''}"
-            )
+            return Result("error", f"pytest ended with status {code}: {''.join(text.strip().splitlines()[-1:])}")
         message = (failed[2] or "").replace(str(self.place), ".")
         broken = message.partition(":")[0].rpartition(".")[2] in BROKEN
         return Result("error" if broken else "killed", f"{failed[1]} - {message}"[:160].strip(" -"))
@@ -216,6 +230,12 @@ class Copy:
         finally:
             path.write_text(text, encoding="utf-8")
 
+    def close(self) -> None:
+        """End the process that runs the tests."""
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker.communicate()
+
     def rebuild(self, mutation: Mutation) -> str:
         """Return why the mutant cannot be built, empty if it can: Python needs no build."""
         return "this copy has no build of its own" if mutation.native else ""
@@ -235,11 +255,11 @@ class NativeCopy(Copy):
 
     def build(self) -> str:
         """Build what has changed; return why it cannot be built, empty if it can."""
-        code, text = self.process(
-            sys.executable, "setup.py", "build_ext", "--inplace", seconds=BUILD_SECONDS,
-            MGRPO_REQUIRE_NATIVE="1", MGRPO_ISAS="DEFAULT", MAX_JOBS="1",
+        process = self.process(
+            sys.executable, "setup.py", "build_ext", "--inplace", MGRPO_REQUIRE_NATIVE="1", MGRPO_ISAS="DEFAULT", MAX_JOBS="1",
         )  # fmt: skip
-        if code == 0:
+        text = process.communicate()[0]
+        if process.returncode == 0:
             return ""
         errors = [line for line in text.splitlines() if "error" in line.lower()] or [text[-300:]]
         return f"does not compile: {errors[0]}".replace(str(self.place), ".")[:300]
@@ -304,6 +324,9 @@ class Check:
         except BaseException as error:
             self.problem = error
             raise
+        finally:
+            for each in copies.values():
+                each.close()
 
     def note(self, mutation: Mutation, result: Result, seconds: float) -> None:
         """Keep a result, and print it."""
