@@ -323,7 +323,6 @@ class Check:
                 self.note(mutation, copies[mutation.native].judge(mutation), time.monotonic() - begin)
         except BaseException as error:
             self.problem = error
-            raise
         finally:
             for each in copies.values():
                 each.close()
