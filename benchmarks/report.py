@@ -131,7 +131,10 @@ def table(rows: list[Row]) -> str:
 
 
 def title(data: dict) -> str:
-    machine, commit = data["machine_info"], data["commit_info"].get("id", "")[:10]
+    machine, files = data["machine_info"], data.get("files", {})  # the latter where record.py wrote it
+    commit = ", ".join(
+        sorted({each["commit"][:10] for each in files.values()}) or [data["commit_info"].get("id", "")[:10]]
+    )
     peers = ", ".join(f"{name} {version}" for name, version in machine.get("peers", {}).items())
     return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {peers}; commit {commit}"
 
@@ -164,7 +167,7 @@ def plot_scaling(data: dict, rows: list[Row], path: Path) -> None:
     )
     for column, op in enumerate(ops):
         for axes, value in (
-            (grid[0][column], lambda row: row.info["p50_ms"] / 1e3),
+            (grid[0][column], lambda row: seconds(row, lines[row.params["op"], "ours"][row.params["tokens"]])),
             (grid[1][column], lambda row: max(row.memory, 1.0)),
         ):
             ends = []
@@ -195,6 +198,11 @@ def plot_scaling(data: dict, rows: list[Row], path: Path) -> None:
     figure.suptitle(heading(data, "A head's time and memory over the number of tokens"), x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def seconds(row: Row, ours: Row) -> float:
+    """Return the time to be drawn beside ours: that of our own row, times the ratio that was taken in the row of a peer."""
+    return ours.info["p50_ms"] / 1e3 * row.info.get("ratio_to_ours", 1.0)
 
 
 def label_ends(axes: Any, ends: list[tuple[float, int, str]]) -> None:
@@ -255,7 +263,12 @@ def plot_roofline(data: dict, rows: list[Row], path: Path) -> None:
         axes.axvline(1, color="#222222", linewidth=1.2, linestyle=(0, (4, 3)))
         for i, row in enumerate(some):
             count = row.info.get("gemms")
-            text = f"{row.info['share_of_ceiling']:.0%}   {three_digits(row.info['p50_ms'])} ms"
+            text = f"{row.info['share_of_ceiling']:.0%}   "
+            text += (
+                f"{row.times_ours.partition(' ')[0]} x ours"
+                if row.times_ours
+                else f"{three_digits(row.info['p50_ms'])} ms"
+            )
             text += "" if count is None else f", {count} matmul{'' if count == 1 else 's'}"
             axes.text(
                 shares[i] + 0.012 * most, i, text, va="center", fontsize=8.5, color="#222222",

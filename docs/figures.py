@@ -139,23 +139,24 @@ def measured(*ops: str) -> str:
         ]
     else:
         chosen = list(OF_README)
+    measured_ones = {row.provider for row in rows if row.op in {op for op, *_ in chosen}}
+    columns = {name: title for name, title in COLUMNS.items() if name in measured_ones}
     versions = data["machine_info"]["peers"]
-    peers = [(name, f"{title} {versions[PACKAGE[name]]}" if name in PACKAGE and PACKAGE[name] in versions else title)
-             for name, title in COLUMNS.items()]  # fmt: skip
+    titles = [f"{title} {versions.get(PACKAGE.get(name, ''), '')}".strip() for name, title in columns.items()]
     lines = [
-        f"| | ours | {' | '.join(title for _, title in peers)} | memory, MiB: ours, eager, TRL |",
-        f"|---|---|{'---|' * len(peers)}---|",
+        f"| | ours | {' | '.join(titles)} | memory, MiB: ours, eager, TRL |",
+        f"|---|---|{'---|' * len(titles)}---|",
     ]
     for op, *selection in chosen:
         ours = row_of(op, "ours", tuple(selection))
         if ours is None:
             continue
-        others = {name: row_of(op, name, tuple(selection)) for name in COLUMNS}
+        others = {name: row_of(op, name, tuple(selection)) for name in columns}
         cells = [
             ", ".join([f"`{op}`", *(PASS.get(word, word) for word in selection)]),
             f"**{ours.info['ratio']:.2f}** {ours.info['ceiling']}, {report.three_digits(ours.info['p50_ms'])} ms",
             *(f"{report.three_digits(row.info['ratio_to_ours'])} x" if row else "" for row in others.values()),
-            ", ".join(f"{row.memory:.0f}" if row else "-" for row in (ours, others["eager"], others["trl"])),
+            ", ".join(f"{row.memory:.0f}" if row else "-" for row in (ours, others.get("eager"), others.get("trl"))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -221,7 +222,7 @@ def trainer() -> str:
             f"rollouts, {info['prompt_tokens']} + {info['response_tokens']} tokens | {mid} ({low} - {high}) "
             f"| {report.three_digits(info['ceiling_p50_ms'])} | {paired[0]} times as long ({paired[1]} - {paired[2]}) |"
         )
-    return "\n".join(lines) if len(lines) > 2 else f"{NO_RUN}\n"
+    return "\n".join(lines) if len(lines) > 2 else NO_RUN
 
 
 @figure
@@ -323,14 +324,9 @@ def plan_load() -> str:
 @figure
 def before_after(name: str, what: str = "table") -> str:
     """Return a table of examples/<name>_before_after.py, or how many times as long as the last run another takes."""
-    path = RESULTS / f"{name}-before-after.json"
-    if not path.exists():
-        return (
-            f"Not recorded yet: `python examples/{name}_before_after.py --out {path.relative_to(ROOT)}`\n"
-            if what == "table"
-            else NO_RUN
-        )
-    data = read_json(path.stem)
+    if not (RESULTS / f"{name}-before-after.json").exists():
+        return NO_RUN
+    data = read_json(f"{name}-before-after")
     return data["table"] if what == "table" else f"{data['times'][what]:.2f}"
 
 

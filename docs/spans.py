@@ -33,12 +33,11 @@ CELL = re.compile(r"(?<=\|)[ *]*(?=[^|]*[\d.]\d)(\d[\d.]*(?: ?[-/,(]+ ?[\d.]+\)?
 
 
 def value(words: str, figures: Mapping[str, Callable[..., str]]) -> str:
-    """Return what belongs between the comments: a line, or a table with a blank line before and after."""
+    """Return what belongs between the comments: words within a line, or a block of lines."""
     name, *arguments = shlex.split(words)
     if name not in figures:
         raise ValueError(f"figure: want one of {', '.join(figures)}, got {name!r}")
-    found = figures[name](*arguments)
-    return f"\n\n{found.strip()}\n\n" if "\n" in found else found
+    return figures[name](*arguments).strip()
 
 
 def filled(text: str, figures: Mapping[str, Callable[..., str]]) -> str:
@@ -46,8 +45,9 @@ def filled(text: str, figures: Mapping[str, Callable[..., str]]) -> str:
 
     def fill(match: re.Match[str]) -> str:
         found = value(match[1], figures)
-        line = text[: match.start()].rpartition("\n")[2]
-        if not line.strip() and "\n" not in found:
+        if "\n" in match[2] + found:  # a block, with a blank line before and after
+            return f"<!-- figure: {match[1]} -->\n\n{found}\n\n<!-- /figure -->"
+        if not text[: match.start()].rpartition("\n")[2].strip():
             raise ValueError(f"figure: want words before {match[1]!r} in its line: a comment there ends the paragraph")
         return f"<!-- figure: {match[1]} -->{found}<!-- /figure -->"
 
