@@ -18,6 +18,7 @@ import transformers
 import yaml
 
 from mgrpo_kernels import majority_vote
+from mgrpo_kernels.train import extras
 from mgrpo_kernels.train.config import (
     SECTIONS,
     Config,
@@ -177,6 +178,7 @@ def run(config: Config, output: Path) -> dict[str, float]:
             f"torchrun: want one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
         )
     check_output(output, resume=False)
+    extras.check_packages(config, training=False)
     transformers.utils.logging.disable_progress_bar()
     assert config.model.model is not None
     device, task = pick_device(config.model.device), load_task(config, training=False)

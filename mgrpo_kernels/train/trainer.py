@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import transformers
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train import checkpoint, demo, parallel
+from mgrpo_kernels.train import checkpoint, demo, extras, parallel
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
 from mgrpo_kernels.train.data import Task, equal_to_gold, load_task, prompts_of_step
 from mgrpo_kernels.train.estimate import CACHE_SHARE
@@ -19,7 +18,7 @@ from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.export import save_final
 from mgrpo_kernels.train.guard import Guard, message
 from mgrpo_kernels.train.live import Plain, make_view
-from mgrpo_kernels.train.loggers import check_loggers, log_in, open_loggers
+from mgrpo_kernels.train.loggers import log_in, open_loggers
 from mgrpo_kernels.train.metrics import Lines, metrics_line
 from mgrpo_kernels.train.plan import Target, describe, plan, read_model
 from mgrpo_kernels.train.policy import (
@@ -136,11 +135,7 @@ def check(
     check_output(output, resume)
     changes = check_resume(config, output) if resume else []
     transformers.utils.logging.disable_progress_bar()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("report: want matplotlib for the curves, got none: pip install 'mgrpo_kernels[train]'")
-    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise UsageError("engine: want the package vllm with --engine vllm, got none: make vllm")
-    check_loggers(config.run)
+    extras.check_packages(config)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
     model = read_model(config.model.model or demo.model_config(), config.lora)

@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig
+from mgrpo_kernels.train.extras import how_to_install
 from mgrpo_kernels.train.lora import merged
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import Engine, Rollouts, seeds_of
@@ -281,7 +282,7 @@ def import_vllm() -> str:
         from vllm import __version__
     except ImportError as error:
         raise UsageError(
-            f"engine: want the package vllm, got none that can be imported ({error}): make vllm"
+            f"engine: want the package vllm, got none that can be imported ({error}): {how_to_install('vllm')}"
         ) from error
     return __version__
 
