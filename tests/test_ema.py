@@ -267,6 +267,7 @@ def test_a_shard_takes_the_random_bits_of_its_place(backend, span):
     old, new = torch.randn(60).bfloat16(), torch.randn(60)
     got, exact, place = old.clone(), old.float(), torch.arange(60)
     decay = torch.tensor(0.9, dtype=torch.float64)
+    backends.choose(OP, backend, CPU, torch.bfloat16)  # which loads the extension
     backends.implementation(OP, backend).update_(Batch([got], [new], [], decay, [key(3, 1)], [span]))
     ema_update_([exact], [new], 0.9, backend="reference")
     index = span.base + place // span.inner * span.stride + place % span.inner
