@@ -1,9 +1,9 @@
 # Each of these does its own set-up, into .venv.
 PY ?= .venv/bin/python
 STAMP := .venv/.ready
-SOURCES := pyproject.toml setup.py scripts/setup.sh $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := pyproject.toml setup.py scripts/setup.sh scripts/build_backend.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: setup vllm train test bench gpu-check study study-full torture docs lint clean
+.PHONY: setup vllm peers train test bench gpu-check gpu-wheels study study-full torture docs lint artifacts clean
 setup: $(STAMP)
 $(STAMP): $(SOURCES)
 	scripts/setup.sh
@@ -11,6 +11,9 @@ $(STAMP): $(SOURCES)
 
 vllm: setup  ## vLLM beside it: its CPU build where there is no GPU
 	scripts/vllm.sh
+
+peers: setup  ## verl and OpenRLHF for the tests, into a folder of their own
+	scripts/peers.sh
 
 train: setup  ## the demonstration; ARGS="--steps 100 ..." passes options on
 	$(PY) -m mgrpo_kernels.train $(ARGS)
@@ -22,8 +25,11 @@ bench: setup  ## every op beside its peers
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 # With another PY nothing is set up: that interpreter has torch, triton, pytest, pytest-benchmark and hypothesis.
-gpu-check: $(if $(filter .venv/%,$(PY)),setup)  ## tests and benchmarks on one GPU, in nine minutes, as JSON: OUT=dir
-	$(PY) scripts/gpu_check.py --out $(or $(OUT),gpu-check) $(ARGS)
+gpu-check: $(if $(filter .venv/%,$(PY)),setup)  ## tests, benchmarks and tuning on one GPU, in nine minutes: OUT=dir
+	$(PY) scripts/gpu_check --out $(or $(OUT),gpu-check) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+
+gpu-wheels: $(if $(filter .venv/%,$(PY)),setup)  ## the peers' wheels, for a GPU machine without a package index: OUT=dir
+	PY=$(PY) scripts/gpu_wheels.sh $(or $(OUT),build/gpu-wheels) $(ARGS)
 
 OF_STUDY := examples/collapse/summary.py --results runs/collapse.jsonl --against examples/collapse/results.jsonl
 study: setup  ## the collapse study's main cells with three seeds: some 20 minutes on two free cores; resumable
@@ -33,6 +39,10 @@ study: setup  ## the collapse study's main cells with three seeds: some 20 minut
 study-full: setup  ## every cell of it with five seeds: hours
 	$(PY) examples/collapse/study.py --all --seeds 5 $(ARGS)
 	$(PY) $(OF_STUDY)
+
+.PHONY: mutants
+mutants: setup  ## the tests against faults of the product, tests/mutations: half an hour on two free cores; resumable
+	$(PY) scripts/mutants.py $(ARGS)
 
 torture: setup  ## runs killed at twenty random moments and resumed, to the same bits
 	$(PY) tests/torture.py $(ARGS)
@@ -45,6 +55,9 @@ lint: setup  ## style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+artifacts: setup  ## sdist, wheel from it, fresh environment, an op on the native backend
+	$(PY) scripts/check_artifacts.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info mgrpo_kernels/*.so mgrpo_kernels/_build_report.py

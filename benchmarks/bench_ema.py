@@ -5,7 +5,8 @@ On a GPU over the parameters of Qwen2.5-7B, on a CPU over a list of tensors.
 
 import pytest
 import torch
-from harness import DEVICE, GPU, SMALL, assert_close, available, copy_of, measure, room_for, simple_rows, size
+from harness import assert_close, available, beside, copy_of, room_for, simple_rows
+from timing import DEVICE, GPU, SMALL, measure, size
 
 DECAY = 0.99
 
@@ -37,11 +38,19 @@ def bench_ema(benchmark, provider):
             assert_close(average, want, 1e-6, "ema")
             assert_close(copy, want, 3e-3, "copy")
 
-    def forward():
-        peer.function(ema, params, emit, DECAY)
-        return ()
+    def reset():
+        for average, old in zip(ema[-3:], before, strict=True):
+            average.copy_(old)
+
+    def call(function):
+        def forward():
+            function(ema, params, emit, DECAY)
+            return ()
+
+        return forward
 
     measure(
-        benchmark, "forward", forward, check=check, ceiling=copy_of(12 * elements), ceiling_name="copy", bytes=12 * elements,
+        benchmark, "forward", call(peer.function), provider=provider, ours=beside("ema", peer, call), check=check, reset=reset,
+        ceiling=copy_of(12 * elements), ceiling_name="copy", bytes=12 * elements,
         computes=peer.computes,
     )  # fmt: skip

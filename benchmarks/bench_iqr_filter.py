@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from harness import DEVICE, available, measure, simple_rows
+from harness import available, beside, simple_rows
 from peers import eager_filter
+from timing import DEVICE, measure
 
 PROMPTS, GROUP = 512, 32
 
@@ -17,7 +18,11 @@ def bench_iqr_filter(benchmark, provider):
     def check(outputs, grads):
         assert torch.equal(outputs[0], eager_filter(entropy, GROUP)), "keep is not the reference's: no time is taken"
 
+    def call(function):
+        return lambda: (function(entropy, GROUP),)
+
     measure(
-        benchmark, "forward", lambda: (peer.function(entropy, GROUP),), check=check, ceiling=entropy.clone, ceiling_name="copy",
+        benchmark, "forward", call(peer.function), provider=provider, ours=beside("iqr_filter", peer, call), check=check,
+        ceiling=entropy.clone, ceiling_name="copy",
         bytes=5 * entropy.numel(), computes=peer.computes,
     )  # fmt: skip

@@ -11,15 +11,16 @@ from harness import (
     TOKENS,
     TOLERANCE,
     available,
+    beside,
     check_against,
     dtype_of,
     head_inputs,
     loss_inputs,
     loss_truth,
-    measure,
     room_for,
     rows,
 )
+from timing import measure
 
 OP = "linear_policy_loss"
 
@@ -38,8 +39,12 @@ def time_it(benchmark, shape, dtype, provider, step, tokens, patient=False):
         leaves = tuple(leaf.requires_grad_() for leaf in leaves)
     labels = labels.view(SEQUENCES, -1)
     gemms = peer.matmuls(hidden, step)
+
+    def call(function):
+        return lambda: function(*leaves, labels, old, advantages)
+
     measure(
-        benchmark, step, lambda: peer.function(*leaves, labels, old, advantages), leaves, truth.upstream,
+        benchmark, step, call(peer.function), leaves, truth.upstream, provider=provider, ours=beside(OP, peer, call),
         check=check_against(truth, TOLERANCE[hidden.dtype]), ceiling=lambda: hidden @ weight.t(), ceiling_name="matmul",
         ceilings=gemms, gemms=gemms, flops=2.0 * tokens * width * vocab * gemms, computes=peer.computes, tokens=tokens, patient=patient,
         gradient_bytes=0 if step == "forward" else (hidden.numel() + weight.numel()) * hidden.element_size(),

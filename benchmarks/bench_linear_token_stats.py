@@ -6,19 +6,19 @@ The ceiling is the bare ``hidden @ weight.T`` of the same shape and dtype. `rati
 
 import pytest
 from harness import (
-    GPU,
     HEADS,
     TOKENS,
     TOLERANCE,
     available,
+    beside,
     check_against,
     dtype_of,
     head_inputs,
-    measure,
     room_for,
     rows,
     stats_truth,
 )
+from timing import GPU, measure
 
 OP = "linear_token_stats"
 
@@ -35,8 +35,12 @@ def time_it(benchmark, shape, dtype, provider, step, tokens, patient=False):
     if step != "forward":
         leaves = tuple(leaf.requires_grad_() for leaf in leaves)
     gemms = peer.matmuls(hidden, step)
+
+    def call(function):
+        return lambda: function(*leaves, labels)
+
     measure(
-        benchmark, step, lambda: peer.function(*leaves, labels), leaves, truth.upstream,
+        benchmark, step, call(peer.function), leaves, truth.upstream, provider=provider, ours=beside(OP, peer, call),
         check=check_against(truth, TOLERANCE[hidden.dtype]),
         ceiling=lambda: hidden @ weight.t(), ceiling_name="matmul", ceilings=gemms, gemms=gemms,
         flops=2.0 * tokens * width * vocab * gemms, computes=peer.computes, tokens=tokens,

@@ -4,19 +4,19 @@ import pytest
 import torch
 from bench_token_stats import ROWS, SHAPES, inputs
 from harness import (
-    GPU,
     SEQUENCES,
     TOLERANCE,
     Truth,
     available,
+    beside,
     check_against,
     copy_of,
     dtype_of,
-    measure,
     old_and_advantages,
     room_for,
     rows,
 )
+from timing import GPU, measure
 
 from mgrpo_kernels import policy_loss, token_stats_from_logits
 
@@ -54,8 +54,12 @@ def bench_logits_policy_loss(benchmark, shape, dtype, provider, step):
     compare = check_against(truth, TOLERANCE[logits.dtype])
     leaf = logits.detach().requires_grad_()
     once = logits.numel() * logits.element_size()
+
+    def call(function):
+        return lambda: function(leaf, labels, old, advantages)
+
     measure(
-        benchmark, step, lambda: peer.function(leaf, labels, old, advantages), (leaf,), truth.upstream,
+        benchmark, step, call(peer.function), (leaf,), truth.upstream, provider=provider, ours=beside(OP, peer, call),
         check=lambda outputs, grads: compare(outputs, (grads[0][0, :-1],)),
         ceiling=copy_of(3 * once), ceiling_name="copy", bytes=3 * once, computes=peer.computes, tokens=ROWS, gradient_bytes=once,
     )  # fmt: skip

@@ -5,8 +5,9 @@ The ceiling is a copy of that many bytes.
 
 import pytest
 import torch
-from harness import DEVICE, STEPS, Truth, available, check_against, copy_of, measure, simple_rows, size
+from harness import STEPS, Truth, available, beside, check_against, copy_of, simple_rows
 from peers import KL_COEF
+from timing import DEVICE, measure, size
 
 from mgrpo_kernels import grpo_loss
 
@@ -28,8 +29,12 @@ def bench_policy_loss(benchmark, provider, step):
     ).loss
     truth = Truth((loss.detach(),), (torch.ones_like(loss),), torch.autograd.grad(loss, leaf))
     moved = {"forward": 12, "backward": 16, "both": 28}[step] * logprobs.numel()
+
+    def call(function):
+        return lambda: function(leaf, old, ref, rewards, GROUP)
+
     measure(
-        benchmark, step, lambda: peer.function(leaf, old, ref, rewards, GROUP), (leaf,), truth.upstream,
+        benchmark, step, call(peer.function), (leaf,), truth.upstream, provider=provider, ours=beside(OP, peer, call),
         check=check_against(truth, 1e-4), ceiling=copy_of(moved), ceiling_name="copy", bytes=moved, computes=peer.computes,
         tokens=logprobs.numel(), gradient_bytes=0 if step == "forward" else 4 * logprobs.numel(),
     )  # fmt: skip

@@ -8,20 +8,18 @@ import functools
 import pytest
 import torch
 from harness import (
-    DEVICE,
-    GPU,
     HEADS,
     TOLERANCE,
     Truth,
     available,
+    beside,
     check_against,
     copy_of,
     dtype_of,
-    measure,
     room_for,
     rows,
-    size,
 )
+from timing import DEVICE, GPU, measure, size
 
 from mgrpo_kernels import token_stats_from_logits
 
@@ -62,8 +60,12 @@ def bench_token_stats(benchmark, shape, dtype, provider, step):
     once = logits.numel() * logits.element_size()
     moved = {"forward": once, "backward": 2 * once, "both": 3 * once}[step]
     reads_only = step == "forward" and not GPU
+
+    def call(function):
+        return lambda: function(leaf, labels)
+
     measure(
-        benchmark, step, lambda: peer.function(leaf, labels), (leaf,), truth.upstream,
+        benchmark, step, call(peer.function), (leaf,), truth.upstream, provider=provider, ours=beside(OP, peer, call),
         check=lambda outputs, grads: compare(tuple(out[::16] for out in outputs), tuple(grad[::16] for grad in grads)),
         ceiling=logits.sum if reads_only else copy_of(moved), ceiling_name="sum" if reads_only else "copy", bytes=moved,
         computes=peer.computes, tokens=ROWS, gradient_bytes=0 if step == "forward" else once,

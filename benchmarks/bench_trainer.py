@@ -10,14 +10,13 @@ Bytes: float32 weights, read once for each token of a response, by forward and b
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import DEVICE, GPU, SMALL, peak_memory, percentile, size, synchronize
+from timing import DEVICE, GPU, SMALL, Round, figures, pair, peak_memory, percentile, size, synchronize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -48,7 +47,7 @@ SIZES = {
 }
 if SMALL:
     SIZES = {"demo": Size(1, 16, 16, 2, 4, 4, 3)}
-ROUNDS = size(12, 2)
+ROUNDS = size(8, 2)
 WARM_UP = 2  # steps of each before the first that counts
 RATE = 1e-4
 ANSWERS = 4
@@ -240,10 +239,12 @@ def bench_trainer(benchmark: Any, shape: str, work: str, provider: str, tmp_path
     ours_step(learner, of, 1)
     memory = peak_memory(lambda: ours_step(learner, of, 2))
     parameters = sum(each.numel() for each in learner.policy.model.parameters())
+    rounds = [Round(other, mine, other) for mine, other in zip(ours, others, strict=True)]
     benchmark.extra_info.update(
-        {f"p{share}_ms": 1e3 * percentile(ours, share / 100) for share in (20, 50, 80)}, rounds=len(ours),
-        ratio=statistics.median(mine / other for mine, other in zip(ours, others, strict=True)),
+        figures([Round(other, None, mine) for other, mine, _ in rounds], 0.0),
         ceiling="TRL's step" if work == "grpo" else "our step without", ceiling_p50_ms=1e3 * percentile(others, 0.5),
-        share_of_ceiling=None, peak_memory_bytes=memory, computes=work, bytes=4 * parameters * (of.response_tokens + 2 + 7),
+        peak_memory_bytes=memory, computes=work, bytes=4 * parameters * (of.response_tokens + 2 + 7),
         shares=shares(metrics, ours), parameters=parameters, **of._asdict(),
     )  # fmt: skip
+    if work == "grpo":
+        benchmark.extra_info.update(pair(rounds), peer="trl")

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 from mgrpo_kernels.train.demo import LONGEST, RISE
@@ -102,7 +103,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     means = {key: sum(run[key]["end"] - run[key]["start"] for run in runs) / len(runs) for key in RISE}
     text = {
-        "environment": environment(device),
+        "environment": environment(device) | machine.stamp(),
         "timed_by": clock,
         "mean_rise": means,
         "same_bits_twice": repeats,

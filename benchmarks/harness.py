@@ -1,34 +1,22 @@
-"""What the benchmarks share: real heads, honest clocks, ceilings measured beside the op, truth to check against, memory.
+"""What the benchmarks share: real heads, the rows to be timed, inputs, ceilings, and the truth that a result is checked against.
 
-`measure` refuses a result that is not the reference's before it takes a time. A time is one call: on a GPU between two device
-events with the L2 cache flushed before, on a CPU the wall clock's. A ratio is the median over pairs, ceiling and op in turn, so
-that a slow minute of a shared machine hits both. Passes: ``forward`` without gradient, ``backward`` alone (a fresh graph for
-each round is built outside the clock), ``both``. MGRPO_BENCH_SMALL=1 shrinks every shape, to try the benchmarks themselves.
+How a row is timed is in timing.py.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import gc
-import os
-import statistics
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import peers
 import pytest
 import torch
+from timing import DEVICE, GPU, SMALL, Check, size
 from torch import Tensor
 
 from mgrpo_kernels import linear_token_stats, policy_loss
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-SMALL = os.environ.get("MGRPO_BENCH_SMALL") == "1"
 
 
 class Head(NamedTuple):
@@ -48,12 +36,7 @@ HEADS = {
 if SMALL:
     HEADS = dict.fromkeys(HEADS, Head(64, 1000))
 
-
-def size(full: int, small: int) -> int:
-    return small if SMALL else full
-
-
-TOKENS = size(8192 if GPU else 1024, 64)
+TOKENS = size(8192 if GPU else 512, 64)
 SEQUENCES = 8  # that the policy losses cut the tokens into
 HERE = list(HEADS) if GPU else ["qwen2.5-0.5b"]  # the others take a CPU minutes, and show nothing else
 DTYPES = ["bfloat16"] if GPU else ["bfloat16", "float32"]  # nobody trains a float32 head on a GPU
@@ -70,7 +53,6 @@ MAIN_PEERS = (
     "quack",
     "flash-attn",
 )  # those that are installed there
-SECONDS = 0.02 if SMALL else 1.0 if GPU else 4.0  # of rounds for a row of a table
 TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float32: 1e-4,
@@ -80,8 +62,7 @@ TOLERANCE = {
 def rows(op: str, shapes: Sequence[str] = HERE, dtypes: Sequence[str] = DTYPES, steps: Sequence[str] = STEPS) -> list:
     """Return the parameters (shape, dtype, provider, step) of an op's benchmark.
 
-    A CPU leaves out what takes it minutes and says little more: all but ``both`` of a provider that is slow there or computes a
-    part only, the latter and backward alone in float32, and there of the losses all but ``both``.
+    A CPU leaves out what takes it minutes and says little more: see `worth_it_on_a_cpu`.
     """
     cases = []
     for shape in shapes:
@@ -89,12 +70,8 @@ def rows(op: str, shapes: Sequence[str] = HERE, dtypes: Sequence[str] = DTYPES, 
             for peer in sorted(
                 peers.PEERS[op].values(), key=lambda peer: peer.computes
             ):  # the truth is kept from row to row
-                part = peer.computes == "logprob"
-                if not GPU and dtype == "float32" and part and not peer.slow_on_cpu:
-                    continue
                 for step in steps:
-                    few = part or peer.slow_on_cpu or (dtype == "float32" and peer.computes == "loss")
-                    if not GPU and step != "both" and (few or (dtype == "float32" and step == "backward")):
+                    if not GPU and not worth_it_on_a_cpu(op, peer, dtype, step):
                         continue
                     main = shape == MAIN_SHAPE and dtype == "bfloat16" and peer.name.startswith(MAIN_PEERS)
                     cases.append(
@@ -104,6 +81,15 @@ def rows(op: str, shapes: Sequence[str] = HERE, dtypes: Sequence[str] = DTYPES, 
                         )
                     )  # fmt: skip
     return cases
+
+
+def worth_it_on_a_cpu(op: str, peer: peers.Peer, dtype: str, step: str) -> bool:
+    """Return whether a CPU times the row. It times backward alone of one op only, where that takes no minutes."""
+    if peer.computes == "logprob":  # a part of an op
+        return step == "both" and dtype == "bfloat16"
+    if peer.computes == "loss":
+        return step == "both"
+    return step != "backward" or (op == "token_stats" and dtype == "bfloat16")
 
 
 def simple_rows(op: str) -> list:
@@ -121,6 +107,12 @@ def available(op: str, provider: str) -> peers.Peer:
     if why is not None:
         pytest.skip(why)
     return peer
+
+
+def beside(op: str, peer: peers.Peer, call: Callable[[Callable], Callable]) -> tuple[str, Callable] | None:
+    """Return the name of ours that computes what the peer does, and its call, as `measure` takes them."""
+    ours = peers.counterpart(op, peer)
+    return None if ours is None else (ours.name, call(ours.function))
 
 
 def room_for(what: str, wanted: float) -> None:
@@ -242,7 +234,7 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "resul
     )
 
 
-def check_against(truth: Truth, tolerance: float) -> Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]:
+def check_against(truth: Truth, tolerance: float) -> Check:
     """Return a check of outputs and gradients (none, if only forward is timed). A provider may give a sum instead of the rows."""
 
     def check(outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
@@ -253,89 +245,6 @@ def check_against(truth: Truth, tolerance: float) -> Callable[[tuple[Tensor, ...
             assert_close(got, want, tolerance, f"gradient {i}")
 
     return check
-
-
-# Clocks
-
-
-def synchronize() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-
-
-@functools.lru_cache(maxsize=1)
-def _l2_flusher() -> Tensor:
-    return torch.empty(size(2**28, 2**10), dtype=torch.uint8, device=DEVICE)  # larger than any L2 cache so far
-
-
-def clock(function: Callable[[], object]) -> float:
-    """Return the seconds that one call takes; on a GPU by device events, behind a flush of L2 that also hides the first launch."""
-    if not GPU:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _l2_flusher().zero_()
-    first.record()
-    function()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3
-
-
-def pairs(function: Callable[[], object], ceiling: Callable[[], object], rounds: int) -> Iterator[tuple[float, float]]:
-    """Yield the seconds of function and ceiling, in turn, after a warm-up."""
-    function(), ceiling()
-    for _ in range(rounds):
-        base = clock(ceiling)
-        yield clock(function), base
-
-
-def paired_ratio(function: Callable[[], object], ceiling: Callable[[], object], rounds: int = 5) -> float:
-    """Return the median of time(function) / time(ceiling) over interleaved pairs, after a warm-up."""
-    return statistics.median(seconds / base for seconds, base in pairs(function, ceiling, rounds))
-
-
-def percentile(samples: Sequence[float], share: float) -> float:
-    """Return the value below which `share` of the samples lie, interpolated as ``torch.quantile`` does."""
-    return torch.tensor(samples, dtype=torch.float64).quantile(share).item()
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Return by how many bytes memory in use rises above where it was during one call.
-
-    On a GPU by the allocator's account; on a CPU the resident size, looked at every millisecond.
-    """
-    gc.collect()
-    if GPU:
-        synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier call gave back would serve this one, and not be seen
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before = highest = resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        function()
-    finally:
-        highest = max(highest, resident())
-        done.set()
-        watcher.join()
-    return highest - before
 
 
 # Ceilings
@@ -357,90 +266,3 @@ def copy_of(count: float) -> Callable[[], object]:
             target[:rest].copy_(source[:rest])
 
     return copy
-
-
-def measure(
-    benchmark: Any,
-    step: str,
-    forward: Callable[[], tuple[Tensor, ...]],
-    leaves: Sequence[Tensor] = (),
-    upstream: Sequence[Tensor] = (),
-    *,
-    check: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None],
-    ceiling: Callable[[], object],
-    ceiling_name: str,
-    ceilings: float = 1.0,
-    patient: bool = False,
-    **info: object,
-) -> None:
-    """Check one call, then time `step` of `forward` beside its ceiling, and record both in ``benchmark.extra_info``.
-
-    Args:
-        benchmark: pytest-benchmark's fixture. Its own figures are wall clock; on a GPU ``extra_info`` has the device's.
-        step: "forward", "backward" or "both".
-        forward: returns the outputs.
-        leaves: what gradients are taken of; with `upstream`, the gradients of the outputs.
-        check: raises if outputs or gradients are wrong.
-        ceiling: work whose time, `ceilings` times, is the least possible (the matmuls of the pass; 0 leaves no share to speak of).
-        patient: one call takes minutes: it alone is checked, looked at for memory, and timed.
-        info: what the file's docstring gives a formula for: bytes, flops, gemms; shape; what is computed.
-    """
-
-    def graph() -> tuple[Tensor, ...] | None:
-        return forward() if step == "backward" else None
-
-    def run(outputs: tuple[Tensor, ...] | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        if step == "forward":
-            with torch.no_grad():
-                return forward(), ()
-        outputs = forward() if outputs is None else outputs
-        given = [
-            torch.ones_like(out) if out.dim() == 0 else grad.view_as(out).to(out.dtype)
-            for grad, out in zip(upstream, outputs, strict=True)
-        ]
-        return outputs, torch.autograd.grad(outputs, leaves, given)
-
-    samples: list[float] = []
-    ratios: list[float] = []
-    memory, once, result = 0, 0.0, ((), ())
-
-    def first() -> None:
-        nonlocal result
-        result = run(graph())
-
-    def second() -> None:
-        nonlocal once
-        begin = time.perf_counter()
-        run(graph())
-        synchronize()
-        once = time.perf_counter() - begin
-
-    if not patient:
-        first()
-        check(*result)
-        result = ((), ())
-        memory = peak_memory(second)  # backward: of forward and backward, or what forward keeps would not be seen
-    ceiling()
-
-    def setup() -> tuple[tuple[object, float], dict[str, object]]:
-        base = clock(ceiling)
-        return (None if patient else graph(), base), {}
-
-    def target(outputs: tuple[Tensor, ...] | None, base: float) -> None:
-        nonlocal memory
-        if patient:
-            memory = peak_memory(lambda: samples.append(clock(first)))
-        else:
-            samples.append(clock(lambda: run(outputs)))
-        ratios.append(samples[-1] / base)
-
-    rounds = 1 if patient or once > 4 * SECONDS else max(3, min(50, int(SECONDS / max(once, 1e-9))))
-    benchmark.pedantic(target, setup=setup, rounds=rounds)
-    if patient:
-        check(*result)
-    ratio = statistics.median(ratios)
-    benchmark.extra_info.update(
-        p20_ms=1e3 * percentile(samples, 0.2), p50_ms=1e3 * percentile(samples, 0.5), p80_ms=1e3 * percentile(samples, 0.8),
-        rounds=rounds, ratio=ratio, ceiling=ceiling_name, share_of_ceiling=ceilings / ratio if ceilings else None,
-        peak_memory_bytes=memory, **info,
-    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Memory beyond inputs and gradients at N = 4096 tokens: ``python benchmarks/peak_memory.py``. Minutes on a CPU."""
 
 import torch
-from harness import head_inputs, peak_memory
+from harness import head_inputs
+from timing import peak_memory
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 

@@ -1,8 +1,8 @@
 """Who is compared: ours, plain PyTorch and other libraries, each behind one signature for each op.
 
 A peer's function says what it calls, in the version it was written against, and what that cannot do. It imports inside, so that a
-peer that is not installed costs a skipped row and no more. Where a peer computes a part of an op only (`computes`), ours and
-eager PyTorch are also timed on that part.
+peer that is not installed costs a skipped row and no more. Where a peer computes a part of an op only (`computes`), ours beside it
+computes that part, and eager PyTorch is also timed on it.
 
 =====================  ============================================================================================
 op                     signature
@@ -66,7 +66,7 @@ class Peer(NamedTuple):
         try:
             load(self.needs)
         except ModuleNotFoundError as missing:
-            package = self.needs.partition(".")[0]
+            package = self.needs.replace(":", ".").partition(".")[0]
             if missing.name == package:
                 return f"peer {package} is not installed"
             return f"peer {package} does not import here: {missing}"
@@ -99,6 +99,12 @@ def provider(
         return function
 
     return enter
+
+
+def counterpart(op: str, peer: Peer) -> Peer | None:
+    """Return ours that computes what `peer` does, to be timed beside it; None where the peer is that itself."""
+    ours = next(each for each in PEERS[op].values() if each.name.startswith("ours") and each.computes == peer.computes)
+    return None if ours is peer else ours
 
 
 def load(needs: str) -> Any:

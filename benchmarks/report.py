@@ -4,9 +4,9 @@ pytest benchmarks/ --benchmark-only --benchmark-json results.json
 python benchmarks/report.py results.json [more.json ...] [--plots docs/]
 
 ``--plots`` writes scaling.png (time and memory over the number of tokens) and roofline.png (share of the ceiling by op and
-provider) of the first file. A time is the median, with the 20th and 80th percentiles; its ratio to the ceiling the median over
-pairs. The ceiling of an op over a head is its provider's own number of matmuls. Memory is the peak beyond what was there before the
-call and the gradients that it returns.
+provider) of the first file. A time is the median, with the 20th and 80th percentiles. "times ours" and "times its ceiling" are
+medians over rounds in which the three were called in turn. The ceiling of an op over a head is its provider's own number of matmuls.
+Memory is the peak beyond what was there before the call and the gradients that it returns.
 """
 
 from __future__ import annotations
@@ -52,6 +52,16 @@ class Row(NamedTuple):
         return max(0, self.info["peak_memory_bytes"] - self.info.get("gradient_bytes", 0)) / MIB
 
     @property
+    def times_ours(self) -> str:
+        """How many times as long as ours it takes, and what of ours that was, where it is not the row's op itself."""
+        if "ratio_to_ours" not in self.info:
+            return ""
+        of = self.info.get("ours", "ours")
+        values = [self.info[f"ratio_to_ours{end}"] for end in ("", "_p20", "_p80")]
+        text = f"{three_digits(values[0])} ({three_digits(values[1])} - {three_digits(values[2])})"
+        return text if of == "ours" else f"{text} {of}"
+
+    @property
     def rate(self) -> str:
         seconds = self.info["p50_ms"] / 1e3
         if self.info.get("gemms") == 0:
@@ -71,11 +81,16 @@ def read(path: Path) -> tuple[dict, list[Row]]:
                 f"{path}: want extra_info with p50_ms, got {sorted(bench['extra_info'])} in {bench['name']}"
             )
         op = bench["name"].partition("[")[0].removeprefix("bench_")
-        rows.append(Row(op, bench["params"] or {}, bench["extra_info"]))
+        row = Row(op, bench["params"] or {}, bench["extra_info"])
+        if not row.provider.startswith("ours") and "ratio_to_ours" not in row.info:
+            raise ValueError(
+                f"{path}: want ours timed in a peer's row, got none in {bench['name']}: run the benchmarks again"
+            )
+        rows.append(row)
     return data, rows
 
 
-def milliseconds(value: float) -> str:
+def three_digits(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
@@ -87,7 +102,7 @@ def table(rows: list[Row]) -> str:
     """Return one op's table."""
     names = [name for name in ("op", "shape", "dtype", "tokens", "step") if name in rows[0].params]
     head = [
-        *({"step": "pass"}.get(name, name) for name in names), "provider", "computes", "ms (p20 - p80)", "times its ceiling",
+        *({"step": "pass"}.get(name, name) for name in names), "provider", "computes", "ms (p20 - p80)", "times ours", "times its ceiling",
         "share of ceiling", "matmuls", "rate", "memory, MiB",
     ]  # fmt: skip
 
@@ -107,7 +122,7 @@ def table(rows: list[Row]) -> str:
         info = row.info
         cells = [
             *(str(row.params[name]) for name in names), row.provider, info["computes"],
-            f"{milliseconds(info['p50_ms'])} ({milliseconds(info['p20_ms'])} - {milliseconds(info['p80_ms'])})",
+            f"{three_digits(info['p50_ms'])} ({three_digits(info['p20_ms'])} - {three_digits(info['p80_ms'])})", row.times_ours,
             f"{info['ratio']:.2f} {info['ceiling']}", percent(info["share_of_ceiling"]), str(info.get("gemms", "")), row.rate,
             f"{row.memory:.0f}",
         ]  # fmt: skip
@@ -116,7 +131,10 @@ def table(rows: list[Row]) -> str:
 
 
 def title(data: dict) -> str:
-    machine, commit = data["machine_info"], data["commit_info"].get("id", "")[:10]
+    machine, files = data["machine_info"], data.get("files", {})  # the latter where record.py wrote it
+    commit = ", ".join(
+        sorted({each["commit"][:10] for each in files.values()}) or [data["commit_info"].get("id", "")[:10]]
+    )
     peers = ", ".join(f"{name} {version}" for name, version in machine.get("peers", {}).items())
     return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {peers}; commit {commit}"
 
@@ -149,7 +167,7 @@ def plot_scaling(data: dict, rows: list[Row], path: Path) -> None:
     )
     for column, op in enumerate(ops):
         for axes, value in (
-            (grid[0][column], lambda row: row.info["p50_ms"] / 1e3),
+            (grid[0][column], lambda row: seconds(row, lines[row.params["op"], "ours"][row.params["tokens"]])),
             (grid[1][column], lambda row: max(row.memory, 1.0)),
         ):
             ends = []
@@ -180,6 +198,11 @@ def plot_scaling(data: dict, rows: list[Row], path: Path) -> None:
     figure.suptitle(heading(data, "A head's time and memory over the number of tokens"), x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def seconds(row: Row, ours: Row) -> float:
+    """Return the time to be drawn beside ours: that of our own row, times the ratio that was taken in the row of a peer."""
+    return ours.info["p50_ms"] / 1e3 * row.info.get("ratio_to_ours", 1.0)
 
 
 def label_ends(axes: Any, ends: list[tuple[float, int, str]]) -> None:
@@ -240,7 +263,12 @@ def plot_roofline(data: dict, rows: list[Row], path: Path) -> None:
         axes.axvline(1, color="#222222", linewidth=1.2, linestyle=(0, (4, 3)))
         for i, row in enumerate(some):
             count = row.info.get("gemms")
-            text = f"{row.info['share_of_ceiling']:.0%}   {milliseconds(row.info['p50_ms'])} ms"
+            text = f"{row.info['share_of_ceiling']:.0%}   "
+            text += (
+                f"{row.times_ours.partition(' ')[0]} x ours"
+                if row.times_ours
+                else f"{three_digits(row.info['p50_ms'])} ms"
+            )
             text += "" if count is None else f", {count} matmul{'' if count == 1 else 's'}"
             axes.text(
                 shares[i] + 0.012 * most, i, text, va="center", fontsize=8.5, color="#222222",

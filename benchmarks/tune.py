@@ -1,8 +1,13 @@
 """Measure the sizes that depend on the device: ``python benchmarks/tune.py --out tuning.json [--minutes 4] [--install]``.
 
 One size after another (mgrpo_kernels/ops/_triton/tuning.py says what each is), on the shape of Qwen2.5-7B's head, each candidate beside
-the choice so far, its result checked against that of the defaults. `--install` writes the choice where the library reads it: commit
-that file. `--dry-run` takes tiny shapes, for machines without a GPU (with TRITON_INTERPRET=1): it proves the sweep, not the sizes.
+the choice so far, its result checked against that of the choice so far. The decisions that matter most come first. `--install` writes
+the choice where the library reads it: commit that file. `--dry-run` takes tiny shapes, for machines without a GPU (with
+TRITON_INTERPRET=1): it proves the sweep, not the sizes.
+
+Candidates are measured in a process of their own, which writes a line to ``<out>.rows.jsonl`` for each. One that does not compile, gives
+a wrong result or raises anything else is recorded and skipped; one that crashes its process, hangs or leaves the GPU unusable is
+recorded, and a new process measures the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +25,14 @@ from unittest import mock
 
 import torch
 import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from gpu_check.measure import commit
+from gpu_check.results import TUNING, write
+from gpu_check.rows import Run as Log
+from gpu_check.rows import Worker, read
+from gpu_check.supervisor import Supervisor
 
 from mgrpo_kernels import ema_update_, linear_token_stats, token_stats_from_logits, use_backend
 from mgrpo_kernels.ops._triton import tuning
@@ -101,22 +114,22 @@ class Workloads:
         return run
 
 
-def sweep(work: Workloads) -> list[tuple[str, list[Any], Callable[[], Run]]]:
-    """Return (field, candidates, its workload), in an order in which later ones build on earlier ones."""
-    rows = work.sizes.rows
-    return [
-        ("stats_forward", THREADS_AND_LOADS, lambda: work.logits(rows, grad=False)),
-        ("stats_backward", THREADS_AND_LOADS, lambda: work.logits(rows, grad=True)),
-        ("programs_per_processor", [2, 4, 8], lambda: work.logits(max(1, rows // 128), grad=False)),
-        ("ema", [(16384, 2048, 8), (32768, 2048, 8), (65536, 2048, 8), (32768, 1024, 4), (32768, 4096, 8)], work.ema),
-        ("tile_state", THREADS_AND_LOADS, lambda: work.head(grad=False)),
-        ("tile_gradient", THREADS_AND_LOADS, lambda: work.head(grad=True)),
-        ("forward_tile", [(8192, columns) for columns in (2048, 4096, 8192, 16384, 32768)], lambda: work.head(grad=False)),
-        ("backward_rows", [4096, 8192, 16384], lambda: work.head(grad=True)),
-        ("fused_tile", FUSED_TILES, work.head_both),
-        ("matmul", ["library", "fused"], work.head_both),
-        ("workspace_bytes", [256 * 2**20, 512 * 2**20], lambda: work.head(grad=True)),
-    ]  # fmt: skip
+def sweep(work: Workloads | None = None) -> dict[str, tuple[list[Any], Callable[[], Run]]]:
+    """Return field -> (candidates, its workload), those first whose choice matters most."""
+    rows = 0 if work is None else work.sizes.rows
+    return {
+        "forward_tile": ([(8192, columns) for columns in (2048, 4096, 8192, 16384, 32768)], lambda: work.head(grad=False)),
+        "fused_tile": (FUSED_TILES, lambda: work.head_both()),
+        "matmul": (["library", "fused"], lambda: work.head_both()),
+        "tile_state": (THREADS_AND_LOADS, lambda: work.head(grad=False)),
+        "tile_gradient": (THREADS_AND_LOADS, lambda: work.head(grad=True)),
+        "backward_rows": ([4096, 8192, 16384], lambda: work.head(grad=True)),
+        "workspace_bytes": ([256 * 2**20, 512 * 2**20], lambda: work.head(grad=True)),
+        "stats_forward": (THREADS_AND_LOADS, lambda: work.logits(rows, grad=False)),
+        "stats_backward": (THREADS_AND_LOADS, lambda: work.logits(rows, grad=True)),
+        "programs_per_processor": ([2, 4, 8], lambda: work.logits(max(1, rows // 128), grad=False)),
+        "ema": ([(16384, 2048, 8), (32768, 2048, 8), (65536, 2048, 8), (32768, 1024, 4), (32768, 4096, 8)], lambda: work.ema()),
+    }  # fmt: skip
 
 
 def milliseconds(run: Run, device: torch.device) -> float:
@@ -136,83 +149,166 @@ def agrees(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> boo
     )
 
 
-def choose(
-    field: str, candidates: list[Any], make: Callable[[], Run], chosen: tuning.Tuning, device: torch.device
-) -> tuple[tuning.Tuning, list[dict[str, Any]]]:
-    """Return the choice with the fastest candidate in it, and what was measured."""
-    if field == "fused_tile":  # of use only where the matmul is ours
-        chosen = dataclasses.replace(chosen, matmul="fused")
-    measured: list[dict[str, Any]] = []
-    best, want = None, None
-    for candidate in sorted(candidates, key=lambda value: value != getattr(chosen, field)):  # what it is so far, first
-        trial = dataclasses.replace(chosen, **{field: candidate})
-        with mock.patch.object(tuning, "of", return_value=trial):
-            run = make()
-            try:
-                got = run()
-            except (
-                triton.runtime.errors.OutOfResources,
-                torch.OutOfMemoryError,
-            ) as error:  # no candidate on this device
-                measured.append({"value": candidate, "failed": f"{type(error).__name__}: {error}"[:300]})
+def row_name(field: str, candidate: Any) -> str:
+    """Return the name of a candidate's row."""
+    return f"{field}={json.dumps(candidate)}"
+
+
+def in_order(candidates: list[Any], default: Any, dry: bool) -> list[Any]:
+    """Return the candidates with the default first, which the others are compared with; in a dry run it and one other."""
+    ordered = sorted(candidates, key=lambda value: value != default)
+    return ordered[:1] + ordered[-1:] if dry else ordered
+
+
+def result_of(log: Log, about: dict[str, Any], table: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return tuning.json as far as the rows of the log allow: the choice, and what was measured or why it was not."""
+    defaults = dataclasses.asdict(tuning.Tuning())
+    result = {**about, "defaults": defaults, "tuning": dict(defaults), "measured": {}, "not_reached": []}
+    for field, candidates in table.items():
+        entries, best = [], None
+        for value in candidates:
+            row = log.rows.get(row_name(field, value))
+            if row is None:
                 continue
-            want = got if want is None else want
-            if not agrees(got, want):
-                raise AssertionError(
-                    f"{field}={candidate} gives another result than {candidates[0]}: no time is taken of it"
-                )
-            times = [milliseconds(run, device) for _ in range(3 if device.type == "cuda" else 1)]
-        measured.append({"value": candidate, "ms": statistics.median(times)})
-        if best is None or measured[-1]["ms"] < 0.99 * best["ms"]:  # less is noise
-            best = measured[-1]
-    if field == "fused_tile":
-        chosen = dataclasses.replace(chosen, matmul="library")
-    return (chosen if best is None else dataclasses.replace(chosen, **{field: best["value"]})), measured
+            entries.append(
+                {"value": value, "ms": row["ms"]} if "ms" in row else {"value": value, "failed": row["text"][:300]}
+            )
+            if "ms" in row and (best is None or row["ms"] < 0.99 * best["ms"]):  # less is noise
+                best = entries[-1]
+        if entries:
+            result["measured"][field] = entries
+        if len(entries) < len(candidates):
+            result["not_reached"].append(field)
+        if best is not None:
+            result["tuning"][field] = best["value"]
+    return result
 
 
-def commit() -> str | None:
-    """Return the commit of the tree, None outside a checkout."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return result.stdout.strip() or None
+class Sweep:
+    """The sweep in one process. What an earlier process began is not measured again; what it chose is built upon."""
+
+    def __init__(self, out: Path, sizes: Sizes, device: torch.device, dry: bool) -> None:
+        self.out, self.device, self.worker = out, device, Worker()
+        self.work, self._expected = Workloads(sizes, device), ("", None)
+        default, self.table = tuning.Tuning(), {}
+        for field, (candidates, _) in sweep(self.work).items():
+            self.table[field] = in_order(candidates, getattr(default, field), dry)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        self.about = {
+            "device": name, "torch": torch.__version__, "triton": triton.__version__, "commit": commit(), "sizes": sizes._asdict()
+        }  # fmt: skip
+
+    def save(self) -> dict[str, Any]:
+        """Write what is known so far, and return it."""
+        result = result_of(self.worker.so_far(), self.about, self.table)
+        write(self.out, result)
+        return result
+
+    def trial(self, field: str, candidate: Any) -> tuning.Tuning:
+        """Return the choice so far with the candidate in it."""
+        chosen = self.save()["tuning"] | {field: candidate}
+        if field == "fused_tile":  # of use only where the matmul is ours
+            chosen["matmul"] = "fused"
+        return tuning.Tuning(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
+        )
+
+    def outcome(self, field: str) -> tuple[Run, tuple[torch.Tensor, ...]]:
+        """Return a field's workload, and what it gives with the sizes in force."""
+        run = sweep(self.work)[field][1]()
+        return run, run()
+
+    def expected(self, field: str) -> tuple[torch.Tensor, ...] | None:
+        """Return the result of the first candidate that worked; None if none has so far."""
+        if self._expected[0] == field:
+            return self._expected[1]
+        rows = self.worker.so_far().rows
+        for candidate in self.table[field]:
+            if rows.get(row_name(field, candidate), {}).get("outcome") == "passed":
+                with mock.patch.object(tuning, "of", return_value=self.trial(field, candidate)):
+                    self._expected = field, self.outcome(field)[1]
+                return self._expected[1]
+        return None
+
+    def measure(self, field: str, candidate: Any, want: tuple[torch.Tensor, ...] | None) -> dict[str, Any]:
+        """Return a candidate's time, if its result is right."""
+        with mock.patch.object(tuning, "of", return_value=self.trial(field, candidate)):
+            run, got = self.outcome(field)
+            finite = all(bool(each.isfinite().all()) for each in got)
+            if not finite or (want is not None and not agrees(got, want)):
+                raise AssertionError(f"{field}={candidate} gives a wrong result: no time is taken of it")
+            times = [milliseconds(run, self.device) for _ in range(3 if self.device.type == "cuda" else 1)]
+        return {"ms": statistics.median(times)}
+
+    def run(self, fields: list[str]) -> None:
+        """Measure the candidates of `fields` that no earlier process began."""
+        remaining = set(self.worker.collect([row_name(f, value) for f in fields for value in self.table[f]]))
+        for field in fields:
+            waiting = [value for value in self.table[field] if row_name(field, value) in remaining]
+            for value in waiting:
+                self.worker.do(row_name(field, value), lambda: self.measure(field, value, self.expected(field)))  # noqa: B023
+                self.save()
+            if waiting:
+                print(f"{field}: {self.save()['measured'][field]}", flush=True)
+        self.save()
 
 
-def main() -> None:
-    """Sweep, and write as soon as a field is done: a run cut short loses nothing."""
+def parse() -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=4.0, help="fields not reached by then keep what they had")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="candidates that were not reached by then keep the default"
+    )
+    parser.add_argument(
+        "--seconds-per-candidate", type=float, default=60.0, help="a candidate that takes longer is killed"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(sweep()), metavar="FIELD", help="sweep these fields only")
     parser.add_argument("--install", action="store_true", help="write the choice where the library reads it")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on whatever machine this is")
+    parser.add_argument("--dry-run", action="store_true", help="use tiny shapes, on any machine")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # the process that measures
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not arguments.dry_run:
+    if not torch.cuda.is_available() and not arguments.dry_run:
         parser.error("want a GPU, found none (--dry-run proves the sweep in Triton's interpreter)")
+    return arguments
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Measure, in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = Sizes(24, 16, 300) if arguments.dry_run else Sizes(8192, 3584, 152064)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    result: dict[str, Any] = {
-        "device": name, "torch": torch.__version__, "triton": triton.__version__, "commit": commit(), "sizes": sizes._asdict(),
-        "tuning": {}, "measured": {}, "not_reached": [],
-    }  # fmt: skip
-    chosen, deadline = tuning.Tuning(), time.monotonic() + 60 * arguments.minutes
     fused_from = 1 if arguments.dry_run else linear_triton.FUSED_FROM
     with use_backend("triton"), mock.patch.object(linear_triton, "FUSED_FROM", fused_from):
-        work = Workloads(sizes, device)
-        for field, candidates, make in sweep(work):
-            if time.monotonic() > deadline:
-                result["not_reached"].append(field)
-                continue
-            few = candidates[-2:] if arguments.dry_run else candidates
-            chosen, result["measured"][field] = choose(field, few, make, chosen, device)
-            result["tuning"] = dataclasses.asdict(chosen)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            print(f"{field}: {getattr(chosen, field)}  {result['measured'][field]}", flush=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        Sweep(arguments.out, sizes, device, arguments.dry_run).run(arguments.only or list(sweep()))
+
+
+def main(script: str = __file__) -> None:
+    """Measure in processes of their own, and write as soon as a candidate is done: a run cut short loses nothing."""
+    arguments = parse()
+    if arguments.worker:
+        work(arguments)
+        return
+    log = arguments.out.with_suffix(".rows.jsonl")
+    log.unlink(missing_ok=True)
+    supervisor = Supervisor(log, Path.cwd(), record=lambda title, text: print(f"{title}\n{text}", flush=True))
+    done = supervisor.run(
+        TUNING,
+        [script, *sys.argv[1:], "--worker"],
+        seconds=60 * arguments.minutes,
+        row_seconds=arguments.seconds_per_candidate,
+    )
+    for row in read(log).get(TUNING, Log(TUNING)).rows.values():
+        if row["outcome"] != "passed":
+            print(f"{row['row']} {row['outcome']}: {row['text'][:300]}")
+    if done.reason:
+        print(f"the sweep is incomplete: {done.reason}")
+    if not arguments.out.exists():
+        sys.exit("no candidate was measured")
+    result = json.loads(arguments.out.read_text(encoding="utf-8"))
     if arguments.install:
         tuning.FOLDER.mkdir(exist_ok=True)
-        target = tuning.FOLDER / f"{tuning.slug(name)}.json"
-        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        target = tuning.FOLDER / f"{tuning.slug(result['device'])}.json"
+        write(target, result)
         print(f"installed: {target.name}")
 
 

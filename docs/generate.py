@@ -1,6 +1,9 @@
-"""Write the pages that repeat what the code says: options.md, presets.md, metrics.md (``python docs/generate.py``).
+"""Write what the pages repeat: of the code (options.md, presets.md, metrics.md), and of results (every figure in README.md and docs/).
 
-A test compares them with what this file would write.
+    python docs/generate.py             write them
+    python docs/generate.py --plots     and draw roofline.png and scaling.png of the run that the pages show
+
+A test compares them with what this file would write. How a page asks for a figure: see spans.py.
 """
 
 from __future__ import annotations
@@ -9,18 +12,26 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+import spans
+from figures import FIGURES, PUBLISHED, RESULTS, report
+
 from mgrpo_kernels.train.__main__ import make_parser
 from mgrpo_kernels.train.config import PRESETS
 from mgrpo_kernels.train.demo import OPTIONS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 WRITTEN = "<!-- Written by docs/generate.py: change the code, then run that. -->"
 
 
 def pages() -> dict[str, str]:
     """Return each generated page's text by its name in docs/."""
     return {"options.md": options(), "presets.md": presets(), "metrics.md": metrics()}
+
+
+def pages_with_figures() -> list[Path]:
+    """Return the pages whose figures come from results: README.md and all of docs/ that is written by hand."""
+    return [DOCS.parent / "README.md", *sorted(path for path in DOCS.rglob("*.md") if path.name not in pages())]
 
 
 def options() -> str:
@@ -102,6 +113,18 @@ def table(first: str, rows: Iterable[tuple[str, str]]) -> str:
     return f"| {first} | |\n|---|---|\n{''.join(lines)}"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write every page, and draw the plots where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plots", action="store_true")
+    arguments = parser.parse_args()
     for page, text in pages().items():
         (DOCS / page).write_text(text, encoding="utf-8")
+    for path in pages_with_figures():
+        path.write_text(spans.filled(path.read_text(encoding="utf-8"), FIGURES), encoding="utf-8")
+    if arguments.plots:
+        report.main([str(RESULTS / f"{PUBLISHED}.json"), "--plots", str(DOCS)])
+
+
+if __name__ == "__main__":
+    main()

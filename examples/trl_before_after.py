@@ -2,6 +2,7 @@
 
     python examples/trl_before_after.py                         # Qwen2.5-0.5B's head on two random layers; minutes on a CPU
     python examples/trl_before_after.py --vocabulary 2000 --width 64 --pairs 1     # seconds
+    python examples/trl_before_after.py --out FILE.json                            # also for docs/integrations/trl.md
 
 Each run is a process of its own, the two in turn. Rollouts are used twice (num_iterations 2); times are means over the steps from the
 third on, the median of the pairs. Scoring is a step without its generation: forward passes, loss, backward. Where the machine is shared
@@ -11,6 +12,7 @@ above what it held before training; gradients and AdamW's state, which the two s
 
 import argparse
 import contextlib
+import datetime
 import json
 import resource
 import statistics
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -26,6 +29,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from mgrpo_kernels.integrations.trl import patched
 from mgrpo_kernels.train import demo
+from mgrpo_kernels.train.report import environment
 
 SAME = ("loss", "grad_norm", "entropy")
 
@@ -90,6 +94,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="of a completion; a step has 8")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the figures to this file")
     parser.add_argument("--run", choices=("plain", "patched"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -110,15 +115,49 @@ def main():
             line = runs[0]["lines"][step]
             print(f"step {step + 1} {name:8}" + "".join(f"  {key} {line[key]:.6g}" for key in SAME))
     print(f"{'':8}  {'step':>8}  {'scoring':>8}  {'CPU':>8}  {'peak':>9}  of which gradients and optimizer")
+    rows, seconds = [], {}
     for name, runs in found.items():
-        kept = [each["lines"][2:] for each in runs]
+        seconds[name] = {key: [mean(each, key) for each in runs] for key in ("step", "scoring", "scoring_cpu")}
+        most = statistics.median(each["peak"] for each in runs)
+        times = [f"{statistics.median(each):6.2f} s" for each in seconds[name].values()]
+        print(f"{name:8}  {'  '.join(times)}  {most:5.0f} MiB  {runs[0]['shared']:.0f} MiB")
+        line = [f"{runs[0]['lines'][1][key]:.6g}" for key in SAME]
+        rows.append(
+            [name, *line, *(each.strip() for each in times[:2]), f"{most:.0f} MiB", f"{runs[0]['shared']:.0f} MiB"]
+        )
+    if args.out:
+        args.out.write_text(json.dumps(result(rows, seconds), indent=1) + "\n", encoding="utf-8")
 
-        def mean(key, kept=kept):
-            return statistics.median(sum(line.get(key, 0) for line in each) / len(each) for each in kept)
 
-        most, scoring = statistics.median(each["peak"] for each in runs), mean("step_time") - mean("generation_time")
-        times = f"{mean('step_time'):6.2f} s  {scoring:6.2f} s  {mean('scoring_cpu'):6.2f} s"
-        print(f"{name:8}  {times}  {most:5.0f} MiB  {runs[0]['shared']:.0f} MiB")
+def mean(run, key):
+    """Return a figure of the steps from the third on."""
+    lines = run["lines"][2:]
+    names = {"step": ["step_time"], "scoring": ["step_time", "generation_time"], "scoring_cpu": ["scoring_cpu"]}[key]
+    first, *less = (sum(line.get(name, 0) for line in lines) / len(lines) for name in names)
+    return first - sum(less)
+
+
+def result(rows, seconds):
+    """Return what a page takes: a table, how many times as long TRL takes, as the median over pairs, and where that was."""
+    head = [
+        "",
+        "loss, step 2",
+        "gradient norm",
+        "entropy",
+        "step",
+        "scoring",
+        "peak memory",
+        "of which gradients and optimizer",
+    ]
+    lines = [head, ["---"] * len(head), *rows]
+    times = {
+        key: statistics.median(a / b for a, b in zip(seconds["plain"][key], seconds["patched"][key], strict=True))
+        for key in ("step", "scoring")
+    }
+    here = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here["date"] = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return {"environment": here, "arguments": sys.argv[1:], "times": times, "table": table}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ above what it held before the first step.
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 RUNS = ("logits", "verl", "patched")
 SAME = ("loss", "grad_norm", "entropy")
@@ -120,6 +122,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the figures to this file, for docs/integrations/verl.md")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -138,13 +141,39 @@ def main():
             line = runs[0]["lines"][step]
             print(f"step {step + 1} {name:8}" + "".join(f"  {key} {line[key]:.6g}" for key in SAME))
     print(f"{'':8}  {'step':>8}  {'processors':>10}  {'peak':>9}  of which gradients")
+    rows, seconds = [], {}
     for name, runs in found.items():
-        step, processors = (
-            statistics.median(statistics.mean(line[key] for line in each["lines"][1:]) for each in runs)
-            for key in ("time", "processor")
-        )
+        seconds[name] = [mean(each, "time") for each in runs]
+        step, processors = statistics.median(seconds[name]), statistics.median(mean(each, "processor") for each in runs)
         most = statistics.median(each["peak"] for each in runs)
         print(f"{name:8}  {step:6.2f} s  {processors:8.2f} s  {most:5.0f} MiB  {runs[0]['gradients']:.0f} MiB")
+        same = [", ".join(f"{line[key]:.6g}" for line in runs[0]["lines"]) for key in ("loss", "grad_norm")]
+        rows.append([name, *same, f"{step:.2f} s", f"{most:.0f} MiB", f"{runs[0]['gradients']:.0f} MiB"])
+    if args.out:
+        args.out.write_text(json.dumps(result(rows, seconds), indent=1) + "\n", encoding="utf-8")
+
+
+def mean(run, key):
+    """Return a figure of the steps from the second on."""
+    return statistics.mean(line[key] for line in run["lines"][1:])
+
+
+def result(rows, seconds):
+    """Return what a page takes: a table, how many times as long as the patched run the others take, and where that was."""
+    import torch
+
+    from mgrpo_kernels.train.report import environment
+
+    head = ["", "loss by step", "gradient norm", "step", "peak beyond the model", "of which gradients"]
+    lines = [head, ["---"] * len(head), *rows]
+    times = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["patched"], strict=True))
+        for name in ("logits", "verl")
+    }
+    here = environment(torch.device("cpu"))
+    here["date"] = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return {"environment": here, "arguments": sys.argv[1:], "times": times, "table": table}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from mgrpo_kernels.ops.token_stats import (
 from mgrpo_kernels.ops.token_stats.specs import TokenStats
 from mgrpo_kernels.vote import Vote, extract_answer, majority_vote
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BackendUnavailable",
     "IqrFilter",

@@ -34,7 +34,7 @@ def _version(package: str) -> str:
 
 def report() -> str:
     """Return the whole report as text."""
-    lines = [f"mgrpo_kernels {_version('mgrpo_kernels')}, Python {platform.python_version()}, {platform.platform()}"]
+    lines = [f"mgrpo_kernels {mgrpo_kernels.__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"  {package} {_version(package)}" for package in PACKAGES]
     lines.append(f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for i in range(torch.cuda.device_count()):

@@ -2,6 +2,7 @@
 # Makes .venv with everything that training, tests, linting and benchmarks need. `make setup` calls it.
 #   PYTHON=python3.12 scripts/setup.sh     another interpreter (3.11 to 3.13)
 #   TORCH=2.12.0 scripts/setup.sh          another version of torch (>= 2.11)
+#   TRITON=3.6.0 TRANSFORMERS=5.16.0 scripts/setup.sh    other versions of these
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,6 +18,7 @@ if [ ! -x .venv/bin/python ]; then
   [ -n "${python:-}" ] || { echo "setup: want Python 3.11 to 3.13; name it: PYTHON=/path/to/python make setup" >&2; exit 1; }
   "$python" -m venv .venv
 fi
+export PATH="$PWD/.venv/bin:$PATH"  # ninja, which compiles the extension on all cores
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
 pip install --upgrade pip setuptools wheel ninja numpy
 
@@ -35,6 +37,18 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
 fi
 
 echo "setup: the package, and what training and tests need ..." >&2
-# Nothing that follows may replace it.
-.venv/bin/python -c 'import torch; print("torch==" + torch.__version__)' > .venv/constraints.txt
+# Nothing that follows may replace torch. Its builds for a GPU name their triton; beside the others comes the one that the tests expect.
+.venv/bin/python - > .venv/constraints.txt <<'PYTHON'
+import importlib.metadata
+import os
+
+import torch
+
+print(f"torch=={torch.__version__}")
+named = any(each.startswith("triton") for each in importlib.metadata.requires("torch") or ())
+if triton := os.environ.get("TRITON") or ("" if named else "3.9.0"):
+    print(f"triton=={triton}")
+if transformers := os.environ.get("TRANSFORMERS"):
+    print(f"transformers=={transformers}")
+PYTHON
 pip install --constraint .venv/constraints.txt --no-build-isolation --editable '.[train,dev]'

@@ -83,18 +83,16 @@ def loop_of(name, args, options, sass):
 def measure(target, op, dtype, call, device=None):
     """Compile one launch and return what the compiler says of it. The table's part of it is named in COLUMNS."""
     import triton
-    from triton.backends.compiler import GPUTarget
 
     variant, kernel, args, options = call
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    chosen = {key: options[key] for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in options}
-    compiled = triton.compile(launches.source(kernel, args, options), target=gpu, options=chosen)
+    gpu = launches.gpu_target(target)
+    source, chosen = launches.source(kernel, args, options, gpu)
+    compiled = triton.compile(source, target=gpu, options=chosen.__dict__)
     name = launches.name_of(kernel.fn.__module__, kernel.fn.__name__)
     kind = str(dtype).removeprefix("torch.")
     variant += f", tuned for {device}" if device else ""
     entry = {"kernel": name, "key": f"{name}, {kind}: {variant}", "shared": compiled.metadata.shared}
-    if amd:
+    if gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
         # A scalar register spills to lanes of a vector register: no memory, but instructions; 4 bytes each.
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text))
@@ -186,15 +184,21 @@ def count_variants():
     for op, function in launches.BY_ROWS.items():
         for rows in (1, 2, 3, 16, 33, 4096):
             for _, kernel, args, options in launches.record(op, function, rows):
-                wanted = launches.source(kernel, args, options)
+                wanted, _ = launches.source(kernel, args, options, launches.gpu_target("sm_90"))
                 seen = variants.setdefault(launches.name_of(kernel.fn.__module__, kernel.fn.__name__), set())
                 seen.add(repr((wanted.signature, wanted.constants, wanted.attrs, sorted(options.items()))))
     return {name: len(seen) for name, seen in variants.items()}
 
 
 def environment():
-    """Return that of a process in which kernels compile."""
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    """Return that of a process in which kernels compile.
+
+    On AMD, Triton addresses tensors below 2 GiB in another way (buffer loads). Logits are often larger, but recorded with a few rows: what
+    is measured is the code for large tensors.
+    """
+    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "AMDGCN_USE_BUFFER_OPS": "0"
+    }
 
 
 def reports():

@@ -254,35 +254,23 @@ def kernels_in_source():
     return {key for key, name in jitted.items() if name not in called}
 
 
-def source(kernel, args, options):
-    """Return what Triton would compile for a launch with these arguments: their types and what it specialises on."""
-    from triton.compiler import ASTSource
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def source(kernel, args, options, target):
+    """Return what Triton would compile for a launch with these arguments on a GPUTarget, and with which options.
 
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = options[parameter.name] if parameter.is_constexpr else args[parameter.name]
-        special = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        aligned = False
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and special
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+    Triton's own binder says it: the arguments' types, which of them become constants and what is known of the others.
+    """
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target)
+    bound, special, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(**args, **options)
+    chosen, signature, constants, attributes = kernel._pack_args(backend, rest, bound, special, rest)
+    return ASTSource(kernel, signature, constants, attributes), chosen
 
 
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
-}  # fmt: skip
+def gpu_target(target):
+    """Return Triton's description of a target such as sm_90 or gfx942."""
+    from triton.backends.compiler import GPUTarget
+
+    amd = target.startswith("gfx")
+    return GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)

@@ -94,18 +94,21 @@ def blocks(sass):
 
 
 def streaming_loop(sass):
-    """Return the instructions of one iteration of the loop with the most bytes loaded, on its shortest way round.
+    """Return the instructions of one iteration of the loop that streams, on its shortest way round.
 
-    Shortest: what only some tiles do (a label's, say) is branched over, as most iterations do.
+    It is the loop with the most bytes in loads of 16 bytes or more, and of such loops the one with the most bytes in all: an inner loop
+    over labels, unrolled by the assembler, may load as many bytes in narrow loads. Shortest: what only some tiles do (a label's, say) is
+    branched over, as most iterations do.
     """
     found, successors = blocks(sass)
-    best, most = [], 0
+    best, most = [], (0, 0)
     for latch, after in enumerate(successors):
         for header in after:
             if header > latch:
                 continue
             path = _shortest(found, successors, header, latch)
-            loaded = sum(instruction.load_bytes for i in path for instruction in found[i])
+            sizes = [instruction.load_bytes for i in path for instruction in found[i]]
+            loaded = sum(size for size in sizes if size >= 16), sum(sizes)
             if loaded > most:
                 best, most = [instruction for i in path for instruction in found[i]], loaded
     return best

@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 GPU_TESTS = TESTS / "gpu"
-sys.path[:0] = [str(TESTS), str(GPU_TESTS)]  # tests share helper modules
+sys.path[:0] = [str(TESTS), str(GPU_TESTS), str(TESTS.parent / "scripts")]  # tests share helper modules
 
 
 def only_gpu_tests(arguments: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: a time is only taken of a right result, ratios come from pairs, every peer that is here agrees."""
+"""The benchmarks themselves: a time is only taken of a right result, ratios come from rounds, every peer that is here agrees."""
 
 import importlib
 import json
@@ -17,28 +17,34 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def modules():
-    """harness, peers and report, as a run with small shapes imports them."""
+    """The modules of benchmarks/, as a run with small shapes imports them."""
+    names = ("harness", "peers", "report", "timing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MGRPO_BENCH_SMALL", "1")
         patch.syspath_prepend(str(BENCHMARKS))
-        yield tuple(importlib.import_module(name) for name in ("harness", "peers", "report"))
-    for name in ("harness", "peers", "report"):
+        yield {name: importlib.import_module(name) for name in names}
+    for name in names:
         sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def harness(modules):
-    return modules[0]
+    return modules["harness"]
 
 
 @pytest.fixture
 def peers(modules):
-    return modules[1]
+    return modules["peers"]
 
 
 @pytest.fixture
 def report(modules):
-    return modules[2]
+    return modules["report"]
+
+
+@pytest.fixture
+def timing(modules):
+    return modules["timing"]
 
 
 class Recorder:
@@ -47,36 +53,133 @@ class Recorder:
     def __init__(self):
         self.extra_info, self.rounds = {}, 0
 
-    def pedantic(self, target, *, setup, rounds):
+    def pedantic(self, target, *, args=(), setup=None, rounds):
         for _ in range(rounds):
-            args, kwargs = setup()
-            target(*args, **kwargs)
+            args, kwargs = setup() if setup else (args, {})
+            result = target(*args, **kwargs)
             self.rounds += 1
+        return result
 
 
-def test_percentiles(harness):
+def test_percentiles(timing):
     samples = [5.0, 1.0, 4.0, 2.0, 3.0, 6.0]
-    assert harness.percentile(samples, 0.5) == pytest.approx(3.5)
-    assert harness.percentile(samples, 0.2) == pytest.approx(2.0)
-    assert harness.percentile([7.0], 0.8) == 7.0
+    assert timing.percentile(samples, 0.5) == pytest.approx(3.5)
+    assert timing.percentile(samples, 0.2) == pytest.approx(2.0)
+    assert timing.percentile([7.0], 0.8) == 7.0
 
 
-def test_a_ratio_comes_from_pairs(harness, monkeypatch):
-    monkeypatch.setattr(harness, "clock", lambda function: function())
-    slow_minute = iter(
-        [1.0, 1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0]
-    )  # over twice of function and ceiling in turn
-    now = [1.0]
+class Machine:
+    """A machine whose clock only runs while a provider works, and that becomes three times slower at some moment."""
 
-    def ceiling():
-        now[0] = next(slow_minute)
-        return now[0]
+    def __init__(self, slows_at):
+        self.now, self.slows_at = 0.0, slows_at
 
-    # The median of each alone would give 9 / 1 or less; a pair sees the same minute.
-    assert harness.paired_ratio(lambda: 2.0 * now[0], ceiling, rounds=9) == 2.0
+    def work(self, seconds):
+        def call():
+            self.now += seconds * (3.0 if self.now >= self.slows_at else 1.0)
+            return (torch.zeros(1),)
+
+        return call
+
+    def clock(self, function):
+        begin = self.now
+        function()
+        return self.now - begin
 
 
-def squares(harness, recorder, step, spoil=lambda outputs: outputs, spoil_grad=1.0, **options):
+def timed_on(machine, timing, monkeypatch, provider, seconds, ours, **options):
+    monkeypatch.setattr(timing, "clock", machine.clock)
+    monkeypatch.setattr(timing, "ROUNDS", (21, 21))
+    recorder = Recorder()
+    timing.measure(
+        recorder, "forward", machine.work(seconds), provider=provider, check=lambda outputs, grads: None,
+        ours=None if ours is None else ("ours", machine.work(ours)), ceiling=machine.work(0.5), ceiling_name="copy", **options,
+    )  # fmt: skip
+    return recorder.extra_info
+
+
+@pytest.mark.parametrize("slows_at", [0.0, 12.0, 31.0, 62.0, 100.0])
+def test_a_ratio_stays_right_on_a_machine_that_becomes_slower(timing, monkeypatch, slows_at):
+    """21 rounds of ours (1 s), the peer (2 s) and the ceiling (0.5 s) take 73.5 s of a machine that does not slow down."""
+    info = timed_on(Machine(slows_at), timing, monkeypatch, "trl", 2.0, 1.0)
+    assert info["ratio_to_ours"] == pytest.approx(2.0)
+    assert info["ratio_to_ours_p20"] == info["ratio_to_ours_p80"] == pytest.approx(2.0)
+    assert info["ratio"] == pytest.approx(4.0)
+    assert info["ours"] == "ours"
+
+
+def test_a_ratio_of_two_rows_would_be_wrong(timing, monkeypatch):
+    """What the paired ratio is for: the same two providers, in rows of their own, on the same machine."""
+    machine = Machine(40.0)
+    mine = timed_on(machine, timing, monkeypatch, "ours", 1.0, None)
+    theirs = timed_on(machine, timing, monkeypatch, "trl", 2.0, 1.0)
+    assert theirs["p50_ms"] / mine["p50_ms"] == pytest.approx(6.0)
+    assert theirs["ratio_to_ours"] == pytest.approx(2.0)
+
+
+def test_each_round_calls_the_three_in_turn(timing, monkeypatch):
+    calls = []
+
+    def called(name):
+        def call():
+            calls.append(name)
+            return (torch.zeros(1),)
+
+        return call
+
+    monkeypatch.setattr(timing, "ROUNDS", (5, 5))
+    timing.measure(
+        Recorder(), "forward", called("peer"), provider="trl", ours=("ours", called("ours")), check=lambda outputs, grads: None,
+        ceiling=called("ceiling"), ceiling_name="copy",
+    )  # fmt: skip
+    assert calls == ["ceiling", "ours", "ours", "peer", "peer", *["ceiling", "ours", "peer"] * 5]
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_row_of_a_peer_without_ours_is_refused(timing, monkeypatch, patient):
+    with pytest.raises(ValueError, match="trl: want ours beside it, got None"):
+        timed_on(Machine(0.0), timing, monkeypatch, "trl", 2.0, None, patient=patient)
+    assert "ratio_to_ours" not in timed_on(Machine(0.0), timing, monkeypatch, "ours", 1.0, None, patient=patient)
+
+
+def test_a_call_of_minutes_is_paired_once(timing, monkeypatch):
+    info = timed_on(Machine(0.0), timing, monkeypatch, "torch", 90.0, 1.0, patient=True)
+    assert (info["rounds"], info["ratio_to_ours"]) == (1, pytest.approx(90.0))
+
+
+@pytest.mark.parametrize("patient", [False, True])
+@pytest.mark.parametrize("wrong", ["ours", "peer"])
+def test_a_wrong_result_of_either_is_refused(timing, wrong, patient):
+    recorder = Recorder()
+
+    def gives(value):
+        return lambda: (torch.tensor([value]),)
+
+    def check(outputs, grads):
+        assert outputs[0].item() == 1.0, "wrong"
+
+    with pytest.raises(AssertionError, match="wrong"):
+        timing.measure(
+            recorder, "forward", gives(2.0 if wrong == "peer" else 1.0), provider="trl", check=check, patient=patient,
+            ours=("ours", gives(2.0 if wrong == "ours" else 1.0)), ceiling=lambda: None, ceiling_name="copy",
+        )  # fmt: skip
+    assert recorder.extra_info == {}
+
+
+def test_a_part_of_an_op_is_compared_with_the_same_part_of_ours(peers):
+    for op, providers in peers.PEERS.items():
+        for peer in providers.values():
+            ours = peers.counterpart(op, peer)
+            if ours is None:
+                assert peer.name.startswith("ours")
+            else:
+                assert ours.computes == peer.computes
+    part = peers.counterpart("linear_token_stats", peers.PEERS["linear_token_stats"]["torch"])
+    assert (part.name, part.computes) == ("ours, logprob", "logprob")
+    assert peers.counterpart("linear_policy_loss", peers.PEERS["linear_policy_loss"]["ours, composed"]).name == "ours"
+
+
+def squares(harness, timing, recorder, step, spoil=lambda outputs: outputs, spoil_grad=1.0, **options):
     """Measure y = x^2 with upstream gradient 3."""
     x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
     upstream = torch.full((3,), 3.0)
@@ -92,23 +195,27 @@ def squares(harness, recorder, step, spoil=lambda outputs: outputs, spoil_grad=1
         def backward(ctx, grad):
             return spoil_grad * grad * 2 * ctx.saved_tensors[0]
 
-    harness.measure(
-        recorder, step, lambda: spoil((Square.apply(x),)), (x,), (upstream,), check=harness.check_against(truth, 1e-6),
+    timing.measure(
+        recorder, step, lambda: spoil((Square.apply(x),)), (x,), (upstream,), provider="trl",
+        ours=("ours", lambda: (x * x,)), check=harness.check_against(truth, 1e-6),
         ceiling=lambda: x.detach() * 1, ceiling_name="copy", ceilings=2, note="kept",
         **options,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("step", ["forward", "backward", "both"])
-def test_a_right_result_is_timed(harness, step):
+def test_a_right_result_is_timed(harness, timing, step):
     recorder = Recorder()
-    squares(harness, recorder, step)
+    squares(harness, timing, recorder, step)
     info = recorder.extra_info
     assert recorder.rounds == info["rounds"] >= 3
     assert 0 < info["p20_ms"] <= info["p50_ms"] <= info["p80_ms"]
     assert info["share_of_ceiling"] == pytest.approx(2 / info["ratio"])
     assert info["ceiling"] == "copy"
     assert info["note"] == "kept"
+    assert 0 < info["ratio_to_ours_p20"] <= info["ratio_to_ours"] <= info["ratio_to_ours_p80"]
+    assert info["ours_p50_ms"] > 0
+    assert info["ours_peak_memory_bytes"] >= 0
 
 
 @pytest.mark.parametrize("step", ["forward", "backward", "both"])
@@ -122,26 +229,26 @@ def test_a_right_result_is_timed(harness, step):
         lambda outputs: (*outputs, *outputs),
     ],
 )
-def test_a_wrong_result_is_refused_before_it_is_timed(harness, step, spoil):
+def test_a_wrong_result_is_refused_before_it_is_timed(harness, timing, step, spoil):
     recorder = Recorder()
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
-        squares(harness, recorder, step, spoil)
+        squares(harness, timing, recorder, step, spoil)
     assert recorder.rounds == 0
     assert recorder.extra_info == {}
 
 
-def test_a_call_that_takes_minutes_is_made_once(harness):
+def test_a_call_that_takes_minutes_is_made_once(harness, timing):
     recorder, calls = Recorder(), []
 
     def counted(outputs):
         calls.append(1)
         return outputs
 
-    squares(harness, recorder, "both", counted, patient=True)
+    squares(harness, timing, recorder, "both", counted, patient=True)
     assert len(calls) == recorder.rounds == recorder.extra_info["rounds"] == 1
     recorder = Recorder()
     with pytest.raises(AssertionError, match="gradient 0"):
-        squares(harness, recorder, "both", spoil_grad=1.01, patient=True)
+        squares(harness, timing, recorder, "both", spoil_grad=1.01, patient=True)
     assert recorder.extra_info == {}
 
 
@@ -174,14 +281,14 @@ def test_the_loss_truth_is_the_reference(harness):
 
 
 @pytest.mark.parametrize("step", ["backward", "both"])
-def test_a_wrong_gradient_is_refused_before_it_is_timed(harness, step):
+def test_a_wrong_gradient_is_refused_before_it_is_timed(harness, timing, step):
     recorder = Recorder()
     with pytest.raises(AssertionError, match="gradient 0: relative error 1.00e-02"):
-        squares(harness, recorder, step, spoil_grad=1.01)
+        squares(harness, timing, recorder, step, spoil_grad=1.01)
     assert recorder.rounds == 0
 
 
-def test_only_backward_is_inside_the_clock(harness, monkeypatch):
+def test_only_backward_is_inside_the_clock(harness, timing, monkeypatch):
     """A graph is built for every round, outside."""
     inside, built = [False], []
 
@@ -191,7 +298,7 @@ def test_only_backward_is_inside_the_clock(harness, monkeypatch):
         inside[0] = False
         return 1.0
 
-    monkeypatch.setattr(harness, "clock", clock)
+    monkeypatch.setattr(timing, "clock", clock)
     x = torch.ones(3, requires_grad=True)
 
     def forward():
@@ -200,19 +307,19 @@ def test_only_backward_is_inside_the_clock(harness, monkeypatch):
 
     truth = harness.Truth((torch.full((3,), 2.0),), (torch.ones(3),), (torch.full((3,), 2.0),))
     recorder = Recorder()
-    harness.measure(
-        recorder, "backward", forward, (x,), truth.upstream, check=harness.check_against(truth, 1e-6), ceiling=lambda: None,
-        ceiling_name="nothing",
+    timing.measure(
+        recorder, "backward", forward, (x,), truth.upstream, provider="eager", ours=("ours", forward),
+        check=harness.check_against(truth, 1e-6), ceiling=lambda: None, ceiling_name="nothing",
     )  # fmt: skip
     assert not any(built)
-    assert len(built) == recorder.rounds + 2  # the check's and the memory's
+    assert len(built) == 2 * (recorder.rounds + 2)  # of each side, with the check's and the memory's
 
 
-def test_memory_is_seen(harness):
+def test_memory_is_seen(timing):
     mib = 2**20
-    got = harness.peak_memory(lambda: torch.ones(64 * mib // 4).sum())
+    got = timing.peak_memory(lambda: torch.ones(64 * mib // 4).sum())
     assert 60 * mib < got < 80 * mib
-    assert harness.peak_memory(lambda: None) < 8 * mib  # freed before: not seen again
+    assert timing.peak_memory(lambda: None) < 8 * mib  # freed before: not seen again
 
 
 def test_a_missing_peer_says_so(peers):
@@ -298,6 +405,9 @@ def test_every_peer_that_is_here_agrees_and_is_timed(small_run, peers, report):
         assert 0 < info["p20_ms"] <= info["p50_ms"] <= info["p80_ms"]
         assert info["ratio"] > 0
         assert info["computes"]
+        if not row.provider.startswith("ours"):
+            assert info["ratio_to_ours"] > 0
+            assert info["ours"] == ("ours, logprob" if info["computes"] == "logprob" else "ours")
         assert "bytes" in info or info["flops"] == 2.0 * info["tokens"] * 64 * 1000 * info["gemms"]
 
 
@@ -323,12 +433,16 @@ def made_up(tmp_path, *, with_percentiles=True):
     info = {
         "p20_ms": 300.0, "p50_ms": 400.0, "p80_ms": 500.0, "ratio": 4.0, "ceiling": "matmul", "share_of_ceiling": 0.75, "gemms": 3,
         "flops": 8e11, "peak_memory_bytes": 30 * 2**20, "gradient_bytes": 10 * 2**20, "computes": "logprob", "tokens": 8,
+        "ratio_to_ours": 8.0, "ratio_to_ours_p20": 7.5, "ratio_to_ours_p80": 9.25, "ours": "ours, logprob",
     }  # fmt: skip
     if not with_percentiles:
         del info["p50_ms"]
     params = {"shape": "qwen2.5-7b", "dtype": "bfloat16", "provider": "trl, logprob", "step": "backward"}
     slow = {"name": "bench_linear_token_stats[a]", "params": params, "extra_info": info}
     fast = {**slow, "params": {**params, "provider": "ours, logprob"}, "extra_info": {**info, "p50_ms": 50.0}}
+    fast["extra_info"] = {
+        key: value for key, value in fast["extra_info"].items() if not key.startswith(("ratio_", "ours"))
+    }
     free = {
         **slow,
         "params": {**params, "provider": "quack"},
@@ -350,17 +464,24 @@ def test_report_table(report, tmp_path, capsys):
     assert lines[0] == "## a device, 2 threads, torch 2.13, trl 1.16.0; commit 0123456789"
     start = lines.index("### linear_token_stats")
     assert lines[start + 2] == (
-        "| shape | dtype | pass | provider | computes | ms (p20 - p80) | times its ceiling | share of ceiling | matmuls | rate | "
+        "| shape | dtype | pass | provider | computes | ms (p20 - p80) | times ours | times its ceiling | share of ceiling | matmuls | rate | "
         "memory, MiB |"
     )
     key = "| qwen2.5-7b | bfloat16 | backward"
     assert lines[start + 4 : start + 7] == [
-        f"{key} | quack | logprob | 0.5 (300 - 500) | 4.00 matmul |  | 0 |  | 20 |",
-        f"{key} | ours, logprob | logprob | 50 (300 - 500) | 4.00 matmul | 75% | 3 | 16000 GFLOP/s | 20 |",
-        f"{key} | trl, logprob | logprob | 400 (300 - 500) | 4.00 matmul | 75% | 3 | 2000 GFLOP/s | 20 |",
+        f"{key} | quack | logprob | 0.5 (300 - 500) | 8 (7.5 - 9.25) ours, logprob | 4.00 matmul |  | 0 |  | 20 |",
+        f"{key} | ours, logprob | logprob | 50 (300 - 500) |  | 4.00 matmul | 75% | 3 | 16000 GFLOP/s | 20 |",
+        f"{key} | trl, logprob | logprob | 400 (300 - 500) | 8 (7.5 - 9.25) ours, logprob | 4.00 matmul | 75% | 3 | 2000 GFLOP/s | 20 |",
     ]
 
 
 def test_report_refuses_an_older_run(report, tmp_path):
     with pytest.raises(ValueError, match="want extra_info with p50_ms, got"):
         report.main([str(made_up(tmp_path, with_percentiles=False))])
+
+
+def test_report_refuses_a_peer_without_ours(report, tmp_path):
+    path = made_up(tmp_path)
+    path.write_text(path.read_text().replace("ratio_to_ours", "ratio_to_somebody"))
+    with pytest.raises(ValueError, match="want ours timed in a peer's row"):
+        report.read(path)

@@ -1,4 +1,4 @@
-"""The documentation is true: its examples run, its links lead somewhere, its tables are those of the code.
+"""The documentation is true: its examples run, its links lead somewhere, its tables are those of the code, its figures those of results.
 
 Every `python` and `bash` block of README.md, CONTRIBUTING.md and docs/ is run, a page's blocks in order in one empty directory, unless the
 line before it says why not: `<!-- not run: needs a GPU -->`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -93,6 +94,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in doc_pages.anchors(file), f"{name(page)}: {target}; there are {doc_pages.anchors(file)}"
 
 
+@pytest.fixture(scope="module")
+def generate() -> Any:
+    """docs/generate.py, which finds its neighbours as a script does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        yield generator()
+
+
 def generator() -> Any:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
@@ -102,10 +111,122 @@ def generator() -> Any:
     return module
 
 
-def test_generated_pages_are_those_of_the_code() -> None:
-    for page, text in generator().pages().items():
+def test_generated_pages_are_those_of_the_code(generate: Any) -> None:
+    for page, text in generate.pages().items():
         same = (ROOT / "docs" / page).read_text(encoding="utf-8") == text
         assert same, f"docs/{page} is not what the code says: run python docs/generate.py"
+
+
+def test_figures_are_those_of_the_results(generate: Any) -> None:
+    for page in generate.pages_with_figures():
+        text = page.read_text(encoding="utf-8")
+        same = generate.spans.filled(text, generate.FIGURES) == text
+        assert same, f"{name(page)}: a figure is not that of the results: run python docs/generate.py"
+
+
+def test_no_figure_is_typed_without_its_source(generate: Any) -> None:
+    for page in generate.pages_with_figures():
+        wrong = generate.spans.typed(page.read_text(encoding="utf-8"))
+        assert not wrong, f"{name(page)}: want these from results, or marked with their source (docs/spans.py): {wrong}"
+
+
+def test_a_changed_figure_is_found(generate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A digit changed by hand in any generated figure of any page makes the comparison above fail."""
+    changed = 0
+    for page in generate.pages_with_figures():
+        text = page.read_text(encoding="utf-8")
+        for span in generate.spans.SPAN.finditer(text):
+            digits = [each.start() for each in re.finditer(r"\d", span[2])]
+            if not digits:
+                continue
+            at = span.start(2) + digits[-1]
+            forged = tmp_path / page.name
+            forged.write_text(text[:at] + str(9 - int(text[at])) + text[at + 1 :], encoding="utf-8")
+            assert generate.spans.filled(forged.read_text("utf-8"), generate.FIGURES) == text
+            changed += 1
+    assert changed > 30
+    monkeypatch.setattr(generate, "pages_with_figures", lambda: [forged])
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    with pytest.raises(AssertionError, match="is not that of the results"):
+        test_figures_are_those_of_the_results(generate)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "It takes 12 ms.", "It takes 1.5 s", "Some 20 minutes", "3.7 GB/s of 4", "812 TFLOP/s", "It holds 224 MiB.", "1.3x TRL's", "1.3 x as fast",
+        "0.92 g", "51 times TRL's", "it is 83% of it", "up to 90 %", "It ends at .98.", "0.15 ms, and 0.38 in eager PyTorch", "between 2.7 and 3.1 g",
+        "| ours | 12.4 |", "| ours | 8, 2078, 448 |", "| ours | 52 / 65 |", "- a list: 5 us", "missed by 11 points", "**1.21** times the sum",
+    ],
+)  # fmt: skip
+def test_a_typed_figure_is_found(generate: Any, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for text in (
+        f"# A page\n\n{line}\n",
+        f"Before.\n{line}\nAfter.\n",
+        f"<!-- typed: 7 MiB; a limit -->\n7 MiB\n\n{line}\n",
+    ):
+        assert generate.spans.typed(text), text
+    page = tmp_path / "page.md"
+    page.write_text(line)
+    monkeypatch.setattr(generate, "pages_with_figures", lambda: [page])
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    with pytest.raises(AssertionError, match="want these from results"):
+        test_no_figure_is_typed_without_its_source(generate)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Python 3.11, torch 2.13, TRL 1.16.0", "512 x 151936 logits, 8 x 16 rollouts", "sm_90, float32, 2^20 elements, 1e-4", "over 9000 steps",
+        "`--timeout 3 s` in code", "```text\n12 ms\n```", "| step | 1 |\n", "<!-- figure: machine -->12 ms<!-- /figure -->", "arXiv 2512.13070",
+        "<!-- typed: 224 MiB, 3 s; limits of the code -->\nAt most 224 MiB,\nfor 3 s.", "<!-- typed: all; predicted -->\n\n| a | 12.4 |\n| b | 5 ms |",
+        "[a page](of/12ms.md)", "vLLM 0.32 and OpenRLHF 0.11.2",
+    ],
+)  # fmt: skip
+def test_what_is_no_typed_figure(generate: Any, text: str) -> None:
+    assert generate.spans.typed(text) == []
+
+
+def test_a_mark_is_of_its_block_and_of_what_it_names(generate: Any) -> None:
+    typed = generate.spans.typed
+    assert typed("<!-- typed: 3 s; a limit -->\n3 s and 4 s.\n") == ["line 2: 4 s"]
+    assert typed("<!-- typed: all; a limit -->\n3 s\n\n4 s\n") == ["line 4: 4 s"]
+    assert typed("<!-- typed: 3 s, 5 s; a limit -->\n3 s\n") == [
+        "line 1: the mark names 5 s, which its block does not have"
+    ]
+    assert typed("<!-- typed: all; a limit -->\nNone.\n") == [
+        "line 1: the mark names all, which its block does not have"
+    ]
+    assert typed("<!-- typed: 3 s -->\n3 s\n") == ["line 2: 3 s"]  # a mark without a source
+
+
+def test_a_figure_that_would_break_its_paragraph_is_refused(generate: Any) -> None:
+    with pytest.raises(ValueError, match="want words before"):
+        generate.spans.filled("Text\n<!-- figure: machine --><!-- /figure --> more", generate.FIGURES)
+    with pytest.raises(ValueError, match="want one of"):
+        generate.spans.filled("Of <!-- figure: no-such-thing --><!-- /figure -->", generate.FIGURES)
+
+
+def test_a_run_on_busy_cores_is_not_shown(generate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figures = sys.modules["figures"]
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert figures.times("ema", "eager") == figures.NO_RUN
+    row = {
+        "name": "bench_ema[eager]",
+        "params": {"provider": "eager"},
+        "extra_info": {"p50_ms": 3.0, "ratio_to_ours": 1.49},
+    }
+    for marks, refused in (
+        ({"idle": True, "small": False}, False),
+        ({"idle": False, "small": False}, True),
+        ({"idle": True, "small": True}, True),
+    ):
+        (tmp_path / f"{figures.PUBLISHED}.json").write_text(json.dumps({**marks, "benchmarks": [row]}))
+        if refused:
+            with pytest.raises(ValueError, match="want a run of full size on idle cores"):
+                figures.times("ema", "eager")
+        else:
+            assert figures.times("ema", "eager") == "1.49"
 
 
 def test_every_page_is_in_the_navigation() -> None:

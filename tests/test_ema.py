@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from mgrpo_kernels import MomentumModel, ema_update_
+from mgrpo_kernels import backend as backends
 from mgrpo_kernels import momentum as momentum_module
 from mgrpo_kernels.ops.ema import OP, ema_update_op
-from mgrpo_kernels.ops.ema.specs import key, random_bits, round_stochastically
+from mgrpo_kernels.ops.ema.specs import Batch, Span, key, random_bits, round_stochastically
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((), (7,), (33, 5), (0, 3), (70_001,))
@@ -260,6 +261,42 @@ def test_shards_round_as_the_whole_would(backend, tmp_path):
             assert torch.equal(got, want)
 
 
+@each_backend(OP)
+@pytest.mark.parametrize("span", [Span(0, 60, 0), Span(120, 60, 300), Span(7, 5, 13), Span(2**33 + 5, 6, 2**32)])
+def test_a_shard_takes_the_random_bits_of_its_place(backend, span):
+    old, new = torch.randn(60).bfloat16(), torch.randn(60)
+    got, exact, place = old.clone(), old.float(), torch.arange(60)
+    decay = torch.tensor(0.9, dtype=torch.float64)
+    backends.choose(OP, backend, CPU, torch.bfloat16)  # which loads the extension
+    backends.implementation(OP, backend).update_(Batch([got], [new], [], decay, [key(3, 1)], [span]))
+    ema_update_([exact], [new], 0.9, backend="reference")
+    index = span.base + place // span.inner * span.stride + place % span.inner
+    assert torch.equal(got, round_stochastically(exact, random_bits(index, key(3, 1)), torch.bfloat16))
+
+
+@each_backend(OP)
+def test_random_bits_follow_the_place_in_the_list_whatever_stands_before(backend):
+    new, results = 1.0 + 1e-3 * torch.rand(257), []
+    one, other, empty = torch.zeros(3), torch.zeros(3), torch.zeros(0)
+    for before in ([one, other], [one, one], [one, empty], [empty, one]):  # two tensors; tied; empty ones
+        last = torch.ones(257, dtype=torch.bfloat16)
+        params = [one if each is one else torch.zeros_like(each) for each in before]
+        ema_update_([*before, last], [*params, new], 0.5, stochastic_rounding=True, seed=4, backend=backend)
+        results.append(last)
+    assert len(results[0].unique()) > 1
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_makes_no_number_of_nan_and_keeps_infinity(backend, dtype):
+    raw = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF, 0x7F800000, 0xFF800000]).to(torch.int32)
+    param = raw.view(torch.float32).repeat(40)  # two NaNs that a carry would turn into zeros, another, the infinities
+    ema = torch.zeros_like(param, dtype=dtype)
+    ema_update_([ema], [param], 0.9, stochastic_rounding=True, seed=1, backend=backend)
+    torch.testing.assert_close(ema.float(), param, rtol=0, atol=0, equal_nan=True)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -267,6 +304,7 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
         self.norm = nn.LayerNorm(4)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(4))  # floating-point, and still not averaged
 
 
 def step(model):
@@ -293,6 +331,15 @@ def test_momentum_model_follows(dtype, device):
     assert momentum.distance(model) > 0
     momentum.update(decay=0.0)
     assert momentum.distance(model) == 0
+
+
+def test_distance_is_relative_to_the_policy():
+    model = Tied()
+    momentum = MomentumModel(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # the average is a third of it
+    assert momentum.distance(model).item() == pytest.approx(2 / 3)
 
 
 def test_swapped_into_restores_every_bit_even_after_an_exception():

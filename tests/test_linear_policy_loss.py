@@ -114,6 +114,34 @@ def test_packed_is_padded(backend):
 
 
 @each_backend(OP)
+@pytest.mark.parametrize("loss_type", ["grpo", "vespo"])
+def test_masked_rows_do_not_leak_where_their_number_is_unknown(backend, loss_type, monkeypatch):
+    data, options = batch(), {"backend": backend, "loss_type": loss_type, "entropy_coef": 0.02}
+    want, grads = run(data, **options)
+    for name in ("linear_token_stats", "linear_policy_loss"):  # as on a GPU
+        monkeypatch.setattr(f"mgrpo_kernels.ops.{name}.kept_rows", lambda mask: None)
+    got, mine = run(data, **options)
+    torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-4, atol=1e-5)
+    for one, two in zip(mine, grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    assert (mine[0][~data["mask"]] == 0).all()
+
+
+@each_backend(OP)
+def test_as_many_tokens_as_sequences(backend):
+    """Advantages are then of the sequences, as in policy_loss."""
+    hidden, weight = torch.randn(4, H), torch.randn(V, H, requires_grad=True)
+    labels, old = torch.randint(0, V, (4,)), torch.full((4,), -6.0)
+    advantages, cu_seqlens = torch.tensor([1.0, -2.0, 3.0, -4.0]), torch.tensor([0, 3, 3, 4, 4])
+    options = {"cu_seqlens": cu_seqlens, "loss_type": "bnpo", "backend": backend}
+    linear_policy_loss(hidden, weight, labels, old, advantages, **options).loss.backward()
+    got, weight.grad = weight.grad, None
+    stats = linear_token_stats(hidden, weight, labels, stats=("logprob",), backend=backend)
+    policy_loss(stats.logprob, old, advantages, **options).loss.backward()
+    torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@each_backend(OP)
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen_parts_get_nothing(backend, frozen):
     data = batch(bias=False)

@@ -56,3 +56,85 @@ def test_the_sweep_runs_and_the_library_reads_what_it_writes(tmp_path):
     assert set(result["measured"]) == fields  # no size is left to a guess
     assert set(dataclasses.asdict(tuning.read(out))) == fields
     assert all(entry.get("ms", 0) > 0 for entries in result["measured"].values() for entry in entries)
+
+
+# Sweeps one size, whose candidates fail in every way that a candidate can.
+FAULTY_SWEEP = """
+import os, signal, sys, time
+sys.path.insert(0, "benchmarks")
+import torch, tune
+
+RIGHT, broken = torch.ones(3), []
+RAISED = [ValueError("does not compile"), tune.triton.runtime.errors.OutOfResources(9, 8, "registers"), AssertionError("assert"), SystemExit(3)]
+
+def run():
+    kind, number = tune.tuning.of(None).stats_forward
+    if broken:
+        raise RuntimeError("every later candidate of this process fails, too")
+    if kind == 1:
+        raise RAISED[number]
+    if kind == 2:
+        broken.append(True)
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    if kind == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == 4:
+        time.sleep(600)
+    if kind == 5:
+        return (RIGHT * [1.1, float("nan")][number],)
+    time.sleep(0.2 if kind == 256 else 0.01)
+    return (RIGHT,)
+
+tune.sweep = lambda work=None: {"stats_forward": (CANDIDATES, lambda: run), "backward_rows": ([16384], lambda: lambda: (RIGHT,))}
+tune.in_order = lambda candidates, default, dry: candidates
+tune.main(__file__)
+"""
+
+
+def test_a_candidate_that_fails_is_recorded_and_skipped_whatever_it_did(tmp_path):
+    """The first candidate, which the others are compared with, is among those that fail."""
+    candidates = [(3, 0), (256, 4), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (4, 0), (5, 0), (5, 1), (512, 2), (3, 1)]
+    script, out = tmp_path / "faulty.py", tmp_path / "tuning.json"
+    script.write_text(FAULTY_SWEEP.replace("CANDIDATES", str(candidates)))
+    done = subprocess.run(
+        [sys.executable, script, "--dry-run", "--out", out, "--seconds-per-candidate", "4"], check=False, cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}, timeout=300, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    measured = {tuple(each["value"]): each for each in result["measured"]["stats_forward"]}
+    assert list(measured) == candidates
+    assert {value for value, each in measured.items() if "ms" in each} == {(256, 4), (512, 2)}
+    for value, text in {
+        (3, 0): "crashed: its process was killed by SIGKILL",
+        (1, 0): "ValueError: does not compile",
+        (1, 1): "OutOfResources: out of resource: registers",
+        (1, 2): "AssertionError: assert",
+        (1, 3): "crashed: its process ended with exit code 3",
+        (2, 0): "RuntimeError: Triton Error [CUDA]: an illegal memory access",
+        (4, 0): "hung: it was killed after 4 s",
+        (5, 0): "AssertionError: stats_forward=(5, 0) gives a wrong result",
+        (5, 1): "AssertionError: stats_forward=(5, 1) gives a wrong result",
+        (3, 1): "crashed: its process was killed by SIGKILL",
+    }.items():
+        assert measured[value]["failed"].startswith(text), measured[value]
+        assert text in done.stdout
+    assert result["tuning"]["stats_forward"] == [512, 2]
+    assert result["measured"]["backward_rows"][0]["ms"] > 0
+    assert result["not_reached"] == []
+    assert tuning.read(out) == dataclasses.replace(tuning.Tuning(), stats_forward=(512, 2))
+
+
+def test_a_sweep_cut_short_keeps_what_it_measured(tmp_path):
+    script, out = tmp_path / "faulty.py", tmp_path / "tuning.json"
+    script.write_text(FAULTY_SWEEP.replace("CANDIDATES", "[(256, 4), (512, 2), (4, 0), (512, 4)]"))
+    done = subprocess.run(
+        [sys.executable, script, "--dry-run", "--out", out, "--minutes", "0.5"], check=True, cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}, timeout=300, capture_output=True, text=True,
+    )  # fmt: skip
+    result = json.loads(out.read_text())
+    assert [each["value"] for each in result["measured"]["stats_forward"] if "ms" in each] == [[256, 4], [512, 2]]
+    assert result["tuning"]["stats_forward"] == [512, 2]
+    assert result["not_reached"] == ["stats_forward", "backward_rows"]
+    assert "stats_forward=[4, 0] cut off" in done.stdout
+    assert "the sweep is incomplete: no time left after 30 s" in done.stdout

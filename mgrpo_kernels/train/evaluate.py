@@ -12,7 +12,7 @@ from pathlib import Path
 import transformers
 import yaml
 
-from mgrpo_kernels.train import command_line
+from mgrpo_kernels.train import command_line, extras
 from mgrpo_kernels.train.config import (
     SECTIONS,
     Config,
@@ -26,7 +26,6 @@ from mgrpo_kernels.train.config import (
 from mgrpo_kernels.train.data import check_lengths, load_task
 from mgrpo_kernels.train.metrics import Lines, metrics_line
 from mgrpo_kernels.train.policy import load_policy, pick_device, read_tokenizer
-from mgrpo_kernels.train.rollout.engines import engine_class
 from mgrpo_kernels.train.run.evaluation import examine, figures
 from mgrpo_kernels.train.run.learner import dtype_of, make_engine
 from mgrpo_kernels.train.run.output import check_output, write_text
@@ -79,7 +78,7 @@ def run(config: Config, output: Path) -> dict[str, float]:
             f"torchrun: want one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
         )
     check_output(output, resume=False)
-    engine_class(config).check_installed()
+    extras.check_packages(config, training=False)
     transformers.utils.logging.disable_progress_bar()
     assert config.model.model is not None
     device, task = pick_device(config.model.device), load_task(config, training=False)

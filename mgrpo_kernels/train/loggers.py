@@ -7,7 +7,6 @@ written before the step is: one killed between the two is missing there, and onl
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -27,13 +26,6 @@ class Logger(Protocol):
     def write(self, line: Line) -> None: ...
 
     def close(self) -> None: ...
-
-
-def check_loggers(run: RunConfig) -> None:
-    """Raise UsageError for a logger that was asked for and is not installed."""
-    for name in LOGGERS:
-        if getattr(run, name) and importlib.util.find_spec(name) is None:
-            raise UsageError(f"{name}: want the package {name}, got none: pip install {name}")
 
 
 def log_in(run: RunConfig) -> None:

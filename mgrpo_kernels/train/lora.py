@@ -7,7 +7,6 @@ little trains. B starts at 0: the model at the start, and the base of the KL ter
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mgrpo_kernels.train.config import LoraConfig, UsageError
+from mgrpo_kernels.train.extras import how_to_install, installed
 from mgrpo_kernels.train.streams import stream
 
 NAME = "default"  # peft's, of a model's only adapter
@@ -37,8 +37,8 @@ class Adapter:
     """
 
     def __init__(self, model: Any, options: LoraConfig, seed: int) -> None:
-        if importlib.util.find_spec("peft") is None:
-            raise UsageError("lora_rank: want the package peft with it, got none: pip install 'mgrpo_kernels[lora]'")
+        if not installed("peft"):
+            raise UsageError(f"lora_rank: want the package peft, got none: {how_to_install('peft')}")
         import peft
 
         head = model.get_output_embeddings()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.extras import how_to_install
 
 SPLITS = {"data": "train", "eval_data": "test"}
 """Which part of a data set an option means, unless it names one."""
@@ -87,7 +88,7 @@ def _package(name: str, wanted: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"{wanted}, got none installed: pip install {package}") from error
+        raise UsageError(f"{wanted}, got none installed: {how_to_install(package)}") from error
 
 
 def _text(path: Path, option: str, kind: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
@@ -11,6 +10,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
+
+from mgrpo_kernels.train.extras import how_to_install, installed
 
 EXTENSION = "mgrpo_kernels.train.rollout.vllm_worker.Extension"
 """What the server's workers load."""
@@ -69,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     error = None
     if arguments[0].startswith("-"):
         error = f"want MODEL first, got {arguments[0]}"
-    elif importlib.util.find_spec("vllm") is None:
-        error = "want the package vllm, got none: make vllm"
+    elif not installed("vllm"):
+        error = f"want the package vllm, got none: {how_to_install('vllm')}"
     if error:
         print(f"error: serve: {error}", file=sys.stderr)
         return 2

@@ -1,12 +1,10 @@
-"""The device that the tests of this folder run on, and their log.
+"""The device that the tests of this folder run on.
 
 ``pytest tests/gpu`` runs them on a GPU. With MGRPO_GPU_TESTS_ON=cpu the same tests run on CPU tensors, small, through Triton's
 interpreter, to prove the tests themselves; those that mean nothing there are marked ``device_only`` and are skipped.
-MGRPO_GPU_TESTS_EVERY=n keeps the first of each test function's cases and every n-th after it. MGRPO_GPU_TESTS_LOG names a file that
-gets lines of JSON with what was collected, and one for each test as soon as it is over: a crash loses nothing.
+MGRPO_GPU_TESTS_EVERY=n keeps the first of each test function's cases and every n-th after it.
 """
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -17,7 +15,6 @@ import torch
 from on_device import DEVICE, ON_CPU
 
 HERE = Path(__file__).resolve().parent
-LOG = os.environ.get("MGRPO_GPU_TESTS_LOG")
 
 
 def pytest_configure(config):
@@ -25,8 +22,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if LOG:
-        write({"device_only": [item.nodeid for item in items if item.get_closest_marker("device_only")]})
     every, seen, kept, left_out = int(os.environ.get("MGRPO_GPU_TESTS_EVERY", "1")), Counter(), [], []
     for item in items:
         if HERE not in item.path.parents:
@@ -69,21 +64,3 @@ def no_leftovers():
     if not ON_CPU:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-def pytest_collection_finish(session):
-    if LOG:
-        write({"collected": [item.nodeid for item in session.items]})
-
-
-def pytest_runtest_logreport(report):
-    if LOG and (report.when == "call" or report.outcome != "passed"):
-        write({
-            "test": report.nodeid, "outcome": report.outcome, "when": report.when, "seconds": round(report.duration, 3),
-            "figures": dict(report.user_properties), "text": "" if report.passed else str(report.longrepr)[-6000:],
-        })  # fmt: skip
-
-
-def write(line):
-    with Path(LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

@@ -28,6 +28,7 @@ def test_a_restored_learner_goes_on_with_the_same_bits(policy: Policy, base: Pat
         train_step(each, learner.task.train[3:6], 2)
     assert learner.momentum is not None
     assert other.momentum is not None
+    assert other.momentum.updates == learner.momentum.updates == 2
     for one, two in ((policy, other.policy), (learner.momentum, other.momentum)):
         assert all(torch.equal(value, tiny.weights(two)[name]) for name, value in tiny.weights(one).items())
 

@@ -183,7 +183,7 @@ def test_an_absent_package_says_what_to_install(
 ) -> None:
     for name in (package, f"{package}.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=rf"data: want .*{package}.*, got none installed: pip install {package}"):
+    with pytest.raises(UsageError, match=rf"data: want .*{package}.*, got none installed: pip install 'mgrpo_kernels\[data\]'"):
         read(source)
 
 

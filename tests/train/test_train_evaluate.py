@@ -72,6 +72,33 @@ def test_figures_by_hand(policy: Policy) -> None:
     assert (second.right, second.majority, second.majority_right) == ([False, False, True, False], "3", False)
 
 
+def test_the_tasks_equivalence_decides_the_majority_too(policy: Policy) -> None:
+    task = Task(
+        [], [Example("3+4=", "7"), Example("0+5=", "5")], after_hash, lambda a, b: {a, b} <= {"1", "2", "3"} or a == b
+    )
+    got = evaluate(policy, Scripted(policy), task, tiny.config(eval_samples=4, eval_pass_k=2), step=3)
+    assert got["eval_maj_at_k"] == 1 / 2
+    first, second = examine(policy, Scripted(policy), task, tiny.config(eval_samples=4), step=3)
+    assert (first.majority, second.majority) == ("7", "3")
+    task = task._replace(equivalence=lambda a, b: True)
+    first, second = examine(policy, Scripted(policy), task, tiny.config(eval_samples=4), step=3)
+    assert second.right == [True, True, True, False]  # an answer that was not found is never right
+    assert second.majority_right
+
+
+def test_samples_are_drawn_at_the_evaluations_temperature(policy: Policy) -> None:
+    given = []
+
+    class Recorded(Scripted):
+        def sample(self, prompts: Any, copies: int, *, temperature: float, **options: Any) -> Rollouts:
+            given.append((copies, temperature))
+            return super().sample(prompts, copies, temperature=temperature, **options)
+
+    task = Task([], [Example("3+4=", "7"), Example("0+5=", "5")], after_hash, "exact")
+    evaluate(policy, Recorded(policy), task, tiny.config(eval_samples=4, temperature=1.3, eval_temperature=0.6), step=3)
+    assert given == [(4, 0.6), (1, 0.0)]
+
+
 def test_nobody_answers(policy: Policy) -> None:
     task = Task([], [Example("3+4=", "7")] * 2, lambda text: None, "exact")
     questions = examine(policy, tiny.learner(policy).engine, task, tiny.config(), 0)

@@ -317,7 +317,7 @@ def test_peft_is_asked_for_where_it_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest))
     assert command.main([*tiny.FLAGS, *FLAGS, "--output", str(tmp_path / "run")]) == 2
     assert (
-        "lora_rank: want the package peft with it, got none: pip install 'mgrpo_kernels[lora]'"
+        "lora_rank: want the package peft, got none: pip install 'mgrpo_kernels[lora]'"
         in capsys.readouterr().err
     )
 

@@ -10,6 +10,7 @@ import torch
 
 from mgrpo_kernels import policy_loss
 from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES
+from mgrpo_kernels.train import update
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import score
@@ -102,6 +103,66 @@ def test_a_step_moves_the_weights_against_the_gradient(policy: Policy) -> None:
     moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in policy.model.named_parameters()])
     assert (moved * grad)[grad.abs() > 1e-6].le(0).all()
     assert float(moved.abs().max()) == pytest.approx(config.optim.learning_rate, rel=1e-2)
+
+
+def test_every_option_reaches_the_loss(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+    real = update.linear_policy_loss
+    monkeypatch.setattr(
+        update, "linear_policy_loss", lambda *args, **options: calls.append(options) or real(*args, **options)
+    )
+    options = {
+        "loss_type": "dr_grpo", "importance_level": "sequence", "clip_low": 0.11, "clip_high": 0.33, "kl_coef": 0.07, "kl_estimator": "k1",
+        "entropy_coef": 0.013,
+    }  # fmt: skip
+    part, head = batch(policy), policy.head_options
+    tokens = int(part.mask.sum())
+    accumulate_gradient(policy, part, tiny.config(**options).loss, max_tokens=R, temperature=0.7, budget=45)
+    want = {
+        **options, "temperature": 0.7, "logit_scale": head.logit_scale, "softcap": head.softcap, "normalizer": 8 * R,
+        "entropy_normalizer": tokens,
+    }  # fmt: skip
+    assert len(calls) > 1  # of each micro-batch, the normalizers of the whole
+    assert all({name: call[name] for name in want} == want for call in calls)
+    monkeypatch.setattr(policy, "head_options", head._replace(logit_scale=0.5, softcap=3.0))
+    accumulate_gradient(policy, part, tiny.config(**options).loss, max_tokens=R, temperature=0.7, budget=10**6)
+    assert (calls[-1]["logit_scale"], calls[-1]["softcap"]) == (0.5, 3.0)
+
+
+def test_the_optimizer_has_its_options(policy: Policy) -> None:
+    (group,) = make_optimizer(policy, tiny.config(learning_rate=0.3, weight_decay=0.2)).param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
+    assert len(group["params"]) == len(list(policy.model.parameters()))
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_gradient_that_is_too_large_is_scaled_down_to_the_norm(policy: Policy, step: int) -> None:
+    config = tiny.config(max_grad_norm=0.01, steps=4, warmup=0.0, lr_schedule="cosine")
+    before = tiny.weights(policy)
+    updated = take_step(policy, torch.optim.SGD(policy.model.parameters(), lr=9.0), batch(policy), config, step=step)
+    moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in policy.model.named_parameters()])
+    assert updated["grad_norm"] > 0.1
+    assert float(moved.double().norm()) == pytest.approx(0.01 * learning_rate(config, step), rel=1e-2)
+
+
+def test_clipped_tokens_of_both_sides_are_counted(policy: Policy) -> None:
+    part, config = batch(policy), tiny.config(clip_low=0.02, clip_high=0.05)
+    sums, _ = gradient(policy, part, 10**6, clip_low=0.02, clip_high=0.05)
+    assert sums["clip_low_count"] > 0
+    assert sums["clip_high_count"] > 0
+    updated = take_step(policy, make_optimizer(policy, config), part, config, step=1)
+    assert updated["clip_fraction"] == (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"]
+    assert updated["kl"] == pytest.approx(sums["kl_sum"] / sums["tokens"])
+
+
+def test_nothing_moves_where_the_gradient_alone_is_not_finite(policy: Policy) -> None:
+    part = batch(policy)
+    part = part._replace(advantages=part.advantages * 1e30)  # the square of such a gradient overflows
+    before, optimizer = tiny.weights(policy), make_optimizer(policy, tiny.config())
+    with pytest.raises(FloatingPointError, match=r"got loss -?\d\S* and gradient norm inf"):
+        take_step(policy, optimizer, part, tiny.config(), step=1)
+    assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("where", ["advantages", "old_logprobs"])

@@ -27,10 +27,15 @@ def _place(tile, tiles_m, tiles_n):
 def _logits(
     hidden, weight, row, column, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Return float32 raw logits ``(BLOCK_M, BLOCK_N)``. Beyond the operands' ends the descriptors give zeros."""
+    """Return float32 raw logits ``(BLOCK_M, BLOCK_N)``. Beyond the operands' ends the descriptors give zeros.
+
+    A descriptor takes places of 32 bits and describes no more, so the casts lose nothing.
+    """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    row, column = tl.cast(row, tl.int32), tl.cast(column, tl.int32)
     for k in range(0, width, BLOCK_K):
-        total = multiply(hidden.load([row, k]), weight.load([column, k]).T, total)
+        place = tl.cast(k, tl.int32)
+        total = multiply(hidden.load([row, place]), weight.load([column, place]).T, total)
     return total
 
 

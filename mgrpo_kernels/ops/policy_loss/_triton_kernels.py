@@ -159,9 +159,11 @@ def _finish(
     for first in range(0, batch, WIDTH):
         i = first + tl.arange(0, WIDTH)
         # Past the first cache, which other multiprocessors do not write through.
-        place = partial + field * batch.to(tl.int64) + i[None, :]
+        place = partial + field * tl.cast(batch, tl.int64) + i[None, :]
         sums += tl.load(place, mask=(field < 9) & (i[None, :] < batch), other=0.0, cache_modifier=".cg")
-        one = tl.load(partial + RATIO_MAX * batch.to(tl.int64) + i, mask=i < batch, other=0.0, cache_modifier=".cg")
+        one = tl.load(
+            partial + RATIO_MAX * tl.cast(batch, tl.int64) + i, mask=i < batch, other=0.0, cache_modifier=".cg"
+        )
         highest = tl.maximum(highest, one, propagate_nan=tl.PropagateNan.ALL)
     totals = tl.sum(sums, 1)
     number = tl.arange(0, 16)
@@ -335,7 +337,7 @@ def loss_kernel(
             tl.store(gradient + i, tl.where(keep, direct + shared, 0.0), mask=inside)
 
     if exists:
-        stride = batch.to(tl.int64)
+        stride = tl.cast(batch, tl.int64)
         place = partial + sequence
         tl.store(place + LOSS * stride, tl.sum(values, 0))
         tl.store(place + TOKENS * stride, tokens)

@@ -39,7 +39,7 @@ def group_advantages(groups: Groups) -> Tensor:
     launch(
         kernels.advantages_kernel, (batch,), advantages,
         groups.rewards.contiguous(), groups.offsets.contiguous(), _bytes(groups.mask), advantages,
-        batch, groups.offsets.shape[0] - 1, groups.eps,
+        batch, groups.offsets.shape[0] - 1, float(groups.eps),
         BASELINE=groups.baseline, SCALE=groups.scale, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     return advantages

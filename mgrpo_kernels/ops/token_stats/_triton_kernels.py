@@ -8,8 +8,11 @@ from mgrpo_kernels.ops._triton.kernels import LN_2, LOG2_E, add_tile, empty_lane
 
 @triton.jit
 def _row_start(row, inner, outer_stride, inner_stride):
-    """Return the first element of a row, counted in int64: rows times V passes 2^31 soon."""
-    return (row // inner) * outer_stride.to(tl.int64) + (row % inner) * inner_stride.to(tl.int64)
+    """Return the first element of a row, counted in int64: rows times V passes 2^31 soon.
+
+    The strides are cast by `tl.cast`, because an argument that is 1 reaches the kernel as a constexpr, which has no method `to`.
+    """
+    return (row // inner) * tl.cast(outer_stride, tl.int64) + (row % inner) * tl.cast(inner_stride, tl.int64)
 
 
 @triton.jit

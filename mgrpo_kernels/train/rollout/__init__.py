@@ -49,10 +49,6 @@ class RolloutEngine:
     """Called before every token; may raise."""
 
     @classmethod
-    def check_installed(cls) -> None:
-        """Raise UsageError where a package that the engine needs is missing, naming what to install."""
-
-    @classmethod
     def build(cls, config: Config, policy: Policy, longest_prompt: int) -> RolloutEngine:
         """Return the engine that the configuration describes, for prompts of at most `longest_prompt` tokens."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The rollout engines by name. An engine's own class answers for its options, its installation, its memory and how it is built.
+"""The rollout engines by name. An engine's own class answers for its memory, its share of the plan and how it is built.
 
 Reading the options must not import an engine: what the options need to know of one stands here.
 """
@@ -21,6 +21,7 @@ class EngineInfo(NamedTuple):
     least_temperature: float = 0.0  # below it the engine samples at another temperature than it is asked for
     rounds_differently: bool = False  # its log-probs are not the trainer's own kernels', so the loss corrects for them
     section: str | None = None  # the section of the configuration with its own options
+    package: str | None = None  # the optional package that it needs
 
 
 ENGINES = {

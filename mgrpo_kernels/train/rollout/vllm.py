@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import faulthandler
-import importlib.util
 import os
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import Config, EngineError, UsageError, VllmConfig
+from mgrpo_kernels.train.extras import how_to_install
 from mgrpo_kernels.train.lora import merged
 from mgrpo_kernels.train.plan.shape import Model, Work, width_of
 from mgrpo_kernels.train.policy import Policy
@@ -69,12 +69,6 @@ class VllmEngine(RolloutEngine):
     """
 
     samples_in_place = False
-
-    @classmethod
-    def check_installed(cls) -> None:
-        """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
-        if importlib.util.find_spec("vllm") is None:
-            raise UsageError("engine: want the package vllm with --engine vllm, got none: make vllm")
 
     @classmethod
     def build(cls, config: Config, policy: Policy, longest_prompt: int) -> VllmEngine:
@@ -316,7 +310,7 @@ def import_vllm() -> str:
         from vllm import __version__
     except ImportError as error:
         raise UsageError(
-            f"engine: want the package vllm, got none that can be imported ({error}): make vllm"
+            f"engine: want the package vllm, got none that can be imported ({error}): {how_to_install('vllm')}"
         ) from error
     return __version__
 

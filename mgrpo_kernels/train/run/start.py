@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
 import transformers
 
-from mgrpo_kernels.train import demo, parallel
-from mgrpo_kernels.train.config import Config, UsageError
+from mgrpo_kernels.train import demo, extras, parallel
+from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import Task, check_lengths, load_task
 from mgrpo_kernels.train.live import Plain, make_view
-from mgrpo_kernels.train.loggers import check_loggers, log_in
+from mgrpo_kernels.train.loggers import log_in
 from mgrpo_kernels.train.plan.describe import Target, describe, plan, read_model
 from mgrpo_kernels.train.policy import Policy, context_of, pick_device, read_tokenizer
-from mgrpo_kernels.train.rollout.engines import engine_class
 from mgrpo_kernels.train.run.learner import demo_policy, load, make_learner
 from mgrpo_kernels.train.run.loop import Run
 from mgrpo_kernels.train.run.output import check_output, check_resume, write_text
@@ -90,10 +88,7 @@ def check(
     check_output(output, resume=resume)
     changes = check_resume(config, output) if resume else []
     transformers.utils.logging.disable_progress_bar()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("report: want matplotlib for the curves, got none: pip install 'mgrpo_kernels[train]'")
-    engine_class(config).check_installed()
-    check_loggers(config.run)
+    extras.check_packages(config)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
     model = read_model(config.model.model or demo.model_config(), config.lora)

@@ -1,0 +1,78 @@
+"""The optional packages of the command lines, and the extra of pyproject.toml that installs each."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mgrpo_kernels.train.config import Config
+
+EXTRAS = {
+    "train": ("transformers", "safetensors", "yaml", "math_verify", "matplotlib", "rich"),
+    "data": ("datasets", "pyarrow"),
+    "vllm": ("vllm", "httpx"),
+    "trl": ("trl",),
+    "lora": ("peft",),
+    "loggers": ("tensorboard", "wandb", "trackio"),
+    "flash-attn": ("flash_attn",),
+}
+"""Packages by extra, under the names that Python imports."""
+NO_TRAINING = ("mgrpo_kernels.train.serve",)
+"""The modules of this package for ``python -m`` that import nothing of the extra train."""
+
+
+def installed(package: str) -> bool:
+    """Return whether Python finds the package; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a module that refuses, or one without a specification, in its place
+        return False
+
+
+def how_to_install(package: str) -> str:
+    """Return the command that installs the package, as an extra of this library."""
+    extra = next(extra for extra, packages in EXTRAS.items() if package in packages)
+    command = f"pip install 'mgrpo_kernels[{extra}]'"
+    # The package vllm is for GPUs; make vllm installs its CPU build where there is none.
+    return f"{command}, or make vllm in a checkout" if package == "vllm" else command
+
+
+def check_packages(config: Config, *, training: bool = True) -> None:
+    """Check the optional packages that the options need.
+
+    Raises:
+        UsageError: one is not installed; names the option and the command that installs it.
+    """
+    from mgrpo_kernels.train.config import UsageError  # late: it imports yaml, which may be what is missing
+    from mgrpo_kernels.train.rollout.engines import ENGINES
+
+    needed = {"report": "matplotlib"} if training else {}
+    needed |= {name: name for name in EXTRAS["loggers"] if getattr(config.run, name)}
+    if config.lora.lora_rank is not None:
+        needed["lora_rank"] = "peft"
+    if (package := ENGINES[config.rollout.engine].package) is not None:
+        needed["engine"] = package
+    if config.vllm.server_urls:
+        needed["vllm_servers"] = "httpx"
+    for option, package in needed.items():
+        if not installed(package):
+            raise UsageError(f"{option}: want the package {package}, got none: {how_to_install(package)}")
+
+
+def check_command() -> None:
+    """End ``python -m`` of a module of this package with one line if the extra train is incomplete.
+
+    The modules import its packages at their top, so this runs before, while the package itself is imported: ``sys.argv[0]`` is then
+    "-m". An import from Python is left alone.
+    """
+    if sys.argv[:1] != ["-m"]:
+        return
+    names = (name.removeprefix("-m") for name in sys.orig_argv)
+    module = next((name for name in names if name.startswith(__package__)), __package__)
+    missing = [] if module in NO_TRAINING else [package for package in EXTRAS["train"] if not installed(package)]
+    if missing:
+        told = f"python -m {module}: want {', '.join(missing)}, got none installed: {how_to_install(missing[0])}"
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(2)

@@ -1,0 +1,142 @@
+"""Each kernel once, small: what `make gpu-check` runs first, so that a kernel that does not work here is known within a minute."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from on_device import DEVICE, ON_CPU, hold, pick
+
+from mgrpo_kernels import (
+    ema_update_,
+    group_advantages,
+    grpo_loss,
+    iqr_filter,
+    linear_policy_loss,
+    linear_token_stats,
+    policy_loss,
+    token_stats_from_logits,
+)
+from mgrpo_kernels.ops._triton import tuning
+from mgrpo_kernels.ops.linear_token_stats import triton
+
+ROWS, WIDTH, VOCAB = pick((64, 64, 5003), (8, 16, 301))
+BOTH = ("logprob", "entropy")
+
+
+def logits_and_labels(rows, vocab, *, grad, dtype=torch.float32):
+    logits = torch.randn(rows, vocab).to(dtype).requires_grad_(grad)
+    return {"logits": logits, "labels": torch.randint(0, vocab, (rows,))}
+
+
+def stats(inputs, backend):
+    return token_stats_from_logits(inputs["logits"], inputs["labels"], stats=BOTH, backend=backend)[:2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_stats_forward_and_backward(dtype):
+    hold(stats, logits_and_labels(ROWS, VOCAB, grad=True, dtype=dtype))
+
+
+def test_token_stats_of_one_long_row_in_parts():
+    hold(stats, logits_and_labels(1, pick(151936, 9001), grad=False))
+
+
+def head_inputs():
+    return {
+        "hidden": torch.randn(ROWS, WIDTH).bfloat16().requires_grad_(),
+        "weight": (torch.randn(VOCAB, WIDTH) * 2.5 * WIDTH**-0.5).bfloat16().requires_grad_(),
+        "labels": torch.randint(0, VOCAB, (ROWS,)),
+    }
+
+
+def head(inputs, backend):
+    if backend == "plain":
+        logits = torch.nn.functional.linear(inputs["hidden"], inputs["weight"]).float()
+        return token_stats_from_logits(logits, inputs["labels"], stats=BOTH, backend="reference")[:2]
+    return linear_token_stats(inputs["hidden"], inputs["weight"], inputs["labels"], stats=BOTH, backend=backend)[:2]
+
+
+def test_head_with_the_librarys_matmul():
+    hold(head, head_inputs(), plain="plain")
+
+
+def test_head_with_our_own_matmul():
+    chosen = dataclasses.replace(tuning.of(DEVICE), matmul="fused")
+    if ON_CPU:
+        chosen = dataclasses.replace(chosen, fused_tile=(16, 32, 16, 3, 4))
+    with mock.patch.object(tuning, "of", return_value=chosen), mock.patch.object(triton, "FUSED_FROM", 1):
+        hold(head, head_inputs(), plain="plain")
+
+
+def loss_inputs():
+    sequences, length = 8, ROWS // 8
+    logprobs = (torch.randn(sequences, length) * 0.3).requires_grad_()
+    # Ratios are far from the clip range's limits, where rounding would decide a token's gradient.
+    old = logprobs.detach() + torch.where(torch.rand(sequences, length) > 0.5, 0.5, 0.02)
+    return {"logprobs": logprobs, "old": old, "advantages": torch.randn(sequences), "rewards": torch.rand(sequences)}
+
+
+def test_policy_loss():
+    def function(inputs, backend):
+        return [policy_loss(inputs["logprobs"], inputs["old"], inputs["advantages"], backend=backend).loss]
+
+    hold(function, loss_inputs(), floor=1e-5)
+
+
+def test_grpo_loss():
+    def function(inputs, backend):
+        return [grpo_loss(inputs["logprobs"], inputs["old"], inputs["rewards"], 4, backend=backend).loss]
+
+    hold(function, loss_inputs(), floor=1e-5)
+
+
+def test_linear_policy_loss():
+    inputs = head_inputs() | {"advantages": torch.randn(8)}
+    wide = [inputs[name].detach().double() for name in ("hidden", "weight")]
+    logprob = linear_token_stats(*wide, inputs["labels"], backend="reference").logprob.float().view(8, -1)
+    inputs["old"] = logprob + torch.where(torch.rand_like(logprob) > 0.5, 0.5, 0.02)
+
+    def function(inputs, backend):
+        hidden, labels = (
+            inputs[name].view(*inputs["old"].shape, *inputs[name].shape[1:]) for name in ("hidden", "labels")
+        )
+        if backend == "plain":
+            logprob = head(inputs, "plain")[0].view_as(inputs["old"])
+            return [policy_loss(logprob, inputs["old"], inputs["advantages"], backend="reference").loss]
+        old, advantages = inputs["old"], inputs["advantages"]
+        # An upstream gradient that is not 1 has the kernel run that scales the gradients of the forward pass.
+        return [3 * linear_policy_loss(hidden, inputs["weight"], labels, old, advantages, backend=backend).loss]
+
+    hold(
+        lambda inputs, backend: [each * (3 if backend == "plain" else 1) for each in function(inputs, backend)],
+        inputs,
+        plain="plain",
+    )
+
+
+def test_group_advantages():
+    hold(
+        lambda inputs, backend: [group_advantages(inputs["rewards"], 4, backend=backend)],
+        {"rewards": torch.rand(32)},
+        floor=1e-5,
+    )
+
+
+def test_iqr_filter():
+    entropy = torch.rand(64)
+    got, want = (
+        iqr_filter(entropy.to(device), 16, backend=backend)
+        for device, backend in ((DEVICE, "triton"), ("cpu", "reference"))
+    )
+    assert got.keep.tolist() == want.keep.tolist()
+    torch.testing.assert_close(got.lower.cpu(), want.lower)
+
+
+def test_ema_update():
+    def updated(device, backend):
+        average, param = (torch.linspace(low, 1, 3001).to(device) for low in (-2, 0))
+        ema_update_([average], [param.bfloat16()], 0.9, backend=backend)
+        return average.cpu()
+
+    torch.testing.assert_close(updated(DEVICE, "triton"), updated("cpu", "reference"), rtol=0, atol=0)
