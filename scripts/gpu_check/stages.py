@@ -100,6 +100,8 @@ class Check:
                         )
                 rows.append(self.log, {"run": run.name, "end": {"reason": why}})
             print(self.refresh(), flush=True)
+            for half in self.out.glob("*.new"):  # what another thread was writing
+                half.unlink()
         os._exit(1)
 
     def left(self) -> float:
@@ -113,9 +115,16 @@ class Check:
             run, command, seconds=min(seconds, self.left()), row_seconds=patience * ROW_SECONDS[kind],
             environment=self.environment | environment,
         )  # fmt: skip
-        if done.reason:
-            print(f"{run}: {done.reason}", flush=True)
-        return done
+        reason = done.reason
+        if not reason and run not in rows.read(self.log):
+            reason = "its process wrote no row"
+        elif not reason and not rows.read(self.log)[run].begun:
+            reason = "no row was selected"
+        if reason:
+            print(f"{run}: {reason}", flush=True)
+        if reason != done.reason:
+            rows.append(self.log, {"run": run, "end": {"reason": reason}})
+        return done._replace(reason=reason)
 
     def drop(self, run: str) -> None:
         """Record that a run was not begun."""
@@ -157,8 +166,11 @@ def smoke(check: Check, seconds: float) -> None:
     for row in run.rows.values():
         if row["outcome"] not in ("passed", "skipped"):
             check.note(f"smoke: {row['row'].rpartition('::')[2]} {row['outcome']}: {_why(row['text'])}")
-    if not any(row["outcome"] == "passed" for row in run.rows.values()):
-        raise NothingWorksError(done.reason or "every smoke test failed")
+    bad = [row for row in run.rows.values() if row["outcome"] in ("failed", "crashed")]
+    if bad and len(bad) == len(run.rows) and not run.not_finished:
+        raise NothingWorksError("every smoke test failed")
+    if not run.rows and done.cannot_start:  # the tests cannot be imported; slow or cut off is another matter
+        raise NothingWorksError(done.reason)
 
 
 class NothingWorksError(Exception):
