@@ -42,6 +42,8 @@ def supervise(tmp_path):
             "gpu_check.recorder",
             "--rootdir",
             tmp_path,
+            "-o",
+            "faulthandler_timeout=2",
         ]
         done = supervisor.run(
             file, command, seconds=seconds, row_seconds=row_seconds, start_seconds=start_seconds,
@@ -71,6 +73,7 @@ def test_a_row_that_hangs_is_killed_and_the_others_run(supervise, tmp_path):
     )
     assert outcomes(run) == {"before": "passed", "fault": "hung", "after": "passed"}
     assert run.rows[f"{RUN}::test_before"]["figures"] == {"bytes": 3}
+    assert "in test_fault" in run.rows[f"{RUN}::test_fault"]["printed"]  # where it hung
     assert (done.reason, done.processes) == ("", 2)
     assert "LOST tests/test_fault.py test_fault: hung: it was killed after 3 s without a result" in lost_lines(tmp_path)
 
@@ -409,6 +412,17 @@ def test_a_file_of_which_no_row_is_selected_is_named(check):
         in text
     )
     assert "NOT RUN tuning: the process ended with exit code 2 before its first row" in text
+
+
+def test_a_row_that_cannot_be_summarised_does_not_end_the_check(tmp_path):
+    check = stages.Check(tmp_path, 1.0, dry=True)
+    rows.append(check.log, {"run": "tests/gpu/a.py", "row": "a", "outcome": "unheard of"})
+    assert check.refresh().startswith("rows.jsonl could not be summarised: KeyError")
+    check = stages.Check(tmp_path, 1.0, dry=True)
+    rows.append(check.log, {"run": "benchmarks/a.py", "row": "a", "outcome": "passed", "params": {"provider": None}})
+    text = check.refresh()
+    assert "this script failed here: AttributeError" in text
+    assert "head, forward: workspace" in text
 
 
 def test_stages_without_time_are_named(tmp_path):
