@@ -179,7 +179,7 @@ class Supervisor:
             "cut off": "cut off: the time of its file was over",
             "crashed": f"crashed: its process {describe(code)}: {last_line(text)}",
         }
-        rows.append(self.log, {"run": run, "row": row, "outcome": how, "text": words[how], "printed": text[-3000:]})
+        rows.append(self.log, {"run": run, "row": row, "outcome": how, "text": words[how], "printed": text[-9000:]})
 
 
 def _kill(process: subprocess.Popen[bytes], wait: bool = True) -> None:
