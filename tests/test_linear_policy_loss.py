@@ -18,7 +18,7 @@ B, L, H, V = 4, 7, 16, 501
 SMALL = 2**16  # bytes: a few rows at a time
 
 
-def batch(seed=0, *, bias=True):
+def batch(seed=0, *, bias=True, L=L):
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape, scale=1.0):
@@ -172,6 +172,34 @@ def test_without_gradients_it_is_only_a_loss(backend):
         )
     assert result.loss.isfinite()
     assert not result.loss.requires_grad
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "cispo", "dr_grpo"])
+@pytest.mark.parametrize("behaviour", [False, True])
+def test_blocks_of_rows_add_up(backend, loss_type, behaviour):
+    data = batch(L=50)  # more rows than the least workspace holds: several blocks, each of them a loss of its own
+    assert data["mask"].sum() > 2 * SMALL // (4 * V)
+    data["old"][0, :8] -= 3.0  # some ratios are far out, in one block only
+    options = {"loss_type": loss_type, "behaviour": behaviour, "behaviour_mode": "token_truncate", "entropy_coef": 0.02}
+    want = run(data, fused=False, backend="reference", **options)
+    got = run(data, backend=backend, workspace_bytes=SMALL, **options)
+    for mine, theirs in zip(got[0], want[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@each_backend(OP)
+def test_a_retained_graph_gives_the_same_gradient_again(backend):
+    hidden, weight = torch.randn(6, H), torch.randn(V, H, requires_grad=True)
+    loss = linear_policy_loss(
+        hidden, weight, torch.arange(6), None, torch.randn(2), cu_seqlens=torch.tensor([0, 4, 6]), backend=backend
+    ).loss
+    two = torch.tensor(2.0)
+    grads = [torch.autograd.grad(loss, weight, two, retain_graph=True)[0].clone() for _ in range(3)]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
 
 
 @each_backend(OP)
