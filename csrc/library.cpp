@@ -11,7 +11,7 @@
 //          namespace mgrpo::CPU_CAPABILITY { ... }
 //      Nothing outside that namespace but includes: a function that two objects share would be linked only once, and an old CPU would
 //      meet instructions it lacks. Shared pieces (loads, exp, sums): csrc/cpu/vec.h.
-// setup.py finds both files by their names.
+// Enter all of them in SOURCES of setup.py.
 //
 // aten calls (at::mm, at::empty) belong in my_op.cpp. Build in place: python setup.py build_ext --inplace
 
@@ -42,6 +42,7 @@ TORCH_LIBRARY(mgrpo_native, m) {
   m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state) -> ()");
   m.def("tile_gradient_(Tensor(a!) x, " TILE ", Tensor coefficients, Tensor logsumexp) -> ()");
 #undef TILE
+  m.def("mm_float32_(Tensor(a!) total, Tensor a, Tensor b, bool add) -> bool"); // False: not on this CPU, and nothing has been done
 
   m.def("ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] emit, float decay, int[] keys, int[] spans) -> ()");
   m.def("iqr_filter(Tensor entropy, Tensor offsets, Tensor? mask, float k) -> (Tensor, Tensor, Tensor, Tensor)");

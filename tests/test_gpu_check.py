@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import compiled_launches
-from gpu_check import rows, wheels
+from gpu_check import rows, stages, wheels
 from gpu_check.summary import MAIN_SHAPE, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +98,35 @@ def test_without_a_gpu_the_folder_is_one_skip():
     # Asked for by name, it is not skipped: it fails.
     done = pytest_of_gpu_tests("tests/gpu/test_gpu_memory.py", "-k", "31_elements", MGRPO_GPU_TESTS_ON="cuda", **NO_GPU)
     assert done.returncode == 1, done.stdout
+
+
+# What pytest would select where there is a GPU: collection alone needs none.
+COLLECTS = """
+import sys, torch, pytest
+torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: "a GPU"
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "benchmarks/bench_linear_token_stats.py", *sys.argv[1:]]))
+"""
+
+
+def test_the_head_runs_beside_eager_compile_and_every_peer(monkeypatch, tmp_path):
+    commands = []
+    check = stages.Check(tmp_path, 9.0, dry=False)
+    monkeypatch.setattr(
+        check, "run", lambda run, command, kind, seconds, **environment: commands.append((command, environment))
+    )
+    stages.head_benchmarks(check, 140.0)
+    ((command, environment),) = commands
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTS, *command[command.index("-p") :]], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, **check.environment, **environment, rows.LOG: str(tmp_path / "log"), rows.RUN: "head"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    collected = [line.partition("[")[2].rstrip("]") for line in done.stdout.splitlines() if "[" in line]
+    assert all(name.startswith("qwen2.5-7b-bfloat16-") for name in collected)
+    steps = [name.removeprefix("qwen2.5-7b-bfloat16-") for name in collected]
+    providers = ("ours", "eager", "compile", "trl", "liger", "verl", "cce", "torch", "quack")
+    assert steps[: 3 * 6] == [f"{name}-{step}" for name in providers[:6] for step in ("forward", "backward", "both")]
+    assert {f"{name}-{step}" for name in providers for step in ("forward", "backward", "both")} <= set(steps)
 
 
 def test_targets_are_met_or_missed_by_how_much(tmp_path):

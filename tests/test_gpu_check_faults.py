@@ -42,6 +42,8 @@ def supervise(tmp_path):
             "gpu_check.recorder",
             "--rootdir",
             tmp_path,
+            "-o",
+            "faulthandler_timeout=2",
         ]
         done = supervisor.run(
             file, command, seconds=seconds, row_seconds=row_seconds, start_seconds=start_seconds,
@@ -71,6 +73,7 @@ def test_a_row_that_hangs_is_killed_and_the_others_run(supervise, tmp_path):
     )
     assert outcomes(run) == {"before": "passed", "fault": "hung", "after": "passed"}
     assert run.rows[f"{RUN}::test_before"]["figures"] == {"bytes": 3}
+    assert "in test_fault" in run.rows[f"{RUN}::test_fault"]["printed"]  # where it hung
     assert (done.reason, done.processes) == ("", 2)
     assert "LOST tests/test_fault.py test_fault: hung: it was killed after 3 s without a result" in lost_lines(tmp_path)
 
@@ -227,6 +230,7 @@ def test_a_file_that_cannot_be_collected_is_named_and_not_tried_for_ever(supervi
     assert run.rows == {}
     assert done.processes == 1
     assert named in done.reason
+    assert done.cannot_start == ("sleep" not in source)
     assert f"NOT RUN {RUN}: the process" in lost_lines(tmp_path)
 
 
@@ -323,6 +327,7 @@ def check(tmp_path):
         command = [sys.executable, str(script), "--dry-run-on-cpu", "--out", str(out)]
         return out, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
+    start.out = out
     return start
 
 
@@ -384,6 +389,40 @@ def test_where_no_kernel_works_it_ends_after_the_smoke_tests_and_says_why(check)
         in printed
     )
     assert "test_gpu_linear" not in (out / "rows.jsonl").read_text()
+
+
+def test_where_the_kernels_cannot_be_imported_it_ends_and_says_why(check):
+    out, process = check(smoke="import no_such_module\n", linear="def test_a():\n    pass\n")
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert (
+        "stopped after the smoke tests, none of which passed: the process ended with exit code 2 before its first row"
+        in printed
+    )
+    assert "test_gpu_linear" not in (out / "rows.jsonl").read_text()
+
+
+def test_a_file_of_which_no_row_is_selected_is_named(check):
+    """A pattern that selects nothing must not look like a run in which nothing was wrong."""
+    check(smoke="def test_kernel():\n    pass\n", linear="")[1].communicate(timeout=120)
+    text = (check.out / "summary.txt").read_text()
+    assert "NOT RUN tests/gpu/test_gpu_linear.py: no row was selected" in text
+    assert (
+        "NOT RUN benchmarks/bench_linear_token_stats.py: the process ended with exit code 4 before its first row"
+        in text
+    )
+    assert "NOT RUN tuning: the process ended with exit code 2 before its first row" in text
+
+
+def test_a_row_that_cannot_be_summarised_does_not_end_the_check(tmp_path):
+    check = stages.Check(tmp_path, 1.0, dry=True)
+    rows.append(check.log, {"run": "tests/gpu/a.py", "row": "a", "outcome": "unheard of"})
+    assert check.refresh().startswith("rows.jsonl could not be summarised: KeyError")
+    check = stages.Check(tmp_path, 1.0, dry=True)
+    rows.append(check.log, {"run": "benchmarks/a.py", "row": "a", "outcome": "passed", "params": {"provider": None}})
+    text = check.refresh()
+    assert "this script failed here: AttributeError" in text
+    assert "head, forward: workspace" in text
 
 
 def test_stages_without_time_are_named(tmp_path):

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as site:
         check = Check(out, options.minutes, options.dry_run_on_cpu, [Path(site)])
-        for stopped in (signal.SIGTERM, signal.SIGINT):
+        for stopped in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(stopped, check.stop)
         check.note(unpack_wheels(options.wheels or WHEELS, Path(site)))
         run_stages(check, [stage for stage in STAGES if stage.title != "profile" or options.profile])

@@ -39,7 +39,10 @@ def pytest_collection_finish(session):
         device_only=[item.nodeid for item in session.items if item.get_closest_marker("device_only")],
     )
     if any("benchmark" in getattr(item, "fixturenames", ()) for item in session.items):
-        write(session=about(session.config))
+        try:
+            write(session=about(session.config))
+        except Exception as error:  # a description that cannot be had must not cost the benchmarks
+            write(session={"machine_info": {"error": repr(error)}, "commit_info": {}})
 
 
 def about(config):

@@ -78,15 +78,19 @@ class Check:
                 self.lock.release()
 
     def refresh(self) -> str:
-        """Write the JSON files and the summary of what has finished so far."""
-        runs = results.write_all(self.out)
-        text = summary(self.out, runs, seconds=time.monotonic() - self.begin, notes=self.notes, dry=self.dry)
+        """Write the JSON files and the summary of what has finished so far. A fault here must not end the check: rows.jsonl has it all."""
+        try:
+            runs = results.write_all(self.out)
+            text = summary(self.out, runs, seconds=time.monotonic() - self.begin, notes=self.notes, dry=self.dry)
+        except Exception as error:
+            why = f"rows.jsonl could not be summarised: {type(error).__name__}: {error}"
+            text = "\n".join([why, *self.notes]) + "\n"
         results.write(self.out / "summary.txt", text)
         self.refreshed = time.monotonic()
         return text
 
     def stop(self, number: int, _: object) -> None:
-        """End at once, with what there is: the handler of SIGTERM and SIGINT."""
+        """End at once, with what there is: the handler of SIGTERM, SIGINT and SIGHUP."""
         self.supervisor.stop()
         self.lock.acquire(timeout=1)  # of another thread's version of the summary; this thread's own is lost
         why = f"stopped by {signal.Signals(number).name}"
@@ -100,22 +104,34 @@ class Check:
                         )
                 rows.append(self.log, {"run": run.name, "end": {"reason": why}})
             print(self.refresh(), flush=True)
+            for half in self.out.glob("*.new"):  # what another thread was writing
+                half.unlink()
         os._exit(1)
 
     def left(self) -> float:
         """Return the seconds until the check must end."""
         return self.deadline - time.monotonic()
 
+    def row_seconds(self, kind: str) -> float:
+        """Return the seconds after which a row without a result is killed."""
+        return ROW_SECONDS[kind] * (PATIENCE_ON_CPU if self.dry else 1.0)
+
     def run(self, run: str, command: Sequence[object], kind: str, seconds: float, **environment: str) -> Finished:
         """Run a file's rows for at most `seconds`, and mention what went wrong with the file as a whole."""
-        patience = PATIENCE_ON_CPU if self.dry else 1.0
         done = self.supervisor.run(
-            run, command, seconds=min(seconds, self.left()), row_seconds=patience * ROW_SECONDS[kind],
+            run, command, seconds=min(seconds, self.left()), row_seconds=self.row_seconds(kind),
             environment=self.environment | environment,
         )  # fmt: skip
-        if done.reason:
-            print(f"{run}: {done.reason}", flush=True)
-        return done
+        reason = done.reason
+        if not reason and run not in rows.read(self.log):
+            reason = "its process wrote no row"
+        elif not reason and not rows.read(self.log)[run].begun:
+            reason = "no row was selected"
+        if reason:
+            print(f"{run}: {reason}", flush=True)
+        if reason != done.reason:
+            rows.append(self.log, {"run": run, "end": {"reason": reason}})
+        return done._replace(reason=reason)
 
     def drop(self, run: str) -> None:
         """Record that a run was not begun."""
@@ -136,9 +152,10 @@ def environment(check: Check, seconds: float) -> None:
         print("\n".join(check.refresh().splitlines()[1:5]), flush=True)
 
 
-def pytest_of(file: str) -> list[str]:
-    """Return the command that runs the rows of a file."""
-    return ["-m", "pytest", file, "-q", "-rs", "-p", "no:cacheprovider", "-p", "gpu_check.recorder"]
+def pytest_of(check: Check, file: str, kind: str) -> list[str]:
+    """Return the command that runs the rows of a file. Shortly before a row is killed, it prints where it hangs."""
+    stacks = f"faulthandler_timeout={0.8 * check.row_seconds(kind)}"
+    return ["-m", "pytest", file, "-q", "-rs", "-p", "no:cacheprovider", "-p", "gpu_check.recorder", "-o", stacks]
 
 
 def settings_of_tests(check: Check, processes: int) -> dict[str, str]:
@@ -152,13 +169,16 @@ def settings_of_tests(check: Check, processes: int) -> dict[str, str]:
 def smoke(check: Check, seconds: float) -> None:
     """Launch each kernel once or twice. Where none works, nothing else is run."""
     file = f"tests/gpu/test_gpu_{SMOKE}.py"
-    done = check.run(file, pytest_of(file), "smoke", seconds, **settings_of_tests(check, 1))
+    done = check.run(file, pytest_of(check, file, "smoke"), "smoke", seconds, **settings_of_tests(check, 1))
     run = rows.read(check.log).get(file, rows.Run(file))
     for row in run.rows.values():
         if row["outcome"] not in ("passed", "skipped"):
             check.note(f"smoke: {row['row'].rpartition('::')[2]} {row['outcome']}: {_why(row['text'])}")
-    if not any(row["outcome"] == "passed" for row in run.rows.values()):
-        raise NothingWorksError(done.reason or "every smoke test failed")
+    bad = [row for row in run.rows.values() if row["outcome"] in ("failed", "crashed")]
+    if bad and len(bad) == len(run.rows) and not run.not_finished:
+        raise NothingWorksError("every smoke test failed")
+    if not run.rows and done.cannot_start:  # the tests cannot be imported; slow or cut off is another matter
+        raise NothingWorksError(done.reason)
 
 
 class NothingWorksError(Exception):
@@ -184,7 +204,13 @@ def tests(check: Check, seconds: float) -> None:
         if left < LEAST:
             check.drop(name)
         else:
-            check.run(name, pytest_of(name), "tests", min(left, _file_seconds(check)), **settings_of_tests(check, jobs))
+            check.run(
+                name,
+                pytest_of(check, name, "tests"),
+                "tests",
+                min(left, _file_seconds(check)),
+                **settings_of_tests(check, jobs),
+            )
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run, files))
@@ -209,7 +235,7 @@ def benchmarks(check: Check, names: Sequence[str], chosen: Sequence[str], second
             select = ["-k", "ours or foreach"]
         settings = {"MGRPO_BENCH_SMALL": "1"} if check.dry else {"TRITON_INTERPRET": "0"}
         check.run(
-            file, [*pytest_of(file), "--benchmark-only", *select], "benchmarks", min(left, _file_seconds(check)),
+            file, [*pytest_of(check, file, "benchmarks"), "--benchmark-only", *select], "benchmarks", min(left, _file_seconds(check)),
             GPU_CHECK_FIRST=",".join(f"-{name}-" for name in PROVIDERS), **settings,
         )  # fmt: skip
 

@@ -31,6 +31,7 @@ class Finished(NamedTuple):
     seconds: float
     processes: int
     text: str  # the end of what the last process printed
+    cannot_start: bool = False  # a process ended before its first row, without being killed
 
 
 class _Ended(NamedTuple):
@@ -88,7 +89,7 @@ class Supervisor:
     ) -> Finished:
         """Run `command` (arguments of this interpreter) until its rows are done or `seconds` are over."""
         begin = time.monotonic()
-        deadline, processes, reason, text = begin + seconds, 0, "", ""
+        deadline, processes, reason, text, cannot_start = begin + seconds, 0, "", "", False
         settings = {**os.environ, **(environment or {}), rows.LOG: str(self.log), rows.RUN: run}
         while True:
             processes += 1
@@ -100,7 +101,8 @@ class Supervisor:
             if ended.how == "finished":
                 break
             if not ended.progressed:  # another process would do the same
-                ending = f"hung for {start_seconds:.0f} s" if ended.how == "hung" else describe(ended.code)
+                cannot_start = ended.how != "hung"
+                ending = describe(ended.code) if cannot_start else f"hung for {start_seconds:.0f} s"
                 reason = f"the process {ending} before its first row: {last_line(text)}"
                 break
             if deadline - time.monotonic() < LEAST_SECONDS:
@@ -108,7 +110,7 @@ class Supervisor:
                 break
         if not self.stopping and reason:
             rows.append(self.log, {"run": run, "end": {"reason": reason, "text": text[-2000:]}})
-        return Finished(reason, round(time.monotonic() - begin, 1), processes, text)
+        return Finished(reason, round(time.monotonic() - begin, 1), processes, text, cannot_start)
 
     def _one(
         self,
@@ -177,7 +179,7 @@ class Supervisor:
             "cut off": "cut off: the time of its file was over",
             "crashed": f"crashed: its process {describe(code)}: {last_line(text)}",
         }
-        rows.append(self.log, {"run": run, "row": row, "outcome": how, "text": words[how]})
+        rows.append(self.log, {"run": run, "row": row, "outcome": how, "text": words[how], "printed": text[-9000:]})
 
 
 def _kill(process: subprocess.Popen[bytes], wait: bool = True) -> None:

@@ -98,21 +98,15 @@ def test_linear_policy_loss():
     inputs["old"] = logprob + torch.where(torch.rand_like(logprob) > 0.5, 0.5, 0.02)
 
     def function(inputs, backend):
-        hidden, labels = (
-            inputs[name].view(*inputs["old"].shape, *inputs[name].shape[1:]) for name in ("hidden", "labels")
-        )
-        if backend == "plain":
-            logprob = head(inputs, "plain")[0].view_as(inputs["old"])
-            return [policy_loss(logprob, inputs["old"], inputs["advantages"], backend="reference").loss]
         old, advantages = inputs["old"], inputs["advantages"]
-        # An upstream gradient that is not 1 has the kernel run that scales the gradients of the forward pass.
-        return [3 * linear_policy_loss(hidden, inputs["weight"], labels, old, advantages, backend=backend).loss]
+        if backend == "plain":
+            loss = policy_loss(head(inputs, "plain")[0].view_as(old), old, advantages, backend="reference").loss
+        else:
+            hidden, labels = inputs["hidden"].view(*old.shape, -1), inputs["labels"].view_as(old)
+            loss = linear_policy_loss(hidden, inputs["weight"], labels, old, advantages, backend=backend).loss
+        return [3 * loss]  # its gradient is not 1: the kernel runs that scales the gradients of the forward pass
 
-    hold(
-        lambda inputs, backend: [each * (3 if backend == "plain" else 1) for each in function(inputs, backend)],
-        inputs,
-        plain="plain",
-    )
+    hold(function, inputs, plain="plain", floor=5e-3)  # one number, whose error in plain PyTorch may be small by chance
 
 
 def test_group_advantages():

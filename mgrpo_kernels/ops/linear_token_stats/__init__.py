@@ -13,6 +13,7 @@ from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics
 from mgrpo_kernels.ops.linear_token_stats import native, reference, triton
+from mgrpo_kernels.ops.linear_token_stats.autocast import cast_weight
 from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Head
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
@@ -111,7 +112,7 @@ def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Ten
         checks.check_tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden, weight, bias = hidden.to(dtype), cast_weight(weight, dtype), None if bias is None else bias.to(dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise TypeError(f"{name}: want hidden's dtype {hidden.dtype}, got {tensor.dtype}")

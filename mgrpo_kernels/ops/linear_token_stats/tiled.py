@@ -6,12 +6,14 @@ while it is in cache: :meth:`Passes.state` folds it into the rows' statistics, :
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mgrpo_kernels import _native
 from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
@@ -21,8 +23,9 @@ CoefficientsOf = Callable[[slice, _statistics.Statistics], Tensor]  # (rows, the
 
 ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows then begin where wide loads and matmuls want them
 # Elements of a product from which a GPU's matmul has no reason to split the inner dimension among its multiprocessors and to
-# add up the pieces in 16 bits, as it may where PyTorch's allow_bf16_reduced_precision_reduction stands (the default).
+# add up the pieces in 16 bits, as it may where PyTorch's allow_bf16_reduced_precision_reduction, or that of fp16, is set (the default).
 UNSPLIT_FROM = 2**25
+WIDENED_BYTES = 4 * 2**20  # of float32 copies, where no matmul of 16-bit factors has a float32 result
 
 
 class Passes:
@@ -94,24 +97,61 @@ def empty_state(number: int, device: torch.device) -> Tensor:
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Add a @ b to the float32 `total` (or write it there), in float32 where the library's matmul can."""
+    """Add a @ b to `total`, or write it there if it is the first.
+
+    A float32 total of 16-bit factors is summed in float32: no product is rounded to 16 bits before it is added. One step's gradient
+    would look as exact with rounded products, but over dozens of steps their errors add up and the entropy drifts.
+    """
     if a.dtype == total.dtype:
         torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
-    elif a.is_cuda and torch.version.hip is None:
+    elif multiplies_into_float32(a.device, a.dtype):
         if first:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # only the input dtype comes out
-        product = torch.mm(a, b)
-        total.copy_(product) if first else total.add_(product)
+    elif not (a.device.type == "cpu" and native_accumulate(total, a, b, first)):
+        accumulate_widened(total, a, b, first)
 
 
-def rounds_once(product: torch.Size, device: torch.device) -> bool:
-    """Return whether a 16-bit matmul of this result's shape adds up in float32 from end to end."""
-    if device.type != "cuda" or product.numel() >= UNSPLIT_FROM:
+@functools.cache
+def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether PyTorch has a matmul of this 16-bit dtype with a float32 result on the device, found out by a tiny product."""
+    factor = torch.ones(16, 16, device=device, dtype=dtype)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.mm(factor, factor, out_dtype=total.dtype, out=total)
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):  # NotImplementedError, where the operator is missing, is a RuntimeError
+        return False
+    return True
+
+
+def native_accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
+    """Do the same on a CPU by csrc/cpu/matmul.cpp; return False where the extension or the CPU does not have it."""
+    return _native.missing() is None and torch.ops.mgrpo_native.mm_float32_(total, a, b, not first)
+
+
+def accumulate_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Do the same with float32 copies of the factors, a piece of at most WIDENED_BYTES of the inner dimension at a time."""
+    step = max(1, WIDENED_BYTES // (4 * (a.shape[0] + b.shape[1])))
+    if first:
+        total.zero_()
+    for inner in spans(a.shape[1], step):
+        torch.addmm(total, a[:, inner].float(), b[inner].float(), out=total)
+
+
+def rounds_once(product: torch.Size, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a matmul of this 16-bit dtype and result's shape adds up in float32 from end to end."""
+    if device.type != "cuda":
         return True
-    return not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    matmul = torch.backends.cuda.matmul
+    if dtype == torch.float16:
+        if matmul.allow_fp16_accumulation:
+            return False
+        splits = matmul.allow_fp16_reduced_precision_reduction
+    else:
+        splits = matmul.allow_bf16_reduced_precision_reduction
+    return product.numel() >= UNSPLIT_FROM or not splits
 
 
 def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, shape: TileShape) -> Tensor:
@@ -149,7 +189,7 @@ def backward(
     workspace = _workspace(hidden, min(shape.rows, number), min(shape.columns, vocab), passes.padding)
     for columns in spans(vocab, shape.columns, ALIGNED):
         total = None if weight is None else weight[columns]
-        one_matmul = number <= shape.rows and total is not None and rounds_once(total.shape, total.device)
+        one_matmul = number <= shape.rows and total is not None and rounds_once(total.shape, total.device, total.dtype)
         if total is not None and total.dtype != torch.float32 and not one_matmul:
             if partial is None or partial.shape != total.shape:
                 partial = torch.empty(total.shape, device=total.device)
@@ -195,7 +235,7 @@ def forward_backward(
     fitting = max(1, (head.workspace_bytes or workspace_bytes) // (stride * hidden.element_size()))
     weight = _result(hidden, head) if need[1] else None
     total, workspace = weight, None
-    several = number > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device))
+    several = number > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device, hidden.dtype))
     if weight is not None and weight.dtype != torch.float32 and several:
         total = torch.empty(weight.shape, device=weight.device)
         if weight.numel() // stride > fitting:

@@ -1,0 +1,190 @@
+// A 16-bit matrix product whose sums stay in float32 until they are added to a float32 result. aten's own rounds every product to 16 bits,
+// and the sum of many rounded products is not the rounded sum. The arithmetic is oneDNN's, one block at a time, through at::native::cpublas.
+
+#include <algorithm>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+
+namespace mgrpo {
+namespace {
+
+using at::Tensor;
+
+// Every block is filled up with zeros to one of these sizes, because oneDNN compiles and keeps a kernel for each size that it meets.
+constexpr int64_t ROWS = 64, COLUMNS = 128, INNER = 512, INNER_REST = 64;
+constexpr int64_t PACKED_BYTES = 8 << 20; // of the second factor, rearranged, at most: or one block of its rows, INNER * columns
+
+template <typename T>
+void multiply_block(int64_t inner, int64_t c_stride, bool add, const T* a, int64_t a_stride, const T* b, float* c) {
+  at::native::cpublas::brgemm(ROWS, COLUMNS, inner, a_stride, COLUMNS, c_stride, add, a, b, c);
+}
+
+// Whether this build of PyTorch, on this CPU, has the block product. PyTorch raises where it has not.
+template <typename T>
+bool available() {
+  static const bool found = [] {
+    try {
+      const std::vector<T> a(ROWS * INNER_REST, T(1)), b(INNER_REST * COLUMNS, T(1));
+      std::vector<float> c(ROWS * COLUMNS);
+      multiply_block<T>(INNER_REST, COLUMNS, false, a.data(), INNER_REST, b.data(), c.data());
+      at::native::cpublas::brgemm_release();
+      return std::all_of(c.begin(), c.end(), [](float each) { return each == static_cast<float>(INNER_REST); });
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return found;
+}
+
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  explicit Matrix(const Tensor& x)
+      : data(x.const_data_ptr<T>()), rows(x.size(0)), columns(x.size(1)), row_stride(x.stride(0)), column_stride(x.stride(1)) {}
+};
+
+// Copies the block at (row, column) to `out` (height, width), with zeros beyond the matrix's end.
+template <typename T>
+void copy_block(const Matrix<T>& x, int64_t row, int64_t column, int64_t height, int64_t width, T* out) {
+  const int64_t rows = std::min(height, x.rows - row), columns = std::min(width, x.columns - column);
+  if (rows < height || columns < width) {
+    std::fill(out, out + height * width, T(0));
+  }
+  const T* from = x.data + row * x.row_stride + column * x.column_stride;
+  constexpr int64_t STEP = 32; // of a transposed matrix, lines of the cache are used up before they leave it
+  for (int64_t r0 = 0; r0 < rows; r0 += STEP) {
+    for (int64_t c0 = 0; c0 < columns; c0 += STEP) {
+      for (int64_t r = r0; r < std::min(r0 + STEP, rows); ++r) {
+        for (int64_t c = c0; c < std::min(c0 + STEP, columns); ++c) {
+          out[r * width + c] = from[r * x.row_stride + c * x.column_stride];
+        }
+      }
+    }
+  }
+}
+
+// How many rows of b are multiplied at once from `row` on: every block is as long as this.
+int64_t inner_block(int64_t rows, int64_t row) {
+  return rows - row >= INNER ? INNER : INNER_REST;
+}
+
+// Packs rows [row, row + inner) of b, COLUMNS at a time, as the block product reads them: two rows interleaved.
+template <typename T>
+void pack(const Matrix<T>& b, int64_t row, int64_t inner, T* out) {
+  const int64_t blocks = (b.columns + COLUMNS - 1) / COLUMNS;
+  for (int64_t i = 0; i < blocks * (inner / 2); ++i) {
+    const int64_t column = i / (inner / 2) * COLUMNS, r = row + i % (inner / 2) * 2;
+    const int64_t columns = std::min(COLUMNS, b.columns - column);
+    T* to = out + i * 2 * COLUMNS;
+    if (columns < COLUMNS || r + 2 > b.rows) {
+      std::fill(to, to + 2 * COLUMNS, T(0));
+    }
+    for (int64_t half = 0; half < std::min<int64_t>(2, b.rows - r); ++half) {
+      const T* from = b.data + (r + half) * b.row_stride + column * b.column_stride;
+      for (int64_t c = 0; c < columns; ++c) {
+        to[2 * c + half] = from[c * b.column_stride];
+      }
+    }
+  }
+}
+
+// Adds c (ROWS, COLUMNS), or what of it lies inside, to `total` at (row, column); or writes it there.
+void put_block(const float* c, const Tensor& total, int64_t row, int64_t column, bool add) {
+  const int64_t rows = std::min(ROWS, total.size(0) - row), columns = std::min(COLUMNS, total.size(1) - column);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = total.mutable_data_ptr<float>() + (row + r) * total.stride(0) + column;
+    for (int64_t i = 0; i < columns; ++i) {
+      to[i] = (add ? to[i] : 0.0f) + c[r * COLUMNS + i];
+    }
+  }
+}
+
+// Adds rows [m, m + ROWS) of a[:, row : row + inner] @ b[row : row + inner] to `total`; `packed` is that part of b.
+template <typename T>
+void multiply_rows(
+    const Tensor& total, const Matrix<T>& a, const T* packed, int64_t m, int64_t row, int64_t inner, bool add, T* copy, float* c) {
+  const int64_t columns = total.size(1);
+  const T* block = a.data + m * a.row_stride + row;
+  int64_t stride = a.row_stride;
+  if (a.column_stride != 1 || m + ROWS > a.rows || row + inner > a.columns) {
+    copy_block(a, m, row, ROWS, inner, copy);
+    block = copy;
+    stride = inner;
+  }
+  for (int64_t n = 0; n < columns; n += COLUMNS) {
+    const T* right = packed + n * inner;
+    if (m + ROWS <= a.rows && n + COLUMNS <= columns) {
+      multiply_block<T>(inner, total.stride(0), add, block, stride, right, total.mutable_data_ptr<float>() + m * total.stride(0) + n);
+    } else {
+      multiply_block<T>(inner, COLUMNS, false, block, stride, right, c);
+      put_block(c, total, m, n, add);
+    }
+  }
+}
+
+template <typename T>
+bool multiply(const Tensor& total, const Tensor& a_, const Tensor& b_, bool add) {
+  if (!available<T>()) {
+    return false;
+  }
+  const Matrix<T> a(a_), b(b_);
+  const int64_t width = (b.columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+  std::vector<int64_t> starts; // of blocks of the inner dimension
+  for (int64_t row = 0; row < b.rows; row += inner_block(b.rows, row)) {
+    starts.push_back(row);
+  }
+  const int64_t count = static_cast<int64_t>(starts.size());
+  const int64_t at_once = std::max<int64_t>(1, PACKED_BYTES / (INNER * width * static_cast<int64_t>(sizeof(T))));
+  const Tensor packed = at::empty({std::min(at_once * INNER, (b.rows + INNER_REST - 1) / INNER_REST * INNER_REST) * width}, b_.options());
+  for (int64_t first = 0; first < count; first += at_once) {
+    const int64_t last = std::min(first + at_once, count), origin = starts[first];
+    T* out = packed.mutable_data_ptr<T>();
+    at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        pack(b, starts[i], inner_block(b.rows, starts[i]), out + (starts[i] - origin) * width);
+      }
+    });
+    at::parallel_for(0, (a.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> copy(ROWS * INNER);
+      std::vector<float> c(ROWS * COLUMNS);
+      for (int64_t m = begin * ROWS; m < std::min(end * ROWS, a.rows); m += ROWS) {
+        for (int64_t i = first; i < last; ++i) {
+          const T* part = out + (starts[i] - origin) * width;
+          multiply_rows(total, a, part, m, starts[i], inner_block(b.rows, starts[i]), add || i > 0, copy.data(), c.data());
+        }
+      }
+      at::native::cpublas::brgemm_release();
+    });
+  }
+  return true;
+}
+
+bool mm_float32(const Tensor& total, const Tensor& a, const Tensor& b, bool add) {
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.scalar_type() == b.scalar_type());
+  TORCH_CHECK(total.scalar_type() == at::kFloat && total.dim() == 2 && total.size(0) == a.size(0) && total.size(1) == b.size(1));
+  TORCH_CHECK(total.stride(1) == 1 || total.size(1) <= 1);
+  if (a.size(1) == 0 && !add) {
+    total.zero_();
+  }
+  switch (a.scalar_type()) {
+    case at::kBFloat16:
+      return multiply<at::BFloat16>(total, a, b, add);
+    case at::kHalf:
+      return multiply<at::Half>(total, a, b, add);
+    default:
+      TORCH_CHECK(false, "mm_float32_: want bfloat16 or float16, got ", a.scalar_type());
+  }
+}
+
+TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {
+  m.impl("mm_float32_", &mm_float32);
+}
+
+} // namespace
+} // namespace mgrpo

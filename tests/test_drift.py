@@ -1,0 +1,222 @@
+"""Two hundred steps in bfloat16 beside float32: the entropy must not drift away.
+
+A gradient that is summed over pieces (of the vocabulary for hidden states, of the rows for the weight) is an exact sum of inexact products if
+each product is rounded to 16 bits first. No single step shows it. But the same pieces are rounded the same way step after step: the
+errors add up where those of plain bfloat16 average out.
+"""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+
+from mgrpo_kernels import linear_token_stats
+from mgrpo_kernels.ops.linear_token_stats import native, tiled, triton
+
+STEPS = 200
+DRIFT = 3e-4  # of what the entropy moves by: six times what float32 sums give, a fifth of what rounded products do
+
+
+def rounded_products(total, a, b, first):
+    """What no path may do: round a piece's product to 16 bits, and add it up in float32 then."""
+    product = torch.mm(a, b)
+    total.copy_(product) if first else total.add_(product)
+
+
+def missing(total, a, b, first):
+    """Leave the CPU without a matmul that gives float32, as an AMD GPU may be."""
+    return False
+
+
+def head(rows=4, vocab=1024, width=16):
+    """Return hidden states and weight, whose parts of the gradient are large in common and different in sign.
+
+    So are a real head's: the rows of its weight share a large part, and a vocabulary is sorted by frequency.
+    """
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(width, generator=generator) * 16
+    direction = torch.randn(width, generator=generator)
+    direction -= common * (direction @ common) / (common @ common)
+    direction /= direction.norm()
+    order = torch.linspace(1, -1, vocab)[:, None]
+    weight = torch.randn(vocab, width, generator=generator) * 0.1 + common + order * direction
+    hidden = torch.randn(rows, width, generator=generator) * 0.5 + direction
+    hidden -= (hidden @ common)[:, None] * common / (common @ common)
+    return hidden, weight.bfloat16().float()
+
+
+def train(dtype, backend):
+    """Lower the entropy by gradient descent on float32 hidden states; return it, measured in float32, after each step."""
+    hidden, weight = head()
+    hidden.requires_grad_()
+    labels = torch.zeros(len(hidden), dtype=torch.int64)
+    entropies = []
+    for _ in range(STEPS):
+        stats = linear_token_stats(
+            hidden.bfloat16().to(dtype), weight.to(dtype), labels, stats=("entropy",), backend=backend
+        )
+        (grad,) = torch.autograd.grad(stats.entropy.sum(), hidden)
+        with torch.no_grad():
+            hidden -= 0.01 * grad
+            entropies.append(
+                linear_token_stats(hidden, weight, labels, stats=("entropy",), backend="reference").entropy
+            )
+    return torch.stack(entropies)
+
+
+@contextlib.contextmanager
+def in_tiles(rows, columns):
+    """Let both tiled backends compute the gradient in tiles of this shape."""
+    shape = tiled.TileShape(rows, columns)
+    with (
+        mock.patch.object(native, "tile_shape", return_value=shape),
+        mock.patch.object(triton, "backward_shape", return_value=shape),
+    ):
+        yield
+
+
+def drift(backend):
+    """Return how far the entropies of the last 50 steps are from those of float32, as a share of how far they have moved."""
+    want = train(torch.float32, "reference")
+    with in_tiles(16, 64):
+        got = train(torch.bfloat16, backend)
+    moved = (want[-1] - want[0]).square().mean().sqrt()
+    assert moved > 0.02
+    return ((got - want)[-50:].square().mean().sqrt() / moved).item()
+
+
+PATHS = {
+    "reference": ("reference", None), "native": ("native", None), "native, widened": ("native", missing), "triton": ("triton", None),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def on_path(path):
+    """Yield the backend of a path, with what it lacks taken away."""
+    backend, replaced = PATHS[path]
+    with mock.patch.object(tiled, "native_accumulate", replaced or tiled.native_accumulate):
+        yield backend
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_entropy_does_not_drift(path):
+    with on_path(path) as backend:
+        assert drift(backend) < DRIFT
+
+
+@pytest.fixture
+def rounding():
+    """Put the fault in that these tests are for."""
+    with (
+        mock.patch.object(tiled, "native_accumulate", missing),
+        mock.patch.object(tiled, "accumulate_widened", rounded_products),
+    ):
+        yield
+
+
+@pytest.mark.usefixtures("rounding")
+def test_it_drifts_where_products_are_rounded():
+    assert drift("native") > 2 * DRIFT
+
+
+def different_bits(backend):
+    """Return the shares of the gradients of hidden and weight that differ between one tile and 16 x 16 tiles."""
+    results = []
+    for rows, columns in ((128, 1024), (8, 64)):
+        leaves = [each.bfloat16().requires_grad_() for each in head(rows=128)]
+        with in_tiles(rows, columns):
+            stats = linear_token_stats(*leaves, torch.arange(128), backend=backend)
+        with in_tiles(rows, columns):
+            results.append(torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), leaves))
+    return [(one != many).float().mean().item() for one, many in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("path", ["native", "native, widened"])
+def test_tiles_change_the_order_of_the_sums_alone(path):
+    """Rounded to bfloat16 at the end alone, sums of another order have nearly always the same bits."""
+    with on_path(path) as backend:
+        assert max(different_bits(backend)) < 0.05
+
+
+@pytest.mark.usefixtures("rounding")
+def test_tiles_change_more_where_products_are_rounded():
+    assert min(different_bits("native")) > 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", [tiled.native_accumulate, tiled.accumulate_widened])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 1, 1), (5, 0, 3), (65, 513, 129), (130, 1030, 40)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_summed_in_float32(dtype, path, rows, inner, columns, transposed):
+    a, b = torch.rand(rows, inner).to(dtype), torch.rand(columns, inner).to(dtype).t()
+    if transposed:
+        a, b = a.t().contiguous().t(), b.contiguous()
+    place = torch.full((rows, columns + 3), torch.nan)
+    total = place[:, :columns]
+    want = a.double() @ b.double()
+    if path(total, a, b, True) is False:
+        assert dtype == torch.float16 or not torch.cpu._is_avx512_supported()
+        return
+    torch.testing.assert_close(total.double(), want, rtol=1e-5, atol=1e-5)
+    path(total, a, b, False)
+    torch.testing.assert_close(total.double(), 2 * want, rtol=1e-5, atol=1e-5)
+    assert place[:, columns:].isnan().all()
+
+
+def test_a_device_that_multiplies_into_float32_is_asked_once():
+    """Where PyTorch has `out_dtype` it is used, on whatever device: the version of HIP or CUDA is no answer to that."""
+    calls = []
+
+    def mm(*args, **options):
+        calls.append(options)
+        raise NotImplementedError("no such operator")
+
+    device = torch.device("cpu")
+    tiled.multiplies_into_float32.cache_clear()
+    try:
+        with mock.patch.object(torch, "mm", mm):
+            assert [tiled.multiplies_into_float32(device, torch.bfloat16) for _ in range(3)] == [False] * 3
+        assert len(calls) == 1
+        assert calls[0]["out_dtype"] == torch.float32
+        tiled.multiplies_into_float32.cache_clear()
+        with mock.patch.multiple(torch, mm=mock.DEFAULT, addmm=mock.DEFAULT) as product:
+            assert tiled.multiplies_into_float32(device, torch.bfloat16)
+            tiled.accumulate(torch.zeros(2, 2), torch.ones(2, 2).bfloat16(), torch.ones(2, 2).bfloat16(), first=False)
+        assert product["addmm"].call_args.kwargs["out_dtype"] == torch.float32
+    finally:
+        tiled.multiplies_into_float32.cache_clear()
+
+
+FLAGS = {
+    "allow_fp16_reduced_precision_reduction": torch.float16,
+    "allow_bf16_reduced_precision_reduction": torch.bfloat16,
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_each_16_bit_dtype_goes_by_its_own_flag(flag):
+    small, large, device = torch.Size([64, 64]), torch.Size([2**13, 2**13]), torch.device("cuda")
+    matmul = torch.backends.cuda.matmul
+    before = {name: getattr(matmul, name) for name in FLAGS}
+    try:
+        for name in FLAGS:
+            setattr(matmul, name, name == flag)
+        for name, dtype in FLAGS.items():
+            assert tiled.rounds_once(small, device, dtype) == (name != flag)
+            assert tiled.rounds_once(large, device, dtype)
+            assert tiled.rounds_once(small, torch.device("cpu"), dtype)
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+def test_sums_in_float16_round_more_than_once():
+    matmul, device = torch.backends.cuda.matmul, torch.device("cuda")
+    before = matmul.allow_fp16_accumulation
+    try:
+        matmul.allow_fp16_accumulation = True
+        assert not tiled.rounds_once(torch.Size([2**13, 2**13]), device, torch.float16)
+        assert tiled.rounds_once(torch.Size([2**13, 2**13]), device, torch.bfloat16)
+    finally:
+        matmul.allow_fp16_accumulation = before
