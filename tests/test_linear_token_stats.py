@@ -50,6 +50,8 @@ def run(function, tensors, weights):
         (False, {}),
         (True, {"temperature": 0.7}),
         (False, {"softcap": 5.0, "logit_scale": 0.8}),
+        (False, {"logit_scale": 0.3, "temperature": 1.2}),
+        (False, {"logit_scale": -0.7}),
         (True, {"softcap": 3.0, "logit_scale": -1.2, "temperature": 1.5}),
     ],
 )
