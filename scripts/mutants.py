@@ -104,8 +104,8 @@ def load(root: Path) -> list[Mutation]:
 
 
 def tracked(root: Path) -> list[str]:
-    """Return the files that git tracks or would add, as they are in the working tree."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """Return the files that git tracks, as they are in the working tree."""
+    command = ["git", "ls-files", "-z"]
     names = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
     return sorted(name for name in set(names) if name and (root / name).is_file())
 
