@@ -1,7 +1,7 @@
 """Group advantages and policy losses: TRL's own code as the oracle, every backend against the reference."""
 
-import inspect
 import collections
+import inspect
 import itertools
 import os
 import subprocess
