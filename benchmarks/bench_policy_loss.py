@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import STEPS, Truth, available, beside, check_against, copy_of, simple_rows
 from peers import KL_COEF
-from timing import DEVICE, measure, size
+from timing import DEVICE, GPU, SMALL, measure, size
 
 from mgrpo_kernels import grpo_loss
 
@@ -16,7 +16,7 @@ ROLLOUTS, LENGTH, GROUP = size(256, 16), size(2048, 32), 8
 
 
 @pytest.mark.parametrize("provider", simple_rows(OP))
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEPS if GPU or SMALL else ["both"])
 def bench_policy_loss(benchmark, provider, step):
     peer = available(OP, provider)
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ SIZES = {
 }
 if SMALL:
     SIZES = {"demo": Size(1, 16, 16, 2, 4, 4, 3)}
-ROUNDS = size(8, 2)
+ROUNDS = size(6, 2)
 WARM_UP = 2  # steps of each before the first that counts
 RATE = 1e-4
 ANSWERS = 4

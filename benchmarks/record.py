@@ -4,7 +4,7 @@
     python benchmarks/record.py --only bench_ema        one file again; the others stay as they are
 
 The result is written after each file, so that what was finished before an interruption is kept. Nothing is recorded of a machine that
-is in use: before, between and after the files the processor time of all other processes is looked at for three seconds, and during a
+is in use: before, between and after the files the processor time of all other processes is looked at for two seconds, and during a
 file it is what the machine's account (/proc/stat) has beyond this process and its children. Where it is more than a tenth of a core,
 the command waits a minute, then refuses; a file during which it was more is not recorded, and the exit status is 1.
 """
@@ -31,7 +31,7 @@ FILES = (
     "bench_policy_loss", "bench_iqr_filter", "bench_trainer", "bench_scaling",
 )  # fmt: skip
 LIMIT = 0.1  # cores that all other processes may use
-LOOK, PATIENCE = 3.0, 60.0  # seconds
+LOOK, PATIENCE = 2.0, 60.0  # seconds
 NOT_OF_A_FILE = ("device", "cpu", "cores", "threads", "torch", "peers", "python_version", "backend")
 
 

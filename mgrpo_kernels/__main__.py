@@ -26,6 +26,8 @@ PACKAGES = (
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # names the build, +cu132, where the metadata may not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -19,9 +19,10 @@ def missing() -> str | None:
     """Return None once the extension is loaded (its kernels are then in ``torch.ops.mgrpo_native``), else the reason."""
     spec = importlib.util.find_spec("mgrpo_kernels._C")
     if spec is None or spec.origin is None:
-        reason = _build_report() or f"mgrpo_kernels has no extension for this Python; build it with: {REBUILD}"
-        return f"the compiled extension is absent: {reason}"
-    if (reason := wrong_torch(Path(spec.origin), torch.__version__)) is not None:
+        report = _build_report() or f"mgrpo_kernels has no extension for this Python; build it with: {REBUILD}"
+        return f"the compiled extension is absent: {report}"
+    reason = wrong_torch(Path(spec.origin), torch.__version__)
+    if reason is not None:
         return f"the compiled extension is refused: {reason}"
     try:
         importlib.import_module("mgrpo_kernels._C")

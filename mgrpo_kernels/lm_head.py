@@ -59,7 +59,8 @@ def fuse_lm_head(
 ) -> Any:
     """Make ``model(..., labels=labels)`` return :class:`TokenStats` instead of logits and loss; return the model.
 
-    The full-vocabulary logits are never held. Without labels the model does what it did before, so ``generate`` still works.
+    The logits workspace is bounded as in :func:`linear_token_stats`, whatever the number of tokens.
+    Without labels the model does what it did before, so ``generate`` still works.
     ``del model.forward`` takes the change back. One short forward pass checks that the fused head is the model's own.
 
     Args:

@@ -110,8 +110,10 @@ def make_environment(place: Path) -> dict[str, str]:
 def check(sdist: Path | None, work: Path) -> None:
     """Build, check, install and use the artefacts in the directory `work`."""
     checkout = tracked()
-    if sdist is None:
-        sdist = build_sdist(ROOT, work)
+    try:
+        sdist = sdist or build_sdist(ROOT, work)
+    except subprocess.CalledProcessError:
+        raise ArtifactError("the sdist cannot be built, for the reason above") from None
     check_sdist(sdist, checkout)
     environment = make_environment(work / "env")
     python = str(work / "env/bin/python")

@@ -1,5 +1,6 @@
 """Settings of the whole test run: where Triton's kernels run, and whether there is a device for tests/gpu."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +10,11 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 GPU_TESTS = TESTS / "gpu"
-sys.path[:0] = [str(TESTS), str(GPU_TESTS), str(TESTS.parent / "scripts")]  # tests share helper modules
+sys.path[:0] = [
+    str(TESTS),
+    str(GPU_TESTS),
+    str(TESTS.parent / "scripts"),
+]  # tests share helper modules, and test the scripts
 
 
 def only_gpu_tests(arguments: list[str]) -> bool:
@@ -23,6 +28,10 @@ def only_gpu_tests(arguments: list[str]) -> bool:
 GPU_TESTS_ON = os.environ.get("MGRPO_GPU_TESTS_ON") or ("cuda" if only_gpu_tests(sys.argv[1:]) else "")
 if GPU_TESTS_ON != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        import specialising
+
+        specialising.specialise()
 
 
 @pytest.fixture(autouse=True)

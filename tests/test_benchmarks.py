@@ -132,7 +132,7 @@ def test_each_round_calls_the_three_in_turn(timing, monkeypatch):
         Recorder(), "forward", called("peer"), provider="trl", ours=("ours", called("ours")), check=lambda outputs, grads: None,
         ceiling=called("ceiling"), ceiling_name="copy",
     )  # fmt: skip
-    assert calls == ["ceiling", "ours", "ours", "peer", "peer", *["ceiling", "ours", "peer"] * 5]
+    assert calls == ["ceiling", "ours", "peer", "peer", *["ceiling", "ours", "peer"] * 5]
 
 
 @pytest.mark.parametrize("patient", [False, True])
@@ -312,7 +312,7 @@ def test_only_backward_is_inside_the_clock(harness, timing, monkeypatch):
         check=harness.check_against(truth, 1e-6), ceiling=lambda: None, ceiling_name="nothing",
     )  # fmt: skip
     assert not any(built)
-    assert len(built) == 2 * (recorder.rounds + 2)  # of each side, with the check's and the memory's
+    assert len(built) == 2 * recorder.rounds + 3  # and one to check ours, one to check the peer, one for its memory
 
 
 def test_memory_is_seen(timing):
@@ -364,6 +364,21 @@ def test_what_gpu_check_runs(harness, peers, monkeypatch):
         assert {values[:2] for values in marked} == {("qwen2.5-7b", "bfloat16")}
     for op in ("policy_loss", "ema", "iqr_filter"):
         assert any(case.marks and case.values == ("ours",) for case in harness.simple_rows(op))
+
+
+def test_what_a_cpu_times(harness, peers, monkeypatch):
+    """Whatever a page shows: ours and its peers, forward + backward; of a part of an op, ours computing that part."""
+    monkeypatch.setattr(harness, "SMALL", False)
+    monkeypatch.setattr(harness, "GPU", False)
+    for op in ("token_stats", "linear_token_stats", "linear_policy_loss", "logits_policy_loss"):
+        cases = {case.values[1:] for case in harness.rows(op, ["qwen2.5-0.5b"], ["bfloat16", "float32"])}
+        assert {
+            (dtype, name, "both") for dtype in ("bfloat16", "float32") for name in ("ours", "eager", "compile", "trl")
+        } <= cases
+        assert not {case for case in cases if case[2] == "backward"}
+    assert {("bfloat16", name, "both") for name in ("torch", "ours, logprob")} <= {
+        case.values[1:] for case in harness.rows("linear_token_stats", ["qwen2.5-0.5b"], ["bfloat16", "float32"])
+    }
 
 
 def test_every_peer_has_its_words(peers):

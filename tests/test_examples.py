@@ -57,11 +57,16 @@ def test_trl_mgrpo(run, tmp_path):
     assert all(line["grad_norm"] > 0 and line["mgrpo/momentum_distance"] > 0 for line in lines)
 
 
-def test_trl_before_after(run):
-    """Its processes are its own; here only that they run, and agree."""
+def test_trl_before_after(run, tmp_path):
+    """Its processes are its own; here only that they run, and agree, and that a page gets what it asks for."""
     out, _ = run(
-        "trl_before_after.py", "--vocabulary", "50", "--width", "64", "--tokens", "4", "--steps", "3", "--pairs", "1"
-    )
+        "trl_before_after.py", "--vocabulary", "50", "--width", "64", "--tokens", "4", "--steps", "3", "--pairs", "1",
+        "--out", str(tmp_path / "result.json"),
+    )  # fmt: skip
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["table"].count("\n") == 3
+    assert all(value > 0 for value in written["times"].values())
+    assert {"CPU", "torch", "date"} <= set(written["environment"])
     lines = out.splitlines()
     for plain, patched in zip(lines[0:6:2], lines[1:6:2], strict=True):
         assert plain.split()[2] == "plain"

@@ -84,7 +84,12 @@ def test_gpu_tests_pass_on_a_cpu(tmp_path):
 def test_the_smoke_tests_launch_every_kernel(tmp_path):
     (tmp_path / "names_kernels.py").write_text(NAMES_KERNELS)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"MGRPO_GPU_TESTS_ON": "cpu", "KERNELS": str(tmp_path / "kernels"), "PYTHONPATH": paths}
+    environment = {
+        "MGRPO_GPU_TESTS_ON": "cpu",
+        "TRITON_INTERPRET": "1",
+        "KERNELS": str(tmp_path / "kernels"),
+        "PYTHONPATH": paths,
+    }
     done = pytest_of_gpu_tests("-p", "names_kernels", "-k", "test_gpu_smoke", **environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     ran = {compiled_launches.name_of(*each.rsplit(".", 1)) for each in (tmp_path / "kernels").read_text().split()}

@@ -1,6 +1,7 @@
 """Group advantages and policy losses: TRL's own code as the oracle, every backend against the reference."""
 
 import collections
+import inspect
 import itertools
 import os
 import subprocess
@@ -15,7 +16,7 @@ from absent import need_instructions
 from contract import each_backend, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mgrpo_kernels import group_advantages, grpo_loss, policy_loss
+from mgrpo_kernels import group_advantages, grpo_loss, linear_policy_loss, policy_loss
 from mgrpo_kernels.ops.policy_loss import OP, check_options, check_tokens, pack, policy_loss_op
 from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES, METRICS, LossOptions
 
@@ -625,3 +626,15 @@ def test_bad_input(change, error, message):
 def test_bad_groups(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("function", [policy_loss, grpo_loss, linear_policy_loss])
+def test_defaults_are_those_of_the_contract(function):
+    parameters = inspect.signature(function).parameters
+    want = {
+        "loss_type": "grpo", "importance_level": "token", "clip_low": 0.2, "clip_high": 0.2, "clip_delta": None, "kl_coef": 0.0,
+        "kl_estimator": "k3", "kl_bias_correction": False, "entropy_coef": 0.0, "behaviour_mode": "token_truncate", "behaviour_cap": 2.0,
+        "cispo_cap": 5.0, "sapo_temperature": (1.0, 1.05), "vespo_k": (2.0, 3.0), "vespo_lambda": (3.0, 2.0),
+        "max_response_tokens": None, "normalizer": None, "entropy_normalizer": None,
+    }  # fmt: skip
+    assert {name: parameters[name].default for name in want} == want

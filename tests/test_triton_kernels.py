@@ -147,6 +147,87 @@ def test_a_label_outside_gives_nan_and_reads_nothing_outside():
     close(outs[:1], outs[1:])
 
 
+# ------------------------------------------------------------------------------------------------------- dimensions of 1
+
+
+def test_the_interpreter_treats_an_argument_of_1_as_the_compiler_does():
+    import faulty_kernels
+    from triton.runtime.errors import InterpreterError
+
+    x = torch.ones(4)
+    faulty_kernels.sound_kernel[(4,)](x, None, 1)
+    assert (x == 0).all()
+    faulty_kernels.stride_of_1_kernel[(1,)](x, 2)
+    with pytest.raises(InterpreterError, match="no attribute 'to'"):
+        faulty_kernels.stride_of_1_kernel[(1,)](x, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("labels_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((5, 1), (1, 1)), ((1, 1), (1, 1)), ((1, 50), (50, 1)), ((4, 50), (0, 1)), ((4, 50), (1, 1)), ((4, 1), (0, 1)),
+        ((2, 1, 3), (3, 3, 1)), ((2, 3, 1), (7, 1, 1)), ((3, 2, 4), (1, 9, 1)),
+    ],
+)  # fmt: skip
+def test_token_stats_where_a_size_or_stride_is_1(dtype, labels_dtype, shape, strides):
+    logits = torch.randn(100).to(dtype).as_strided(shape, strides)
+    rows = shape[:-1]
+    labels = torch.randint(0, shape[-1], (*rows, 1), dtype=labels_dtype)
+    mask, temperature = torch.arange(labels.numel()).view(rows) != 1, 1
+    got = stats_triton.forward(logits, labels, mask, temperature, ALL)
+    want = stats_reference.forward(logits, labels, mask, temperature, ALL)
+    close(got, want)
+    grads = [torch.randn(stat.shape) for stat in want[:3]]
+    results = [torch.full(shape, NAN, dtype=dtype) for _ in range(2)]
+    for backend, out in zip((stats_triton, stats_reference), results, strict=True):
+        backend.backward(out, *grads, logits, labels, mask, temperature, want[3], want[1])
+    close(
+        results[:1],
+        results[1:],
+        rtol=2e-5 if dtype == torch.float32 else 1e-2,
+        atol=1e-3 if dtype != torch.float32 else 2e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 40), (6, 1)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_head_passes_where_a_size_is_1(dtype, rows, vocab, first):
+    x = torch.randn(rows, vocab).to(dtype)
+    head = Head(torch.zeros(vocab, 1), torch.randn(vocab).to(dtype), 1, 1, 1, first, None)
+    labels = torch.full((rows,), first + vocab - 1, dtype=torch.int32)
+    raw = x.float() + head.bias.float()
+    z = transform(raw, head, 1)
+    state = torch.zeros(_statistics.STATE_ROWS, rows)
+    state[_statistics.MAX] = -INF
+    linear_triton.GpuPasses().state(x, head, labels, state)
+    close(_statistics.finish(state, None)[:4], _statistics.finish(_statistics.row_state(z, labels, first), None)[:4])
+    coefficients, logsumexp = torch.randn(4, rows), z.logsumexp(1)
+    want = transform_gradient(_statistics.row_gradient(z, labels, coefficients, logsumexp, first), raw, head, 1)
+    linear_triton.GpuPasses().gradient_(x, head, labels, coefficients, logsumexp)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(x.float(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_one_token_one_group_one_element():
+    one, offsets = torch.randn(1), torch.tensor([0, 1])
+    tokens = specs.Tokens(one, one + 0.1, one, None, offsets, one, one, None, None, None)
+    options = specs.LossOptions(kl_coef=1, entropy_coef=1)
+    close(loss_triton.forward(tokens, None, options), loss_reference.forward(tokens, None, options))
+    groups = specs.Groups(one, offsets, None, "mean", "std", 1)
+    close([loss_triton.group_advantages(groups)], [loss_reference.group_advantages(groups)])
+    for kind in (torch.int32, torch.int64):
+        same_bits(
+            iqr_triton.forward(one, offsets.to(kind), None, 1), iqr_reference.forward(one, offsets.to(kind), None, 1)
+        )
+    updated = [one.clone(), one.clone()]
+    for backend, ema in zip((ema_reference, ema_triton), updated, strict=True):
+        backend.update_(Batch([ema], [one * 2], [], torch.tensor(0.5, dtype=torch.float64), [], [Span(0, 1, 0)]))
+    same_bits(updated[:1], updated[1:])
+
+
 # --------------------------------------------------------------------------------------------------------- linear passes
 
 
@@ -362,6 +443,41 @@ def test_the_momentum_update_has_the_reference_bits(stochastic, aligned):
         results.append(copies + outs)
     same_bits(*results)
     assert not torch.equal(results[0][0], ema[0])
+
+
+@pytest.mark.parametrize("list_name", ["ema", "params", "emit"])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_tensor_that_is_not_aligned_gets_a_launch_of_its_own(list_name, stochastic):
+    """The others keep their wide loads, and the random bits stay those of the tensor's place in the list."""
+    lists = {
+        name: [torch.randn(100 + i).to(dtype) for i in range(24)]
+        for name, dtype in (("ema", torch.bfloat16), ("params", torch.float32), ("emit", torch.float16))
+    }
+    odd = 7
+    tensor = lists[list_name][odd]
+    lists[list_name][odd] = torch.cat([tensor[:1], tensor])[1:]
+    assert [i for i in range(24) if lists[list_name][i].data_ptr() % 16] == [odd]
+    keys = [(2**31 + i, 77 * i) for i in range(24)] if stochastic else []
+    spans = [Span(i * 1000, tensor.numel(), 0) for i, tensor in enumerate(lists["ema"])]
+    batch = Batch(**lists, decay=torch.tensor(0.97, dtype=torch.float64), keys=keys, spans=spans)
+    copies = {name: [tensor.clone() for tensor in lists[name]] for name in ("ema", "emit")}
+    ema_reference.update_(batch._replace(**copies))
+    with mock.patch.object(ema_triton, "launch", side_effect=launch.launch) as launched:
+        ema_triton.update_(batch)
+    same_bits(lists["ema"] + lists["emit"], copies["ema"] + copies["emit"])
+    found = {call.kwargs["ALIGNED"]: call.args[3][:, 0].tolist() for call in launched.call_args_list}
+    addresses = [tensor.data_ptr() for tensor in lists["ema"]]
+    assert launched.call_count == 2
+    assert found == {True: addresses[:odd] + addresses[odd + 1 :], False: [addresses[odd]]}
+
+
+@pytest.mark.parametrize(("shift", "aligned"), [(0, True), (1, False)])
+def test_tensors_that_are_all_aligned_or_all_not_get_one_launch(shift, aligned):
+    tensors = [torch.randn(50 + shift)[shift:] for _ in range(3)]
+    batch = Batch(tensors, tensors, [], torch.tensor(0.5, dtype=torch.float64), [], [Span(0, 50, 0)] * 3)
+    with mock.patch.object(ema_triton, "launch") as launched:
+        ema_triton.update_(batch)
+    assert [call.kwargs["ALIGNED"] for call in launched.call_args_list] == [aligned]
 
 
 def test_the_filter_of_large_groups():

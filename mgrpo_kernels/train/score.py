@@ -1,4 +1,4 @@
-"""Log-prob and entropy of every response token, from hidden states: no (N, V) tensor."""
+"""Log-prob and entropy of every response token, from hidden states: the logits workspace is bounded, whatever N."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def smoke(check: Check, seconds: float) -> None:
     run = rows.read(check.log).get(file, rows.Run(file))
     for row in run.rows.values():
         if row["outcome"] not in ("passed", "skipped"):
-            check.note(f"smoke: {row['row'].rpartition('::')[2]} {row['outcome']}: {_why(row['text'])}")
+            print(f"smoke: {row['row'].rpartition('::')[2]} {row['outcome']}: {_why(row['text'])}", flush=True)
     bad = [row for row in run.rows.values() if row["outcome"] in ("failed", "crashed")]
     if bad and len(bad) == len(run.rows) and not run.not_finished:
         raise NothingWorksError("every smoke test failed")

@@ -1,4 +1,4 @@
-"""One step, forward and backward, of every op: what the tests of promises run small, and ``gpu_check.py --profile`` at full size."""
+"""One step, forward and backward, of every op: what the tests of promises run small, and ``make gpu-check ARGS=--profile`` at full size."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -31,6 +31,7 @@ def ema_update_(
 ) -> None:
     """Set ``ema = decay * ema + (1 - decay) * param`` for every pair, in place, in one launch for each device.
 
+    On a GPU, tensors that do not begin at a multiple of 16 bytes get a second launch, so that the others keep their wide loads.
     Computed in float32 (float64 for a float64 EMA). Where an EMA equals its parameter it stays so, bit for bit. Everything is
     checked before anything is written.
 

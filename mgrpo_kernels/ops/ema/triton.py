@@ -1,8 +1,6 @@
-"""Triton for GPUs: all tensors of a device in one launch, whatever their dtypes."""
+"""Triton for GPUs: all tensors of a device in one launch, whatever their dtypes; in two, where some are not aligned."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +16,30 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # as th
 
 
 def update_(batch: Batch) -> None:
-    """Update every ``batch.ema`` and write every ``batch.emit``."""
+    """Update every ``batch.ema`` and write every ``batch.emit``.
+
+    That is one launch, or two where some tensors are not aligned to 16 bytes: those get a launch of their own, whose loads are narrow.
+    """
+    aligned: list[int] = []
+    unaligned: list[int] = []
+    for i, tensors in enumerate(zip(batch.ema, batch.params, batch.emit or batch.ema, strict=True)):
+        (aligned if all(tensor.data_ptr() % 16 == 0 for tensor in tensors) else unaligned).append(i)
+    for members in (aligned, unaligned):
+        if members:
+            _launch(batch, members, aligned=members is aligned)
+
+
+def _launch(batch: Batch, members: list[int], *, aligned: bool) -> None:
+    """Update the tensors at these positions of the batch in one launch."""
     from mgrpo_kernels.ops.ema import _triton_kernels as kernels
 
-    emits: Sequence[Tensor | None] = batch.emit or [None] * len(batch.ema)
-    chunk, block, num_warps = tuning.of(batch.ema[0].device).ema
+    like = batch.ema[members[0]]
+    chunk, block, num_warps = tuning.of(like.device).ema
     numbers = {dtype: number for number, dtype in enumerate(_DTYPES)}
-    rows, chunks, seen, addresses = [], [], 0, 0
+    rows, chunks, seen = [], [], 0
     first_chunk = 0
-    for i, (ema, param, emit) in enumerate(zip(batch.ema, batch.params, emits, strict=True)):
+    for i in members:
+        ema, param, emit = batch.ema[i], batch.params[i], batch.emit[i] if batch.emit else None
         combination = numbers[ema.dtype] + 4 * numbers[param.dtype]
         combination += 0 if emit is None else 16 * (1 + numbers[emit.dtype])
         places = (ema.data_ptr(), param.data_ptr(), 0 if emit is None else emit.data_ptr())
@@ -35,13 +48,11 @@ def update_(batch: Batch) -> None:
         chunks.append(-(-ema.numel() // chunk))
         first_chunk += chunks[-1]
         seen |= 1 << combination
-        addresses |= places[0] | places[1] | places[2]
     tensor_of_chunk = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(chunks))
-    like = batch.ema[0]
     launch(
         kernels.update_kernel, (first_chunk,), like,
         _on_device(torch.tensor(rows, dtype=torch.int64), like), _on_device(tensor_of_chunk, like), batch.decay,
-        SEEN=seen, STOCHASTIC=bool(batch.keys), ALIGNED=addresses % 16 == 0, CHUNK=chunk, BLOCK=block, num_warps=num_warps,
+        SEEN=seen, STOCHASTIC=bool(batch.keys), ALIGNED=aligned, CHUNK=chunk, BLOCK=block, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""From hidden states to the policy loss: head, token statistics and loss in one op, no (N, V) tensor."""
+"""From hidden states to the policy loss: head, token statistics and loss in one op, in a bounded workspace."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def linear_policy_loss(
         old_logprobs: of labels' shape, or None: on-policy.
         advantages: ``(B,)`` or of labels' shape.
         bias, temperature, logit_scale, softcap, tp_group, vocab_start: as in :func:`linear_token_stats`.
-        workspace_bytes: bound of the logits' workspace; None takes the backend's own.
+        workspace_bytes: bound of the logits workspace, whatever the number of tokens, at least 64 KiB, and at least one row's logits where
+            the gradient is formed in the forward pass. None: there 224 MiB (native) or 512 MiB (triton), elsewhere the default of
+            :func:`linear_token_stats`.
         mask, cu_seqlens, ref_logprobs, behaviour_logprobs: as in :func:`policy_loss`, and so is every option below them. The entropy
             of the bonus and of the metrics is the head's own.
 

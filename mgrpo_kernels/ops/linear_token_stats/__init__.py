@@ -1,4 +1,4 @@
-"""Token statistics straight from hidden states: the language-model head and the statistics fused, no (N, V) tensor."""
+"""Token statistics straight from hidden states: the language-model head and the statistics fused, in a bounded workspace."""
 
 from __future__ import annotations
 
@@ -38,12 +38,15 @@ def linear_token_stats(
     backend: str | None = None,
     debug: bool = False,
 ) -> TokenStats:
-    """Return :func:`token_stats_from_logits` of the logits that a head gives for `hidden`, without ever holding them.
+    """Return :func:`token_stats_from_logits` of the logits that a head gives for `hidden`, in a bounded workspace.
 
     x = hidden @ weight.T + bias;  y = logit_scale x, then softcap tanh(y / softcap);  z = y / temperature. The library's matmul
     fills one tile of logits at a time in a reused workspace; backward computes each tile again, turns it into its gradient
     in place and multiplies that with the weight and the hidden states. Gradients accumulate in float32. Under autocast the op
-    computes in the autocast dtype, like ``torch.nn.functional.linear``.
+    computes in the autocast dtype, like ``torch.nn.functional.linear``, with autocast's own cast of the weight.
+
+    The logits workspace is bounded by `workspace_bytes`, whatever the number of tokens, forward and backward. By default it takes at most
+    4 MiB in float32 and 8 MiB in 16 bits (native), 512 MiB (triton) or 64 MiB (reference).
 
     Args:
         hidden: ``(..., H)`` float32, bfloat16 or float16 (float64 on the reference backend).
@@ -57,8 +60,8 @@ def linear_token_stats(
         mask: ``(...)`` bool, True counts. A masked row gives exactly 0 and no gradient, whatever hidden holds there.
         tp_group: process group over which the vocabulary is sharded. Every rank gets the full result.
         vocab_start: vocabulary entry of this rank's first row. None asks the group, once a call (one small collective).
-        workspace_bytes: bound of the logits' workspace, at least 64 KiB; None takes the backend's own. At least one row or
-            column block always fits.
+        workspace_bytes: bound of the logits workspace, at least 64 KiB; None takes the backend's own. The reference backend, which takes
+            whole rows of logits, uses 28 bytes for each vocabulary entry (56 in float64) where that is more.
         backend: ``reference``, ``native`` or ``triton``; None picks.
         debug: on a GPU, pay a host sync to raise for a bad label.
 

@@ -1,0 +1,115 @@
+"""The memory of scoring, of a whole training step and of an evaluation: their logits are bounded, whatever the number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from contract import Memory, watch_memory
+from transformers import AutoModelForCausalLM
+
+from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
+from mgrpo_kernels.ops.linear_token_stats import native, tiled
+from mgrpo_kernels.train.demo import make_tokenizer, model_config
+from mgrpo_kernels.train.evaluate import examine
+from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.rollout import Engine, Rollouts
+from mgrpo_kernels.train.rollout import transformers as sampling
+from mgrpo_kernels.train.rollout.transformers import TransformersEngine
+from mgrpo_kernels.train.score import score
+from mgrpo_kernels.train.step import train_step
+
+V, H = 8192, 16
+WORKSPACE = 2**17
+PER_TOKEN = 200 * H  # bytes of a token's activations and gradients in a model of one layer: a tenth of its logits
+PARAMETERS = 4 * 2 * V * H
+FEW, MANY = 4, 16  # tokens of a response
+
+
+@pytest.fixture(autouse=True)
+def small_workspace() -> Iterator[None]:
+    with (
+        mock.patch.object(native, "tile_shape", return_value=tiled.TileShape(64, 512)),
+        mock.patch.object(loss_native, "WORKSPACE_BYTES", WORKSPACE),
+    ):
+        yield
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def wide_policy(request: pytest.FixtureRequest) -> Policy:
+    """Return a policy whose vocabulary outweighs all else."""
+    torch.manual_seed(0)
+    config = model_config()
+    config.update({
+        "vocab_size": V, "hidden_size": H, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "head_dim": 16,
+    })  # fmt: skip
+    return Policy(AutoModelForCausalLM.from_config(config), make_tokenizer(), request.param)
+
+
+def hold(few: Memory, many: Memory, tokens: int, allowed: int) -> None:
+    """Hold the growth by so many tokens to their activations, and the peak to these and what is allowed beside."""
+    assert many.peak - few.peak <= PER_TOKEN * tokens + WORKSPACE
+    assert PER_TOKEN * tokens + WORKSPACE < 2 * V * tokens / 2  # half of what 16-bit logits would add
+    assert many.peak <= allowed + PER_TOKEN * 2 * tokens
+
+
+def test_scoring(wide_policy: Policy) -> None:
+    seen = []
+    B = 16
+    for length in (FEW, MANY):
+        tokens, mask = torch.randint(2, V, (B, length)), torch.ones(B, length, dtype=torch.bool)
+        with watch_memory() as memory:
+            score(wide_policy, [[1, 2]] * B, tokens, mask, temperature=1.0, budget=10**6)
+        seen.append(memory)
+    hold(*seen, tokens=B * (MANY - FEW), allowed=WORKSPACE + PARAMETERS)
+    assert seen[1].largest <= max(WORKSPACE, PARAMETERS)
+
+
+class Given(Engine):
+    """Gives random tokens: sampling is not what is watched here."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def sample(self, prompts: Any, copies: int, **_: Any) -> Rollouts:
+        tokens = torch.randint(2, 12, (len(prompts) * copies, self.length))
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        return Rollouts(tokens, mask, torch.full(tokens.shape, -9.0), mask[:, 0])
+
+
+def test_a_whole_step(wide_policy: Policy) -> None:
+    seen = []
+    changes = {
+        "method": "random", "rollouts": 8, "prompts_per_step": 4, "kl_coef": 0.1, "iqr_filter": False, "max_response_tokens": MANY,
+        "tokens_per_microbatch": 10**6, "momentum_rollouts": 2, "train_momentum_rollouts": True,
+    }  # fmt: skip
+    for length in (FEW, MANY):
+        learner = tiny.learner(wide_policy, **changes)
+        learner.engine = Given(length)
+        train_step(learner, learner.task.train[:4], 1)  # the optimizer's state
+        with watch_memory() as memory:
+            values, _ = train_step(learner, learner.task.train[:4], 2)
+        assert values["grad_norm"] > 0
+        seen.append(memory)
+    hold(*seen, tokens=4 * 8 * (MANY - FEW), allowed=WORKSPACE + 4 * PARAMETERS)
+    assert seen[1].largest <= max(WORKSPACE, PARAMETERS)
+
+
+def test_an_evaluation(wide_policy: Policy) -> None:
+    """Sampling has the logits of each rollout's last token; those that wait for their statistics, and the noise, are bounded."""
+    seen = []
+    for length in (FEW, MANY):
+        learner = tiny.learner(wide_policy, eval_prompts=4, eval_samples=2)
+        engine = TransformersEngine(wide_policy, length, 10**6)
+        with mock.patch.multiple(sampling, LOGITS_BYTES=1, NOISE_NUMBERS=1), watch_memory() as memory:
+            examine(wide_policy, engine, learner.task, learner.config, 0)
+        seen.append(memory)
+    last = 4 * 2 * V * 4  # bytes of the logits of one position
+    assert seen[1].peak - seen[0].peak <= last
+    assert seen[1].largest <= 2 * last
+    assert seen[1].peak <= 8 * last
