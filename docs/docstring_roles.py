@@ -18,8 +18,8 @@ class Roles(griffe.Extension):
         """Rewrite one object's docstring."""
         if obj.docstring is None:
             return
-        if isinstance(obj, griffe.Function) and "{options}" in obj.docstring.value:
-            function = getattr(mgrpo_kernels, obj.name)
+        function = getattr(mgrpo_kernels, obj.name, None)
+        if isinstance(obj, griffe.Function) and function is not None and "{options}" in obj.docstring.value:
             obj.docstring.value = inspect.getdoc(function) or ""
             obj.parameters = griffe.Parameters(*map(_parameter, inspect.signature(function).parameters.values()))
         obj.docstring.value = re.sub(r":(?:func|meth|class|data):`([^`]+)`", r"`\1`", obj.docstring.value)

@@ -26,7 +26,7 @@ CISPO = Surrogate(
 SAPO = Surrogate("sapo", "-4 sigmoid(tau (r - 1)) / tau A, with tau = sapo_temperature", options=("sapo_temperature",))
 VESPO = Surrogate(
     "vespo",
-    "-exp(lambda + k log w - lambda w) A logprob, with the weight held constant and w the sequence's importance weight",
+    "-exp(lambda + k log w - lambda w) A logprob, with w, the weight of the sequence, held constant",
     options=("vespo_k", "vespo_lambda"),
     per_sequence=True,
     weighs_behaviour=True,
