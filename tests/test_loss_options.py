@@ -15,7 +15,7 @@ from mgrpo_kernels import grpo_loss, linear_policy_loss, policy_loss
 from mgrpo_kernels.ops._schema import Schema
 from mgrpo_kernels.ops.policy_loss import OP, options, pack, reference
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_LENGTHS, rows
-from mgrpo_kernels.ops.policy_loss.op import _CALL
+from mgrpo_kernels.ops.policy_loss.op import CALL
 from mgrpo_kernels.ops.policy_loss.options import DECLARED, LossKeywords, LossOptions, scalars
 from mgrpo_kernels.ops.policy_loss.specs import Groups, Tokens
 
@@ -95,7 +95,7 @@ def test_the_custom_op_takes_every_option_by_name():
     zero = torch.zeros(4)
     tokens = Tokens(*[zero] * 10)
     groups = Groups(zero, zero, zero, "leave_one_out", "batch", 0.5)
-    given = _CALL.unpack((*pack(tokens, groups, form), "native"))
+    given = CALL.unpack((*pack(tokens, groups, form), "native"))
     assert options.from_arguments(given) == form
     assert (given["baseline"], given["scale"], given["eps"], given["backend"]) == (
         "leave_one_out",
@@ -104,7 +104,7 @@ def test_the_custom_op_takes_every_option_by_name():
         "native",
     )
     arguments = torch.ops.mgrpo_kernels.policy_loss.default._schema.arguments
-    assert tuple(each.name for each in arguments) == _CALL.names
+    assert tuple(each.name for each in arguments) == CALL.names
 
 
 def test_a_value_that_is_missing_or_unknown_is_caught():

@@ -79,7 +79,8 @@ def linear_policy_loss(
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     like = torch.empty((), dtype=wide, device=hidden.device).expand(rows)  # stands for the log-probs to come
     tokens = check_tokens(
-        like, old_logprobs, mask, cu_seqlens, ref_logprobs, like, behaviour_logprobs, normalizer, entropy_normalizer, form,
+        logprobs=like, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs, entropy=like,
+        behaviour_logprobs=behaviour_logprobs, normalizer=normalizer, entropy_normalizer=entropy_normalizer, options=form,
         name="labels",
     )  # fmt: skip
     tokens = tokens._replace(advantages=flat_advantages(advantages, like, tokens), entropy=None)
@@ -92,7 +93,7 @@ def linear_policy_loss(
     fused, why = backends.implementation(OP, name).fusion(hidden.device, hidden.dtype)
     if fused and not is_token_level(form, behaviour_logprobs):
         fused, why = False, "this loss weighs whole sequences"
-    if fused and tp_group is not None:
+    if fused and group_name is not None:
         fused, why = False, "the statistics of a sharded vocabulary need the group"
     if not torch.compiler.is_compiling() and any(need):
         _log(fused, why)

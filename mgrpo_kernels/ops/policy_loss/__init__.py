@@ -114,17 +114,10 @@ def policy_loss(
     """
     form = make_options("policy_loss", options)
     tokens = check_tokens(
-        logprobs,
-        old_logprobs,
-        mask,
-        cu_seqlens,
-        ref_logprobs,
-        entropy,
-        behaviour_logprobs,
-        normalizer,
-        entropy_normalizer,
-        form,
-    )
+        logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
+        entropy=entropy, behaviour_logprobs=behaviour_logprobs, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
+        options=form,
+    )  # fmt: skip
     tokens = tokens._replace(advantages=flat_advantages(advantages, logprobs, tokens))
     return run(tokens, None, form, backends.choose(OP, backend, logprobs.device, logprobs.dtype))
 
@@ -171,17 +164,10 @@ def grpo_loss(
     """
     form = make_options("grpo_loss", options)
     tokens = check_tokens(
-        logprobs,
-        old_logprobs,
-        mask,
-        cu_seqlens,
-        ref_logprobs,
-        entropy,
-        behaviour_logprobs,
-        normalizer,
-        entropy_normalizer,
-        form,
-    )
+        logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
+        entropy=entropy, behaviour_logprobs=behaviour_logprobs, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
+        options=form,
+    )  # fmt: skip
     checked = check_groups(rewards, groups, rollout_mask, "rollout_mask", baseline, scale, eps)
     number = tokens.offsets.shape[0] - 1
     if rewards.shape[0] != number or rewards.device != logprobs.device:

@@ -39,9 +39,12 @@ _GROUPS = {
     "scale": "str?",
     "eps": "float?",
 }
-ARGUMENTS = Schema(_TOKENS | _GROUPS | options.SCHEMA, "(Tensor, Tensor, Tensor, Tensor)")
-"""What the loss's op takes before the backend's name."""
-_CALL = Schema(_TOKENS | _GROUPS | options.SCHEMA | {"backend": "str"}, "(Tensor, Tensor, Tensor, Tensor)")
+_ARGUMENTS = _TOKENS | _GROUPS | options.SCHEMA
+_RETURNS = "(Tensor, Tensor, Tensor, Tensor)"
+PACKED = Schema(_ARGUMENTS, _RETURNS)
+"""What the loss's op takes, all but the backend."""
+CALL = Schema(_ARGUMENTS | {"backend": "str"}, _RETURNS)
+"""What the loss's op takes."""
 
 
 def run(tokens: Tokens, groups: Groups | None, form: LossOptions, backend: str) -> PolicyLoss:
@@ -52,7 +55,7 @@ def run(tokens: Tokens, groups: Groups | None, form: LossOptions, backend: str) 
 
 def pack(tokens: Tokens, groups: Groups | None, form: LossOptions) -> tuple[Any, ...]:
     """Return the three records as the custom op's arguments, all but the backend."""
-    return ARGUMENTS.pack(token_arguments(tokens) | _group_arguments(groups) | options.to_arguments(form))
+    return PACKED.pack(token_arguments(tokens) | _group_arguments(groups) | options.to_arguments(form))
 
 
 def token_arguments(tokens: Tokens) -> dict[str, Tensor | None]:
@@ -110,10 +113,10 @@ def _(rewards: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(rewards)
 
 
-@torch.library.custom_op("mgrpo_kernels::policy_loss", mutates_args=(), schema=_CALL.text)
+@torch.library.custom_op("mgrpo_kernels::policy_loss", mutates_args=(), schema=CALL.text)
 def policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, metrics ``(8,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors to apply ``(2,)``."""
-    given = _CALL.unpack(arguments)
+    given = CALL.unpack(arguments)
     tokens, groups = Tokens(**{name: given[name] for name in _TOKENS}), _groups_of(given)
     sequences.check_offset_values("cu_seqlens", tokens.offsets, tokens.logprob.shape[0])
     if groups is not None:
@@ -177,7 +180,7 @@ _autograd.forbid_second_derivative(policy_loss_backward_op)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given = _CALL.unpack(inputs)
+    given = CALL.unpack(inputs)
     _, metrics, gradient, scales = output
     ctx.mark_non_differentiable(metrics, gradient, scales)
     ctx.set_materialize_grads(False)
@@ -186,7 +189,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    needed = dict(zip(_CALL.names, ctx.needs_input_grad, strict=False))
+    needed = dict(zip(CALL.names, ctx.needs_input_grad, strict=False))
     results: dict[str, Tensor] = {}
     if grad_loss is not None:
         gradient, scales, mask, offsets, rollout_mask = ctx.saved_tensors
@@ -203,7 +206,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
             needed["logprob"],
             needed["entropy"],
         )
-    return tuple([results.get(name) if needed[name] else None for name in _CALL.names])
+    return tuple([results.get(name) if needed[name] else None for name in CALL.names])
 
 
 policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
