@@ -263,20 +263,9 @@ def test_inputs_are_checked_once_and_the_backend_is_chosen_once(backend, level):
     ):
         run(data, backend=backend, importance_level=level)
     names = [call.args[0] for call in check.call_args_list]
-    assert sorted(names) == sorted(
-        [
-            "hidden",
-            "weight",
-            "bias",
-            "labels",
-            "labels",
-            "old_logprobs",
-            "ref_logprobs",
-            "entropy",
-            "behaviour_logprobs",
-        ]
-        + ["mask", "advantages"]
-    )  # labels are looked at themselves, and by what stands for the log-probs that they will have
+    once = "hidden weight bias labels old_logprobs mask advantages ref_logprobs behaviour_logprobs entropy"
+    # "labels" stands for themselves, and for the log-probs that they are going to have.
+    assert sorted(names) == sorted([*once.split(), "labels"])
     assert choose.call_count == 1
 
 
