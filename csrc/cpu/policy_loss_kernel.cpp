@@ -379,11 +379,16 @@ void policy_loss_segments_kernel(const PolicyLossTokens& in, PolicyLossSegment* 
 bool policy_loss_kernel(
     const PolicyLossTokens& in, const PolicyLossSequence* values, PolicyLossSums* sums, float* gradient, double* through_ratio) {
   const char* surrogate = in.options.surrogate;
-  const auto run = is(surrogate, "clip") ? all_blocks<Kind::Clip>
-      : is(surrogate, "cispo")           ? all_blocks<Kind::Cispo>
-      : is(surrogate, "sapo")            ? all_blocks<Kind::Sapo>
-      : is(surrogate, "vespo")           ? all_blocks<Kind::Vespo>
-                                         : nullptr;
+  decltype(&all_blocks<Kind::Clip>) run = nullptr;
+  if (is(surrogate, "clip")) {
+    run = all_blocks<Kind::Clip>;
+  } else if (is(surrogate, "cispo")) {
+    run = all_blocks<Kind::Cispo>;
+  } else if (is(surrogate, "sapo")) {
+    run = all_blocks<Kind::Sapo>;
+  } else if (is(surrogate, "vespo")) {
+    run = all_blocks<Kind::Vespo>;
+  }
   if (!run || estimator_of(in.options.kl_estimator) == Estimator::None) {
     return false;
   }
