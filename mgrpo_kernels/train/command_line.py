@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgrpo_kernels.train.config import PRESETS, SECTIONS, UsageError, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.config import PAIR, PRESETS, SECTIONS, UsageError, fields_of, find_config, read_yaml
 
 LONGEST_CHOICES = 40
 """Choices that take more characters than this are named in the help text, not in the flag's line."""
@@ -55,7 +55,9 @@ def add_option(group: Any, name: str) -> None:
     field, kinds = OPTIONS[name]
     flag, kind = "--" + name.replace("_", "-"), next(kind for kind in kinds if kind is not type(None))
     text = help_of(field).replace("%", "%%")
-    if kind is bool:
+    if kind == PAIR:
+        group.add_argument(flag, type=float, nargs=2, metavar=("X", "Y"), help=text)
+    elif kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
         choices = field.metadata["choices"]
@@ -69,6 +71,8 @@ def help_of(field: dataclasses.Field[Any]) -> str:
         default = "none"
     elif isinstance(default, bool):
         default = "on" if default else "off"
+    elif isinstance(default, tuple):
+        default = " ".join(map(str, default))
     elif isinstance(default, str) and "\n" in default:
         default = repr(default)
     named = ""
