@@ -17,7 +17,7 @@ from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.train.demo import make_tokenizer, model_config
 from mgrpo_kernels.train.evaluate import examine
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.rollout import transformers as sampling
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import score
@@ -70,7 +70,7 @@ def test_scoring(wide_policy: Policy) -> None:
     assert seen[1].largest <= max(WORKSPACE, PARAMETERS)
 
 
-class Given(Engine):
+class Given(RolloutEngine):
     """Gives random tokens: sampling is not what is watched here."""
 
     def __init__(self, length: int) -> None:

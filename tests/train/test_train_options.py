@@ -13,7 +13,7 @@ from torch import Tensor
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.rollout import Engine, Rollouts
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.step import Learner, decay_of, train_step
 from mgrpo_kernels.train.update import Batch
@@ -23,7 +23,7 @@ ANSWERS = ["12#3$", "120#3$", "1#3$", "#4$", "77#5$", "#6$"]
 SAMPLED = -1.25
 
 
-class Scripted(Engine):
+class Scripted(RolloutEngine):
     """Gives each prompt the same responses, and keeps what it was asked for."""
 
     def __init__(self, policy: Policy, own: Sequence[str] = ANSWERS, others: Sequence[str] = ("#4$", "0#4$")) -> None:
