@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import command_line
 from mgrpo_kernels.train.config import (
     SECTIONS,
@@ -21,7 +22,6 @@ from mgrpo_kernels.train.config import (
     fields_of,
     read_yaml,
 )
-from mgrpo_kernels.train.labels import METHODS
 
 EPILOG = """methods:
 {methods}

@@ -13,9 +13,9 @@ import torch
 from small_models import make_byte_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train.config import build, read_yaml
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS
 from mgrpo_kernels.train.run import checkpoint
 

@@ -190,7 +190,7 @@ def test_a_step_moves_the_weights_against_the_gradient(policy: Policy) -> None:
     assert float(moved.abs().max()) == pytest.approx(config.optim.learning_rate, rel=1e-2)
 
 
-def test_every_option_reaches_the_loss(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_is_passed_to_the_loss(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
     real = update.linear_policy_loss
     monkeypatch.setattr(

@@ -12,7 +12,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.score import micro_batches
 
 Shape = tuple[int, ...]
@@ -104,9 +103,7 @@ def work_of(config: Config, prompt_tokens: int, held_out: int, ranks: int) -> Wo
     """Return a rank's work where every prompt is that long."""
     rollout = config.rollout
     prompts, response = -(-rollout.prompts_per_step // ranks), rollout.max_response_tokens
-    train = min(
-        config.policy_rollouts, max(2, round(METHODS[config.method.method].train_share * config.policy_rollouts))
-    )
+    train = config.method.trained_count(config.policy_rollouts)
     train += config.momentum_rollouts if config.method.train_momentum_rollouts else 0
     ids = [[prompt] * prompt_tokens for prompt in range(prompts) for _ in range(train)]
     rows = micro_batches(ids, [response] * len(ids), rollout.tokens_per_microbatch, packed=True)

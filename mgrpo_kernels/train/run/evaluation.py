@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mgrpo_kernels import majority_vote
+from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.data import Example, Task, equal_to_gold
+from mgrpo_kernels.train.data import Example, Task
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.streams import stream

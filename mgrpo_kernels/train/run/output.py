@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
-from mgrpo_kernels.train.data import Task, equal_to_gold
+from mgrpo_kernels.train.data import Task
 from mgrpo_kernels.train.metrics import Lines
 from mgrpo_kernels.train.report import read_lines
 from mgrpo_kernels.train.update import Batch

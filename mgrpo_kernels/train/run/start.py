@@ -90,7 +90,7 @@ def check(
     transformers.utils.logging.disable_progress_bar()
     extras.check_packages(config)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
-    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
+    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts], equivalence=config.method.equivalence)
     model = read_model(config.model.model or demo.model_config(), config.lora)
     if config.model.model is None:
         tokenizer, context = demo.make_tokenizer(), context_of(demo.model_config())
