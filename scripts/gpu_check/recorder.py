@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_check import rows
+from gpu_check import measure, rows
 
 PATH, NAME = Path(os.environ[rows.LOG]), os.environ[rows.RUN]
 FIRST = [part for part in os.environ.get("GPU_CHECK_FIRST", "").split(",") if part]
@@ -51,6 +51,8 @@ def about(config):
     config.hook.pytest_benchmark_update_machine_info(config=config, machine_info=machine)
     commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
     config.hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit)
+    if known := measure.commit():  # also where the tree is no checkout
+        commit["id"] = known
     return {"machine_info": machine, "commit_info": commit}
 
 
