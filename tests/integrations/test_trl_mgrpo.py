@@ -363,7 +363,7 @@ def test_what_it_cannot_do_is_refused(base, tmp_path):
         MGRPOConfig(**settings(tmp_path, filter_scope="all"))
     with pytest.raises(ValueError, match="use_adaptive_entropy: want False with M-GRPO, got True"):
         MGRPOConfig(**settings(tmp_path, use_adaptive_entropy=True))
-    assert MGRPOConfig(**settings(tmp_path, momentum_rollouts=None)).momentum_rollouts == G // 4
+    assert MGRPOConfig(**settings(tmp_path, momentum_rollouts=None)).momentum_rollouts == G // 2
     with pytest.raises(TypeError, match="args: want MGRPOConfig, got GRPOConfig"):
         MGRPOTrainer(base, None, GRPOConfig(**tiny_trl.settings(tmp_path)), train_dataset=tiny_trl.prompts())
     with pytest.raises(ValueError, match="tools: want None with MGRPOTrainer"):

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import checkpoint, demo, trainer
 from mgrpo_kernels.train.config import build, read_yaml
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"

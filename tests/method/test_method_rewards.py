@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mgrpo_kernels import majority_vote
-from mgrpo_kernels.train.labels import METHODS, Signals
+from mgrpo_kernels.method import METHODS, Signals
 
 ANSWERS = ["1", "1", "2", None, "5", "6", "7", "8"]  # two prompts of four
 ENTROPY = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.6, 0.8])
@@ -17,7 +17,8 @@ ENTROPY = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.6, 0.8])
 def rewards(method: str, seed: int = 0, answers: list[str | None] = ANSWERS) -> Any:
     signals = Signals(
         vote=majority_vote(answers, 4),
-        group=4,
+        offsets=torch.tensor([0, 4, 8]),
+        nonempty=~ENTROPY.isnan(),
         entropy=ENTROPY,
         self_certainty=torch.arange(8.0),
         correct=torch.tensor([0.0, 0, 1, 0, 1, 0, 0, 0]),
