@@ -74,18 +74,19 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
             learner.momentum.update(config.method.decay_at(step, config.optim.steps), overlap=True)
 
     seen, stats, selection = parallel.merged(seen), parallel.merged(stats), parallel.merged(selection)
+    # Where the scores are the engine's own, the update compares them with its forward pass.
+    uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
     metrics = {
         "step": step,
         "learning_rate": learning_rate(config, step),
         "skipped_steps": learner.skipped,
         **step_metrics(examples, seen, stats, selection),
+        **uncompared,
         **updated,
         "momentum_distance": None if learner.momentum is None else float(learner.momentum.distance(policy.model)),
         **clock.metrics(int(seen.rollouts.mask.sum())),
         "peak_memory_bytes": int(parallel.largest(peak_memory_bytes(policy.device))),
     }
-    if engine_scores(learner, seen):
-        metrics["behaviour_mismatch"] = None  # there are no other log-probs than the engine's
     group, number = config.rollout.rollouts, config.run.samples_per_step
     return metrics, sample_lines(step, examples[0], seen, selection, group, number)
 

@@ -107,16 +107,11 @@ def own_trainers(base, script, monkeypatch, **options):
     class Enough(Exception):
         pass
 
-    def group_advantages(rewards, groups, **more):
-        seen["rewards"] = rewards
-        return advantages(rewards, groups, **more)
-
-    def training_batch(learner, rollouts, stats, own, trains, advantages):
-        seen.update(trains=trains, advantages=advantages)
+    def training_batch(learner, rollouts, stats, own, selection):
+        seen.update(selection._asdict())
         raise Enough
 
-    learner.engine, advantages = Scripted(), steps.group_advantages
-    monkeypatch.setattr(steps, "group_advantages", group_advantages)
+    learner.engine = Scripted()
     monkeypatch.setattr(steps, "training_batch", training_batch)
     with pytest.raises(Enough):
         steps.train_step(learner, learner.task.train[:P], 1)
@@ -166,7 +161,7 @@ def test_given_rollouts_have_our_trainers_rewards_and_advantages(base, tmp_path,
 
     def _calculate_rewards(self, *arguments):
         found = kept(self, *arguments)
-        rewards.append(self._rewards)
+        rewards.append(self._selection.rewards)
         return found
 
     monkeypatch.setattr(MGRPOTrainer, "_calculate_rewards", _calculate_rewards)
@@ -357,7 +352,7 @@ def test_own_rewards_and_an_evaluation(base, tmp_path):
 
 
 def test_what_it_cannot_do_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="momentum_rollouts: want at most 6 of num_generations 8.*got 7"):
+    with pytest.raises(ValueError, match="momentum_rollouts: want at most 6 of 8 rollouts.*got 7"):
         MGRPOConfig(**settings(tmp_path, momentum_rollouts=7))
     with pytest.raises(ValueError, match="filter_scope"):
         MGRPOConfig(**settings(tmp_path, filter_scope="all"))

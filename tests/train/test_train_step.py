@@ -135,8 +135,8 @@ def prune_first(monkeypatch: pytest.MonkeyPatch, pruned: int) -> None:
     """Let the filter prune the first rollouts of each prompt."""
     real = pruning.iqr_filter
 
-    def filtered(entropy: Tensor, groups: int, **options: Any) -> Any:
-        return real(entropy, groups, **options)._replace(keep=torch.arange(len(entropy)) % groups >= pruned)
+    def filtered(entropy: Tensor, groups: Tensor, **options: Any) -> Any:
+        return real(entropy, groups, **options)._replace(keep=torch.arange(len(entropy)) % G >= pruned)
 
     monkeypatch.setattr(pruning, "iqr_filter", filtered)
 
