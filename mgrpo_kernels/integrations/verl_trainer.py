@@ -25,10 +25,9 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from mgrpo_kernels import extract_answer
-from mgrpo_kernels.method import MethodOptions, Selection, read_gold, select
+from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, read_gold, select
 from mgrpo_kernels.train.streams import stream
 
-MOMENTUM_OPTIONS = ("momentum_rollouts", "decay", "decay_end", "momentum_scored_by", "train_momentum_rollouts")
 ONE_MODEL = "verl's rollout servers hold one set of weights, so there is no momentum model"
 
 

@@ -7,13 +7,14 @@ call these.
 
 from mgrpo_kernels.method.gold import ANSWER_FIELDS, equal_to_gold, read_gold
 from mgrpo_kernels.method.methods import METHODS, Method, Signals
-from mgrpo_kernels.method.options import SCOPES, SCORERS, MethodOptions, option
+from mgrpo_kernels.method.options import MOMENTUM_OPTIONS, SCOPES, SCORERS, MethodOptions, option
 from mgrpo_kernels.method.pruning import survivors
 from mgrpo_kernels.method.selection import Selection, select, who_trains
 
 __all__ = [
     "ANSWER_FIELDS",
     "METHODS",
+    "MOMENTUM_OPTIONS",
     "SCOPES",
     "SCORERS",
     "Method",

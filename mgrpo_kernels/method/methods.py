@@ -104,7 +104,7 @@ METHODS: dict[str, Method] = {
     "soft_vote": Method(
         _cluster_share,
         "share of its own answer among the answers",
-        _arxiv("2505.21444", "SRT with a soft reward, "),
+        "SRT with a soft reward",
         reads="shares",
     ),
     "empo": Method(

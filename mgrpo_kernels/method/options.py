@@ -18,6 +18,9 @@ SCOPES = ("both", "vote", "penalise")
 SCORERS = ("sampler", "policy")
 """Which model's entropy counts for the momentum model's rollouts."""
 
+MOMENTUM_OPTIONS = ("momentum_rollouts", "decay", "decay_end", "momentum_scored_by", "train_momentum_rollouts")
+"""Options that a trainer without a momentum model cannot have."""
+
 
 def option(default: Any, text: str, *, unit: str = "", choices: Iterable[str] | None = None, **bounds: float) -> Any:
     """Return a dataclass field with its help text, unit, choices, and bounds as :func:`mgrpo_kernels.checks.check_number` takes them."""

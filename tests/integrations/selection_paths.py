@@ -5,6 +5,7 @@ Samplers and scores are scripted; everything from there on is the trainers' own 
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +80,9 @@ def cases(*, momentum: bool) -> list[Case]:
         )
     ]
     found += [make_case(6, all_pruned=True, method="mgrpo", filter_scope=scope, **none) for scope in ("both", "vote")]
-    return found if momentum else found + [make_case(8, empty=True, method=m, **none) for m in ("mgrpo", "ttrl", "gold")]
+    return (
+        found if momentum else found + [make_case(8, empty=True, method=m, **none) for m in ("mgrpo", "ttrl", "gold")]
+    )
 
 
 def gold(case: Case) -> list[str]:
@@ -121,7 +124,14 @@ def check_same(one: Found, other: Found) -> None:
         if name in one and name in other:
             assert torch.equal(one[name], other[name]), (name, one[name], other[name])
     shared = one["metrics"].keys() & other["metrics"].keys()
-    assert {"reward_mean", "pruned_fraction", "vote_share", "labelled_fraction", "label_accuracy", "training_fraction"} <= shared
+    assert {
+        "reward_mean",
+        "pruned_fraction",
+        "vote_share",
+        "labelled_fraction",
+        "label_accuracy",
+        "training_fraction",
+    } <= shared
     for name in shared:
         assert one["metrics"][name] == other["metrics"][name], (name, one["metrics"][name], other["metrics"][name])
 
@@ -129,7 +139,9 @@ def check_same(one: Found, other: Found) -> None:
 def prune_all(module: Any, monkeypatch: Any) -> None:
     """Have the filter prune every rollout."""
     real = module.iqr_filter
-    monkeypatch.setattr(module, "iqr_filter", lambda *a, **k: (f := real(*a, **k))._replace(keep=torch.zeros_like(f.keep)))
+    monkeypatch.setattr(
+        module, "iqr_filter", lambda *a, **k: (f := real(*a, **k))._replace(keep=torch.zeros_like(f.keep))
+    )
 
 
 class Scripted(Engine):
@@ -145,7 +157,9 @@ class Scripted(Engine):
         rows = [p * G + i for p in range(len(prompts)) for i in places]
         ids, which = tokens(self.case), torch.tensor(rows)
         padded = torch.tensor([ids[row] + [0] * (WIDTH - len(ids[row])) for row in rows])
-        return Rollouts(padded, mask(self.case)[which], torch.zeros(padded.shape), torch.ones(len(rows), dtype=torch.bool))
+        return Rollouts(
+            padded, mask(self.case)[which], torch.zeros(padded.shape), torch.ones(len(rows), dtype=torch.bool)
+        )
 
 
 class Enough(Exception):
@@ -168,10 +182,8 @@ def by_trainer(case: Case, learner_of: Any, monkeypatch: Any) -> Found:
     monkeypatch.setattr(steps, "training_batch", training_batch)
     monkeypatch.setattr(steps, "score_by_sampler", lambda *_: TokenStats(torch.zeros(P * case.G, WIDTH), **scores))
     examples = [demo.Example(f"{p}+{p}=", gold(case)[p * case.G]) for p in range(P)]
-    try:
+    with contextlib.suppress(Enough):
         steps.train_step(learner, examples, 1)
-    except Enough:
-        pass
     return Found.of(caught[0], caught[0].metrics(prompts=P))
 
 
@@ -201,7 +213,9 @@ def by_trl(case: Case, trainer: Any, monkeypatch: Any) -> Found:
     answers = gold(case)
     rows = [{"prompt": f"{i // case.G}+{i // case.G}=", "answer": answers[i]} for i in range(P * case.G)]
     output = trainer._generate_and_score_completions(rows)
-    logged = {name.removeprefix("mgrpo/"): each[-1] for name, each in trainer._metrics["train"].items() if "mgrpo/" in name}
+    logged = {
+        name.removeprefix("mgrpo/"): each[-1] for name, each in trainer._metrics["train"].items() if "mgrpo/" in name
+    }
     found = Found.of(caught[0], {**dict.fromkeys(caught[0].metrics()), **logged})
     return Found(found, trains=output["completion_mask"].bool().any(1), advantages=output["advantages"])
 

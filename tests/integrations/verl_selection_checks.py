@@ -5,13 +5,15 @@ import selection_paths as paths
 import tiny_trl
 import torch
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
-from verl_trainer_checks import KVBatchMeta, Tokenizer, queue, settings  # noqa: F401 - queue is a fixture
+from verl_trainer_checks import KVBatchMeta, Tokenizer, settings
 
 from mgrpo_kernels.integrations import verl_trainer
 from mgrpo_kernels.method import Selection, pruning
 from mgrpo_kernels.train import demo
 from mgrpo_kernels.train.policy import load_policy
 from mgrpo_kernels.train.trainer import make_learner
+
+pytest_plugins = ["verl_trainer_checks"]  # its fixture: the queue
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def by_verl(case, queue, monkeypatch):
     filled = [len(row["responses"]) > 0 for row in rows]
     found["rewards"] = torch.tensor([float(row["rm_scores"].sum()) for row in rows])
     found["trains"] = torch.tensor([bool(row["response_mask"].any()) for row in rows])
-    found["advantages"] = torch.tensor([float(row["advantages"][0]) if some else 0.0 for row, some in zip(rows, filled, strict=True)])
+    found["advantages"] = torch.tensor(
+        [float(row["advantages"][0]) if some else 0.0 for row, some in zip(rows, filled, strict=True)]
+    )
     assert queue.rows["pad_0_0"]["advantages"].tolist() == [0.0]
     return found
 
@@ -76,7 +80,7 @@ def both(case, policy, queue, patch):
 
 
 @pytest.mark.parametrize("case", paths.cases(momentum=False), ids=lambda case: case.name)
-def test_verl_makes_of_rollouts_what_our_trainer_makes(policy, queue, monkeypatch, case):  # noqa: F811
+def test_verl_makes_of_rollouts_what_our_trainer_makes(policy, queue, monkeypatch, case):
     ours, theirs = both(case, policy, queue, monkeypatch)
     if case.empty:  # a reward that no token can carry
         empty = torch.tensor([not text for text in case.texts])
@@ -92,7 +96,7 @@ def shifted(names, real, by_group=verl_trainer.by_group):
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("by_group", shifted), ("_gold", lambda _: "9")])
-def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name, wrong):  # noqa: F811
+def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name, wrong):
     monkeypatch.setattr(verl_trainer, name, wrong)
     ours, theirs = both(paths.make_case(8, method="mgrpo", momentum_rollouts=0), policy, queue, monkeypatch)
     with pytest.raises(AssertionError):
@@ -102,9 +106,15 @@ def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "co_rewarding"}, "mgrpo.method: want one whose labels are not the momentum model's, since verl's rollout servers"),
+        (
+            {"method": "co_rewarding"},
+            "mgrpo.method: want one whose labels are not the momentum model's, since verl's rollout servers",
+        ),
         ({"method": "intuitor"}, "mgrpo.method: want one without self-certainty, since verl scores log-probs"),
-        ({"momentum_rollouts": 4}, "mgrpo.momentum_rollouts: want it left out, since verl's rollout servers hold one set"),
+        (
+            {"momentum_rollouts": 4},
+            "mgrpo.momentum_rollouts: want it left out, since verl's rollout servers hold one set",
+        ),
         ({"decay": 0.9}, "mgrpo.decay: want it left out"),
         ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want the IQR filter"),
     ],

@@ -13,6 +13,7 @@ import torch
 from small_models import make_byte_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import checkpoint, demo, trainer
 from mgrpo_kernels.train.config import build, read_yaml
