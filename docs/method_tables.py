@@ -28,9 +28,9 @@ def share(of_group: float) -> str:
 @figure
 def method_options(prefix: str = "") -> str:
     """Return the table of the method's options under another trainer's names: with verl's prefix those without a momentum model."""
-    lines = [
-        f"| `{prefix}{each.name}` | {'none' if each.default is None else f'`{each.default}`'} | {each.metadata['help'].replace('<', '&lt;')} |"
-        for each in dataclasses.fields(MethodOptions)
-        if not (prefix and each.name in MOMENTUM_OPTIONS)
-    ]
+    lines = []
+    for each in dataclasses.fields(MethodOptions):
+        if not (prefix and each.name in MOMENTUM_OPTIONS):
+            default = "none" if each.default is None else f"`{each.default}`"
+            lines.append(f"| `{prefix}{each.name}` | {default} | {each.metadata['help'].replace('<', '&lt;')} |")
     return "\n".join(["| option | default | |", "|---|---|---|", *lines])
