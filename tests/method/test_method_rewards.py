@@ -43,6 +43,20 @@ def test_empo_gives_nothing_to_a_group_that_is_too_uncertain() -> None:
     assert rewards("empo") == [2 / 3, 2 / 3, 1 / 3, 0, 0, 0, 0, 0]
 
 
+def test_empos_certainty_is_of_the_answers_alone() -> None:
+    answers = [*"1234567", None]  # seven answers have entropy log 7, above 0.9 log 8; over eight rollouts it would be below
+    signals = Signals(
+        vote=majority_vote(answers, 8),
+        offsets=torch.tensor([0, 8]),
+        nonempty=torch.ones(8, dtype=torch.bool),
+        entropy=None,
+        self_certainty=None,
+        correct=None,
+        generator=None,
+    )
+    assert not METHODS["empo"].rewards(signals).any()
+
+
 def test_certainty_and_entropy() -> None:
     assert rewards("intuitor") == [0, 1, 2, 0, 4, 5, 6, 7]
     assert rewards("rent") == [-0.5, -0.1, -0.9, 0, -0.2, -0.4, -0.6, -0.8]

@@ -62,6 +62,19 @@ def test_only_the_momentum_model_votes_in_co_rewarding() -> None:
     assert got.voters.tolist() == [False] * 4 + [True] * 2 + [False] * 3
 
 
+def test_who_sampled_is_read_for_each_rollout_wherever_it_is() -> None:
+    got = chosen(by_momentum=torch.tensor([False, True, False, False, False, False, True, False, False]))
+    assert got.trains.tolist() == [False, False, True, True, True, True, False, True, False]
+
+
+def test_a_momentum_rollout_that_is_pruned_does_not_vote_in_co_rewarding() -> None:
+    first = torch.arange(9) % 6 < 2  # the first of these is pruned, and an empty one is not among them
+    got = chosen(method="co_rewarding", iqr_filter=True, by_momentum=first, answers=["9", "5"] + ["3"] * 4 + ["7"] * 3)
+    assert got.voters.tolist() == [False, True, False, False, False, False, True, True, False]
+    assert got.vote is not None
+    assert got.vote.labels == ["5", "7"]
+
+
 def test_ttrl_trains_on_the_first_half_of_the_policys_but_on_two_at_least() -> None:
     got = chosen(groups=9, method="ttrl", by_momentum=None)
     assert got.trains.tolist() == [True] * 4 + [False] * 5
