@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+import method_tables  # noqa: F401 - its tables are figures too
 import spans
 from figures import FIGURES, PUBLISHED, RESULTS, report
 

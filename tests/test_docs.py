@@ -23,7 +23,7 @@ import yaml
 from doc_pages import ROOT
 
 import mgrpo_kernels
-from mgrpo_kernels.train.labels import METHODS
+from mgrpo_kernels.method import METHODS
 
 PAGES = doc_pages.pages()
 LIMIT = 300  # seconds for one block of commands, on a busy machine

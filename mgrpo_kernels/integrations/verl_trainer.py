@@ -12,7 +12,9 @@ All rollouts are the policy's: verl's rollout servers hold one set of weights, s
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +25,18 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from mgrpo_kernels import extract_answer
-from mgrpo_kernels.integrations._selection import Options, select
+from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, read_gold, select
+from mgrpo_kernels.train.streams import stream
+
+ONE_MODEL = "verl's rollout servers hold one set of weights, so there is no momentum model"
 
 
 @register_trainer("mgrpo")
 class MGRPOTrainer(PPOTrainerSync):
     """verl's synchronous trainer with M-GRPO's filter, vote and advantages.
 
-    Options, under ``+mgrpo.`` in verl's configuration: see :class:`mgrpo_kernels.integrations._selection.Options`. Rewards of verl's
-    own are only logged, as ``mgrpo/own_reward``.
+    Its options, under ``+mgrpo.`` in verl's configuration, are those of :class:`mgrpo_kernels.method.MethodOptions` but for the momentum
+    model's. Rewards of verl's own are only logged, as ``mgrpo/own_reward``.
     """
 
     def __init__(self, config: Any) -> None:
@@ -45,7 +50,7 @@ class MGRPOTrainer(PPOTrainerSync):
             raise ValueError(
                 f"batch: want one output for each rollout, got {most} of one: M-GRPO votes on whole responses"
             )
-        names = ["uid", "responses", "response_mask", "loss_mask", "entropy", "rm_scores"]
+        names = ["uid", "responses", "response_mask", "loss_mask", "entropy", "rm_scores", "reward_model"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         lengths, offsets = data["response_mask"].offsets().diff(), data["response_mask"].offsets()
         real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
@@ -53,27 +58,26 @@ class MGRPOTrainer(PPOTrainerSync):
             self.tokenizer.decode(tokens[mask.bool()], skip_special_tokens=True)
             for tokens, mask in zip(data["responses"].unbind(), data["response_mask"].unbind(), strict=True)
         ]
-        padded = data.select("entropy", "response_mask").to_padded_tensor()
-        chosen = select(
-            padded["entropy"].float(),
-            padded["response_mask"].bool() & real.unsqueeze(-1),
-            [extract_answer(text) for text in texts],
-            data.get("uid").tolist(),
-            self.options,
-        )
-        metrics.update(chosen.metrics)
+        order, groups = by_group(data.get("uid").tolist(), real)
+        chosen = self._select(data, texts, order, groups)
+        metrics.update({f"mgrpo/{name}": value for name, value in chosen.metrics().items() if value is not None})
         metrics["mgrpo/own_reward"] = _sums(data["rm_scores"])[real].mean().item()
 
         last = torch.zeros(int(offsets[-1]))
-        last[offsets[1:] - 1] = chosen.rewards  # a response's reward stands at its last token
+        rewards, trains, advantages = (
+            torch.zeros(len(texts)).index_copy(0, order, each.float())
+            for each in (chosen.rewards, chosen.trains, chosen.advantages)
+        )
+        filled = lengths > 0
+        last[offsets[1:][filled] - 1] = rewards[filled]  # a response's reward is at its last token
         self._put(batch, rm_scores=_nested(last, offsets))
         batch = super()._compute_advantage(batch, metrics)
 
         mask = tq.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", "loss_mask"]
         )
-        trains = chosen.trains.repeat_interleave(lengths)
-        advantages = chosen.advantages.repeat_interleave(lengths) * mask["response_mask"].values()
+        trains = trains.bool().repeat_interleave(lengths)
+        advantages = advantages.repeat_interleave(lengths) * mask["response_mask"].values()
         self._put(
             batch,
             advantages=_nested(advantages, offsets),
@@ -84,18 +88,56 @@ class MGRPOTrainer(PPOTrainerSync):
         )
         return batch
 
+    def _select(self, data: TensorDict, texts: Sequence[str], order: Tensor, groups: Tensor) -> Selection:
+        """Return what becomes of the rollouts `order`, which has each prompt's together; `groups` are their offsets."""
+        padded = data.select("entropy", "response_mask").to_padded_tensor()
+        truth = data.get("reward_model", None)
+        gold = [None] * len(texts) if truth is None else [_gold(each) for each in truth.tolist()]
+        rows = order.tolist()
+        return select(
+            padded["response_mask"][order].bool(),
+            [extract_answer(texts[row]) for row in rows],
+            groups,
+            self.options,
+            entropy=padded["entropy"][order].float(),
+            gold=[gold[row] for row in rows],
+            scale="std" if self.config.algorithm.get("norm_adv_by_std_in_grpo", True) else "none",
+            generator=self._generator() if self.options.row.needs_generator else None,
+        )
+
+    def _generator(self) -> torch.Generator:
+        """Return what this step's coin flips are drawn from, as ``python -m mgrpo_kernels.train`` draws them."""
+        return stream(self.config.get("data", {}).get("seed", None) or 0, "rewards", self.global_steps)
+
     def _put(self, batch: Any, **fields: Tensor) -> None:
         tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(fields, batch_size=len(batch))
         )
 
 
-def check_config(config: Any) -> Options:
-    """Return M-GRPO's options out of verl's configuration.
+def by_group(names: Sequence[Hashable], real: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows that are no padding, those of one prompt together, and where each prompt's begin and end.
+
+    Args:
+        names: B names, in any order: rollouts of one prompt have the same.
+        real: ``(B,)`` bool, False for padding.
+
+    Returns:
+        Row numbers, and offsets ``(P+1,)``; prompts in the order of their first row, and their rows in their own order.
+    """
+    rows: dict[Hashable, list[int]] = {}
+    for row in real.nonzero().flatten().tolist():
+        rows.setdefault(names[row], []).append(row)
+    order = torch.tensor([row for each in rows.values() for row in each], dtype=torch.int64)
+    return order, torch.tensor([0, *map(len, rows.values())]).cumsum(0)
+
+
+def check_config(config: Any) -> MethodOptions:
+    """Return the method's options out of verl's configuration.
 
     Raises:
-        ValueError: an option that does not exist or is out of range, or verl options with which there is no entropy, or which would
-            take the advantages elsewhere.
+        ValueError: an option that does not exist or is out of range, what verl has no data for, or verl options with which there is no
+            entropy, or which would take the advantages elsewhere.
     """
     algorithm = config.algorithm
     correction = algorithm.get("rollout_correction", None)
@@ -106,7 +148,28 @@ def check_config(config: Any) -> Options:
     ):
         if got != want:
             raise ValueError(f"{name}: want {want} with trainer_mode mgrpo, got {got}")
-    return Options.of(config.get("mgrpo", None) or {})
+    options = MethodOptions.from_mapping(dict(config.get("mgrpo", None) or {}), "mgrpo")
+    for name in MOMENTUM_OPTIONS:
+        got, default = getattr(options, name), MethodOptions.__dataclass_fields__[name].default
+        if got not in (default, 0):
+            raise ValueError(f"mgrpo.{name}: want it left out, since {ONE_MODEL}, got {got!r}")
+    if options.row.voters == "momentum":
+        raise ValueError(
+            f"mgrpo.method: want one whose labels are not the momentum model's, since {ONE_MODEL}, got {options.method}"
+        )
+    if options.row.needs_self_certainty:
+        raise ValueError(
+            f"mgrpo.method: want one without self-certainty, since verl scores log-probs and entropies alone, got {options.method}"
+        )
+    options = dataclasses.replace(options, momentum_rollouts=0)
+    options.check_use(momentum=False)
+    return options
+
+
+def _gold(reward_model: Any) -> str | None:
+    """Return the true answer in a cell of verl's column ``reward_model``."""
+    truth = (reward_model or {}).get("ground_truth", None)
+    return read_gold(str(truth)) if isinstance(truth, (str, int, float)) else None
 
 
 def _nested(values: Tensor, offsets: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train.config import (
     PRESETS,
     SECTIONS,
@@ -23,7 +24,6 @@ from mgrpo_kernels.train.config import (
     find_config,
     read_yaml,
 )
-from mgrpo_kernels.train.labels import METHODS
 
 SHORT = 40
 """Choices that take more characters than this are named in the help text, not in the flag's line."""

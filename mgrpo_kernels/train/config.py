@@ -18,10 +18,8 @@ from typing import Any
 import yaml
 
 from mgrpo_kernels import checks
-from mgrpo_kernels.ops.iqr_filter import REDUCTIONS
+from mgrpo_kernels.method import MethodOptions
 from mgrpo_kernels.ops.policy_loss.specs import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
-from mgrpo_kernels.train.labels import METHODS
-from mgrpo_kernels.train.pruning import SCOPES, SCORERS
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
@@ -135,47 +133,14 @@ class DataConfig(_Section):
 
 
 @dataclass(frozen=True)
-class MethodConfig(_Section):
+class MethodConfig(MethodOptions, _Section):
     """method."""
 
-    method: str = option("mgrpo", "where the reward comes from", choices=tuple(METHODS))
-    decay: float = option(0.99, "m of the momentum model: theta_k = m theta_k + (1 - m) theta_q, once a step")
-    decay_end: float | None = option(
-        None, "decay of the last step, reached along a cosine; none: the method's own, or no change"
-    )
     momentum_device: str = option(
         "auto",
         "where the momentum model and the KL reference are held: beside the weights, or in the CPU's memory",
         choices=("auto", "cpu"),
     )
-    iqr_filter: bool | None = option(None, "prune trajectories of low entropy; none: as the method has it")
-    iqr_k: float = option(0.75, "prune where entropy < Q1 - k (Q3 - Q1)")
-    filter_scope: str = option(
-        "both",
-        "pruned rollouts neither vote nor train (both), do not vote (vote), or do not vote and get reward 0 (penalise)",
-        choices=SCOPES,
-    )
-    iqr_min_spread: float = option(
-        0.0, "prune nothing in a group where Q3 - Q1 < this x the median entropy; 0: as the paper"
-    )
-    entropy_reduction: str = option("mean", "a trajectory's entropy over its tokens", choices=REDUCTIONS)
-    momentum_scored_by: str = option(
-        "sampler",
-        "which model's entropy counts for the momentum rollouts: the one that sampled them, or the policy",
-        choices=SCORERS,
-    )
-    train_momentum_rollouts: bool = option(
-        False, "they train too, each token weighted by policy / momentum model, at most 2"
-    )
-    min_share: float = option(0.0, "a majority below this share gives no label")
-
-    def check(self) -> None:
-        checks.check_number("decay", self.decay, at_least=0.0, below=1.0)
-        if self.decay_end is not None:
-            checks.check_number("decay_end", self.decay_end, at_least=0.0, below=1.0)
-        checks.check_number("iqr_k", self.iqr_k, at_least=0.0)
-        checks.check_number("iqr_min_spread", self.iqr_min_spread, at_least=0.0)
-        checks.check_number("min_share", self.min_share, at_least=0.0, at_most=1.0)
 
 
 @dataclass(frozen=True)
@@ -185,9 +150,6 @@ class RolloutConfig(_Section):
     engine: str = option("transformers", "what samples", choices=("transformers", "vllm"))
     prompts_per_step: int = option(8, "of one step", unit="prompts")
     rollouts: int = option(32, "of each prompt, the momentum model's included", unit="rollouts")
-    momentum_rollouts: int | None = option(
-        None, "of these, sampled from the momentum model; none: as the method has it (mgrpo: 1/4)"
-    )
     max_response_tokens: int = option(3072, "longest response", unit="tokens")
     truncated: str = option(
         "keep",
@@ -213,8 +175,6 @@ class RolloutConfig(_Section):
             ("tokens_per_microbatch", 1),
         ):
             checks.check_number(name, getattr(self, name), at_least=least)
-        if self.momentum_rollouts is not None:
-            checks.check_number("momentum_rollouts", self.momentum_rollouts, at_least=0, below=self.rollouts)
         checks.check_number("temperature", self.temperature, above=0.0)
 
 
@@ -399,21 +359,7 @@ class Config:
             raise ValueError(f"{missing}: want a value with --{given}, got none (the built-in task takes neither)")
         if self.data.eval_data is not None and self.data.data is None:
             raise ValueError("eval_data: want it together with --data, got it alone (the built-in task has its own)")
-        if self.policy_rollouts < 2:
-            raise ValueError(
-                f"momentum_rollouts: want at most {self.rollout.rollouts - 2} of {self.rollout.rollouts} rollouts, since an advantage "
-                f"takes two of the policy's, got {self.momentum_rollouts}"
-            )
-        row = METHODS[self.method.method]
-        if row.highest <= 0 and self.filters and self.method.filter_scope == "penalise":
-            raise ValueError(
-                f"filter_scope: want both or vote with method {self.method.method}, whose rewards are never above the 0 that a "
-                "pruned rollout would get, got 'penalise'"
-            )
-        if row.voters == "momentum" and self.momentum_rollouts < 1:
-            raise ValueError(
-                f"momentum_rollouts: want >= 1 with method {self.method.method}, whose labels they give, got 0"
-            )
+        self.method.momentum_count(self.rollout.rollouts)
         if self.rollout.engine == "vllm":
             for name, value in (
                 ("temperature", self.rollout.temperature),
@@ -438,26 +384,18 @@ class Config:
 
     def _check_unused(self) -> None:
         """Raise ValueError for an option that was set and can have no effect."""
-        method, loss, momentum = self.method, self.loss, self.momentum_rollouts > 0
-        reads = METHODS[method.method].reads
+        self.method.check_use(momentum=self.needs_momentum)
+        loss = self.loss
         vllm, of_vllm = self.rollout.engine == "vllm", dataclasses.fields(self.vllm)
         lora, of_lora = self.lora.lora_rank is not None, dataclasses.fields(self.lora)
         for name, is_set, needs, met in (
-            ("train_momentum_rollouts", method.train_momentum_rollouts, "momentum rollouts", momentum),
-            ("momentum_scored_by", method.momentum_scored_by == "policy", "momentum rollouts", momentum),
-            ("decay_end", method.decay_end is not None, "a momentum model", self.needs_momentum),
             (
                 "momentum_device",
-                method.momentum_device != "auto",
+                self.method.momentum_device != "auto",
                 "a momentum model or a copy of the weights for the KL term",
                 self.needs_momentum or self.copies_base,
             ),
-            ("filter_scope", method.filter_scope != "both", "--iqr-filter", self.filters),
-            ("filter_scope", method.filter_scope == "vote", "a method that votes", reads != "nothing"),
-            ("min_share", method.min_share > 0, "a method whose reward is a label", reads == "label"),
-            ("entropy_reduction", method.entropy_reduction == "sum", "--iqr-filter", self.filters),
             ("chat_template", self.data.chat_template == "on", "--model", self.model.model is not None),
-            ("iqr_min_spread", method.iqr_min_spread > 0, "--iqr-filter", self.filters),
             ("kl_reference", loss.kl_reference == "momentum", "kl_coef > 0", loss.kl_coef > 0),
             *((each.name, getattr(self.vllm, each.name) != each.default, "--engine vllm", vllm) for each in of_vllm),
             *((each.name, getattr(self.lora, each.name) != each.default, "--lora-rank", lora) for each in of_lora),
@@ -469,11 +407,7 @@ class Config:
     @property
     def momentum_rollouts(self) -> int:
         """N, the rollouts of each prompt that the momentum model samples."""
-        given = self.rollout.momentum_rollouts
-        if given is not None:
-            return given
-        share = METHODS[self.method.method].momentum_share
-        return max(1, int(share * self.rollout.rollouts)) if share else 0
+        return self.method.momentum_count(self.rollout.rollouts)
 
     @property
     def policy_rollouts(self) -> int:
@@ -483,8 +417,7 @@ class Config:
     @property
     def filters(self) -> bool:
         """Whether trajectories are pruned."""
-        given = self.method.iqr_filter
-        return METHODS[self.method.method].filters if given is None else given
+        return self.method.filters
 
     @property
     def policy_scores_all(self) -> bool:
@@ -512,12 +445,6 @@ class Config:
         return self.needs_reference == "base" and self.lora.lora_rank is None
 
     @property
-    def decay_end(self) -> float:
-        given = self.method.decay_end
-        own = METHODS[self.method.method].decay_end
-        return given if given is not None else own if own is not None else self.method.decay
-
-    @property
     def warmup_steps(self) -> int:
         return -int(-self.optim.warmup * self.optim.steps // 1)  # rounded up
 
@@ -535,7 +462,9 @@ class Config:
             "filter": f"k {self.method.iqr_k}, min spread {self.method.iqr_min_spread}, {self.method.filter_scope}"
             if self.filters
             else "off",
-            "momentum model": f"decay {self.method.decay} -> {self.decay_end}" if self.needs_momentum else "off",
+            "momentum model": f"decay {self.method.decay} -> {self.method.last_decay}"
+            if self.needs_momentum
+            else "off",
             "KL reference": self.needs_reference or "off",
             "LoRA": "off, all weights train"
             if lora.lora_rank is None

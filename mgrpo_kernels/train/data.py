@@ -13,24 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from mgrpo_kernels import extract_answer
+from mgrpo_kernels.method import ANSWER_FIELDS, read_gold
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.chat import wrapper
 from mgrpo_kernels.train.config import Config, UsageError
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.policy import read_tokenizer
 from mgrpo_kernels.train.rows import Row, read_rows, shown
 from mgrpo_kernels.train.streams import stream
-from mgrpo_kernels.vote import Equivalence, answers_equal
+from mgrpo_kernels.vote import Equivalence
 
 logger = logging.getLogger("mgrpo_kernels")
 
-FIELDS = {"prompt_field": ("question", "prompt", "problem"), "answer_field": ("answer", "solution")}
+FIELDS = {"prompt_field": ("question", "prompt", "problem"), "answer_field": ANSWER_FIELDS}
 """What a field may be called where no option names it: the first where there is one, else the others, if it is one of them."""
-LONGEST_ANSWER = 256
-"""Characters. A longer text in which no answer is marked is a solution that forgot to, not an answer."""
 
 
 class Example(NamedTuple):
@@ -57,7 +54,7 @@ def load_task(config: Config, *, training: bool = True) -> Task:
             that is longer than the model's context.
     """
     assert config.model.model is not None
-    train = read_examples(config, "data", METHODS[config.method.method].needs_gold) if training else []
+    train = read_examples(config, "data", config.method.row.needs_gold) if training else []
     held_out = [] if config.data.eval_data is None else read_examples(config, "eval_data", True)
     warn_of_repeats(train, held_out)
     tokenizer, context = read_tokenizer(config.model.model)
@@ -68,7 +65,7 @@ def load_task(config: Config, *, training: bool = True) -> Task:
         wrapped = [each._replace(prompt=wrap(each.prompt)) for each in examples]
         return fitting(option, wrapped, tokenizer, context, config)
 
-    return Task(prompts("data", train), prompts("eval_data", held_out))
+    return Task(prompts("data", train), prompts("eval_data", held_out), equivalence=config.method.equivalence)
 
 
 # --- Examples
@@ -146,11 +143,6 @@ def _field(row: Row, option: str, name: str) -> str:
             f"{option}: want a text in {name!r} of {row.place}, got half a surrogate pair in {shown(text)}"
         )
     return text
-
-
-def read_gold(text: str) -> str | None:
-    """Return the true answer in a field: what a solution marks as its answer, or the text itself, unless that is too long for one."""
-    return extract_answer(text) or (text.strip() if len(text.strip()) <= LONGEST_ANSWER else None)
 
 
 def note(text: str, *values: object) -> None:
@@ -262,12 +254,3 @@ def prompts_of_step(size: int, per_step: int, step: int, seed: int) -> list[int]
             order[epoch] = torch.randperm(size, generator=stream(seed, "data", epoch)).tolist()
         chosen.append(order[epoch][place])
     return chosen
-
-
-def equal_to_gold(answers: Sequence[str | None], gold: Sequence[str | None], equivalence: Equivalence) -> Tensor:
-    """Return 1 where an answer equals the true one, 0 where not, NaN where that is not known: ``(B,)`` float32."""
-    pairs = list(zip(answers, gold, strict=True))
-    known = {
-        (a, g): math.nan if g is None else float(answers_equal(a, g, equivalence)) for a, g in dict.fromkeys(pairs)
-    }
-    return torch.tensor([known[pair] for pair in pairs])

@@ -21,8 +21,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgrpo_kernels import linear_token_stats
+from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train.checkpoint import replace_directory
-from mgrpo_kernels.train.data import Example, Task, equal_to_gold
+from mgrpo_kernels.train.data import Example, Task
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import pack
@@ -30,6 +31,7 @@ from mgrpo_kernels.train.streams import stream
 
 OPTIONS: dict[str, Any] = {
     "rollouts": 16,
+    "equivalence": "exact",
     "prompts_per_step": 8,
     "max_response_tokens": 12,
     "temperature": 1.0,
@@ -41,7 +43,7 @@ OPTIONS: dict[str, Any] = {
     "checkpoint_every": 50,
     "log_every": 10,
 }
-"""What differs from the defaults, which are the paper's, where no model is named."""
+"""What differs from the trainer's defaults where no model is named."""
 
 RISE = {"eval_accuracy": 0.15, "eval_greedy": 0.10}
 """What a demonstration must gain from its first evaluation to its last, in the mean of five seeds; none less than half of it."""

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from mgrpo_kernels.ops._triton.tuning import Tuning
 from mgrpo_kernels.ops.linear_policy_loss.native import WORKSPACE_BYTES
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.rollout.cache import ROOM
 from mgrpo_kernels.train.rollout.transformers import LOGITS_BYTES, NOISE_NUMBERS
 from mgrpo_kernels.train.score import micro_batches
@@ -118,9 +117,7 @@ def work_of(config: Config, prompt_tokens: int, held_out: int, ranks: int) -> Wo
     """Return a rank's work where every prompt is that long."""
     rollout = config.rollout
     prompts, response = -(-rollout.prompts_per_step // ranks), rollout.max_response_tokens
-    train = min(
-        config.policy_rollouts, max(2, round(METHODS[config.method.method].train_share * config.policy_rollouts))
-    )
+    train = config.method.trained_count(config.policy_rollouts)
     train += config.momentum_rollouts if config.method.train_momentum_rollouts else 0
     ids = [[prompt] * prompt_tokens for prompt in range(prompts) for _ in range(train)]
     rows = micro_batches(ids, [response] * len(ids), rollout.tokens_per_microbatch, packed=True)

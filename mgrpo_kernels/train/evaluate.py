@@ -18,6 +18,7 @@ import transformers
 import yaml
 
 from mgrpo_kernels import majority_vote
+from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train import extras
 from mgrpo_kernels.train.config import (
     SECTIONS,
@@ -30,7 +31,7 @@ from mgrpo_kernels.train.config import (
     fields_of,
     read_yaml,
 )
-from mgrpo_kernels.train.data import Example, Task, equal_to_gold, load_task
+from mgrpo_kernels.train.data import Example, Task, load_task
 from mgrpo_kernels.train.metrics import Lines, metrics_line
 from mgrpo_kernels.train.policy import Policy, load_policy, pick_device, read_tokenizer
 from mgrpo_kernels.train.rollout import Engine, Rollouts

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mgrpo_kernels import TokenStats, Vote
-from mgrpo_kernels.train.data import Example, equal_to_gold
+from mgrpo_kernels import TokenStats
+from mgrpo_kernels.method import Selection
+from mgrpo_kernels.train.data import Example
 from mgrpo_kernels.train.rollout import Rollouts
-from mgrpo_kernels.vote import Equivalence
 
 
 class Trajectories(NamedTuple):
@@ -19,45 +19,23 @@ class Trajectories(NamedTuple):
 
     prompts: list[list[int]]  # token ids, once for each rollout
     rollouts: Rollouts
-    place: Tensor  # (B,) int64 among the rollouts of the prompt: the policy's come first
     by_policy: Tensor  # (B,) bool: sampled by the policy, not by the momentum model
     texts: list[str]
     answers: list[str | None]
     gold: list[str | None]
 
-    @property
-    def nonempty(self) -> Tensor:
-        return self.rollouts.mask.any(-1)  # (B,)
-
-
-class Judgement(NamedTuple):
-    """What the method makes of them."""
-
-    entropy: Tensor  # (B,) nats
-    survives: Tensor  # (B,) bool: not pruned, not empty
-    vote: Vote
-    rewards: Tensor  # (B,)
-    trains: Tensor  # (B,) bool
-    advantages: Tensor  # (B,)
-
 
 def step_metrics(
-    examples: Sequence[Example], seen: Trajectories, stats: TokenStats, judged: Judgement, equivalence: Equivalence
+    examples: Sequence[Example], seen: Trajectories, stats: TokenStats, selection: Selection
 ) -> dict[str, Any]:
     """Return figures by their names in :data:`mgrpo_kernels.train.metrics.KEYS`."""
     assert stats.logprob is not None
     assert stats.entropy is not None
-    mask, labels = seen.rollouts.mask, judged.vote.labels
+    mask = seen.rollouts.mask
     answers = Counter(answer for answer in seen.answers if answer is not None)
-    correct = equal_to_gold(labels, [example.gold for example in examples], equivalence)
-    different = {label for label in labels if label is not None}
     return {
-        "reward_mean": mean(judged.rewards[judged.trains]),
-        "vote_share": mean(judged.vote.share),
-        "label_accuracy": mean(correct[~correct.isnan()]),
-        "distinct_labels": len(different) / len({example.prompt for example in examples}),
+        **selection.metrics(prompts=len({example.prompt for example in examples})),
         "top_answer_share": max(answers.values()) / answers.total() if answers else None,
-        "pruned_fraction": mean((seen.nonempty & ~judged.survives).float()),
         "entropy": mean(stats.entropy[mask & seen.by_policy[:, None]]),
         "behaviour_mismatch": mean((stats.logprob - seen.rollouts.logprobs)[mask].abs()),
         "response_tokens": mean(mask.sum(-1)),
@@ -65,21 +43,23 @@ def step_metrics(
 
 
 def sample_lines(
-    step: int, example: Example, seen: Trajectories, judged: Judgement, group: int, number: int
+    step: int, example: Example, seen: Trajectories, selection: Selection, group: int, number: int
 ) -> list[dict[str, Any]]:
     """Return lines for samples.jsonl: `number` rollouts of the step's first prompt."""
+    assert selection.vote is not None
+    assert selection.entropy is not None
     return [
         {
             "step": step,
             "prompt": example.prompt,
             "response": seen.texts[row],
             "answer": seen.answers[row],
-            "label": judged.vote.labels[0],
+            "label": selection.vote.labels[0],
             "gold": example.gold,
-            "reward": float(judged.rewards[row]),
-            "advantage": float(judged.advantages[row]),
-            "entropy": float(judged.entropy[row]),
-            "pruned": bool(seen.nonempty[row] & ~judged.survives[row]),
+            "reward": float(selection.rewards[row]),
+            "advantage": float(selection.advantages[row]),
+            "entropy": float(selection.entropy[row]),
+            "pruned": bool(selection.nonempty[row] & ~selection.survives[row]),
             "finished": bool(seen.rollouts.finished[row]),
             "sampled_by": "policy" if seen.by_policy[row] else "momentum",
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,23 +10,15 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from mgrpo_kernels import (
-    MomentumModel,
-    TokenStats,
-    Vote,
-    group_advantages,
-    majority_vote,
-    trajectory_entropy,
-)
+from mgrpo_kernels import MomentumModel, TokenStats
+from mgrpo_kernels.method import Selection, select
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.data import Example, Task, equal_to_gold
-from mgrpo_kernels.train.labels import METHODS, Signals
+from mgrpo_kernels.train.data import Example, Task
 from mgrpo_kernels.train.lora import Adapter
 from mgrpo_kernels.train.metrics import Clock, peak_memory_bytes
-from mgrpo_kernels.train.monitor import Judgement, Trajectories, sample_lines, step_metrics
+from mgrpo_kernels.train.monitor import Trajectories, sample_lines, step_metrics
 from mgrpo_kernels.train.policy import Policy
-from mgrpo_kernels.train.pruning import survivors
 from mgrpo_kernels.train.rollout import Engine, Rollouts, interleave
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.streams import stream
@@ -54,8 +45,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     Raises:
         FloatingPointError: something is not finite; the weights are then as before the step.
     """
-    config, policy, task = learner.config, learner.policy, learner.task
-    method, G = METHODS[config.method.method], config.rollout.rollouts
+    config, policy = learner.config, learner.policy
     clock = Clock(policy.device)
 
     mine = parallel.my_share(len(examples))  # all, where there is one rank
@@ -71,52 +61,34 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
             own = score_by_policy(learner, seen, stats) if config.policy_scores_all else stats
         with clock("vote"), record_function("vote"):
             measured = own if config.method.momentum_scored_by == "policy" else stats
-            assert measured.entropy is not None
-            entropy = trajectory_entropy(
-                measured.entropy, mask=seen.rollouts.mask, reduction=config.method.entropy_reduction
-            )
-            pruning = {"k": config.method.iqr_k, "min_spread": config.method.iqr_min_spread}
-            survives = survivors(entropy, G, **pruning) if config.filters else seen.nonempty
-            voters = survives & ~seen.by_policy if method.voters == "momentum" else survives
-            vote = majority_vote(
-                seen.answers,
-                G,
-                voters=voters.cpu(),
-                equivalence=task.equivalence,
-                min_share=config.method.min_share,
-            )
-            rewards = method.rewards(signals(learner, seen, measured, vote, step)).to(policy.device)
-            if config.method.filter_scope == "penalise":
-                rewards = torch.where(survives, rewards, 0.0)
-            trains = who_trains(config, seen, survives)
-            advantages = group_advantages(rewards, G, mask=trains)
+            selection = select_rollouts(learner, seen, measured, step)
         with clock("score"), record_function("score"):
-            batch = training_batch(learner, seen, stats, own, trains, advantages)
-    with (
-        clock("update"),
-        record_function("update"),
-    ):  # with nothing to learn from the weights stay; the schedule and the average go on
+            batch = training_batch(learner, seen, stats, own, selection)
+    # If no rollout trains, the optimizer step is skipped, but the schedule and the momentum model still advance.
+    with clock("update"), record_function("update"):
         any_trains = parallel.on_any(bool(batch.prompts))
         updated = take_step(policy, learner.optimizer, batch, config, step) if any_trains else {}
     with clock("ema"), record_function("ema"):
         if learner.momentum is not None:
             # Nothing writes to the weights before the average is read, for the distance below.
-            learner.momentum.update(decay_of(config, step), overlap=True)
+            learner.momentum.update(config.method.decay_at(step, config.optim.steps), overlap=True)
 
-    judged = parallel.merged(Judgement(entropy, survives, vote, rewards, trains, advantages))
-    seen, stats = parallel.merged(seen), parallel.merged(stats)
+    seen, stats, selection = parallel.merged(seen), parallel.merged(stats), parallel.merged(selection)
+    # Where the scores are the engine's own, the update compares them with its forward pass.
+    uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
     metrics = {
         "step": step,
         "learning_rate": learning_rate(config, step),
         "skipped_steps": learner.skipped,
-        **step_metrics(examples, seen, stats, judged, task.equivalence),
-        **({"behaviour_mismatch": None} if told(learner, seen) else {}),  # the sampler's own log-probs have been taken
+        **step_metrics(examples, seen, stats, selection),
+        **uncompared,
         **updated,
         "momentum_distance": None if learner.momentum is None else float(learner.momentum.distance(policy.model)),
         **clock.metrics(int(seen.rollouts.mask.sum())),
         "peak_memory_bytes": int(parallel.largest(peak_memory_bytes(policy.device))),
     }
-    return metrics, sample_lines(step, examples[0], seen, judged, G, config.run.samples_per_step)
+    group, number = config.rollout.rollouts, config.run.samples_per_step
+    return metrics, sample_lines(step, examples[0], seen, selection, group, number)
 
 
 def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: int = 0) -> Trajectories:
@@ -147,7 +119,6 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
     return Trajectories(
         prompts=[prompt for prompt in prompts for _ in range(config.rollout.rollouts)],
         rollouts=rollouts,
-        place=(torch.arange(len(texts)) % config.rollout.rollouts).to(policy.device),
         by_policy=(torch.arange(len(texts)) % config.rollout.rollouts < config.policy_rollouts).to(policy.device),
         texts=texts,
         answers=[learner.task.extract(text) for text in texts],
@@ -162,7 +133,7 @@ def score_by_sampler(learner: Learner, seen: Trajectories) -> TokenStats:
     would only compute them again, to other roundings. It is done for an engine that does not.
     """
     rollouts = seen.rollouts
-    if told(learner, seen):
+    if engine_scores(learner, seen):
         return TokenStats(rollouts.logprobs, rollouts.entropy, rollouts.self_certainty)
     stats = score_rows(learner, seen, seen.by_policy, blank(learner, seen))
     if not learner.config.momentum_rollouts:
@@ -172,8 +143,11 @@ def score_by_sampler(learner: Learner, seen: Trajectories) -> TokenStats:
         return score_rows(learner, seen, ~seen.by_policy, stats)
 
 
-def told(learner: Learner, seen: Trajectories) -> bool:
-    """Return whether the sampler's statistics are taken. Not where momentum rollouts train: their weights are ratios of two scores."""
+def engine_scores(learner: Learner, seen: Trajectories) -> bool:
+    """Return True if the engine's own statistics are used instead of a scoring pass.
+
+    They are not where momentum rollouts train: their weights are ratios of two scores.
+    """
     has = {"logprob", *(name for name in ("entropy", "self_certainty") if getattr(seen.rollouts, name) is not None)}
     return has >= set(wanted_stats(learner.config)) and not learner.config.method.train_momentum_rollouts
 
@@ -195,7 +169,7 @@ def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: Toke
 
 def wanted_stats(config: Config) -> tuple[str, ...]:
     """Return what the method looks at."""
-    certainty = ("self_certainty",) if METHODS[config.method.method].needs_self_certainty else ()
+    certainty = ("self_certainty",) if config.method.row.needs_self_certainty else ()
     return ("logprob", "entropy", *certainty)
 
 
@@ -206,40 +180,29 @@ def blank(learner: Learner, seen: Trajectories) -> TokenStats:
     return TokenStats(*(zeros if name in wanted else None for name in TokenStats._fields))
 
 
-def signals(learner: Learner, seen: Trajectories, stats: TokenStats, vote: Vote, step: int) -> Signals:
-    """Return what a method may look at, on the CPU."""
-
-    def mean(values: Tensor | None) -> Tensor | None:
-        return None if values is None else trajectory_entropy(values, mask=seen.rollouts.mask).cpu()
-
-    entropy = mean(stats.entropy)
-    assert entropy is not None
-    group, generator = learner.config.rollout.rollouts, stream(learner.config.run.seed, "rewards", step)
-    before = parallel.my_share(learner.config.rollout.prompts_per_step).start * group
+def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, step: int) -> Selection:
+    """Filter, vote, reward and take advantages, on this rank's prompts; `stats` are those that the method looks at."""
+    config = learner.config
+    group, generator = config.rollout.rollouts, stream(config.run.seed, "rewards", step)
+    before = parallel.my_share(config.rollout.prompts_per_step).start * group
     torch.randint(0, 2, (before,), generator=generator)  # what the ranks before this one draw
-    return Signals(
-        vote=vote,
-        group=group,
-        entropy=entropy,
-        self_certainty=mean(stats.self_certainty),
-        correct=equal_to_gold(seen.answers, seen.gold, learner.task.equivalence),
+    return select(
+        seen.rollouts.mask,
+        seen.answers,
+        group,
+        config.method,
+        by_momentum=~seen.by_policy,
+        may_train=seen.rollouts.finished if config.rollout.truncated == "mask" else None,
+        entropy=stats.entropy,
+        self_certainty=stats.self_certainty,
+        gold=seen.gold,
+        equivalence=learner.task.equivalence,
         generator=generator,
     )
 
 
-def who_trains(config: Config, seen: Trajectories, survives: Tensor) -> Tensor:
-    """Return which trajectories the loss sees, ``(B,)`` bool: no empty one, and the momentum model's only where it is asked for."""
-    share = METHODS[config.method.method].train_share * config.policy_rollouts
-    trains = seen.nonempty & (seen.place < min(config.policy_rollouts, max(2, round(share))))
-    if config.method.train_momentum_rollouts:
-        trains = trains | (seen.nonempty & ~seen.by_policy)
-    if config.method.filter_scope == "both":
-        trains = trains & survives
-    return trains & seen.rollouts.finished if config.rollout.truncated == "mask" else trains
-
-
 def training_batch(
-    learner: Learner, seen: Trajectories, stats: TokenStats, own: TokenStats, trains: Tensor, advantages: Tensor
+    learner: Learner, seen: Trajectories, stats: TokenStats, own: TokenStats, selection: Selection
 ) -> Batch:
     """Return the trajectories that train, scored under the reference too where there is a KL term.
 
@@ -252,7 +215,7 @@ def training_batch(
     A batch takes one optimizer step, so the old log-probs are those that the step's own forward pass gives, bit for bit: they are not
     computed apart but where the weights above need them.
     """
-    rows = trains.nonzero().squeeze(-1)
+    rows = selection.trains.nonzero().squeeze(-1).to(learner.policy.device)
     prompts = [seen.prompts[row] for row in rows.tolist()]
     tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
     ref = None
@@ -266,16 +229,10 @@ def training_batch(
     if learner.config.corrects_behaviour:  # what the sampler itself said, which is another's rounding
         behaviour = seen.rollouts.logprobs[rows]
     old = own.logprob[rows] if weighted else None
-    sampled = seen.rollouts.logprobs[rows] if told(learner, seen) else None
-    return Batch(prompts, tokens, mask, old, ref, advantages[rows], behaviour, sampled)
+    sampled = seen.rollouts.logprobs[rows] if engine_scores(learner, seen) else None
+    advantages = selection.advantages.to(rows.device)[rows]
+    return Batch(prompts, tokens, mask, old, ref, advantages, behaviour, sampled)
 
 
 def scoring(config: Config) -> dict[str, Any]:
     return {"temperature": config.rollout.temperature, "budget": config.rollout.tokens_per_microbatch}
-
-
-def decay_of(config: Config, step: int) -> float:
-    """Return the momentum model's decay at a step: from the first to the last along a cosine."""
-    start, end = config.method.decay, config.decay_end
-    progress = (step - 1) / max(1, config.optim.steps - 1)
-    return start if start == end else end - (end - start) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train import checkpoint, demo, extras, parallel
 from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
-from mgrpo_kernels.train.data import Task, equal_to_gold, load_task, prompts_of_step
+from mgrpo_kernels.train.data import Task, load_task, prompts_of_step
 from mgrpo_kernels.train.estimate import CACHE_SHARE
 from mgrpo_kernels.train.evaluate import evaluate
 from mgrpo_kernels.train.export import save_final
@@ -137,7 +138,7 @@ def check(
     transformers.utils.logging.disable_progress_bar()
     extras.check_packages(config)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
-    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
+    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts], equivalence=config.method.equivalence)
     model = read_model(config.model.model or demo.model_config(), config.lora)
     if config.model.model is None:
         longest = check_lengths(demo.make_tokenizer(), context_of(demo.model_config()), task, config)

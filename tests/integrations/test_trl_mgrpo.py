@@ -14,10 +14,12 @@ from absent import need
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from mgrpo_kernels import policy_loss
+from mgrpo_kernels import MomentumModel, policy_loss
 from mgrpo_kernels.integrations import trl as integration
 from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
+from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.integrations.trl.trainer import MOMENTUM_FILE, _text
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import demo
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import build
@@ -107,16 +109,11 @@ def own_trainers(base, script, monkeypatch, **options):
     class Enough(Exception):
         pass
 
-    def group_advantages(rewards, groups, **more):
-        seen["rewards"] = rewards
-        return advantages(rewards, groups, **more)
-
-    def training_batch(learner, rollouts, stats, own, trains, advantages):
-        seen.update(trains=trains, advantages=advantages)
+    def training_batch(learner, rollouts, stats, own, selection):
+        seen.update(selection._asdict())
         raise Enough
 
-    learner.engine, advantages = Scripted(), steps.group_advantages
-    monkeypatch.setattr(steps, "group_advantages", group_advantages)
+    learner.engine = Scripted()
     monkeypatch.setattr(steps, "training_batch", training_batch)
     with pytest.raises(Enough):
         steps.train_step(learner, learner.task.train[:P], 1)
@@ -166,7 +163,7 @@ def test_given_rollouts_have_our_trainers_rewards_and_advantages(base, tmp_path,
 
     def _calculate_rewards(self, *arguments):
         found = kept(self, *arguments)
-        rewards.append(self._rewards)
+        rewards.append(self._selection.rewards)
         return found
 
     monkeypatch.setattr(MGRPOTrainer, "_calculate_rewards", _calculate_rewards)
@@ -335,6 +332,62 @@ def test_a_run_moves_policy_and_momentum_and_resumes_to_the_same(base, tmp_path)
         foreign.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_is_evaluated(base, tmp_path, method):
+    momentum = {} if METHODS[method].momentum_share else {"momentum_rollouts": 0}
+    data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"]})
+    args = settings(tmp_path, **{"momentum_rollouts": None, "max_steps": 2, "beta": 0.0, "method": method, **momentum})
+    trainer = MGRPOTrainer(
+        base, None, MGRPOConfig(**args, per_device_eval_batch_size=G), train_dataset=data, eval_dataset=data.select(range(2)),
+        extract=first_digit,
+    )  # fmt: skip
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    assert all("mgrpo/label_accuracy" in line for line in lines)
+    assert any(line["grad_norm"] > 0 for line in lines)
+    found = trainer.evaluate()["eval_reward"]
+    if method == "intuitor":  # of random logits it is above the log of the vocabulary's size
+        assert found > 2.5
+    elif method == "rent":
+        assert found < 0
+    else:
+        assert 0 <= found <= 1
+
+
+def test_self_certainty_is_that_of_the_logits(base, tmp_path):
+    trainer = trainer_of(base, tmp_path, method="intuitor", momentum_rollouts=0, iqr_k=0.75, temperature=0.7)
+    rows = [([3, 4], [5, 6, 7]), ([3, 4, 8], [9])]
+    got = completion_stats(trainer, rows, 4, ("entropy", "self_certainty"))
+    for row, (prompt, ids) in enumerate(rows):
+        with torch.no_grad():
+            logits = trainer.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+        want = logits.logsumexp(-1) - logits.mean(-1)
+        torch.testing.assert_close(got["self_certainty"][row, : len(ids)], want, rtol=1e-4, atol=1e-4)
+        probability = logits.softmax(-1)
+        torch.testing.assert_close(
+            got["entropy"][row, : len(ids)], -(probability * probability.log()).sum(-1), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_the_decay_rises_to_the_methods_own(base, tmp_path, monkeypatch):
+    decays = []
+    update = MomentumModel.update
+    monkeypatch.setattr(MomentumModel, "update", lambda self, decay=None: decays.append(decay) or update(self, decay))
+    trainer_of(base, tmp_path, method="co_rewarding", iqr_k=0.75, max_steps=3, extract=first_digit).train()
+    assert decays == pytest.approx([0.9, (0.9 + 0.9999) / 2, 0.9999])
+
+
+def test_a_column_of_true_answers_that_is_missing_is_named(base, tmp_path):
+    with pytest.raises(
+        ValueError, match="answer_field: want a column with the true answers, one of prompt, gold, got None"
+    ):
+        trainer_of(base, tmp_path, method="gold", momentum_rollouts=0, iqr_k=0.75)
+    with pytest.raises(ValueError, match="answer_field: want .* got 'truth'"):
+        trainer_of(base, tmp_path, answer_field="truth")
+    assert trainer_of(base, tmp_path, answer_field="gold").answer_field == "gold"
+
+
 def test_own_rewards_and_an_evaluation(base, tmp_path):
     seen = []
 
@@ -357,17 +410,23 @@ def test_own_rewards_and_an_evaluation(base, tmp_path):
 
 
 def test_what_it_cannot_do_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="momentum_rollouts: want at most 6 of num_generations 8.*got 7"):
+    with pytest.raises(ValueError, match="momentum_rollouts: want at most 6 of 8 rollouts.*got 7"):
         MGRPOConfig(**settings(tmp_path, momentum_rollouts=7))
     with pytest.raises(ValueError, match="filter_scope"):
         MGRPOConfig(**settings(tmp_path, filter_scope="all"))
     with pytest.raises(ValueError, match="use_adaptive_entropy: want False with M-GRPO, got True"):
         MGRPOConfig(**settings(tmp_path, use_adaptive_entropy=True))
-    assert MGRPOConfig(**settings(tmp_path, momentum_rollouts=None)).momentum_rollouts == G // 4
+    assert MGRPOConfig(**settings(tmp_path, momentum_rollouts=None)).momentum_rollouts == G // 2
     with pytest.raises(TypeError, match="args: want MGRPOConfig, got GRPOConfig"):
         MGRPOTrainer(base, None, GRPOConfig(**tiny_trl.settings(tmp_path)), train_dataset=tiny_trl.prompts())
     with pytest.raises(ValueError, match="tools: want None with MGRPOTrainer"):
         MGRPOTrainer(base, None, MGRPOConfig(**settings(tmp_path)), train_dataset=tiny_trl.prompts(), tools=[len])
+    with pytest.raises(ValueError, match="train_momentum_rollouts: want False with MGRPOTrainer"):
+        MGRPOConfig(**settings(tmp_path, train_momentum_rollouts=True))
+    with pytest.raises(ValueError, match="filter_scope: want the IQR filter"):
+        MGRPOConfig(**settings(tmp_path, iqr_filter=False, filter_scope="vote"))
+    with pytest.raises(ValueError, match="reward_weights: want None without reward_funcs"):
+        trainer_of(base, tmp_path, reward_weights=[2.0])
     with pytest.raises(ValueError, match=r"got epsilon 1.5 is not in \[0, 1\]"):
         trainer_of(base, tmp_path, epsilon=1.5)
 

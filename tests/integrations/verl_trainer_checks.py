@@ -149,7 +149,7 @@ def test_several_outputs_of_a_rollout_are_refused(queue):
         ({"algorithm__adv_estimator": "rloo"}, "algorithm.adv_estimator: want grpo with trainer_mode mgrpo, got rloo"),
         ({"algorithm__use_kl_in_reward": True}, "algorithm.use_kl_in_reward: want False"),
         ({"algorithm__rollout_correction": {"bypass_mode": True}}, "bypass_mode: want False"),
-        ({"mgrpo__iqr": 1.0}, "mgrpo: want one of iqr_k, filter_scope"),
+        ({"mgrpo__iqr": 1.0}, "mgrpo: want one of method, momentum_rollouts, .*iqr_k"),
         ({"mgrpo__iqr_k": -1.0}, "iqr_k: want a finite number >= 0"),
     ],
 )

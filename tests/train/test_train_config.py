@@ -8,9 +8,9 @@ import pytest
 import tiny
 import yaml
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train.config import PRESETS, SECTIONS, UsageError, build, fields_of, find_config, read_yaml
-from mgrpo_kernels.train.labels import METHODS
 
 BAD = {
     "iqr_k": (-0.1, "iqr_k: want a finite number >= 0.0, got -0.1"),
@@ -21,7 +21,7 @@ BAD = {
     "decay": (1.0, "decay: want a finite number >= 0.0 and < 1.0, got 1.0"),
     "decay_end": (1.5, "decay_end: want"),
     "rollouts": (1, "rollouts: want a finite number >= 2, got 1"),
-    "momentum_rollouts": (32, "momentum_rollouts: want a finite number >= 0 and < 32, got 32"),
+    "momentum_rollouts": (32, "momentum_rollouts: want at most 30 of 32 rollouts"),
     "warmup": (1.0, "warmup: want a finite number >= 0.0 and < 1.0, got 1.0"),
     "steps": (0, "steps: want"),
     "temperature": (0.0, "temperature: want"),
@@ -79,8 +79,8 @@ def test_bad_values_name_the_option(name: str) -> None:
         ({"method": "srt", "decay_end": 0.999}, "decay_end: want a momentum model with it"),
         ({"vllm_timeout": 60.0}, "vllm_timeout: want --engine vllm with it, without which it has no effect, got 60.0"),
         ({"engine": "vllm", "eval_temperature": 0.005}, "eval_temperature (below 0.01 vLLM changes it): want a finite"),
-        ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want --iqr-filter with it"),
-        ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: want --iqr-filter with it"),
+        ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want the IQR filter (iqr_filter) with it"),
+        ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: want the IQR filter (iqr_filter) with it"),
         (
             {"method": "gold", "iqr_filter": True, "filter_scope": "vote"},
             "filter_scope: want a method that votes with it",
@@ -90,7 +90,7 @@ def test_bad_values_name_the_option(name: str) -> None:
             "filter_scope: want both or vote with method rent, whose rewards are never above the 0 that a pruned rollout would get",
         ),
         ({"method": "empo", "min_share": 0.5}, "min_share: want a method whose reward is a label with it"),
-        ({"method": "srt", "entropy_reduction": "sum"}, "entropy_reduction: want --iqr-filter with it"),
+        ({"method": "srt", "entropy_reduction": "sum"}, "entropy_reduction: want the IQR filter (iqr_filter) with it"),
         ({"chat_template": "on"}, "chat_template: want --model with it"),
         ({"chat_template": "yes"}, "chat_template: want one of auto, on, off, got 'yes'"),
         ({"model": "m", "data": "x.jsonl", "eval_every": 5}, "eval_every: want --eval-data with it, got 5 alone"),
@@ -114,9 +114,9 @@ def test_evaluating_every_so_often_needs_data_only_where_it_is_asked_for() -> No
     build(build(data).values())  # as a run's config.yaml has it, which names no held-out data
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_the_papers_but_for_the_momentum_models_share() -> None:
     config = build()
-    assert (config.rollout.prompts_per_step, config.rollout.rollouts, config.momentum_rollouts) == (8, 32, 8)
+    assert (config.rollout.prompts_per_step, config.rollout.rollouts, config.momentum_rollouts) == (8, 32, 16)
     assert (config.method.decay, config.method.iqr_k, config.filters) == (0.99, 0.75, True)
     assert (config.optim.learning_rate, config.optim.warmup, config.warmup_steps) == (1e-6, 0.1, 50)
     assert (config.loss.loss_type, config.loss.kl_coef, config.loss.clip_low, config.loss.clip_high) == (
@@ -138,7 +138,7 @@ def test_methods_bring_their_own_rollouts_and_filter() -> None:
     crossed = build({"method": "srt", "momentum_rollouts": 8, "iqr_filter": True})
     assert (crossed.momentum_rollouts, crossed.filters, crossed.needs_momentum) == (8, True, True)
     assert build({"method": "srt", "kl_reference": "momentum"}).needs_momentum
-    assert build({"method": "co_rewarding"}).decay_end == 0.9999
+    assert build({"method": "co_rewarding"}).method.last_decay == 0.9999
 
 
 def test_behaviour_correction_comes_with_vllm() -> None:

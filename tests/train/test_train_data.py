@@ -17,10 +17,10 @@ import tiny
 from pyarrow import parquet
 from small_models import make_byte_model
 
+from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train.config import DEFAULT_TEMPLATE, UsageError
 from mgrpo_kernels.train.data import (
     Example,
-    equal_to_gold,
     load_task,
     prompts_of_step,
     read_examples,
@@ -183,7 +183,9 @@ def test_an_absent_package_says_what_to_install(
 ) -> None:
     for name in (package, f"{package}.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=rf"data: want .*{package}.*, got none installed: pip install 'mgrpo_kernels\[data\]'"):
+    with pytest.raises(
+        UsageError, match=rf"data: want .*{package}.*, got none installed: pip install 'mgrpo_kernels\[data\]'"
+    ):
         read(source)
 
 

@@ -263,7 +263,10 @@ def test_an_absent_package_stops_before_anything_is_written(
     monkeypatch.setattr(importlib.util, "find_spec", lambda each, *rest: None if each == name else real(each, *rest))
     output = tmp_path / "run"
     assert command.main([*tiny.FLAGS, "--output", str(output), *flags]) == 2
-    assert f"error: {name}: want the package {name}, got none: pip install 'mgrpo_kernels[loggers]'" in capsys.readouterr().err
+    assert (
+        f"error: {name}: want the package {name}, got none: pip install 'mgrpo_kernels[loggers]'"
+        in capsys.readouterr().err
+    )
     assert not output.exists()
 
 

@@ -315,10 +315,7 @@ def test_peft_is_asked_for_where_it_is_missing(
     real: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest))
     assert command.main([*tiny.FLAGS, *FLAGS, "--output", str(tmp_path / "run")]) == 2
-    assert (
-        "lora_rank: want the package peft, got none: pip install 'mgrpo_kernels[lora]'"
-        in capsys.readouterr().err
-    )
+    assert "lora_rank: want the package peft, got none: pip install 'mgrpo_kernels[lora]'" in capsys.readouterr().err
 
 
 def test_weights_that_are_transposed_are_merged() -> None:

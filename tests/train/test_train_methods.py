@@ -14,9 +14,9 @@ import torch
 from small_models import make_answering_model
 from transformers import AutoModelForCausalLM
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train.config import build
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import KEYS
 from mgrpo_kernels.vote import answers_equal
 

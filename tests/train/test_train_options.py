@@ -15,7 +15,7 @@ from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import Engine, Rollouts
 from mgrpo_kernels.train.score import score
-from mgrpo_kernels.train.step import Learner, decay_of, train_step
+from mgrpo_kernels.train.step import Learner, train_step
 from mgrpo_kernels.train.update import Batch
 
 G, M = 8, 6  # of 8 rollouts 6 are the policy's
@@ -169,8 +169,8 @@ def test_the_momentum_model_moves_once_towards_the_weights_after_the_step(policy
 
 def test_the_decay_follows_a_cosine() -> None:
     config = tiny.config(steps=101, decay=0.9, decay_end=0.99)
-    assert decay_of(config, 26) == pytest.approx(0.9 + 0.09 * (1 - 2**-0.5) / 2)
-    assert decay_of(config, 101) == 0.99
+    assert config.method.decay_at(26, 101) == pytest.approx(0.9 + 0.09 * (1 - 2**-0.5) / 2)
+    assert config.method.decay_at(101, 101) == 0.99
 
 
 def test_metrics_are_of_what_they_say(policy: Policy) -> None:

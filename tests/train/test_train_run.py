@@ -13,10 +13,10 @@ import torch
 from small_models import make_byte_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import checkpoint, demo, trainer
 from mgrpo_kernels.train.config import build, read_yaml
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"

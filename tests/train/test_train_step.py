@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel, group_advantages, trajectory_entropy
-from mgrpo_kernels.train import pruning
+from mgrpo_kernels.method import METHODS, pruning, selection
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.demo import after_hash
-from mgrpo_kernels.train.labels import METHODS
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS, metrics_line
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import Engine, Rollouts
-from mgrpo_kernels.train.step import Learner, decay_of, train_step, who_trains
+from mgrpo_kernels.train.step import Learner, train_step
 
 G, M = 8, 6  # of 8 rollouts 6 are the policy's
 
@@ -136,8 +135,8 @@ def prune_first(monkeypatch: pytest.MonkeyPatch, pruned: int) -> None:
     """Let the filter prune the first rollouts of each prompt."""
     real = pruning.iqr_filter
 
-    def filtered(entropy: Tensor, groups: int, **options: Any) -> Any:
-        return real(entropy, groups, **options)._replace(keep=torch.arange(len(entropy)) % groups >= pruned)
+    def filtered(entropy: Tensor, groups: Tensor, **options: Any) -> Any:
+        return real(entropy, groups, **options)._replace(keep=torch.arange(len(entropy)) % G >= pruned)
 
     monkeypatch.setattr(pruning, "iqr_filter", filtered)
 
@@ -300,8 +299,9 @@ def test_momentum_rollouts_train_with_their_weight(
 def test_ttrl_votes_with_all_and_trains_half(policy: Policy) -> None:
     learner = tiny.learner(policy, method="ttrl")
     seen = steps.roll_out(learner, learner.task.train[:3], 1)
-    trains = who_trains(learner.config, seen, torch.ones(24, dtype=torch.bool))
-    assert trains.view(3, G).tolist() == [[True] * 4 + [False] * 4] * 3
+    selection = steps.select_rollouts(learner, seen, steps.score_by_sampler(learner, seen), 1)
+    assert selection.voters.all()
+    assert selection.trains.view(3, G).tolist() == [[True] * 4 + [False] * 4] * 3
 
 
 def test_co_rewarding_takes_its_labels_from_the_momentum_model(policy: Policy) -> None:
@@ -315,12 +315,12 @@ def test_co_rewarding_takes_its_labels_from_the_momentum_model(policy: Policy) -
 
 def test_decay_schedule() -> None:
     config = tiny.config(steps=101, decay=0.9, decay_end=0.99)
-    assert [decay_of(config, step) for step in (1, 51, 101)] == pytest.approx([0.9, 0.945, 0.99])
-    assert decay_of(tiny.config(), 3) == 0.99
+    assert [config.method.decay_at(step, 101) for step in (1, 51, 101)] == pytest.approx([0.9, 0.945, 0.99])
+    assert tiny.config().method.decay_at(3, 4) == 0.99
 
 
 def test_a_step_that_is_not_finite_changes_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "group_advantages", lambda rewards, *_, **__: torch.full_like(rewards, torch.nan))
+    monkeypatch.setattr(selection, "group_advantages", lambda rewards, *_, **__: torch.full_like(rewards, torch.nan))
     learner = tiny.learner(policy)
     assert learner.momentum is not None
     before, average = tiny.weights(policy), tiny.weights(learner.momentum)

@@ -37,7 +37,9 @@ def make_base(place: Path) -> None:
 
 
 def config(**changes: Any) -> Config:
-    return build({**OPTIONS, **changes})
+    """Return a configuration in which mgrpo has a quarter of its rollouts from the momentum model, as in its paper."""
+    quarter = {"momentum_rollouts": max(1, changes.get("rollouts", OPTIONS["rollouts"]) // 4)}
+    return build({**OPTIONS, **(quarter if changes.get("method", "mgrpo") == "mgrpo" else {}), **changes})
 
 
 def learner(policy: Policy, task: Task | None = None, **changes: Any) -> Learner:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mgrpo_kernels import checks
 from mgrpo_kernels.integrations import IntegrationError
 from mgrpo_kernels.integrations.trl import INSTALL
-from mgrpo_kernels.ops.iqr_filter import REDUCTIONS
-from mgrpo_kernels.train.pruning import SCOPES, SCORERS
-from mgrpo_kernels.vote import EQUIVALENCES
+from mgrpo_kernels.method import MethodOptions
 
 try:
     from trl import GRPOConfig
@@ -20,15 +20,29 @@ except ModuleNotFoundError as error:
     raise IntegrationError(f"trl is not installed: {INSTALL}") from error
 
 DTYPES = ("float32", "bfloat16", "float16")
+T = TypeVar("T")
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def with_method_options(config: type[T]) -> type[T]:
+    """Declare every field of :class:`MethodOptions` on a class that is about to become a dataclass.
+
+    A dataclass that is not frozen, as TRL's, cannot inherit from one that is.
+    """
+    types = typing.get_type_hints(MethodOptions)
+    for each in dataclasses.fields(MethodOptions):
+        config.__annotations__[each.name] = types[each.name]
+        setattr(config, each.name, _option(each.default, each.metadata["help"]))
+    return config
+
+
 @dataclass
+@with_method_options
 class MGRPOConfig(GRPOConfig):
-    """GRPOConfig and M-GRPO's options, whose defaults are the paper's; every other default is TRL's.
+    """GRPOConfig and the options of the method (:class:`mgrpo_kernels.method.MethodOptions`); every other default is TRL's.
 
     ``num_generations`` is G, all rollouts of a prompt: `momentum_rollouts` of them come from the momentum model, the others from the
     policy, and only these train. TRL's batch sizes count all G.
@@ -38,44 +52,25 @@ class MGRPOConfig(GRPOConfig):
     """
 
     beta: float = _option(0.005, "KL coefficient (the paper's; TRL's default is 0: no reference model)")
-    momentum_rollouts: int | None = _option(
-        None, "of a prompt's num_generations, sampled from the momentum model; none: a quarter"
+    answer_field: str | None = _option(
+        None,
+        "column of the data set with the true answer, for method gold and for label_accuracy; none: answer or solution, where there is one",
     )
-    decay: float = _option(
-        0.99, "m of the momentum model: theta_k = m theta_k + (1 - m) theta_q, after each optimizer step"
-    )
-    iqr_filter: bool = _option(True, "prune trajectories of low entropy")
-    iqr_k: float = _option(0.75, "prune where entropy < Q1 - k (Q3 - Q1)")
-    filter_scope: str = _option(
-        "both", "both: pruned rollouts neither vote nor train; vote: they do not vote; penalise: their reward is 0"
-    )
-    entropy_reduction: str = _option("mean", "a trajectory's entropy over its tokens: mean or sum")
-    momentum_scored_by: str = _option(
-        "sampler", "which model's entropy counts for the momentum rollouts: sampler (the momentum model) or policy"
-    )
-    min_share: float = _option(0.0, "a majority with a smaller share of the votes gives no label")
-    equivalence: str = _option("math", "which answers are equal: math or exact")
-    momentum_dtype: str = _option("float32", "of the momentum model: float32, bfloat16 or float16")
-    momentum_device: str | None = _option(None, "where the momentum model lies; none: beside the policy")
+    momentum_dtype: str = _option("float32", "dtype in which the momentum model is kept: float32, bfloat16 or float16")
+    momentum_device: str | None = _option(None, "device on which the momentum model is kept; none: the policy's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        options = self.method_options()
         G = int(self.num_generations)  # type: ignore[arg-type]  # TRL has filled it in
-        if self.momentum_rollouts is None:
-            self.momentum_rollouts = G // 4
-        checks.check_number("momentum_rollouts", self.momentum_rollouts, at_least=0)
-        if self.momentum_rollouts > G - 2:
+        count = options.momentum_count(G)
+        options.check_use(momentum=count > 0)
+        if options.train_momentum_rollouts:
             raise ValueError(
-                f"momentum_rollouts: want at most {G - 2} of num_generations {G}, since an advantage takes two of the policy's, "
-                f"got {self.momentum_rollouts}"
+                "train_momentum_rollouts: want False with MGRPOTrainer, since TRL's loss has no weights for rollouts of another model, "
+                "got True"
             )
-        checks.check_number("decay", self.decay, at_least=0.0, below=1.0)
-        checks.check_number("iqr_k", self.iqr_k, at_least=0.0)
-        checks.check_number("min_share", self.min_share, at_least=0.0, at_most=1.0)
-        checks.check_choice("filter_scope", self.filter_scope, SCOPES)
-        checks.check_choice("entropy_reduction", self.entropy_reduction, REDUCTIONS)
-        checks.check_choice("momentum_scored_by", self.momentum_scored_by, SCORERS)
-        checks.check_choice("equivalence", self.equivalence, EQUIVALENCES)
+        self.momentum_rollouts = count
         checks.check_choice("momentum_dtype", self.momentum_dtype, DTYPES)
         if self.use_adaptive_entropy:
             raise ValueError("use_adaptive_entropy: want False with M-GRPO, got True")
@@ -84,3 +79,7 @@ class MGRPOConfig(GRPOConfig):
                 "multi_objective_aggregation: want 'sum_then_normalize' with M-GRPO, "
                 f"got {self.multi_objective_aggregation!r}"
             )
+
+    def method_options(self) -> MethodOptions:
+        """Return the options of the method, checked."""
+        return MethodOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(MethodOptions)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,20 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import pad
 
-from mgrpo_kernels import (
-    MomentumModel,
-    Vote,
-    extract_answer,
-    group_advantages,
-    iqr_filter,
-    majority_vote,
-    trajectory_entropy,
-)
+from mgrpo_kernels import MomentumModel, extract_answer
 from mgrpo_kernels.integrations.trl import loss
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
+from mgrpo_kernels.integrations.trl.scoring import completion_stats
+from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, read_gold, select
+from mgrpo_kernels.train.streams import stream
 
 MOMENTUM_FILE = "momentum.pt"
 _SCALES = {"group": "std", "batch": "batch", "none": "none"}  # TRL's scale_rewards -> ours
 
 
 def majority_vote_reward(completions: list[Any], **_: Any) -> list[float]:
-    """Stand in for the reward that :class:`MGRPOTrainer` computes from the whole group; TRL wants a function of that name."""
+    """Stand in for the method's reward, which :class:`MGRPOTrainer` computes from the whole group; TRL requires a function."""
     return [0.0] * len(completions)
 
 
@@ -40,15 +35,16 @@ class MGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with M-GRPO (arXiv 2512.13070); everything else is TRL's, checkpoints, logging and generation included.
 
     A step samples ``momentum_rollouts`` of each prompt's ``num_generations`` rollouts from the momentum model, prunes those of low
-    entropy, lets the others elect a label, rewards the policy's rollouts that agree with it, and trains on these alone. After each
-    optimizer step the momentum model moves towards the policy. It lies in each checkpoint and is resumed with it.
+    entropy, lets the others elect a label, rewards the policy's rollouts that agree with it, and trains on these alone; another ``method``
+    rewards and trains as :data:`mgrpo_kernels.method.METHODS` says. After each optimizer step the momentum model moves towards the policy.
+    It is saved in each checkpoint and resumed with it.
 
     With ``use_vllm`` the momentum model's weights are pushed into TRL's own engine for its rollouts, and the policy's for the others.
     The losses are computed by this library; for its head as well, train inside ``with trl.patched():``.
 
     Args:
         model: as for GRPOTrainer.
-        reward_funcs: as for GRPOTrainer; None: the majority vote is the reward, and no answers are needed.
+        reward_funcs: as for GRPOTrainer; None: the method gives the rewards.
         args: MGRPOConfig.
         extract: text of a completion -> its answer, or None. For the vote.
         more: as for GRPOTrainer.
@@ -80,11 +76,15 @@ class MGRPOTrainer(GRPOTrainer):
         for name in ("tools", "environment_factory", "rollout_func"):
             if more.get(name):
                 raise ValueError(f"{name}: want None with MGRPOTrainer, whose rollouts are one turn each, got {name}")
-        self.votes = not reward_funcs
+        self.uses_method_rewards = not reward_funcs
         self.extract = extract
-        functions: Any = majority_vote_reward if self.votes else reward_funcs
+        self.options: MethodOptions = args.method_options()
+        if self.uses_method_rewards and args.reward_weights is not None:
+            raise ValueError(f"reward_weights: want None without reward_funcs, got {args.reward_weights}")
+        functions: Any = majority_vote_reward if self.uses_method_rewards else reward_funcs
         super().__init__(model, functions, args, **more)
         self.momentum_rollouts = int(args.momentum_rollouts)  # type: ignore[arg-type]  # filled in when the config was built
+        self.answer_field = self._find_answer_field()
         for name, used in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if used:
                 raise ValueError(
@@ -104,12 +104,32 @@ class MGRPOTrainer(GRPOTrainer):
             {name.replace(".", "/"): p for name, p in self.model.named_parameters() if p.requires_grad}
         )
         self.momentum = MomentumModel(
-            self._trained, decay=args.decay, dtype=getattr(torch, args.momentum_dtype), device=args.momentum_device
+            self._trained,
+            decay=self.options.decay,
+            dtype=getattr(torch, args.momentum_dtype),
+            device=args.momentum_device,
         )
-        self.add_callback(_MomentumUpdate(self.momentum))
-        self._entropy: Tensor | None = None  # (B,) of this process's rollouts, from generation to reward
-        self._kept: Tensor | None = None  # (B over all processes,) bool, from reward to advantage
-        self._rewards: Tensor | None = None  # likewise, float32
+        self.add_callback(_MomentumUpdate(self.momentum, self.options))
+        self._stats: dict[str, Tensor] = {}  # (B, R) of this process's rollouts, from generation to reward
+        self._selection: Selection | None = None  # of all processes' rollouts, from reward to advantage
+        self._random = (-1, stream(args.seed, "rewards", 0))  # step, and what its coin flips are drawn from
+
+    def _find_answer_field(self) -> str | None:
+        """Return the column with the true answers, None if there is none.
+
+        Raises:
+            ValueError: a column that is named, or needed, is missing.
+        """
+        named, columns = self.args.answer_field, getattr(self.train_dataset, "column_names", None)
+        if columns is None and named is not None:  # a stream, which does not say what columns it has
+            return named
+        names = ANSWER_FIELDS if named is None else (named,)
+        found = next((name for name in names if name in (columns or ())), None)
+        if found is None and (named is not None or (self.options.row.needs_gold and self.uses_method_rewards)):
+            raise ValueError(
+                f"answer_field: want a column with the true answers, one of {', '.join(columns or ())}, got {named!r}"
+            )
+        return found
 
     def by_momentum(self, rows: int) -> Tensor:
         """Return which of this process's `rows` rollouts are the momentum model's, ``(rows,)`` bool: the last of each group."""
@@ -123,9 +143,11 @@ class MGRPOTrainer(GRPOTrainer):
             raise ValueError("prompts: want text with MGRPOTrainer, got images")
         sample = super()._generate_single_turn
         if not self.model.training:  # an evaluation is of the policy
-            return sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+            completions, said = sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+            self._stats = self._score(prompt_ids, completions, torch.zeros(len(prompt_ids), dtype=torch.bool))
+            return completions, said
         momentum = self.by_momentum(len(prompt_ids))
-        completions: list[Any] = [None] * len(prompt_ids)
+        completions = [None] * len(prompt_ids)
         logprobs: list[Any] = [None] * len(prompt_ids)
 
         def fill(rows: list[int], copies: int) -> None:
@@ -140,102 +162,122 @@ class MGRPOTrainer(GRPOTrainer):
             self._engine_weights_changed()
             fill(momentum.nonzero().flatten().tolist(), self.momentum_rollouts)
         self._engine_weights_changed()
-        self._entropy = self._score(prompt_ids, completions, momentum) if self.args.iqr_filter else None
+        self._stats = self._score(prompt_ids, completions, momentum)
         return completions, logprobs if self.use_vllm else None
 
     def _engine_weights_changed(self) -> None:
         if self.use_vllm and self.momentum_rollouts:
             self._last_loaded_step = -1  # TRL then pushes the weights before it generates
 
-    def _score(self, prompts: list[list[int]], completions: list[list[int]], momentum: Tensor) -> Tensor:
-        """Return each trajectory's entropy, ``(B,)`` float32, under the model that sampled it (or the policy, as configured)."""
-        device, padding = self.accelerator.device, self._tokenizer.pad_token_id
-        left = [torch.tensor(ids, device=device) for ids in prompts]
-        right = [torch.tensor(ids, device=device) for ids in completions]
-        mask = pad([torch.ones_like(ids) for ids in right], padding_value=0, padding_side="right")  # (B, R)
-        before = pad([torch.ones_like(ids) for ids in left], padding_value=0, padding_side="left")
-        tokens = torch.cat(
-            [
-                pad(left, padding_value=padding, padding_side="left"),
-                pad(right, padding_value=padding, padding_side="right"),
-            ],
-            1,
-        )
-        seen = torch.cat([before, mask], 1)
-        entropy = torch.full(mask.shape, float("nan"), device=device)
+    def _needed_stats(self) -> tuple[str, ...]:
+        """Return which statistics of the rollouts' tokens the filter and the method read."""
+        row, filters = self.options.row, self.options.filters and self.model.training
+        needed = {"entropy": filters or (row.needs_entropy and self.uses_method_rewards)}
+        needed["self_certainty"] = row.needs_self_certainty and self.uses_method_rewards
+        return tuple(name for name, is_needed in needed.items() if is_needed)
 
-        def fill(rows: Tensor) -> None:
-            if rows.numel():
-                entropy[rows] = self._get_per_token_logps_and_entropies(
-                    self.model,
-                    tokens[rows],
-                    seen[rows],
-                    mask.shape[1],
-                    self.args.per_device_train_batch_size,
-                    compute_entropy=True,
-                )[1]
+    def _score(self, prompts: list[list[int]], completions: list[Any], momentum: Tensor) -> dict[str, Tensor]:
+        """Return the needed statistics, ``(B, R)`` each, under the model that sampled a rollout (or the policy, as configured)."""
+        names = self._needed_stats()
+        if not names:
+            return {}
+        rows = list(zip(prompts, completions, strict=True))
+        width = max(map(len, completions))
+        found = {name: torch.full((len(rows), width), torch.nan, device=self.accelerator.device) for name in names}
 
+        def fill(chosen: Tensor) -> None:
+            numbers = chosen.nonzero().flatten().tolist()
+            if numbers:
+                scored = completion_stats(self, [rows[i] for i in numbers], width, names)
+                for name in names:
+                    found[name][numbers] = scored[name].float()
+
+        by_policy = ~momentum if self.options.momentum_scored_by == "sampler" else torch.ones_like(momentum)
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        by_policy = ~momentum if self.args.momentum_scored_by == "sampler" else torch.ones_like(momentum)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
-            fill(by_policy.nonzero().flatten())
+            fill(by_policy)
             if not by_policy.all():
                 with self.momentum.swapped_into(self._trained):
-                    fill((~by_policy).nonzero().flatten())
-        return trajectory_entropy(entropy, mask=mask.bool(), reduction=self.args.entropy_reduction)
+                    fill(~by_policy)
+        return found
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B, functions)
-        training = self.model.training
-        args, device = self.args, per_function.device
-        G = self.num_generations if training else int(self.num_generations_eval or 0)
-        everyone = torch.ones(per_function.shape[0], dtype=torch.bool, device=device)
-        kept = everyone
-        if training and self._entropy is not None:
-            kept = iqr_filter(self.accelerator.gather(self._entropy), G, k=args.iqr_k).keep
-            self._metrics["train"]["mgrpo/pruned_fraction"].append(1 - kept.float().mean().item())
-        if self.votes:
-            answers = gather_object([self.extract(_text(completion)) for completion in completions])
-            vote = majority_vote(answers, G, voters=kept.cpu(), equivalence=args.equivalence, min_share=args.min_share)
-            per_function[:, 0] = vote.agrees.to(device)
-            self._log_vote(vote, "train" if training else "eval")
+        training, device = self.model.training, per_function.device
+        own = None
+        if not self.uses_method_rewards:
+            own = (per_function * self.reward_weights.to(device)).nansum(1)
+            own[per_function.isnan().all(1)] = torch.nan
+        selection = self._select(inputs, completions, completion_ids_list, own)
+        mode = "train" if training else "eval"
+        for name, value in selection.metrics().items():
+            if value is not None and (training or selection.vote is not None):
+                self._metrics[mode][f"mgrpo/{name}"].append(value)
+        if self.uses_method_rewards:
+            per_function[:, 0] = selection.rewards.to(device)
         if not training:
             return per_function
-        if args.filter_scope == "penalise":
-            per_function[~kept] = 0.0
-        momentum = self.accelerator.gather(self.by_momentum(len(prompts)).to(device))
-        rewards = (per_function * self.reward_weights.to(device)).nansum(1)
-        self._kept = ~momentum & ~per_function.isnan().all(1)
-        if args.filter_scope == "both":
-            self._kept &= kept
-        self._rewards = rewards
+        if self.options.filter_scope == "penalise":
+            per_function[~selection.survives.to(device)] = 0.0
+        self._selection = selection
         # TRL leaves a rollout without any reward out of its baseline and its metrics.
-        return per_function.masked_fill(~self._kept.unsqueeze(1), float("nan"))
+        return per_function.masked_fill(~selection.trains.to(device).unsqueeze(1), float("nan"))
 
-    def _log_vote(self, vote: Vote, mode: str) -> None:
-        labels = [label for label in vote.labels if label is not None]
-        self._metrics[mode]["mgrpo/vote_share"].append(vote.share.float().mean().item())
-        self._metrics[mode]["mgrpo/labelled_fraction"].append(len(labels) / len(vote.labels))
-        self._metrics[mode]["mgrpo/distinct_labels"].append(len(set(labels)) / max(1, len(labels)))
+    def _select(self, inputs: Any, completions: Any, ids: list[list[int]], rewards: Tensor | None) -> Selection:
+        """Return what becomes of all processes' rollouts; of an evaluation's, which are all the policy's, nothing is pruned."""
+        training, device = self.model.training, self.accelerator.device
+        options = self.options if training else evaluation_options(self.options)
+        ended = [not self.mask_truncated_completions or self._is_finished(row) for row in ids]
+        gold = None if self.answer_field is None else [_gold(each.get(self.answer_field)) for each in inputs]
+        width = max(gather_object([max(map(len, ids))]))
+        mask = torch.arange(width) < torch.tensor([len(row) for row in ids])[:, None]
+        gather = self.accelerator.gather
+
+        def gathered(values: Tensor) -> Tensor:
+            return gather(nn.functional.pad(values, (0, width - values.shape[1]))).cpu()
+
+        stats = {name: gathered(values) for name, values in self._stats.items()}
+        momentum = self.by_momentum(len(ids)) if training else torch.zeros(len(ids), dtype=torch.bool)
+        answers = gather_object([self.extract(_text(completion)) for completion in completions])
+        return select(
+            gather(mask.to(device)).cpu(),
+            answers,
+            self.num_generations if training else int(self.num_generations_eval or 0),
+            options,
+            by_momentum=gather(momentum.to(device)).cpu(),
+            may_train=gather(torch.tensor(ended, device=device)).cpu(),
+            gold=None if gold is None else gather_object(gold),
+            rewards=rewards,
+            scale=_SCALES[str(self.scale_rewards)],
+            generator=self._generator(),
+            entropy=stats.get("entropy"),
+            self_certainty=stats.get("self_certainty"),
+        )
+
+    def _is_finished(self, ids: list[int]) -> bool:
+        """Return whether a completion ended by itself, as TRL decides it."""
+        return ids[-1] in [*self.eos_token_ids, self._tokenizer.pad_token_id]
+
+    def _generator(self) -> torch.Generator:
+        """Return what this step's coin flips are drawn from, as ``python -m mgrpo_kernels.train`` draws them."""
+        step = self.state.global_step + 1
+        if self._random[0] != step:
+            self._random = (step, stream(self.args.seed, "rewards", step))
+        return self._random[1]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        assert self._kept is not None
-        assert self._rewards is not None
+        assert self._selection is not None
         gather, rows = self.accelerator.gather, output["completion_mask"].shape[0]
-        trains = self._kept & gather(output["completion_mask"].any(1))  # TRL has masked truncated ones, where asked to
-        advantages = group_advantages(
-            self._rewards, self.num_generations, mask=trains, scale=_SCALES[str(self.scale_rewards)]
-        )
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
-        output["advantages"] = advantages[mine]
-        output["completion_mask"] = output["completion_mask"] * trains[mine].unsqueeze(1)
+        device = output["completion_mask"].device
+        output["advantages"] = self._selection.advantages[mine].to(device)
+        output["completion_mask"] = output["completion_mask"] * self._selection.trains[mine].to(device).unsqueeze(1)
         output["num_items_in_batch"] = gather(output["completion_mask"].sum()).sum()
-        output["sequences_in_batch"] = trains.sum()
-        self._metrics["train"]["mgrpo/training_fraction"].append(trains.float().mean().item())
-        self._entropy = self._kept = self._rewards = None
+        output["sequences_in_batch"] = self._selection.trains.sum().to(device)
+        self._stats, self._selection = {}, None
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -265,6 +307,17 @@ class MGRPOTrainer(GRPOTrainer):
         self.momentum.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
+def evaluation_options(options: MethodOptions) -> MethodOptions:
+    """Return the options for an evaluation, which samples the policy alone: no filter, and its majority in place of another's."""
+    method = "srt" if options.row.voters == "momentum" else options.method
+    return dataclasses.replace(options, method=method, momentum_rollouts=0, iqr_filter=False, filter_scope="both")
+
+
+def _gold(value: Any) -> str | None:
+    """Return the true answer in a cell of the data set."""
+    return None if value is None else read_gold(str(value))
+
+
 def _text(completion: Any) -> str:
     """Return the text of a completion, which is a string or a list of messages."""
     return completion if isinstance(completion, str) else "".join(message["content"] or "" for message in completion)
@@ -273,8 +326,8 @@ def _text(completion: Any) -> str:
 class _MomentumUpdate(TrainerCallback):
     """Moves the momentum model after each optimizer step, before anything is saved."""
 
-    def __init__(self, momentum: MomentumModel) -> None:
-        self._momentum = momentum
+    def __init__(self, momentum: MomentumModel, options: MethodOptions) -> None:
+        self._momentum, self._options = momentum, options
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._momentum.update()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._momentum.update(self._options.decay_at(state.global_step, state.max_steps))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mgrpo_kernels import majority_vote
-from mgrpo_kernels.train.labels import METHODS, Signals
+from mgrpo_kernels.method import METHODS, Signals
 
 ANSWERS = ["1", "1", "2", None, "5", "6", "7", "8"]  # two prompts of four
 ENTROPY = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.6, 0.8])
@@ -17,7 +17,8 @@ ENTROPY = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.6, 0.8])
 def rewards(method: str, seed: int = 0, answers: list[str | None] = ANSWERS) -> Any:
     signals = Signals(
         vote=majority_vote(answers, 4),
-        group=4,
+        offsets=torch.tensor([0, 4, 8]),
+        nonempty=~ENTROPY.isnan(),
         entropy=ENTROPY,
         self_certainty=torch.arange(8.0),
         correct=torch.tensor([0.0, 0, 1, 0, 1, 0, 0, 0]),
@@ -40,6 +41,23 @@ def test_share_of_the_own_answer() -> None:
 
 def test_empo_gives_nothing_to_a_group_that_is_too_uncertain() -> None:
     assert rewards("empo") == [2 / 3, 2 / 3, 1 / 3, 0, 0, 0, 0, 0]
+
+
+def test_empos_certainty_is_of_the_answers_alone() -> None:
+    answers = [
+        *"1234567",
+        None,
+    ]  # seven answers have entropy log 7, above 0.9 log 8; over eight rollouts it would be below
+    signals = Signals(
+        vote=majority_vote(answers, 8),
+        offsets=torch.tensor([0, 8]),
+        nonempty=torch.ones(8, dtype=torch.bool),
+        entropy=None,
+        self_certainty=None,
+        correct=None,
+        generator=None,
+    )
+    assert not METHODS["empo"].rewards(signals).any()
 
 
 def test_certainty_and_entropy() -> None:

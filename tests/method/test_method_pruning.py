@@ -1,11 +1,11 @@
-"""The filter of the trainer: the paper's, and its abstention."""
+"""The filter of the method: the paper's, and its abstention."""
 
 from __future__ import annotations
 
 import torch
 
 from mgrpo_kernels import iqr_filter
-from mgrpo_kernels.train.pruning import survivors
+from mgrpo_kernels.method import survivors
 
 NAN = float("nan")
 WIDE = [0.1, 1.0, 1.1, 1.2, 1.3, 1.4]  # the first is pruned: Q1 1.025, Q3 1.275, lower 0.8375

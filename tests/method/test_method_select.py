@@ -1,0 +1,162 @@
+"""select() on groups whose right values can be read off."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import group_advantages
+from mgrpo_kernels.method import MethodOptions, Selection, select
+
+ANSWERS: list[str | None] = ["3", "3", "4", "4", None, "3"] + [
+    "7",
+    "8",
+    "8",
+]  # a prompt of six rollouts, and one of three
+OFFSETS = torch.tensor([0, 6, 9])
+MOMENTUM = torch.tensor([False, False, False, False, True, True] + [False, False, True])
+LENGTHS = [2, 2, 2, 2, 2, 1] + [2, 2, 0]
+LEVELS = torch.tensor([0.1, 1.0, 1.1, 1.2, 1.3, 1.4] + [1.0, 1.0, 9.0])
+MASK = torch.arange(2) < torch.tensor(LENGTHS)[:, None]
+ENTROPY = LEVELS[:, None].expand(-1, 2).contiguous()
+FULL = {"entropy": ENTROPY, "by_momentum": MOMENTUM}
+
+
+def chosen(groups: Any = OFFSETS, answers: Any = ANSWERS, mask: Tensor = MASK, **more: Any) -> Selection:
+    inputs = {name: more.pop(name) for name in list(more) if name not in MethodOptions.__dataclass_fields__}
+    return select(mask, answers, groups, MethodOptions(equivalence="exact", **more), **{**FULL, **inputs})
+
+
+def test_the_first_rollout_is_pruned_and_neither_votes_nor_trains() -> None:
+    got = chosen()
+    assert got.nonempty.tolist() == [True] * 8 + [False]
+    assert got.survives.tolist() == [False] + [True] * 7 + [False]
+    assert got.voters.tolist() == got.survives.tolist()
+    assert got.vote is not None
+    assert got.vote.labels == ["3", "7"]  # two votes each in the first; 8's second vote is an empty response's
+    assert got.rewards.tolist() == [1, 1, 0, 0, 0, 1, 1, 0, 0]
+    assert got.trains.tolist() == [False, True, True, True, False, False, True, True, False]
+    assert torch.equal(got.advantages, group_advantages(got.rewards, OFFSETS, mask=got.trains))
+
+
+@pytest.mark.parametrize("scope", ["vote", "penalise"])
+def test_pruned_rollouts_train_in_the_other_scopes(scope: str) -> None:
+    got = chosen(filter_scope=scope)
+    assert got.trains.tolist() == [True, True, True, True, False, False, True, True, False]
+    assert got.rewards[0] == (1 if scope == "vote" else 0)
+    assert not got.voters[0]
+
+
+def test_momentum_rollouts_train_where_asked_for() -> None:
+    assert chosen(train_momentum_rollouts=True).trains.tolist() == [False] + [True] * 7 + [False]
+
+
+def test_only_the_momentum_model_votes_in_co_rewarding() -> None:
+    got = chosen(method="co_rewarding", answers=["3"] * 4 + ["5", "5"] + ["7"] * 3)
+    assert got.vote is not None
+    assert got.vote.labels == ["5", None]  # the second's only momentum rollout is empty
+    assert got.voters.tolist() == [False] * 4 + [True] * 2 + [False] * 3
+
+
+def test_who_sampled_is_read_for_each_rollout_wherever_it_is() -> None:
+    got = chosen(by_momentum=torch.tensor([False, True, False, False, False, False, True, False, False]))
+    assert got.trains.tolist() == [False, False, True, True, True, True, False, True, False]
+
+
+def test_a_momentum_rollout_that_is_pruned_does_not_vote_in_co_rewarding() -> None:
+    first = torch.arange(9) % 6 < 2  # the first of these is pruned, and an empty one is not among them
+    got = chosen(method="co_rewarding", iqr_filter=True, by_momentum=first, answers=["9", "5"] + ["3"] * 4 + ["7"] * 3)
+    assert got.voters.tolist() == [False, True, False, False, False, False, True, True, False]
+    assert got.vote is not None
+    assert got.vote.labels == ["5", "7"]
+
+
+def test_ttrl_trains_on_the_first_half_of_the_policys_but_on_two_at_least() -> None:
+    got = chosen(groups=9, method="ttrl", by_momentum=None)
+    assert got.trains.tolist() == [True] * 4 + [False] * 5
+    assert got.voters.tolist() == [True] * 8 + [False]
+    assert chosen(method="ttrl").trains.tolist() == [True, True, False, False, False, False, True, True, False]
+
+
+def test_a_rollout_that_may_not_train_still_votes() -> None:
+    got = chosen(may_train=torch.arange(9) != 1)
+    assert got.voters[1]
+    assert not got.trains[1]
+    assert torch.equal(got.advantages, group_advantages(got.rewards, OFFSETS, mask=got.trains))
+
+
+def test_options_of_the_vote_and_of_the_filter() -> None:
+    assert chosen(min_share=0.6).vote.labels == [None, None]  # type: ignore[union-attr]
+    assert chosen(iqr_k=10.0).survives.tolist() == [True] * 8 + [False]
+    assert chosen(iqr_min_spread=1.0).survives.tolist() == [True] * 8 + [False]
+    assert chosen(iqr_filter=False, entropy=None).survives.tolist() == [True] * 8 + [False]
+    summed = chosen(entropy_reduction="sum")
+    assert summed.entropy is not None
+    assert torch.equal(summed.entropy[:8], LEVELS[:8] * torch.tensor(LENGTHS[:8]))
+
+
+def test_given_rewards_take_the_place_of_the_vote() -> None:
+    given = torch.tensor([5.0, -1, 2, math.nan, 0, 0, 1, 2, 3])
+    got = chosen(rewards=given)
+    assert got.vote is None
+    assert got.trains.tolist() == [False, True, True, False, False, False, True, True, False]
+    assert torch.equal(got.advantages, group_advantages(given.nan_to_num(), OFFSETS, mask=got.trains))
+    assert "vote_share" not in got.metrics()
+
+
+def test_metrics_by_hand() -> None:
+    got = chosen(gold=["3"] * 6 + [None] * 3)
+    assert got.label_correct[0] == 1
+    assert got.label_correct[1].isnan()
+    assert got.metrics() == {
+        "reward_mean": pytest.approx(2 / 5),
+        "training_fraction": pytest.approx(5 / 9),
+        "pruned_fraction": pytest.approx(1 / 9),  # the empty response is not pruned
+        "label_accuracy": 1.0,
+        "vote_share": pytest.approx(1 / 2),
+        "labelled_fraction": 1.0,
+        "distinct_labels": 1.0,
+    }
+    assert got.metrics(prompts=1)["distinct_labels"] == 2.0
+    assert chosen(answers=[None] * 6 + ["7"] * 3).metrics()["labelled_fraction"] == 0.5
+    assert chosen(answers=[None] * 6 + ["7"] * 3).metrics()["distinct_labels"] == 0.5
+    assert chosen()._replace(trains=torch.zeros(9, dtype=torch.bool)).metrics()["reward_mean"] is None
+
+
+def test_it_changes_none_of_its_arguments() -> None:
+    before = [each.clone() for each in (MASK, ENTROPY, MOMENTUM, OFFSETS)]
+    chosen(filter_scope="penalise")
+    assert all(torch.equal(a, b) for a, b in zip(before, (MASK, ENTROPY, MOMENTUM, OFFSETS), strict=True))
+
+
+def test_no_rollouts_at_all() -> None:
+    got = select(MASK[:0], [], torch.tensor([0]), MethodOptions(), entropy=ENTROPY[:0])
+    assert got.advantages.shape == (0,)
+    assert set(got.metrics().values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"entropy": None}, "entropy: want it with the IQR filter, got None"),
+        ({"method": "rent", "entropy": None}, "entropy: want it with method rent"),
+        ({"method": "intuitor"}, "self_certainty: want it with method intuitor"),
+        ({"method": "gold"}, "gold: want it with method gold"),
+        (
+            {"method": "gold", "gold": ["3"] * 8 + [None]},
+            "gold: want a true answer for every rollout with method gold, got None at 8",
+        ),
+        ({"method": "random"}, "generator: want it with method random"),
+        ({"answers": ANSWERS[:8]}, "answers: want one for each of the 9 rollouts, got 8"),
+        ({"by_momentum": MOMENTUM[:8]}, "by_momentum: want shape"),
+        ({"entropy": ENTROPY[:, :1]}, "entropy: want shape"),
+        ({"groups": 2}, "groups: want a group size >= 1 that divides the 9 rollouts"),
+    ],
+)
+def test_what_is_missing_or_of_another_size_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chosen(**changes)
