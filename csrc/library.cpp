@@ -49,8 +49,8 @@ TORCH_LIBRARY(mgrpo_native, m) {
   m.def("group_advantages(Tensor rewards, Tensor offsets, Tensor? mask, int baseline, int scale, float eps) -> Tensor");
   m.def(
       "policy_loss(Tensor logprob, Tensor? old, Tensor advantages, Tensor? mask, Tensor offsets, Tensor? ref, Tensor? entropy, "
-      "Tensor? behaviour, Tensor? normalizer, Tensor? entropy_normalizer, Tensor? weights, Tensor? rollout_mask, int loss_type, "
-      "int importance_level, int kl_estimator, bool kl_bias_correction, int behaviour_mode, float[] numbers) "
+      "Tensor? behaviour, Tensor? normalizer, Tensor? entropy_normalizer, Tensor? weights, Tensor? rollout_mask, "
+      "Dict(str, str) names, Dict(str, float) numbers, Dict(str, bool) flags) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

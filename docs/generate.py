@@ -16,6 +16,8 @@ import method_tables  # noqa: F401 - its tables are figures too
 import spans
 from figures import FIGURES, PUBLISHED, RESULTS, report
 
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, LossType
+from mgrpo_kernels.ops.policy_loss.options import DECLARED
 from mgrpo_kernels.train.__main__ import make_parser
 from mgrpo_kernels.train.config import PRESETS
 from mgrpo_kernels.train.demo import OPTIONS
@@ -27,7 +29,12 @@ WRITTEN = "<!-- Written by docs/generate.py: change the code, then run that. -->
 
 def pages() -> dict[str, str]:
     """Return each generated page's text by its name in docs/."""
-    return {"options.md": options(), "presets.md": presets(), "metrics.md": metrics()}
+    return {
+        "options.md": options(),
+        "presets.md": presets(),
+        "metrics.md": metrics(),
+        "ops/policy_loss.md": policy_loss(),
+    }
 
 
 def pages_with_figures() -> list[Path]:
@@ -106,6 +113,35 @@ figures tell of collapse is said on [the guard's page](guard.md).
 On steps with an evaluation, step 0 (before the first) included, these as well:
 
 {table("key", evaluation)}"""
+
+
+def policy_loss() -> str:
+    """Return the page on the policy loss with the tables of loss types and options as the code has them."""
+    text = (DOCS / "ops" / "policy_loss.md").read_text(encoding="utf-8")
+    losses = "".join(
+        f"| `{name}` | {row.surrogate.formula} | {row.share} | {row.counts} | {source(row)} |\n"
+        for name, row in LOSSES.items()
+    )
+    settings = [(f"`{each.name}` = {each.default!r}", each.text) for each in DECLARED]
+    text = between(
+        text, "loss types", f"| | surrogate | share | normalizer counts | source |\n|---|---|---|---|---|\n{losses}"
+    )
+    return between(text, "options", table("option and default", settings))
+
+
+def source(row: LossType) -> str:
+    """Return a link to where a loss comes from."""
+    return "TRL" if row.source is None else f"[{row.source}](https://arxiv.org/abs/{row.source})"
+
+
+def between(text: str, name: str, new: str) -> str:
+    """Return a page with the text between two marks replaced."""
+    first, last = f"<!-- {name}: written by docs/generate.py -->\n", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(first)
+    _, _, after = rest.partition(last)
+    assert rest, f"want {first!r} in the page"
+    assert last in rest, f"want {last!r} in the page"
+    return f"{before}{first}\n{new}\n{last}{after}"
 
 
 def table(first: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -219,8 +219,10 @@ def record(op, launches, argument, tuned=None):
 
     def note(kernel, grid, like, *args, enable_fp_fusion=True, **options):
         names = [parameter.name for parameter in kernel.params]
+        by_name = [each.name for each in kernel.params if not each.is_constexpr and each.name in options]
+        given = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in by_name}
         options |= {"enable_fp_fusion": enable_fp_fusion}
-        calls.append((current, kernel, dict(zip(names, args, strict=False)), options))
+        calls.append((current, kernel, given, options))
 
     current = None
     with (

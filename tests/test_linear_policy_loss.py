@@ -8,7 +8,8 @@ import torch
 from contract import assert_no_worse_than_plain, each_backend, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mgrpo_kernels import linear_policy_loss, linear_token_stats, policy_loss
+from mgrpo_kernels import backend as backends
+from mgrpo_kernels import checks, linear_policy_loss, linear_token_stats, policy_loss
 from mgrpo_kernels.ops import linear_policy_loss as op_module  # noqa: F401 - the package, not the function
 from mgrpo_kernels.ops.linear_policy_loss import OP
 from mgrpo_kernels.ops.linear_token_stats import tiled
@@ -250,6 +251,22 @@ def test_the_gradient_to_be_returned_holds_the_logits(scale):
     plain, truth = gradients(torch.bfloat16, eager), gradients(torch.float64, eager)
     for mine, theirs, true in zip(got, plain, truth, strict=True):
         assert_no_worse_than_plain(mine, theirs, true)
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_inputs_are_checked_once_and_the_backend_is_chosen_once(backend, level):
+    data = batch()
+    with (
+        mock.patch.object(checks, "check_tensor", wraps=checks.check_tensor) as check,
+        mock.patch.object(backends, "choose", wraps=backends.choose) as choose,
+    ):
+        run(data, backend=backend, importance_level=level)
+    names = [call.args[0] for call in check.call_args_list]
+    once = "hidden weight bias labels old_logprobs mask advantages ref_logprobs behaviour_logprobs entropy"
+    # "labels" stands for themselves, and for the log-probs that they are going to have.
+    assert sorted(names) == sorted([*once.split(), "labels"])
+    assert choose.call_count == 1
 
 
 @each_backend(OP)

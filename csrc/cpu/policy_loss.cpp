@@ -93,8 +93,8 @@ Tensor group_advantages(
 // What the tokens of each sequence need of it, from the segments that its blocks have left.
 std::vector<PolicyLossSequence> sequence_values(const PolicyLossTokens& in) {
   const PolicyLossOptions& o = in.options;
-  const bool mean = o.sequence_mean() && !in.weights, behaviour = in.behaviour && o.behaviour_by_sequence();
-  const bool vespo = o.type == LossType::Vespo, sums = o.by_sequence || vespo || behaviour;
+  const bool mean = o.sequence_mean && !in.weights, behaviour = in.behaviour && o.behaviour_by_sequence;
+  const bool sums = o.by_sequence || o.per_sequence || behaviour;
   std::vector<PolicyLossSequence> values;
   if (!sums && !mean) {
     return values;
@@ -113,7 +113,7 @@ std::vector<PolicyLossSequence> sequence_values(const PolicyLossTokens& in) {
           total.tokens += segments[part].tokens;
           total.log_ratio += segments[part].log_ratio;
           total.log_behaviour += segments[part].log_behaviour;
-          total.vespo_log_weight += segments[part].vespo_log_weight;
+          total.of_surrogate += segments[part].of_surrogate;
         });
       }
       PolicyLossSequence& value = values[i];
@@ -123,14 +123,9 @@ std::vector<PolicyLossSequence> sequence_values(const PolicyLossTokens& in) {
       }
       if (behaviour) {
         const float weight = std::exp(static_cast<float>(total.log_behaviour));
-        value.behaviour_weight = weight > o.behaviour_cap ? (o.truncates() ? o.behaviour_cap : 0) : weight;
+        value.behaviour_weight = weight > o.behaviour_cap ? (o.truncates ? o.behaviour_cap : 0) : weight;
       }
-      for (int negative = 0; vespo && negative < 2; ++negative) {
-        const float given = static_cast<float>(total.vespo_log_weight), lowest = std::log(1e-8f);
-        const float w = given < lowest ? lowest : given > 20 ? 20 : given; // NaN stays
-        const float scale = std::max(o.vespo_lambda[negative], 1e-4f);
-        value.vespo_weight[negative] = std::exp(scale + o.vespo_k[negative] * w - scale * std::exp(w));
-      }
+      value.of_surrogate = static_cast<float>(total.of_surrogate);
     }
   });
   return values;
@@ -163,35 +158,68 @@ const float* floats_or_null(const Tensor& x) {
   return x.defined() ? x.const_data_ptr<float>() : nullptr;
 }
 
+using Names = c10::Dict<std::string, std::string>;
+using Numbers = c10::Dict<std::string, double>;
+using Flags = c10::Dict<std::string, bool>;
+
+bool is(const Names& names, const char* name, const char* wanted, const char* other) {
+  const std::string value = names.at(name);
+  TORCH_CHECK(value == wanted || value == other, name, ": want ", wanted, " or ", other, ", got ", value);
+  return value == wanted;
+}
+
+// The surrogate and the estimator stay those of the strings that are passed.
+PolicyLossOptions options_of(
+    const std::string& surrogate, const std::string& kl_estimator, const Names& names, const Numbers& numbers, const Flags& flags) {
+  auto number = [&](const char* name) { return static_cast<float>(numbers.at(name)); };
+  const std::string mode = names.at("behaviour_mode");
+  TORCH_CHECK(mode == "token_truncate" || mode == "token_mask" || mode == "sequence_truncate" || mode == "sequence_mask", mode);
+  return {
+      .surrogate = surrogate.c_str(),
+      .per_sequence = flags.at("per_sequence"),
+      .sequence_mean = is(names, "share", "1 / length of its sequence", "1"),
+      .by_sequence = is(names, "importance_level", "sequence", "token"),
+      .kl_estimator = kl_estimator.c_str(),
+      .kl_bias_correction = flags.at("kl_bias_correction"),
+      .truncates = mode == "token_truncate" || mode == "sequence_truncate",
+      .behaviour_by_sequence = mode == "sequence_truncate" || mode == "sequence_mask",
+      .clip_low = number("clip_low"),
+      .clip_high = number("clip_high"),
+      .clip_delta = number("clip_delta"),
+      .kl_coef = number("kl_coef"),
+      .entropy_coef = number("entropy_coef"),
+      .behaviour_cap = number("behaviour_cap"),
+      .cispo_cap = number("cispo_cap"),
+      .sapo_temperature = {number("sapo_temperature_high"), number("sapo_temperature_low")},
+      .vespo_k = {number("vespo_k_high"), number("vespo_k_low")},
+      .vespo_lambda = {number("vespo_lambda_high"), number("vespo_lambda_low")}};
+}
+
+// What the sum over these tokens and sequences is divided by.
+float own_normalizer(const std::string& counts, float tokens, float sequences, float max_response_tokens) {
+  if (counts == "tokens") {
+    return tokens;
+  }
+  if (counts == "sequences x max_response_tokens") {
+    return sequences * max_response_tokens;
+  }
+  TORCH_CHECK(counts == "sequences", "counts: cannot count ", counts);
+  return sequences;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     const Tensor& logprob_, const std::optional<Tensor>& old_, const Tensor& advantages_, const std::optional<Tensor>& mask_,
     const Tensor& offsets_, const std::optional<Tensor>& ref_, const std::optional<Tensor>& entropy_,
     const std::optional<Tensor>& behaviour_, const std::optional<Tensor>& normalizer, const std::optional<Tensor>& entropy_normalizer,
-    const std::optional<Tensor>& weights_, const std::optional<Tensor>& rollout_mask_, int64_t loss_type, int64_t importance_level,
-    int64_t kl_estimator, bool kl_bias_correction, int64_t behaviour_mode, at::ArrayRef<double> numbers) {
+    const std::optional<Tensor>& weights_, const std::optional<Tensor>& rollout_mask_, const Names& names, const Numbers& numbers,
+    const Flags& flags) {
   const Tensor logprob = as_float(logprob_), old = as_float(old_), advantages = as_float(advantages_), ref = as_float(ref_),
                entropy = as_float(entropy_), behaviour = as_float(behaviour_), weights = as_float(weights_),
                mask = mask_ ? mask_->contiguous() : Tensor(), rollout_mask = rollout_mask_ ? rollout_mask_->contiguous() : Tensor(),
                offsets = offsets_.contiguous();
-  TORCH_CHECK(numbers.size() == 14 && offsets.scalar_type() == at::kLong);
-  auto number = [&](size_t i) { return static_cast<float>(numbers[i]); };
-  const PolicyLossOptions options{
-      .type = static_cast<LossType>(loss_type),
-      .by_sequence = importance_level == 1,
-      .kl_estimator = kl_estimator,
-      .kl_bias_correction = kl_bias_correction,
-      .behaviour_mode = static_cast<BehaviourMode>(behaviour_mode),
-      .clip_low = number(0),
-      .clip_high = number(1),
-      .clip_delta = number(2),
-      .kl_coef = number(3),
-      .entropy_coef = number(4),
-      .behaviour_cap = number(5),
-      .cispo_cap = number(6),
-      .sapo_temperature = {number(7), number(8)},
-      .vespo_k = {number(9), number(10)},
-      .vespo_lambda = {number(11), number(12)},
-      .max_response_tokens = number(13)};
+  TORCH_CHECK(offsets.scalar_type() == at::kLong);
+  const std::string surrogate = names.at("surrogate"), kl_estimator = names.at("kl_estimator");
+  const PolicyLossOptions options = options_of(surrogate, kl_estimator, names, numbers, flags);
   const int64_t tokens = logprob.numel(), sequences = offsets.size(0) - 1;
   const PolicyLossTokens in{
       .options = options,
@@ -214,8 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   const std::vector<PolicyLossSequence> values = sequence_values(in);
   std::vector<PolicyLossSums> parts(blocks_of(tokens));
   std::vector<double> through_ratio(options.by_sequence ? parts.size() + sequences : 0);
-  MGRPO_CALL(policy_loss_kernel)
-  (in, values.empty() ? nullptr : values.data(), parts.data(), gradient.mutable_data_ptr<float>(), through_ratio.data());
+  const bool known = MGRPO_CALL(policy_loss_kernel)(
+      in, values.empty() ? nullptr : values.data(), parts.data(), gradient.mutable_data_ptr<float>(), through_ratio.data());
+  TORCH_CHECK(known, "want a known surrogate and KL estimator, got ", surrogate, " and ", kl_estimator);
   if (options.by_sequence) {
     add_through_ratio(in, values, through_ratio, gradient.mutable_data_ptr<float>());
   }
@@ -236,9 +265,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     const float value = given ? given->item<float>() : own;
     return value == 0 ? 1.0f : value; // nothing was counted, nothing is divided
   };
-  const float own = options.type == LossType::DrGrpo ? count * options.max_response_tokens
-      : options.counts_sequences()                   ? count
-                                                     : static_cast<float>(sums.tokens);
+  const float own = own_normalizer(
+      names.at("counts"), static_cast<float>(sums.tokens), count, static_cast<float>(numbers.at("max_response_tokens")));
   const float scales[2] = {
       1 / count_or_one(normalizer, own), options.entropy_coef / count_or_one(entropy_normalizer, static_cast<float>(sums.tokens))};
   const float metrics[8] = {

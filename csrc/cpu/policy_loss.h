@@ -1,4 +1,4 @@
-// What policy_loss.cpp asks of its kernels. Enumerations follow the tuples in mgrpo_kernels/ops/policy_loss/specs.py.
+// What policy_loss.cpp asks of its kernels.
 #pragma once
 
 #include <cstdint>
@@ -8,34 +8,17 @@
 
 namespace mgrpo {
 
-enum class LossType { Grpo, Bnpo, Dapo, DrGrpo, Cispo, Sapo, Vespo, Luspo };
-enum class BehaviourMode { TokenTruncate, TokenMask, SequenceTruncate, SequenceMask };
-
+// The options, read by their names in mgrpo_kernels/ops/policy_loss/options.py, and the loss type's row of the table in loss_types.py.
 struct PolicyLossOptions {
-  LossType type;
+  const char* surrogate; // a name that policy_loss_kernel knows
+  bool per_sequence; // the surrogate needs a sum over its sequence
+  bool sequence_mean; // a token's share is 1 / length of its sequence
   bool by_sequence; // the importance weight is of the sequence
-  int64_t kl_estimator;
+  const char* kl_estimator;
   bool kl_bias_correction;
-  BehaviourMode behaviour_mode;
+  bool truncates, behaviour_by_sequence; // the behaviour weight
   float clip_low, clip_high, clip_delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap;
-  float sapo_temperature[2], vespo_k[2], vespo_lambda[2]; // by the advantage's sign
-  float max_response_tokens;
-
-  bool clipped() const {
-    return type != LossType::Cispo && type != LossType::Sapo && type != LossType::Vespo;
-  }
-  bool sequence_mean() const {
-    return type == LossType::Grpo || type == LossType::Sapo;
-  }
-  bool counts_sequences() const {
-    return sequence_mean() || type == LossType::Luspo;
-  }
-  bool truncates() const {
-    return behaviour_mode == BehaviourMode::TokenTruncate || behaviour_mode == BehaviourMode::SequenceTruncate;
-  }
-  bool behaviour_by_sequence() const {
-    return behaviour_mode == BehaviourMode::SequenceTruncate || behaviour_mode == BehaviourMode::SequenceMask;
-  }
+  float sapo_temperature[2], vespo_k[2], vespo_lambda[2]; // by the advantage's sign: high, low
 };
 
 // Tokens are taken in blocks of this size, whatever the sequences: the same sums for any number of threads. A segment is what a
@@ -44,7 +27,8 @@ constexpr int64_t POLICY_LOSS_BLOCK = 1024;
 
 // What the counted tokens of a segment add up to.
 struct PolicyLossSegment {
-  double tokens, log_ratio, log_behaviour, vespo_log_weight;
+  double tokens, log_ratio, log_behaviour;
+  double of_surrogate; // a sum that the surrogate asked for with per_sequence
 };
 
 // What a counted token needs of its whole sequence.
@@ -52,7 +36,7 @@ struct PolicyLossSequence {
   float length; // at least 1
   float ratio; // by_sequence
   float behaviour_weight; // behaviour_by_sequence
-  float vespo_weight[2]; // gamma, for advantages >= 0 and the others
+  float of_surrogate; // per_sequence
 };
 
 // What the counted tokens of a block add up to.
@@ -76,8 +60,9 @@ struct PolicyLossTokens {
 // Writes segments (blocks + sequences,), which hold zeros.
 MGRPO_KERNEL(policy_loss_segments_kernel, void(const mgrpo::PolicyLossTokens&, mgrpo::PolicyLossSegment* segments))
 // Writes sums (blocks,) and gradient (tokens,), and with by_sequence adds to through_ratio (blocks + sequences,) what is to reach the
-// gradient by way of the sequence's ratio. `values` (sequences,) is null if no option needs it.
+// gradient by way of the sequence's ratio. `values` (sequences,) is null if no option needs it. Returns whether it knows the surrogate and
+// the KL estimator.
 MGRPO_KERNEL(
     policy_loss_kernel,
-    void(const mgrpo::PolicyLossTokens&, const mgrpo::PolicyLossSequence* values, mgrpo::PolicyLossSums* sums, float* gradient,
+    bool(const mgrpo::PolicyLossTokens&, const mgrpo::PolicyLossSequence* values, mgrpo::PolicyLossSums* sums, float* gradient,
          double* through_ratio))

@@ -31,6 +31,11 @@ inline float maximum_or_nan(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return at::vec::maximum(x, y); }, v);
 }
 
+// Not std::string: its functions, compiled here for one instruction set, would be linked for all.
+bool is(const char* name, const char* wanted) {
+  return std::strcmp(name, wanted) == 0;
+}
+
 double total(const float* x, int64_t n) {
   Vec sums(0.0f);
   int64_t i = 0;
@@ -85,13 +90,13 @@ struct Keep {
 
 Vec capped(Vec weight, const PolicyLossOptions& o) {
   const Vec cap(o.behaviour_cap);
-  return o.truncates() ? at_most(weight, cap) : select(weight > cap, Vec(0.0f), weight);
+  return o.truncates ? at_most(weight, cap) : select(weight > cap, Vec(0.0f), weight);
 }
 
 void block_segments(const PolicyLossTokens& in, int64_t block, PolicyLossSegment* segments) {
   const PolicyLossOptions& o = in.options;
   const int64_t begin = block * BLOCK, n = std::min(BLOCK, in.tokens - begin);
-  const bool vespo = o.type == LossType::Vespo, behaviour = in.behaviour && (vespo || o.behaviour_by_sequence());
+  const bool vespo = is(o.surrogate, "vespo"), behaviour = in.behaviour && (vespo || o.behaviour_by_sequence);
   const bool log_ratios = o.by_sequence || vespo;
   const Vec zero(0.0f), lowest(VESPO_LOWEST), log_cap(std::log(o.behaviour_cap));
   Keep keep;
@@ -111,7 +116,7 @@ void block_segments(const PolicyLossTokens& in, int64_t block, PolicyLossSegment
     if (vespo) { // there weights are per token, and enter by their logarithm
       Vec of_behaviour = zero;
       if (behaviour) {
-        of_behaviour = o.truncates() ? at_most(weight, log_cap) : select(exp(weight) > Vec(o.behaviour_cap), lowest, weight);
+        of_behaviour = o.truncates ? at_most(weight, log_cap) : select(exp(weight) > Vec(o.behaviour_cap), lowest, weight);
         of_behaviour = clamp(of_behaviour, lowest, Vec(20.0f)) & kept;
       }
       (clamp(ratio, Vec(-20.0f), Vec(20.0f)) + of_behaviour).store(log_weight + i);
@@ -125,13 +130,19 @@ void block_segments(const PolicyLossTokens& in, int64_t block, PolicyLossSegment
   });
 }
 
+enum class Estimator { None, K1, K2, K3 };
+
+Estimator estimator_of(const char* name) {
+  return is(name, "k1") ? Estimator::K1 : is(name, "k2") ? Estimator::K2 : is(name, "k3") ? Estimator::K3 : Estimator::None;
+}
+
 // Value and slope in the log-prob, from ref - logprob.
-std::pair<Vec, Vec> kl_term(int64_t estimator, Vec difference) {
+std::pair<Vec, Vec> kl_term(Estimator estimator, Vec difference) {
   const Vec zero(0.0f), one(1.0f);
-  if (estimator == 0) {
+  if (estimator == Estimator::K1) {
     return {zero - difference, one};
   }
-  if (estimator == 1) {
+  if (estimator == Estimator::K2) {
     return {difference * difference * Vec(0.5f), zero - difference};
   }
   const Vec power = exp(difference);
@@ -150,7 +161,14 @@ struct Shared {
   float advantage[BLOCK], share[BLOCK], ratio[BLOCK], behaviour_weight[BLOCK], vespo_weight[2][BLOCK];
 };
 
-enum class Kind { Clipped, Cispo, Sapo, Vespo };
+// gamma of a sequence, from the sum of its tokens' log weights.
+float vespo_weight(const PolicyLossOptions& o, float log_weight, int negative) {
+  const float w = log_weight < VESPO_LOWEST ? VESPO_LOWEST : log_weight > 20 ? 20 : log_weight; // NaN stays
+  const float scale = std::max(o.vespo_lambda[negative], 1e-4f);
+  return std::exp(scale + o.vespo_k[negative] * w - scale * std::exp(w));
+}
+
+enum class Kind { Clip, Cispo, Sapo, Vespo };
 
 // The surrogates of n tokens: losses and their two derivatives, by the log-prob directly and by the log importance weight of the token
 // or its sequence. Scalar code, whose conditions compilers turn into better masks than at::vec's. NaN passes through every condition, as
@@ -231,8 +249,8 @@ void block_loss(
     double* through_ratio) {
   const PolicyLossOptions& o = in.options;
   const int64_t begin = block * BLOCK, n = std::min(BLOCK, in.tokens - begin);
-  const bool mean = !in.weights && o.sequence_mean(), behaviour = in.behaviour && KIND != Kind::Vespo;
-  const bool behaviour_by_sequence = behaviour && o.behaviour_by_sequence();
+  const bool mean = !in.weights && o.sequence_mean, behaviour = in.behaviour && KIND != Kind::Vespo;
+  const bool behaviour_by_sequence = behaviour && o.behaviour_by_sequence;
   Shared shared;
   if (!in.advantage_per_token || values) {
     for_segments(in, begin, begin + n, [&](int64_t sequence, int64_t from, int64_t to) {
@@ -250,8 +268,9 @@ void block_loss(
         std::fill_n(shared.behaviour_weight + i, size, values[sequence].behaviour_weight);
       }
       if (KIND == Kind::Vespo) {
-        std::fill_n(shared.vespo_weight[0] + i, size, values[sequence].vespo_weight[0]);
-        std::fill_n(shared.vespo_weight[1] + i, size, values[sequence].vespo_weight[1]);
+        for (int negative = 0; negative < 2; ++negative) {
+          std::fill_n(shared.vespo_weight[negative] + i, size, vespo_weight(o, values[sequence].of_surrogate, negative));
+        }
       }
     });
   }
@@ -270,7 +289,7 @@ void block_loss(
   }
   Terms terms;
   switch (KIND) {
-    case Kind::Clipped:
+    case Kind::Clip:
       terms.clipped(o, shared.ratio, advantages, keep.lanes, n);
       break;
     case Kind::Cispo:
@@ -284,6 +303,7 @@ void block_loss(
   }
 
   const Vec zero(0.0f), one(1.0f);
+  const Estimator estimator = estimator_of(o.kl_estimator);
   Vec tokens = zero, losses = zero, kls = zero, entropies = zero, ratios = zero, ratio_max = zero;
   for (int64_t i = 0; i < n; i += WIDTH) {
     const int64_t some = ALL ? WIDTH : std::min(WIDTH, n - i), t = begin + i;
@@ -301,7 +321,7 @@ void block_loss(
     }
     if (in.ref) {
       const Vec coef(o.kl_coef);
-      auto [kl, slope] = kl_term(o.kl_estimator, at(in.ref + t) - logprob);
+      auto [kl, slope] = kl_term(estimator, at(in.ref + t) - logprob);
       if (o.kl_bias_correction) {
         kl = kl * ratio;
         slope = slope * ratio;
@@ -356,18 +376,24 @@ void policy_loss_segments_kernel(const PolicyLossTokens& in, PolicyLossSegment* 
   });
 }
 
-void policy_loss_kernel(
+bool policy_loss_kernel(
     const PolicyLossTokens& in, const PolicyLossSequence* values, PolicyLossSums* sums, float* gradient, double* through_ratio) {
-  switch (in.options.type) {
-    case LossType::Cispo:
-      return all_blocks<Kind::Cispo>(in, values, sums, gradient, through_ratio);
-    case LossType::Sapo:
-      return all_blocks<Kind::Sapo>(in, values, sums, gradient, through_ratio);
-    case LossType::Vespo:
-      return all_blocks<Kind::Vespo>(in, values, sums, gradient, through_ratio);
-    default:
-      return all_blocks<Kind::Clipped>(in, values, sums, gradient, through_ratio);
+  const char* surrogate = in.options.surrogate;
+  decltype(&all_blocks<Kind::Clip>) run = nullptr;
+  if (is(surrogate, "clip")) {
+    run = all_blocks<Kind::Clip>;
+  } else if (is(surrogate, "cispo")) {
+    run = all_blocks<Kind::Cispo>;
+  } else if (is(surrogate, "sapo")) {
+    run = all_blocks<Kind::Sapo>;
+  } else if (is(surrogate, "vespo")) {
+    run = all_blocks<Kind::Vespo>;
   }
+  if (!run || estimator_of(in.options.kl_estimator) == Estimator::None) {
+    return false;
+  }
+  run(in, values, sums, gradient, through_ratio);
+  return true;
 }
 
 } // namespace CPU_CAPABILITY

@@ -13,6 +13,7 @@ from typing import Any
 
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train.config import (
+    PAIR,
     PRESETS,
     SECTIONS,
     CheckpointError,
@@ -82,7 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
         for name, (field, kinds) in fields_of(section).items():
             flag, kind = "--" + name.replace("_", "-"), next(kind for kind in kinds if kind is not type(None))
             text = _help(name, field).replace("%", "%%")
-            if kind is bool:
+            if kind == PAIR:
+                group.add_argument(flag, type=float, nargs=2, metavar=("X", "Y"), help=text)
+            elif kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             else:
                 choices = field.metadata["choices"]
@@ -108,6 +111,8 @@ def _help(name: str, field: Any) -> str:
         default = "none"
     elif isinstance(default, bool):
         default = "on" if default else "off"
+    elif isinstance(default, tuple):
+        default = " ".join(map(str, default))
     elif isinstance(default, str) and "\n" in default:
         default = repr(default)
     named = ""

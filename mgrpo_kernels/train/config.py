@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import yaml
 
 from mgrpo_kernels import checks
 from mgrpo_kernels.method import MethodOptions
-from mgrpo_kernels.ops.policy_loss.specs import IMPORTANCE_LEVELS, KL_ESTIMATORS, LOSS_TYPES
+from mgrpo_kernels.ops.policy_loss.inputs import check_behaviour_mode
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSS_TYPES, LOSSES
+from mgrpo_kernels.ops.policy_loss.options import DECLARED, LossForm, check_option
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
@@ -40,9 +42,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is damaged. Those before it are as they were."""
 
 
-def option(default: Any, text: str, *, unit: str = "", choices: Sequence[str] | None = None) -> Any:
+def option(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    choices: Sequence[str] | None = None,
+    bounds: Mapping[str, float] | None = None,
+) -> Any:
     """Return a dataclass field with what the command line needs to know about it."""
-    return field(default=default, metadata={"help": text, "unit": unit, "choices": choices})
+    return field(default=default, metadata={"help": text, "unit": unit, "choices": choices, "bounds": bounds or {}})
 
 
 @dataclass(frozen=True)
@@ -223,30 +232,39 @@ class VllmConfig(_Section):
 
 
 @dataclass(frozen=True)
-class LossConfig(_Section):
+class LossConfig(_Section, LossForm):
     """loss."""
 
+    # The other options, their defaults and help texts are those of the policy loss.
     loss_type: str = option(
-        "dapo", "as TRL names them; dapo is the paper's mean over the step's tokens", choices=LOSS_TYPES
+        "dapo",
+        "surrogate and average of the loss, as in the table on the policy loss's page; dapo is the paper's mean over the "
+        "step's tokens",
+        choices=LOSS_TYPES,
     )
-    importance_level: str = option("token", "ratio per token or per sequence (GSPO)", choices=IMPORTANCE_LEVELS)
-    clip_low: float = option(0.2, "ratio is clipped below 1 - this")
-    clip_high: float = option(0.2, "ratio is clipped above 1 + this")
-    kl_coef: float = option(0.005, "weight of the KL term; 0 spares the reference model")
-    kl_estimator: str = option("k3", "estimator of the KL divergence", choices=KL_ESTIMATORS)
+    kl_coef: float = option(
+        0.005, "weight of the KL penalty; 0 disables it, so that no reference model is kept", bounds={"at_least": 0.0}
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus", bounds={"at_least": 0.0})
     kl_reference: str = option(
         "base", "the model at the start, the momentum model, or no KL term", choices=("base", "momentum", "none")
     )
-    entropy_coef: float = option(0.0, "weight of an entropy bonus")
     behaviour_correction: bool | None = option(
         None,
-        "weight each token by trainer / sampler probability, at most 2; none: yes with vllm, whose rounding is its own",
+        "weight each token by trainer / sampler probability, bounded by behaviour_mode and behaviour_cap; none: yes with "
+        "vllm, whose rounding is its own",
     )
 
     def check(self) -> None:
-        checks.check_number("clip_low", self.clip_low, at_least=0.0, at_most=1.0)
-        for name in ("clip_high", "kl_coef", "entropy_coef"):
-            checks.check_number(name, getattr(self, name), at_least=0.0)
+        own = {each.name: each for each in dataclasses.fields(self)}
+        for each in DECLARED:
+            if each.name in own:
+                check_option(each._replace(bounds=own[each.name].metadata["bounds"]), getattr(self, each.name))
+        check_behaviour_mode(self)
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the options as keywords of the policy loss."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(LossForm)}
 
 
 @dataclass(frozen=True)
@@ -385,9 +403,14 @@ class Config:
     def _check_unused(self) -> None:
         """Raise ValueError for an option that was set and can have no effect."""
         self.method.check_use(momentum=self.needs_momentum)
-        loss = self.loss
+        method, loss = self.method, self.loss
         vllm, of_vllm = self.rollout.engine == "vllm", dataclasses.fields(self.vllm)
         lora, of_lora = self.lora.lora_rank is not None, dataclasses.fields(self.lora)
+        weighted = self.corrects_behaviour or method.train_momentum_rollouts
+        behaviour = "--behaviour-correction or --train-momentum-rollouts"
+        of_behaviour = [
+            (each.name, each.default) for each in DECLARED if each.name in ("behaviour_mode", "behaviour_cap")
+        ]
         for name, is_set, needs, met in (
             (
                 "momentum_device",
@@ -397,12 +420,26 @@ class Config:
             ),
             ("chat_template", self.data.chat_template == "on", "--model", self.model.model is not None),
             ("kl_reference", loss.kl_reference == "momentum", "kl_coef > 0", loss.kl_coef > 0),
+            ("kl_bias_correction", loss.kl_bias_correction, "a KL term", self.needs_reference is not None),
+            *((name, getattr(loss, name) != default, behaviour, weighted) for name, default in of_behaviour),
+            *self._unread_by_surrogate(),
             *((each.name, getattr(self.vllm, each.name) != each.default, "--engine vllm", vllm) for each in of_vllm),
             *((each.name, getattr(self.lora, each.name) != each.default, "--lora-rank", lora) for each in of_lora),
         ):
             if is_set and not met:
                 got = self.values()[name]
                 raise ValueError(f"{name}: want {needs} with it, without which it has no effect, got {got!r}")
+
+    def _unread_by_surrogate(self) -> Iterator[tuple[str, bool, str, bool]]:
+        """Yield the options of one surrogate only: name, whether it is set, the loss types that read it, whether this one does.
+
+        The clip range is let pass: it has always been accepted with every loss type.
+        """
+        for each in DECLARED:
+            readers = [name for name, row in LOSSES.items() if each.name in row.surrogate.options]
+            if readers and each.name not in ("clip_low", "clip_high"):
+                is_set = getattr(self.loss, each.name) != each.default
+                yield each.name, is_set, f"--loss-type {' or '.join(readers)}", self.loss.loss_type in readers
 
     @property
     def momentum_rollouts(self) -> int:
@@ -469,7 +506,9 @@ class Config:
             "LoRA": "off, all weights train"
             if lora.lora_rank is None
             else f"rank {lora.lora_rank}, alpha {lora.lora_alpha:g}",
-            "behaviour correction": "token weights trainer / sampler, at most 2" if self.corrects_behaviour else "off",
+            "behaviour correction": f"weights trainer / sampler, {self.loss.behaviour_mode} at {self.loss.behaviour_cap:g}"
+            if self.corrects_behaviour
+            else "off",
             "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
         }
 
@@ -493,7 +532,11 @@ SECTIONS: dict[str, type[_Section]] = {
 }  # fmt: skip
 
 
-def fields_of(section: type[_Section]) -> dict[str, tuple[dataclasses.Field[Any], tuple[type, ...]]]:
+PAIR = tuple[float, float]
+"""The type of an option that is two numbers: ``--vespo-k 2 3`` on the command line, ``vespo_k: [2, 3]`` in YAML."""
+
+
+def fields_of(section: type[_Section]) -> dict[str, tuple[dataclasses.Field[Any], tuple[Any, ...]]]:
     """Return each option of a section with the types it may have."""
     hints = typing.get_type_hints(section)
     return {
@@ -530,7 +573,7 @@ def build(*layers: Mapping[str, Any]) -> Config:
         raise UsageError(str(error)) from error
 
 
-def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
+def _typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     if float in kinds and isinstance(value, str):  # YAML reads 1e-6, without a point, as text
         try:
             return float(value)
@@ -538,6 +581,10 @@ def _typed(name: str, value: Any, kinds: tuple[type, ...]) -> Any:
             pass
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if PAIR in kinds:
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise ValueError(f"{name}: want two numbers, got {value!r}")
+        return tuple(_typed(name, one, (float,)) for one in value)
     if type(value) not in kinds:
         wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{name}: want {wanted}, got {value!r}")

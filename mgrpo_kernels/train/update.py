@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
-from mgrpo_kernels.ops.policy_loss.specs import COUNT_SEQUENCES
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, LossConfig
 from mgrpo_kernels.train.policy import Policy
@@ -74,13 +74,8 @@ def accumulate_gradient(
     """
     lengths = batch.mask.sum(-1).tolist()
     tokens, sequences = map(int, parallel.total(sum(lengths), len(lengths)))
-    normalizer = (
-        sequences
-        if loss.loss_type in COUNT_SEQUENCES
-        else sequences * max_tokens
-        if loss.loss_type == "dr_grpo"
-        else tokens
-    )
+    normalizer = LOSSES[loss.loss_type].normalizer(tokens, sequences, max_tokens)
+    options = loss.keywords()
     sums: dict[str, Tensor] = {}
     mismatch: dict[str, Tensor] = {}
     batches = micro_batches(batch.prompts, lengths, budget, packed=policy.unpackable is None)
@@ -101,9 +96,8 @@ def accumulate_gradient(
                 packed.hidden, weight, packed.labels, part(batch.old_logprobs), batch.advantages[chosen],
                 bias=bias, cu_seqlens=packed.cu_seqlens, temperature=temperature, **policy.head_options._asdict(),
                 ref_logprobs=part(batch.ref_logprobs), behaviour_logprobs=part(batch.behaviour_logprobs),
-                loss_type=loss.loss_type, importance_level=loss.importance_level, clip_low=loss.clip_low, clip_high=loss.clip_high,
-                kl_coef=0.0 if batch.ref_logprobs is None else loss.kl_coef, kl_estimator=loss.kl_estimator,
-                entropy_coef=loss.entropy_coef, normalizer=normalizer, entropy_normalizer=tokens,
+                normalizer=normalizer, entropy_normalizer=tokens,
+                **(options if batch.ref_logprobs is not None else options | {"kl_coef": 0.0}),
             )  # fmt: skip
             if (
                 batch.sampled_logprobs is not None and not mismatch

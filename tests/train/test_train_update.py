@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 import torch
+import yaml
 
-from mgrpo_kernels import policy_loss
+from mgrpo_kernels import linear_policy_loss, policy_loss
+from mgrpo_kernels.ops.policy_loss.options import DECLARED, LossOptions
 from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES
 from mgrpo_kernels.train import update
+from mgrpo_kernels.train.__main__ import make_parser
+from mgrpo_kernels.train.config import LossConfig, RolloutConfig, UsageError, build
 from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.update import Batch, accumulate_gradient, learning_rate, make_optimizer, take_step
 
+ROOT = Path(__file__).parents[2]
 R = 12
 
 
@@ -69,6 +77,83 @@ def test_micro_batches_equal_the_whole_batch_and_plain_pytorch(policy: Policy, l
     torch.testing.assert_close(whole_gradient, want, atol=1e-5, rtol=1e-3)
 
 
+OF_THE_LOSS = {
+    "loss_type": "grpo", "importance_level": "sequence", "clip_low": 0.11, "clip_high": 0.12, "clip_delta": 1.13, "kl_coef": 0.14,
+    "kl_estimator": "k1", "kl_bias_correction": True, "entropy_coef": 0.15, "behaviour_mode": "token_mask", "behaviour_cap": 1.16,
+    "cispo_cap": 1.17, "sapo_temperature": [1.18, 1.19], "vespo_k": [1.2, 1.21], "vespo_lambda": [1.22, 1.23],
+}  # fmt: skip
+READ_BY = {"cispo_cap": "cispo", "sapo_temperature": "sapo", "vespo_k": "vespo", "vespo_lambda": "vespo"}
+
+
+@pytest.mark.parametrize("name", OF_THE_LOSS)
+def test_every_option_reaches_the_loss(policy: Policy, name: str) -> None:
+    value, part = OF_THE_LOSS[name], batch(policy)
+    part = part._replace(behaviour_logprobs=part.old_logprobs)
+    options = {"kl_coef": 0.1, "behaviour_correction": True, name: value}
+    if name in READ_BY:
+        options["loss_type"] = READ_BY[name]
+    flags = [text for key in options for text in flag(key, options[key])]
+    config = build(tiny.OPTIONS, vars(make_parser().parse_args(flags)))
+    assert yaml.safe_load(config.to_yaml()) == yaml.safe_load(tiny.config(**options).to_yaml())
+    with mock.patch.object(update, "linear_policy_loss", wraps=linear_policy_loss) as loss:
+        accumulate_gradient(policy, part, config.loss, max_tokens=R, temperature=1.0, budget=10**6)
+    for call in loss.call_args_list:
+        assert call.kwargs[name] == (tuple(value) if isinstance(value, list) else value)
+        assert {each.name for each in DECLARED} - set(call.kwargs) == {"max_response_tokens"}  # the normalizer is given
+
+
+def flag(name: str, value: object) -> list[str]:
+    """Return an option as the command line has it."""
+    return [
+        f"--{name.replace('_', '-')}",
+        *([] if value is True else map(str, value if isinstance(value, list) else [value])),
+    ]
+
+
+def test_the_trainers_options_are_those_of_the_loss() -> None:
+    own = {each.name: each for each in dataclasses.fields(LossConfig)}
+    changed = {"loss_type", "kl_coef", "entropy_coef"}  # another default, or a narrower range
+    for each in dataclasses.fields(LossOptions):
+        if each.name == "max_response_tokens":
+            assert each.name in {field.name for field in dataclasses.fields(RolloutConfig)}
+        elif each.name not in changed:
+            assert own[each.name].metadata is each.metadata
+            assert own[each.name].default == each.default
+        assert f"`--{each.name.replace('_', '-')}" in (ROOT / "docs" / "options.md").read_text()
+    assert set(OF_THE_LOSS) == {each.name for each in dataclasses.fields(LossOptions)} - {"max_response_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cispo_cap": 2.0}, "cispo_cap: want --loss-type cispo with it, without which it has no effect, got 2.0"),
+        ({"vespo_k": [1.0, 1.0]}, "vespo_k: want --loss-type vespo with it"),
+        (
+            {"loss_type": "vespo", "clip_delta": 2.0},
+            "clip_delta: want --loss-type grpo or bnpo or dapo or dr_grpo or luspo",
+        ),
+        ({"behaviour_cap": 3.0}, "behaviour_cap: want --behaviour-correction or --train-momentum-rollouts with it"),
+        ({"kl_bias_correction": True, "kl_coef": 0.0}, "kl_bias_correction: want a KL term with it"),
+        (
+            {"loss_type": "vespo", "behaviour_mode": "sequence_mask"},
+            "behaviour_mode: want token_truncate or token_mask",
+        ),
+        ({"loss_type": "sapo", "sapo_temperature": [1.0]}, "sapo_temperature: want two numbers, got [1.0]"),
+        (
+            {"loss_type": "sapo", "sapo_temperature": [1.0, 0.0]},
+            "sapo_temperature: want a finite number > 0.0, got 0.0",
+        ),
+        ({"loss_type": "sapo", "sapo_temperature": ["hot", 1.0]}, "sapo_temperature: want float, got 'hot'"),
+        ({"behaviour_cap": 0.0}, "behaviour_cap: want a finite number > 0.0"),
+        ({"entropy_coef": -0.1}, "entropy_coef: want a finite number >= 0.0"),
+    ],
+)
+def test_options_of_the_loss_that_make_no_sense(values: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build(values)
+    assert str(caught.value).startswith(message)
+
+
 def test_behaviour_weights_scale_the_gradient(policy: Policy) -> None:
     plain = batch(policy)
     plain = plain._replace(ref_logprobs=None)
@@ -105,7 +190,7 @@ def test_a_step_moves_the_weights_against_the_gradient(policy: Policy) -> None:
     assert float(moved.abs().max()) == pytest.approx(config.optim.learning_rate, rel=1e-2)
 
 
-def test_every_option_reaches_the_loss(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_is_passed_to_the_loss(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
     real = update.linear_policy_loss
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgrpo_kernels import policy_loss
 from mgrpo_kernels.integrations import Patch
-from mgrpo_kernels.ops.policy_loss.specs import CLIPPED, LOSS_TYPES
+from mgrpo_kernels.ops.policy_loss.loss_types import CISPO, CLIP, LOSSES, TOKENS, VESPO
 
 _IMAGES = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
@@ -21,11 +21,8 @@ SCORING = (
 )  # fmt: skip
 """What ``_get_per_token_logps_and_entropies`` takes."""
 
-_OVER_GENERATION_BATCH = (
-    "cispo",
-    "dapo",
-    "vespo",
-)  # losses that TRL divides by the tokens of the whole generation batch
+_OVER_GENERATION_BATCH = tuple(name for name, row in LOSSES.items() if row.counts == TOKENS and name != "bnpo")
+"""Losses that TRL divides by the tokens of the whole generation batch; bnpo counts those of the micro-batch."""
 _NO_CAP = 1e30  # TRL's own cap has been applied before, or there is none
 
 
@@ -54,8 +51,8 @@ def unsupported(trainer: Any) -> str | None:
         return None
     if trainer.use_adaptive_entropy:
         return "the controller of use_adaptive_entropy lives inside that method"
-    if trainer.loss_type not in LOSS_TYPES:
-        return f"loss_type {trainer.loss_type!r} is not one of {', '.join(LOSS_TYPES)}"
+    if trainer.loss_type not in LOSSES:
+        return f"loss_type {trainer.loss_type!r} is not one of {', '.join(LOSSES)}"
     if trainer.beta < 0:
         return f"beta {trainer.beta} is below 0"
     return None
@@ -145,7 +142,7 @@ def token_weights(
     if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
         return weights, None
     ratio = inputs["importance_sampling_ratio"]  # (B, T) or (B, 1): policy / sampler, which TRL has truncated already
-    if trainer.loss_type == "vespo":  # there it is a part of the sequence's own weight
+    if LOSSES[trainer.loss_type].surrogate.weighs_behaviour:  # there it is a part of the sequence's own weight
         return weights, old - ratio.log()
     return ratio if weights is None else weights * ratio, None
 
@@ -176,14 +173,15 @@ def normalizer(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
         sequences = share_of(inputs["sequences_in_batch"])
     else:
         sequences = torch.full((), mask.shape[0] * accumulation, device=mask.device)
-    return sequences * trainer.max_completion_length if loss_type == "dr_grpo" else sequences
+    return LOSSES[loss_type].normalizer(None, sequences, trainer.max_completion_length)
 
 
 def log_ratios(trainer: Any, log: Any, inputs: dict[str, Any], logprobs: Tensor, mask: Tensor) -> None:
     """Log how often the importance ratio was clipped, under TRL's names."""
     old, advantages = inputs.get("old_per_token_logps"), per_token(inputs["advantages"])
     log_ratio = torch.zeros_like(logprobs) if old is None else torch.where(mask, logprobs - old, 0.0)
-    if trainer.loss_type == "vespo":
+    surrogate = LOSSES[trainer.loss_type].surrogate
+    if surrogate is VESPO:
         args = trainer.args
         gamma = trainer.get_gamma_weights(
             advantages=advantages, log_ratio_per_token=log_ratio, mask=mask,
@@ -195,9 +193,9 @@ def log_ratios(trainer: Any, log: Any, inputs: dict[str, Any], logprobs: Tensor,
     if trainer.importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     ratio = log_ratio.exp()
-    if trainer.loss_type == "cispo":
+    if surrogate is CISPO:
         log["cispo_clip_ratio"].append(mean_where(trainer, (ratio > trainer.epsilon_high) & (advantages > 0), mask))
-    if trainer.loss_type not in CLIPPED:
+    if surrogate is not CLIP:
         return
     if trainer.args.delta is not None:
         ratio = ratio.clamp(max=trainer.args.delta)

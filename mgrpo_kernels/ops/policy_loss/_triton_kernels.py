@@ -82,12 +82,12 @@ def _advantage(
 
 @triton.jit(do_not_specialize=["batch", "groups"])
 def advantages_kernel(
-    rewards, offsets, rollout_mask, advantages, batch, groups, eps,
+    rewards, group_offsets, rollout_mask, advantages, batch, groups, eps,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the advantage of rollout ``program_id(0)``."""
     rollout = tl.program_id(0)
-    result = _advantage(rollout, rewards, offsets, rollout_mask, batch, groups, eps, BASELINE, SCALE, BLOCK)
+    result = _advantage(rollout, rewards, group_offsets, rollout_mask, batch, groups, eps, BASELINE, SCALE, BLOCK)
     tl.store(advantages + rollout, result)
 
 
@@ -149,7 +149,7 @@ def _kl(difference, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _finish(
-    partial, batch, normalizer, entropy_normalizer, entropy_coef, max_tokens, loss, metrics, scales,
+    partial, batch, normalizer, entropy_normalizer, entropy_coef, max_response_tokens, loss, metrics, scales,
     COUNTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add up all sequences in one fixed order, so that the bits do not depend on who finished last."""
@@ -161,7 +161,9 @@ def _finish(
         # Past the first cache, which other multiprocessors do not write through.
         place = partial + field * tl.cast(batch, tl.int64) + i[None, :]
         sums += tl.load(place, mask=(field < 9) & (i[None, :] < batch), other=0.0, cache_modifier=".cg")
-        one = tl.load(partial + RATIO_MAX * tl.cast(batch, tl.int64) + i, mask=i < batch, other=0.0, cache_modifier=".cg")
+        one = tl.load(
+            partial + RATIO_MAX * tl.cast(batch, tl.int64) + i, mask=i < batch, other=0.0, cache_modifier=".cg"
+        )
         highest = tl.maximum(highest, one, propagate_nan=tl.PropagateNan.ALL)
     totals = tl.sum(sums, 1)
     number = tl.arange(0, 16)
@@ -173,9 +175,10 @@ def _finish(
         count = tl.load(normalizer)
     elif COUNTS == "tokens":
         count = tokens
-    elif COUNTS == "length":
-        count = sequences * max_tokens
+    elif COUNTS == "sequences x max_response_tokens":
+        count = sequences * max_response_tokens
     else:
+        tl.static_assert(COUNTS == "sequences", "this kernel cannot count that")
         count = sequences
     entropy_count = tokens
     if entropy_normalizer is not None:
@@ -195,10 +198,11 @@ def _finish(
 def loss_kernel(
     logprob, old, advantages, mask, offsets, ref, entropy, behaviour, normalizer, entropy_normalizer, weights,
     rewards, group_offsets, rollout_mask, loss, metrics, gradient, scales, partial, counter,
-    batch, groups, eps, low, high, delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap,
-    sapo_high, sapo_low, k_high, k_low, lambda_high, lambda_low, max_tokens,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, KIND: tl.constexpr, MEANS: tl.constexpr, COUNTS: tl.constexpr,
-    BY_SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, ESTIMATOR: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
+    batch, groups, eps, clip_low, clip_high, clip_delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap,
+    sapo_temperature_high, sapo_temperature_low, vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low,
+    max_response_tokens,
+    BASELINE: tl.constexpr, SCALE: tl.constexpr, SURROGATE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, COUNTS: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr,
     TRUNCATE: tl.constexpr, BEHAVIOUR_BY_SEQUENCE: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of sequence ``program_id(0)`` and its sums; the last program turns all sums into loss and metrics."""
@@ -221,14 +225,14 @@ def loss_kernel(
         inside = i < end
         keep = _kept(mask, rollout_kept, i, inside)
         length += keep.to(tl.float32)
-        if BY_SEQUENCE or KIND == "vespo" or BEHAVIOUR_BY_SEQUENCE:
+        if BY_SEQUENCE or SURROGATE == "vespo" or BEHAVIOUR_BY_SEQUENCE:
             x = _at(logprob, i, inside, keep)
             before = x if old is None else _at(old, i, inside, keep)
             log_ratios += x - before
             clamped_log_ratios += clamp(x - before, -20.0, 20.0)
             if behaviour is not None:
                 log_behaviour = before - _at(behaviour, i, inside, keep)
-                if KIND == "vespo":  # there weights are per token, and enter by their logarithm
+                if SURROGATE == "vespo":  # there weights are per token, and enter by their logarithm
                     weight = _cap_weight(tl.exp(log_behaviour), behaviour_cap, TRUNCATE)
                     log_behaviour = clamp(tl.log(weight), VESPO_LOWEST, 20.0)
                 log_behaviours += tl.where(keep, log_behaviour, 0.0)
@@ -266,19 +270,20 @@ def loss_kernel(
 
         by_logprob = tl.zeros([BLOCK], tl.float32)
         by_log_weight = tl.zeros([BLOCK], tl.float32)
-        if KIND == "cispo":  # the weight is clipped and held constant
+        if SURROGATE == "cispo":  # the weight is clipped and held constant
             by_logprob = -clamp(ratio, 0.0, cispo_cap) * advantage
             value = by_logprob * x
-        elif KIND == "vespo":  # so is e^lambda w^k e^(-lambda w)
-            k = tl.where(advantage >= 0, k_high, k_low)
-            rate = tl.maximum(tl.where(advantage >= 0, lambda_high, lambda_low), 1e-4)
+        elif SURROGATE == "vespo":  # so is e^lambda w^k e^(-lambda w)
+            k = tl.where(advantage >= 0, vespo_k_high, vespo_k_low)
+            rate = tl.maximum(tl.where(advantage >= 0, vespo_lambda_high, vespo_lambda_low), 1e-4)
             by_logprob = -tl.exp(rate + k * vespo_log_weight - rate * tl.exp(vespo_log_weight)) * advantage
             value = by_logprob * x
-        elif KIND == "sapo":
-            value, by_log_weight = _sapo_term(ratio, advantage, sapo_high, sapo_low)
+        elif SURROGATE == "sapo":
+            value, by_log_weight = _sapo_term(ratio, advantage, sapo_temperature_high, sapo_temperature_low)
         else:
-            value, by_log_weight = _clipped_term(ratio, advantage, low, high, delta)
-        if behaviour is not None and KIND != "vespo":
+            tl.static_assert(SURROGATE == "clip", "this kernel has no such surrogate")
+            value, by_log_weight = _clipped_term(ratio, advantage, 1.0 - clip_low, 1.0 + clip_high, clip_delta)
+        if behaviour is not None and SURROGATE != "vespo":
             log_behaviour = before - _at(behaviour, i, inside, keep)
             if BEHAVIOUR_BY_SEQUENCE:
                 log_behaviour = tl.zeros([BLOCK], tl.float32) + log_behaviour_sum
@@ -287,8 +292,8 @@ def loss_kernel(
             by_logprob *= weight
             by_log_weight *= weight
         if ref is not None:
-            kl, kl_slope = _kl(_at(ref, i, inside, keep) - x, ESTIMATOR)
-            if BIAS_CORRECTION:
+            kl, kl_slope = _kl(_at(ref, i, inside, keep) - x, KL_ESTIMATOR)
+            if KL_BIAS_CORRECTION:
                 kl *= ratio
                 kl_slope *= ratio
                 by_log_weight += kl_coef * kl
@@ -298,7 +303,7 @@ def loss_kernel(
 
         if weights is not None:
             share = _at(weights, i, inside, keep)
-        elif MEANS:
+        elif SEQUENCE_MEAN:
             share = tl.where(keep, 1.0 / divisor, 0.0)
         else:
             share = keep.to(tl.float32)
@@ -315,14 +320,14 @@ def loss_kernel(
         kept_ratio = tl.where(keep, ratio, 0.0)
         ratios += kept_ratio
         ratio_max = tl.maximum(ratio_max, kept_ratio, propagate_nan=tl.PropagateNan.ALL)
-        if KIND == "cispo":
+        if SURROGATE == "cispo":
             clips_high += (keep & (ratio > cispo_cap) & (advantage > 0)).to(tl.float32)
-        elif KIND == "clip":
+        elif SURROGATE == "clip":
             seen = ratio
             if HAS_DELTA:
-                seen = clamp(ratio, 0.0, delta)
-            clips_low += (keep & (seen < low) & (advantage < 0)).to(tl.float32)
-            clips_high += (keep & (seen > high) & (advantage > 0)).to(tl.float32)
+                seen = clamp(ratio, 0.0, clip_delta)
+            clips_low += (keep & (seen < 1.0 - clip_low) & (advantage < 0)).to(tl.float32)
+            clips_high += (keep & (seen > 1.0 + clip_high) & (advantage > 0)).to(tl.float32)
 
     if BY_SEQUENCE:  # every token moves the sequence's weight: d log weight / d logprob = 1 / length
         tl.debug_barrier()
@@ -350,5 +355,6 @@ def loss_kernel(
     tl.debug_barrier()  # all of this program's sums are written before it says so
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         _finish(
-            partial, batch, normalizer, entropy_normalizer, entropy_coef, max_tokens, loss, metrics, scales, COUNTS, FINISH_WIDTH
+            partial, batch, normalizer, entropy_normalizer, entropy_coef, max_response_tokens, loss, metrics, scales,
+            COUNTS, FINISH_WIDTH,
         )  # fmt: skip

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mgrpo_kernels import sequences
 from mgrpo_kernels.backend import reference_unsupported as unsupported
-from mgrpo_kernels.ops.policy_loss.specs import CLIPPED, COUNT_SEQUENCES, SEQUENCE_MEANS, Groups, LossOptions, Tokens
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_MEAN
+from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, LossOptions, Tokens
 from mgrpo_kernels.sequences import segment_reduce
 
-__all__ = ["forward", "group_advantages", "own_normalizer", "token_weights", "unsupported"]
+__all__ = ["forward", "group_advantages", "token_weights", "unsupported"]
 
 
 def group_advantages(groups: Groups) -> Tensor:
@@ -47,7 +48,7 @@ def group_advantages(groups: Groups) -> Tensor:
 def token_weights(mask: Tensor, offsets: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
     """Return each token's share of the loss ``(T,)`` before the normalizer: 1 / length in means over sequences, else 1; 0 if masked."""
     share = mask.to(dtype)
-    if options.loss_type in SEQUENCE_MEANS:
+    if LOSSES[options.loss_type].share == SEQUENCE_MEAN:
         share = share / segment_reduce(share, offsets).clamp(min=1)[sequences.group_index(offsets, mask.shape[0])]
     return share
 
@@ -58,19 +59,9 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     All in float32 (float64 for float64 log-probs). Gradients are left undivided so that a kernel can write them in its only pass.
     """
     dtype = torch.float64 if tokens.logprob.dtype == torch.float64 else torch.float32
-    offsets, number = tokens.offsets, tokens.offsets.shape[0] - 1
+    offsets = tokens.offsets
     sequence = sequences.group_index(offsets, tokens.logprob.shape[0])  # (T,)
-    mask = torch.ones_like(tokens.logprob, dtype=torch.bool) if tokens.mask is None else tokens.mask
-    count = torch.full((), number, dtype=dtype, device=mask.device)
-    advantages = tokens.advantages
-    if groups is not None:
-        advantages = group_advantages(groups)
-        if groups.mask is not None:
-            mask = mask & groups.mask[sequence]
-            count = groups.mask.sum().to(dtype)
-    assert advantages is not None
-    if advantages.shape != mask.shape or offsets.shape[0] == advantages.shape[0] + 1:
-        advantages = advantages[sequence]
+    mask, count, advantages = _counted(tokens, groups, sequence, dtype)
 
     def clean(values: Tensor) -> Tensor:  # what a masked position holds is never read
         return torch.where(mask, values.to(dtype), 0.0)
@@ -84,8 +75,10 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     ratio = log_weight.exp()
     behaviour = _behaviour_weight(tokens, clean, old, mask, sequence, options)
 
-    term = _policy_term(logprob, log_ratio, ratio, advantage, behaviour, mask, tokens, sequence, options)
-    if behaviour is not None and options.loss_type != "vespo":
+    surrogate = LOSSES[options.loss_type].surrogate
+    given = _Given(logprob, log_ratio, ratio, advantage, behaviour, mask, offsets, sequence)
+    term, clip_low, clip_high = SURROGATES[surrogate.name](given, options)
+    if behaviour is not None and not surrogate.weighs_behaviour:
         term = _Term(*(part * behaviour for part in term))
     kl = torch.zeros_like(logprob)
     if tokens.ref is not None:
@@ -104,29 +97,64 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
 
     entropy = torch.zeros_like(logprob) if tokens.entropy is None else clean(tokens.entropy)
     number_of_tokens = mask.sum().to(dtype)
-    normalizer = _or_one(
-        own_normalizer(number_of_tokens, count, options) if tokens.normalizer is None else tokens.normalizer
-    )
-    entropy_normalizer = _or_one(number_of_tokens if tokens.entropy_normalizer is None else tokens.entropy_normalizer)
-    scales = torch.stack([1.0 / normalizer.to(dtype), options.entropy_coef / entropy_normalizer.to(dtype)])
+    scales = _scales(tokens, number_of_tokens, count, options)
     loss = (share * torch.where(mask, term.value, 0.0)).sum() * scales[0] - entropy.sum() * scales[1]
-
-    limit_low, limit_high = 1.0 - options.clip_low, 1.0 + options.clip_high
-    seen = ratio if options.clip_delta is None else ratio.clamp(max=options.clip_delta)
-    clip_low = mask & (options.loss_type in CLIPPED) & (seen < limit_low) & (advantage < 0)
-    clip_high = mask & (options.loss_type in CLIPPED) & (seen > limit_high) & (advantage > 0)
-    if options.loss_type == "cispo":
-        clip_high = mask & (ratio > options.cispo_cap) & (advantage > 0)
     ratios = torch.where(mask, ratio, 0.0)
-    metrics = torch.stack(
-        [number_of_tokens, count, torch.where(mask, kl, 0.0).sum(), entropy.sum(), ratios.sum()]
-        + [
-            ratios.max() if ratios.numel() else ratios.new_zeros(()),
-            clip_low.sum().to(dtype),
-            clip_high.sum().to(dtype),
-        ]
-    ).float()
-    return loss, metrics, gradient, scales
+    metrics = {
+        "tokens": number_of_tokens,
+        "sequences": count,
+        "kl_sum": torch.where(mask, kl, 0.0).sum(),
+        "entropy_sum": entropy.sum(),
+        "ratio_sum": ratios.sum(),
+        "ratio_max": ratios.max() if ratios.numel() else ratios.new_zeros(()),
+        "clip_low_count": (mask & clip_low).sum().to(dtype),
+        "clip_high_count": (mask & clip_high).sum().to(dtype),
+    }
+    return loss, torch.stack([metrics[name] for name in METRICS]).float(), gradient, scales
+
+
+def _counted(
+    tokens: Tokens, groups: Groups | None, sequence: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which tokens count ``(T,)``, how many sequences do (0-d), and the advantages ``(T,)``."""
+    mask = torch.ones_like(tokens.logprob, dtype=torch.bool) if tokens.mask is None else tokens.mask
+    count = torch.full((), tokens.offsets.shape[0] - 1, dtype=dtype, device=mask.device)
+    advantages = tokens.advantages
+    if groups is not None:
+        advantages = group_advantages(groups)
+        if groups.mask is not None:
+            mask = mask & groups.mask[sequence]
+            count = groups.mask.sum().to(dtype)
+    assert advantages is not None
+    if advantages.shape != mask.shape or tokens.offsets.shape[0] == advantages.shape[0] + 1:
+        advantages = advantages[sequence]
+    return mask, count, advantages
+
+
+def _scales(tokens: Tokens, number_of_tokens: Tensor, count: Tensor, options: LossOptions) -> Tensor:
+    """Return 1 / normalizer and entropy_coef / its own ``(2,)``; where nothing was counted, nothing is divided."""
+    normalizer, entropy_normalizer = tokens.normalizer, tokens.entropy_normalizer
+    if normalizer is None:
+        normalizer = LOSSES[options.loss_type].normalizer(number_of_tokens, count, options.max_response_tokens)
+    if entropy_normalizer is None:
+        entropy_normalizer = number_of_tokens
+    dtype = number_of_tokens.dtype
+    return torch.stack(
+        [1.0 / _or_one(normalizer).to(dtype), options.entropy_coef / _or_one(entropy_normalizer).to(dtype)]
+    )
+
+
+class _Given(NamedTuple):
+    """What a surrogate may read, per token ``(T,)`` but for the offsets; 0 where masked."""
+
+    logprob: Tensor
+    log_ratio: Tensor  # logprob - old
+    ratio: Tensor  # the importance ratio, of the token or of its sequence
+    advantage: Tensor
+    behaviour: Tensor | None  # exp(old - behaviour), bounded
+    mask: Tensor
+    offsets: Tensor  # (B+1,)
+    sequence: Tensor  # index of each token's sequence
 
 
 class _Term(NamedTuple):
@@ -137,30 +165,12 @@ class _Term(NamedTuple):
     by_log_weight: Tensor  # through the log importance weight (of the token or of its sequence)
 
 
-def _policy_term(
-    logprob: Tensor,
-    log_ratio: Tensor,
-    ratio: Tensor,
-    advantage: Tensor,
-    behaviour: Tensor | None,
-    mask: Tensor,
-    tokens: Tokens,
-    sequence: Tensor,
-    options: LossOptions,
-) -> _Term:
-    zero = torch.zeros_like(logprob)
-    if options.loss_type == "cispo":  # arXiv 2506.13585: the weight is clipped and held constant
-        factor = -ratio.clamp(max=options.cispo_cap) * advantage
-        return _Term(factor * logprob, factor, zero)
-    if options.loss_type == "vespo":  # arXiv 2602.10693: gamma(w) = e^lambda w^k e^(-lambda w), held constant
-        factor = -_vespo_weight(log_ratio, advantage, behaviour, mask, tokens, sequence, options) * advantage
-        return _Term(factor * logprob, factor, zero)
-    if options.loss_type == "sapo":  # arXiv 2511.20347: a sigmoid gate in place of the clip
-        temperature = _by_sign(advantage > 0, options.sapo_temperature, advantage)
-        gate = torch.sigmoid(temperature * (ratio - 1))
-        slope = gate * (1 - gate)
-        slope = torch.where(slope == 0, 0.0, slope * ratio)  # 0 x inf
-        return _Term(-gate * 4 / temperature * advantage, zero, -4 * slope * advantage)
+_Surrogate = tuple[_Term, Tensor, Tensor]  # and which ratios were clipped from below and from above, (T,) bool
+
+
+def _clip(given: _Given, options: LossOptions) -> _Surrogate:
+    """Clip the ratio as PPO does."""
+    ratio, advantage = given.ratio, given.advantage
     low, high = 1.0 - options.clip_low, 1.0 + options.clip_high
     delta = math.inf if options.clip_delta is None else options.clip_delta
     free, clipped = ratio.clamp(max=delta) * advantage, ratio.clamp(low, high) * advantage
@@ -170,28 +180,55 @@ def _policy_term(
         free < clipped, free_slope, torch.where(free > clipped, clipped_slope, (free_slope + clipped_slope) / 2)
     )
     nothing = (advantage == 0) & ~ratio.isnan()  # also where the ratio overflowed
-    return _Term(torch.where(nothing, 0.0, -torch.minimum(free, clipped)), zero, torch.where(nothing, 0.0, -slope))
+    value = torch.where(nothing, 0.0, -torch.minimum(free, clipped))
+    term = _Term(value, torch.zeros_like(ratio), torch.where(nothing, 0.0, -slope))
+    seen = ratio.clamp(max=delta)
+    return term, (seen < low) & (advantage < 0), (seen > high) & (advantage > 0)
 
 
-def _vespo_weight(
-    log_ratio: Tensor,
-    advantage: Tensor,
-    behaviour: Tensor | None,
-    mask: Tensor,
-    tokens: Tokens,
-    sequence: Tensor,
-    options: LossOptions,
-) -> Tensor:
+def _cispo(given: _Given, options: LossOptions) -> _Surrogate:
+    """Clip the weight and hold it constant (arXiv 2506.13585)."""
+    factor = -given.ratio.clamp(max=options.cispo_cap) * given.advantage
+    clipped = (given.ratio > options.cispo_cap) & (given.advantage > 0)
+    return _Term(factor * given.logprob, factor, torch.zeros_like(factor)), torch.zeros_like(clipped), clipped
+
+
+def _sapo(given: _Given, options: LossOptions) -> _Surrogate:
+    """Put a sigmoid gate in place of the clip (arXiv 2511.20347)."""
+    advantage = given.advantage
+    temperature = _by_sign(advantage > 0, options.sapo_temperature, advantage)
+    gate = torch.sigmoid(temperature * (given.ratio - 1))
+    slope = gate * (1 - gate)
+    slope = torch.where(slope == 0, 0.0, slope * given.ratio)  # 0 x inf
+    term = _Term(-gate * 4 / temperature * advantage, torch.zeros_like(gate), -4 * slope * advantage)
+    return term, *_never_clipped(given)
+
+
+def _vespo(given: _Given, options: LossOptions) -> _Surrogate:
+    """Weight by gamma(w) = e^lambda w^k e^(-lambda w), held constant, with w the sequence's weight (arXiv 2602.10693)."""
     lowest = math.log(1e-8)
-    log_weight = segment_reduce(log_ratio.clamp(-20.0, 20.0), tokens.offsets)
-    if behaviour is not None:
-        log_weight = log_weight + segment_reduce(
-            torch.where(mask, behaviour.log().clamp(lowest, 20.0), 0.0), tokens.offsets
-        )
-    log_weight = log_weight.clamp(lowest, 20.0)[sequence]
-    k = _by_sign(advantage >= 0, options.vespo_k, advantage)
-    scale = _by_sign(advantage >= 0, options.vespo_lambda, advantage).clamp(min=1e-4)
-    return (scale + k * log_weight - scale * log_weight.exp()).exp()
+    log_weight = segment_reduce(given.log_ratio.clamp(-20.0, 20.0), given.offsets)
+    if given.behaviour is not None:
+        log_behaviour = torch.where(given.mask, given.behaviour.log().clamp(lowest, 20.0), 0.0)
+        log_weight = log_weight + segment_reduce(log_behaviour, given.offsets)
+    log_weight = log_weight.clamp(lowest, 20.0)[given.sequence]
+    k = _by_sign(given.advantage >= 0, options.vespo_k, given.advantage)
+    scale = _by_sign(given.advantage >= 0, options.vespo_lambda, given.advantage).clamp(min=1e-4)
+    factor = -(scale + k * log_weight - scale * log_weight.exp()).exp() * given.advantage
+    return _Term(factor * given.logprob, factor, torch.zeros_like(factor)), *_never_clipped(given)
+
+
+SURROGATES: dict[str, Callable[[_Given, LossOptions], _Surrogate]] = {
+    "clip": _clip,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "vespo": _vespo,
+}
+
+
+def _never_clipped(given: _Given) -> tuple[Tensor, Tensor]:
+    never = torch.zeros_like(given.mask)
+    return never, never
 
 
 def _by_sign(first: Tensor, pair: tuple[float, float], like: Tensor) -> Tensor:
@@ -225,16 +262,6 @@ def _kl(difference: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     if estimator == "k2":
         return difference.square() / 2, -difference
     return difference.exp() - difference - 1, 1 - difference.exp()
-
-
-def own_normalizer(number_of_tokens: Tensor, number_of_sequences: Tensor, options: LossOptions) -> Tensor:
-    """Return what the loss of these alone is divided by."""
-    if options.loss_type in COUNT_SEQUENCES:
-        return number_of_sequences
-    if options.loss_type == "dr_grpo":
-        assert options.max_response_tokens is not None
-        return number_of_sequences * options.max_response_tokens
-    return number_of_tokens
 
 
 def _or_one(count: Tensor) -> Tensor:

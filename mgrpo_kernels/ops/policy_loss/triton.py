@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
 from mgrpo_kernels.ops._triton.launch import launch
-from mgrpo_kernels.ops.policy_loss.specs import (
-    BASELINES,
-    CLIPPED,
-    COUNT_SEQUENCES,
-    METRICS,
-    SCALES,
-    SEQUENCE_MEANS,
-    Groups,
-    LossOptions,
-    Tokens,
-)
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_MEAN
+from mgrpo_kernels.ops.policy_loss.options import scalars
+from mgrpo_kernels.ops.policy_loss.specs import BASELINES, METRICS, SCALES, Groups, LossOptions, Tokens
 
 __all__ = ["forward", "group_advantages", "unsupported"]
 
@@ -37,11 +29,15 @@ def group_advantages(groups: Groups) -> Tensor:
 
     block, num_warps = _SHORT
     launch(
-        kernels.advantages_kernel, (batch,), advantages,
-        groups.rewards.contiguous(), groups.offsets.contiguous(), _bytes(groups.mask), advantages,
-        batch, groups.offsets.shape[0] - 1, float(groups.eps),
-        BASELINE=groups.baseline, SCALE=groups.scale, BLOCK=block, num_warps=num_warps,
-    )  # fmt: skip
+        kernels.advantages_kernel,
+        (batch,),
+        advantages,
+        **_group_arguments(groups),
+        advantages=advantages,
+        batch=batch,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
     return advantages
 
 
@@ -57,41 +53,61 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
         like.new_empty(number),
         like.new_empty(2),
     )
-    partial = like.new_empty(1 + len(METRICS), batch)
-    counter = torch.zeros(1, dtype=torch.int32, device=like.device)  # how many programs are done
     per_token = tokens.advantages is not None and tokens.advantages.shape[0] == number != batch
     block, num_warps = _LONG if number > _LONG_FROM * batch else _SHORT
-    delta = math.inf if options.clip_delta is None else options.clip_delta
+    inputs = {name: _contiguous(values) for name, values in tokens._asdict().items()}
     launch(
-        kernels.loss_kernel, (max(1, batch),), like,
-        *map(_contiguous, (tokens.logprob, tokens.old, tokens.advantages)), _bytes(tokens.mask), tokens.offsets.contiguous(),
-        *map(_contiguous, (tokens.ref, tokens.entropy, tokens.behaviour, tokens.normalizer, tokens.entropy_normalizer)),
-        _contiguous(tokens.weights),
-        None if groups is None else groups.rewards.contiguous(), None if groups is None else groups.offsets.contiguous(),
-        None if groups is None else _bytes(groups.mask),
-        loss, metrics, gradient, scales, partial, counter,
-        batch, 0 if groups is None else groups.offsets.shape[0] - 1,
-        *map(float, (
-            0.0 if groups is None else groups.eps, 1.0 - options.clip_low, 1.0 + options.clip_high, delta, options.kl_coef,
-            options.entropy_coef, options.behaviour_cap, options.cispo_cap, *options.sapo_temperature, *options.vespo_k,
-            *options.vespo_lambda, options.max_response_tokens or 0,
-        )),
-        BASELINE=BASELINES[0] if groups is None else groups.baseline, SCALE=SCALES[0] if groups is None else groups.scale,
-        KIND="clip" if options.loss_type in CLIPPED else options.loss_type, MEANS=options.loss_type in SEQUENCE_MEANS,
-        COUNTS=_counts(options), BY_SEQUENCE=options.importance_level == "sequence", PER_TOKEN=per_token,
-        ESTIMATOR=options.kl_estimator, BIAS_CORRECTION=options.kl_bias_correction,
-        TRUNCATE=options.behaviour_mode.endswith("truncate"),
-        BEHAVIOUR_BY_SEQUENCE=tokens.behaviour is not None and options.behaviour_mode.startswith("sequence"),
-        HAS_DELTA=options.clip_delta is not None, BLOCK=block, num_warps=num_warps,
-    )  # fmt: skip
+        kernels.loss_kernel,
+        (max(1, batch),),
+        like,
+        **inputs | {"mask": _bytes(tokens.mask)},
+        **_group_arguments(groups),
+        loss=loss,
+        metrics=metrics,
+        gradient=gradient,
+        scales=scales,
+        partial=like.new_empty(1 + len(METRICS), batch),
+        counter=torch.zeros(1, dtype=torch.int32, device=like.device),  # how many programs are done
+        batch=batch,
+        **scalars(options),
+        **_constants(options, behaviour=tokens.behaviour is not None),
+        PER_TOKEN=per_token,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
     return loss, metrics, gradient, scales
 
 
-def _counts(options: LossOptions) -> str:
-    """Return what the normalizer counts."""
-    if options.loss_type in COUNT_SEQUENCES:
-        return "sequences"
-    return "length" if options.loss_type == "dr_grpo" else "tokens"
+def _group_arguments(groups: Groups | None) -> dict[str, Any]:
+    """Return the kernel's arguments about groups; without any, the compiled kernel reads none of them."""
+    if groups is None:
+        tensors = dict.fromkeys(("rewards", "group_offsets", "rollout_mask"))
+        return tensors | {"groups": 0, "eps": 0.0, "BASELINE": BASELINES[0], "SCALE": SCALES[0]}
+    return {
+        "rewards": groups.rewards.contiguous(),
+        "group_offsets": groups.offsets.contiguous(),
+        "rollout_mask": _bytes(groups.mask),
+        "groups": groups.offsets.shape[0] - 1,
+        "eps": float(groups.eps),
+        "BASELINE": groups.baseline,
+        "SCALE": groups.scale,
+    }
+
+
+def _constants(options: LossOptions, *, behaviour: bool) -> dict[str, Any]:
+    """Return what the kernel is compiled for."""
+    loss = LOSSES[options.loss_type]
+    return {
+        "SURROGATE": loss.surrogate.name,
+        "SEQUENCE_MEAN": loss.share == SEQUENCE_MEAN,
+        "COUNTS": loss.counts,
+        "BY_SEQUENCE": options.importance_level == "sequence",
+        "KL_ESTIMATOR": options.kl_estimator,
+        "KL_BIAS_CORRECTION": options.kl_bias_correction,
+        "TRUNCATE": options.behaviour_mode.endswith("truncate"),
+        "BEHAVIOUR_BY_SEQUENCE": behaviour and options.behaviour_mode.startswith("sequence"),
+        "HAS_DELTA": options.clip_delta is not None,
+    }
 
 
 def _contiguous(values: Tensor | None) -> Tensor | None:

@@ -1,0 +1,212 @@
+"""The custom ops of advantages and policy loss: their arguments by name, their fakes and their autograd formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels import backend as backends
+from mgrpo_kernels import sequences
+from mgrpo_kernels.ops import _autograd
+from mgrpo_kernels.ops._schema import Schema
+from mgrpo_kernels.ops.policy_loss import native, options, reference, triton
+from mgrpo_kernels.ops.policy_loss.inputs import statistics_dtype
+from mgrpo_kernels.ops.policy_loss.options import LossOptions
+from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, PolicyLoss, Tokens
+
+OP = "policy_loss"
+backends.register(OP, reference=reference, native=native, triton=triton)
+
+_TOKENS = {
+    "logprob": "Tensor",  # (T,)
+    "old": "Tensor?",  # (T,)
+    "advantages": "Tensor?",  # (T,) or (B,)
+    "mask": "Tensor?",  # (T,)
+    "offsets": "Tensor",  # (B+1,) int64
+    "ref": "Tensor?",  # (T,)
+    "entropy": "Tensor?",  # (T,)
+    "behaviour": "Tensor?",  # (T,)
+    "normalizer": "Tensor?",  # 0-d
+    "entropy_normalizer": "Tensor?",  # 0-d
+}
+_GROUPS = {
+    "rewards": "Tensor?",  # (B,); None: there are no groups
+    "group_offsets": "Tensor?",  # (P+1,)
+    "rollout_mask": "Tensor?",  # (B,)
+    "baseline": "str?",
+    "scale": "str?",
+    "eps": "float?",
+}
+_ARGUMENTS = _TOKENS | _GROUPS | options.SCHEMA
+_RETURNS = "(Tensor, Tensor, Tensor, Tensor)"
+PACKED = Schema(_ARGUMENTS, _RETURNS)
+"""What the loss's op takes, all but the backend."""
+CALL = Schema(_ARGUMENTS | {"backend": "str"}, _RETURNS)
+"""What the loss's op takes."""
+
+
+def run(tokens: Tokens, groups: Groups | None, form: LossOptions, backend: str) -> PolicyLoss:
+    """Return the loss of checked inputs on the backend that :func:`mgrpo_kernels.backend.choose` has picked."""
+    loss, metrics, _, _ = policy_loss_op(*pack(tokens, groups, form), backend)
+    return PolicyLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
+
+
+def pack(tokens: Tokens, groups: Groups | None, form: LossOptions) -> tuple[Any, ...]:
+    """Return the three records as the custom op's arguments, all but the backend."""
+    return PACKED.pack(token_arguments(tokens) | _group_arguments(groups) | options.to_arguments(form))
+
+
+def token_arguments(tokens: Tokens) -> dict[str, Tensor | None]:
+    """Return the tensors that the op takes, by name."""
+    arguments = tokens._asdict()
+    weights = arguments.pop("weights")
+    assert weights is None, "the op works out the shares from the offsets"
+    return arguments
+
+
+def _group_arguments(groups: Groups | None) -> dict[str, Any]:
+    if groups is None:
+        return dict.fromkeys(_GROUPS)
+    return {
+        "rewards": groups.rewards,
+        "group_offsets": groups.offsets,
+        "rollout_mask": groups.mask,
+        "baseline": groups.baseline,
+        "scale": groups.scale,
+        "eps": groups.eps,
+    }
+
+
+def _groups_of(given: dict[str, Any]) -> Groups | None:
+    if given["rewards"] is None:
+        return None
+    return Groups(
+        rewards=given["rewards"],
+        offsets=given["group_offsets"],
+        mask=given["rollout_mask"],
+        baseline=given["baseline"],
+        scale=given["scale"],
+        eps=given["eps"],
+    )
+
+
+@torch.library.custom_op("mgrpo_kernels::group_advantages", mutates_args=())
+def group_advantages_op(
+    rewards: Tensor,  # (B,) float32 or float64
+    offsets: Tensor,  # (P+1,) int64
+    mask: Tensor | None,  # (B,)
+    baseline: str,
+    scale: str,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """Return the advantages ``(B,)``."""
+    sequences.check_offset_values("groups", offsets, rewards.shape[0])
+    groups = Groups(rewards, offsets, mask, baseline, scale, eps)
+    return backends.implementation(OP, backend).group_advantages(groups)
+
+
+@group_advantages_op.register_fake
+def _(rewards: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(rewards)
+
+
+@torch.library.custom_op("mgrpo_kernels::policy_loss", mutates_args=(), schema=CALL.text)
+def policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return loss, metrics ``(8,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors to apply ``(2,)``."""
+    given = CALL.unpack(arguments)
+    tokens, groups = Tokens(**{name: given[name] for name in _TOKENS}), _groups_of(given)
+    sequences.check_offset_values("cu_seqlens", tokens.offsets, tokens.logprob.shape[0])
+    if groups is not None:
+        sequences.check_offset_values("groups", groups.offsets, groups.rewards.shape[0])
+    return backends.implementation(OP, given["backend"]).forward(tokens, groups, options.from_arguments(given))
+
+
+@policy_loss_op.register_fake
+def _(logprob: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(logprob)
+    return (
+        logprob.new_empty((), dtype=dtype),
+        logprob.new_empty(len(METRICS), dtype=torch.float32),
+        torch.empty_like(logprob, dtype=dtype),
+        logprob.new_empty(2, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("mgrpo_kernels::policy_loss_backward", mutates_args=())
+def policy_loss_backward_op(
+    grad_loss: Tensor,  # 0-d
+    gradient: Tensor,  # (T,) before the normalizer
+    scales: Tensor,  # (2,)
+    mask: Tensor | None,  # (T,)
+    offsets: Tensor,  # (B+1,)
+    rollout_mask: Tensor | None,  # (B,)
+    dtype: torch.dtype,
+    entropy_dtype: torch.dtype,
+    need_logprob: bool,
+    need_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of logprob and entropy ``(T,)``; those not needed are empty. Elementwise: no backends."""
+    grad_logprob, grad_entropy = gradient.new_empty(0, dtype=dtype), gradient.new_empty(0, dtype=entropy_dtype)
+    if need_logprob:
+        factor = grad_loss * scales[0]
+        grad_logprob = gradient * factor
+        # A masked token gets 0 whatever the factor. On a CPU it costs nothing to see that it is finite.
+        if factor.device.type != "cpu" or not factor.isfinite():
+            grad_logprob = torch.where(gradient == 0, 0.0, grad_logprob)
+        grad_logprob = grad_logprob.to(dtype)
+    if need_entropy:
+        counted = torch.ones_like(gradient, dtype=torch.bool) if mask is None else mask
+        if rollout_mask is not None:
+            counted = counted & rollout_mask[sequences.group_index(offsets, counted.shape[0])]
+        grad_entropy = torch.where(counted, -grad_loss * scales[1], 0.0).to(entropy_dtype)
+    return grad_logprob, grad_entropy
+
+
+@policy_loss_backward_op.register_fake
+def _(
+    grad_loss: Tensor, gradient: Tensor, scales: Any, mask: Any, offsets: Any, rollout_mask: Any, dtype: torch.dtype,
+    entropy_dtype: torch.dtype, need_logprob: bool, need_entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        gradient.new_empty(gradient.shape if need_logprob else (0,), dtype=dtype),
+        gradient.new_empty(gradient.shape if need_entropy else (0,), dtype=entropy_dtype),
+    )
+
+
+_autograd.forbid_second_derivative(policy_loss_backward_op)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given = CALL.unpack(inputs)
+    _, metrics, gradient, scales = output
+    ctx.mark_non_differentiable(metrics, gradient, scales)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient, scales, given["mask"], given["offsets"], given["rollout_mask"])
+    ctx.dtypes = [(given["logprob"] if given[name] is None else given[name]).dtype for name in ("logprob", "entropy")]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needed = dict(zip(CALL.names, ctx.needs_input_grad, strict=False))
+    results: dict[str, Tensor] = {}
+    if grad_loss is not None:
+        gradient, scales, mask, offsets, rollout_mask = ctx.saved_tensors
+        dtype, entropy_dtype = ctx.dtypes
+        results["logprob"], results["entropy"] = policy_loss_backward_op(
+            grad_loss,
+            gradient,
+            scales,
+            mask,
+            offsets,
+            rollout_mask,
+            dtype,
+            entropy_dtype,
+            needed["logprob"],
+            needed["entropy"],
+        )
+    return tuple([results.get(name) if needed[name] else None for name in CALL.names])
+
+
+policy_loss_op.register_autograd(_backward, setup_context=_setup_context)

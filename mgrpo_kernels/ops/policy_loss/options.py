@@ -1,0 +1,250 @@
+"""The options of the policy losses, declared once: name, type, default, range and documentation.
+
+Everything else that needs the list is generated from it or compared with it by a test: the keywords, signatures and
+docstrings of the public functions, the checks, the arguments of the custom ops, what the backends are given, and the
+trainer's command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict, TypeVar
+
+from mgrpo_kernels import checks
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSS_TYPES, table
+
+IMPORTANCE_LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+BEHAVIOUR_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] | None = None, unset: float | None = None, **bounds: float
+) -> Any:
+    """Return a dataclass field that declares an option.
+
+    Args:
+        default: its default.
+        text: what it does, as a sentence that can be read alone.
+        choices: the values it may have, if it is a name.
+        unset: the number that stands for None in the kernels.
+        bounds: above, at_least or at_most of a number, as :func:`mgrpo_kernels.checks.check_number` takes them.
+    """
+    metadata = {"help": text, "unit": "", "choices": choices, "unset": unset, "bounds": bounds}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """The options that say which loss is computed. The trainer's own options inherit them."""
+
+    loss_type: str = option(
+        "grpo", "surrogate and average of the loss, as in the table of loss types", choices=LOSS_TYPES
+    )
+    importance_level: str = option(
+        "token",
+        "whether the importance ratio belongs to the token, or is the geometric mean over its sequence (GSPO, arXiv 2507.18071)",
+        choices=IMPORTANCE_LEVELS,
+    )
+    clip_low: float = option(
+        0.2, "the importance ratio is clipped below 1 minus this value", at_least=0.0, at_most=1.0
+    )  # fmt: skip
+    clip_high: float = option(0.2, "the importance ratio is clipped above 1 plus this value", at_least=0.0)
+    clip_delta: float | None = option(
+        None,
+        "upper bound of the unclipped importance ratio, which limits the loss of tokens with a negative advantage "
+        "(arXiv 2505.07291); none: no bound",
+        above=0.0,
+        unset=math.inf,
+    )
+    kl_coef: float = option(0.0, "weight of the KL penalty against the reference policy", at_least=0.0)
+    kl_estimator: str = option(
+        "k3",
+        "estimator of the KL divergence from d = ref - logprob: k1 is -d, k2 is d^2 / 2, k3 is exp(d) - d - 1 "
+        '(J. Schulman, "Approximating KL Divergence")',
+        choices=KL_ESTIMATORS,
+    )
+    kl_bias_correction: bool = option(
+        False, "multiply the KL penalty by the importance ratio, which makes it unbiased off-policy (arXiv 2512.02556)"
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    behaviour_mode: str = option(
+        "token_truncate",
+        "how the weight exp(old - behaviour) is bounded: truncated at behaviour_cap or set to 0 above it (mask), for "
+        "each token or for the product over its sequence",
+        choices=BEHAVIOUR_MODES,
+    )
+    behaviour_cap: float = option(2.0, "largest weight exp(old - behaviour)", above=0.0)
+    cispo_cap: float = option(5.0, "largest importance ratio of the cispo loss", above=0.0)
+    sapo_temperature: tuple[float, float] = option(
+        (1.0, 1.05), "temperatures of the sapo loss's gate, for positive advantages and for the others", above=0.0
+    )  # fmt: skip
+    vespo_k: tuple[float, float] = option(
+        (2.0, 3.0), "exponents k of the vespo loss's weight, for advantages >= 0 and < 0", at_least=0.0
+    )  # fmt: skip
+    vespo_lambda: tuple[float, float] = option(
+        (3.0, 2.0), "rates lambda of the vespo loss's weight, for advantages >= 0 and < 0", at_least=0.0
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossOptions(LossForm):
+    """Every scalar option of a policy loss."""
+
+    max_response_tokens: int | None = option(
+        None, "longest response allowed; dr_grpo needs it unless a normalizer is given", at_least=1, unset=0.0
+    )
+
+
+class LossKeywords(TypedDict, total=False):
+    """The options as keywords, for editors and type checkers. A test compares them with :class:`LossOptions`."""
+
+    loss_type: str
+    importance_level: str
+    clip_low: float
+    clip_high: float
+    clip_delta: float | None
+    kl_coef: float
+    kl_estimator: str
+    kl_bias_correction: bool
+    entropy_coef: float
+    behaviour_mode: str
+    behaviour_cap: float
+    cispo_cap: float
+    sapo_temperature: tuple[float, float]
+    vespo_k: tuple[float, float]
+    vespo_lambda: tuple[float, float]
+    max_response_tokens: int | None
+
+
+class Declared(NamedTuple):
+    """One option, as the functions below read it."""
+
+    name: str
+    kind: str  # "str", "bool", "float", "int" or "pair"
+    may_be_none: bool
+    default: Any
+    text: str
+    choices: tuple[str, ...] | None
+    unset: float | None
+    bounds: dict[str, float]
+
+
+def _declared(each: dataclasses.Field[Any]) -> Declared:
+    kind, _, none = str(each.type).partition(" | ")
+    kind = "pair" if kind == "tuple[float, float]" else kind
+    of = each.metadata
+    return Declared(each.name, kind, none == "None", each.default, of["help"], of["choices"], of["unset"], of["bounds"])
+
+
+DECLARED = tuple(_declared(each) for each in dataclasses.fields(LossOptions))
+NAMES = tuple(each.name for each in DECLARED)
+_SCHEMA_TYPES = {"str": "str", "bool": "bool", "float": "float", "int": "SymInt", "pair": "float[]"}
+SCHEMA = {each.name: _SCHEMA_TYPES[each.kind] + "?" * each.may_be_none for each in DECLARED}
+"""The type of each option as an argument of a custom op."""
+
+
+def make_options(function: str, keywords: Mapping[str, Any]) -> LossOptions:
+    """Return the checked options that `function` was called with.
+
+    Raises:
+        TypeError: an unknown keyword, or an option of the wrong type.
+        ValueError: an option out of its range.
+    """
+    for name in keywords:
+        if name not in NAMES:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return check_options(LossOptions(**keywords))
+
+
+def check_options(options: LossOptions) -> LossOptions:
+    """Return `options` if every one is in its range, else raise TypeError or ValueError that names it."""
+    for each in DECLARED:
+        check_option(each, getattr(options, each.name))
+    return options
+
+
+def check_option(declared: Declared, value: Any) -> None:
+    """Raise TypeError or ValueError if `value` is out of the option's range."""
+    name, bounds = declared.name, declared.bounds
+    if value is None and declared.may_be_none:
+        return
+    if declared.choices is not None:
+        checks.check_choice(name, value, declared.choices)
+    elif declared.kind == "bool":
+        checks.check_flag(name, value)
+    elif declared.kind == "pair":
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise TypeError(f"{name}: want a pair (advantage >= 0, advantage < 0), got {value!r}")
+        for one in value:
+            checks.check_number(name, one, **bounds)
+    else:
+        checks.check_number(name, value, **bounds)
+
+
+def to_arguments(options: LossOptions) -> dict[str, Any]:
+    """Return the options as the custom ops take them, by name."""
+    return {each.name: _argument(each, getattr(options, each.name)) for each in DECLARED}
+
+
+def _argument(declared: Declared, value: Any) -> Any:
+    if value is None:
+        return None
+    if declared.kind == "float":
+        return float(value)
+    if declared.kind == "pair":
+        return [float(value[0]), float(value[1])]
+    return int(value) if declared.kind == "int" and isinstance(value, float) else value
+
+
+def from_arguments(arguments: Mapping[str, Any]) -> LossOptions:
+    """Return what :func:`to_arguments` was given; other arguments are ignored."""
+    return LossOptions(
+        **{each.name: tuple(arguments[each.name]) if each.kind == "pair" else arguments[each.name] for each in DECLARED}
+    )
+
+
+def scalars(options: LossOptions) -> dict[str, float]:
+    """Return every number that the kernels read, by name; the two of a pair are ``NAME_high`` and ``NAME_low``."""
+    numbers: dict[str, float] = {}
+    for each in DECLARED:
+        value = getattr(options, each.name)
+        if each.kind == "pair":
+            numbers[f"{each.name}_high"], numbers[f"{each.name}_low"] = map(float, value)
+        elif each.kind in ("float", "int"):
+            unset = each.unset
+            numbers[each.name] = float(unset if value is None else value)  # type: ignore[arg-type]
+    return numbers
+
+
+def takes_options(function: Function) -> Function:
+    """Give a function that takes ``**options: Unpack[LossKeywords]`` the signature and the docstring with every option.
+
+    The options follow `behaviour_logprobs` in the signature. In the docstring they take the place of ``{options}``, and the
+    table of loss types that of ``{loss_types}``.
+    """
+    parameters = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            parameters.append(parameter)
+        if parameter.name == "behaviour_logprobs":
+            parameters += [
+                inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+                for each in dataclasses.fields(LossOptions)
+            ]
+    function.__signature__ = inspect.signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
+    if function.__doc__ is not None:  # python -OO strips docstrings
+        text = function.__doc__.replace("{options}", "\n        ".join(map(_sentence, DECLARED)))
+        function.__doc__ = text.replace("{loss_types}", "\n        ".join(table()))
+    return function
+
+
+def _sentence(declared: Declared) -> str:
+    choices = f" One of {', '.join(declared.choices)}." if declared.choices else ""
+    return f"{declared.name}: {declared.text}.{choices}"
