@@ -194,14 +194,8 @@ def count_variants():
 
 
 def environment():
-    """Return that of a process in which kernels compile.
-
-    On AMD, Triton addresses tensors below 2 GiB in another way (buffer loads). Logits are often larger, but recorded with a few rows: what
-    is measured is the code for large tensors.
-    """
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "AMDGCN_USE_BUFFER_OPS": "0"
-    }
+    """Return that of a process in which kernels compile."""
+    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
 def reports():
