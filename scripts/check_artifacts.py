@@ -60,7 +60,8 @@ def tracked(root: Path = ROOT) -> set[str]:
 
 def compare(what: str, expected: Iterable[str], found: Iterable[str]) -> None:
     """Raise ArtifactError unless both hold the same names."""
-    missing, stray = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wanted, there = set(expected), set(found)
+    missing, stray = sorted(wanted - there), sorted(there - wanted)
     if missing or stray:
         raise ArtifactError(
             f"{what}: missing: {', '.join(missing) or 'none'}; not expected: {', '.join(stray) or 'none'}"

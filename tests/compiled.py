@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for every target, with no GPU, and keeps tests/compiled_kernels.json: what the compilers made of each.
 
 python tests/compiled.py --write-table    renews the table, for this version of Triton; the others' entries stay
-python tests/compiled.py --bounds         prints the table of docs/kernels_without_a_gpu.md from it
+python tests/compiled.py --bounds         prints the first table of docs/kernels_without_a_gpu.md from it
+scripts/compile_tables.sh                 does these things for every version of Triton that the project supports
 """
 
 import importlib.metadata
@@ -86,7 +87,9 @@ def measure(target, op, dtype, call, device=None):
 
     variant, kernel, args, options = call
     gpu = launches.gpu_target(target)
-    source, chosen = launches.source(kernel, args, options, gpu)
+    # On AMD, Triton addresses tensors below 2 GiB in another way. Logits are often larger, but recorded with a few rows only.
+    with mock.patch("triton.backends.amd.compiler.HIPBackend.is_within_2gb", return_value=False):
+        source, chosen = launches.source(kernel, args, options, gpu)
     compiled = triton.compile(source, target=gpu, options=chosen.__dict__)
     name = launches.name_of(kernel.fn.__module__, kernel.fn.__name__)
     kind = str(dtype).removeprefix("torch.")
@@ -112,8 +115,8 @@ def measure(target, op, dtype, call, device=None):
         if loop := loop_of(name, args, options, sass):
             elements, instructions = loop
             entry["loop"] = round(len(instructions) / elements, 2)
-            entry["pipes"] = {kind: count / elements for kind, count in compiled_sass.pipes(instructions).items()}
-            entry["elements"] = elements
+            pipes = compiled_sass.pipes(instructions).items()
+            entry |= {kind: round(count / elements, 3) for kind, count in pipes} | {"elements": elements}
     num_warps = options["num_warps"]
     entry["warps"] = compiled_sass.occupancy(target, entry["registers"], entry["shared"], num_warps)
     if "SEEN" in options:
@@ -191,14 +194,8 @@ def count_variants():
 
 
 def environment():
-    """Return that of a process in which kernels compile.
-
-    On AMD, Triton addresses tensors below 2 GiB in another way (buffer loads). Logits are often larger, but recorded with a few rows: what
-    is measured is the code for large tensors.
-    """
-    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "AMDGCN_USE_BUFFER_OPS": "0"
-    }
+    """Return that of a process in which kernels compile."""
+    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
 def reports():
@@ -217,6 +214,8 @@ def reports():
 # registers of a thread, bytes spilled by it, bytes of shared memory of a program, bytes of the widest load from global memory,
 # instructions of the streaming loop for each element, warps that a multiprocessor holds.
 COLUMNS = ("registers", "spilled", "shared", "load", "loop", "warps")
+# Of the streaming loop: instructions of the slower units for each element, elements of a thread's iteration. The bounds are of them.
+COUNTS = ("alu", "mufu", "elements")
 SLACK = 4  # registers more that pass, where as many warps fit as before
 RENEW = "python tests/compiled.py --write-table renews tests/compiled_kernels.json"
 
@@ -233,7 +232,7 @@ def entries(found):
         of_target = table.setdefault(target, {})
         for report in some:
             assert report["key"] not in of_target, f"two launches are called {report['key']}"
-            of_target[report["key"]] = {column: report[column] for column in COLUMNS if column in report}
+            of_target[report["key"]] = {column: report[column] for column in COLUMNS + COUNTS if column in report}
     return table
 
 
@@ -286,7 +285,7 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["--bounds"]:
         import compiled_bounds
 
-        print(compiled_bounds.table(compile_for("sm_90")))
+        print(compiled_bounds.table({version: table["sm_90"] for version, table in read_table().items()}))
     else:
         found = (
             count_variants()

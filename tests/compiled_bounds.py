@@ -17,11 +17,10 @@ def bounds(report, loads, stores):
     """
     moved = loads + stores
     rate = BANDWIDTH / moved / PROCESSORS / CLOCK  # elements a clock and multiprocessor
-    pipes = report["pipes"]
     shares = {
         "issue": report["loop"] * rate / ISSUE,
-        "alu": pipes.get("alu", 0) * rate / ALU,
-        "mufu": pipes.get("mufu", 0) * rate / MUFU,
+        "alu": report["alu"] * rate / ALU,
+        "mufu": report["mufu"] * rate / MUFU,
     }
     elements = 32 * report["elements"]  # of a warp's iteration
     wave = elements * moved * PROCESSORS / BANDWIDTH  # seconds that the memory is busy with one
@@ -53,17 +52,33 @@ def bytes_of(key):
     return ema + param, ema + (size if "copy" in rest else 0)
 
 
-def table(reports):
-    """Return it in Markdown."""
+def table(versions):
+    """Return it in Markdown: the figures of each version of Triton, where they differ, one after the other."""
+    head = (
+        "registers",
+        "warps",
+        "instructions an element",
+        "issue",
+        "ALU",
+        "MUFU",
+        "KiB in flight (needed)",
+        "of copy bandwidth",
+    )
     lines = [
-        "| kernel, dtype: launch | instructions an element | issue | ALU | MUFU | KiB in flight / needed | of copy bandwidth |",
-        "|---|---|---|---|---|---|---|",
+        f"| kernel, dtype: launch (Triton {' / '.join(versions)}) | {' | '.join(head)} |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for report in reports:
-        if "loop" not in report:
+    for key, first in next(iter(versions.values())).items():
+        if "loop" not in first:
             continue
-        found = bounds(report, *bytes_of(report["key"]))
-        shares = " | ".join(f"{found[name]:.0%}" for name in ("issue", "alu", "mufu"))
-        flight = f"{found['in flight'] / 1024:.0f} / {found['needed'] / 1024:.0f}"
-        lines.append(f"| {report['key']} | {report['loop']:.1f} | {shares} | {flight} | {found['bandwidth']:.0%} |")
+        columns = []
+        for entry in (entries[key] for entries in versions.values()):
+            found = bounds(entry, *bytes_of(key))
+            columns.append([
+                str(entry["registers"]), str(entry["warps"]), f"{entry['loop']:.1f}", f"{found['issue']:.0%}", f"{found['alu']:.0%}",
+                f"{found['mufu']:.0%}", f"{found['in flight'] / 1024:.0f}", f"{found['bandwidth']:.0%}",
+            ])  # fmt: skip
+        cells = [" / ".join(dict.fromkeys(each)) for each in zip(*columns, strict=True)]
+        cells[-2] += f" ({found['needed'] / 1024:.0f})"
+        lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import compiled as compiling
+import compiled_bounds
 import compiled_launches
 import compiled_sass
 import pytest
@@ -109,6 +110,20 @@ def test_nothing_got_worse(compiled, target):
     assert not worse, "\n".join([f"{target}: if that is wanted, {compiling.RENEW}", *worse])
 
 
+def test_the_table_covers_the_pinned_triton_and_that_of_the_oldest_torch():
+    table = compiling.read_table()
+    assert table.keys() == {"3.6", "3.9"}
+    keys = [{target: entries.keys() for target, entries in of_version.items()} for of_version in table.values()]
+    assert keys[0] == keys[1]
+    assert keys[0].keys() == set(TARGETS)
+
+
+def test_the_page_shows_the_table():
+    page = (compiling.REPOSITORY / "docs" / "kernels_without_a_gpu.md").read_text(encoding="utf-8")
+    versions = {version: entries["sm_90"] for version, entries in compiling.read_table().items()}
+    assert compiled_bounds.table(versions) in page, "python tests/compiled.py --bounds prints it"
+
+
 ENTRY = {"registers": 60, "spilled": 0, "shared": 32, "load": 16, "loop": 11.5, "warps": 32}
 
 
@@ -180,3 +195,10 @@ def test_the_streaming_loop_is_found_and_its_rare_part_left_out():
     assert [each.load_bytes for each in loop] == [16, 2, 0, 0, 0]
     assert loop[0].guard == "@!P1"
     assert compiled_sass.pipes(loop) == {"mufu": 0, "alu": 1}
+
+
+def test_an_unrolled_loop_of_narrow_loads_is_not_taken_for_the_streaming_loop():
+    labels = "\n".join(["                   LDG.E R3, desc[UR6][R22.64] ;"] * 6)
+    labels = "\n".join(f"        /*{i:04x}*/ {line.strip()}" for i, line in enumerate(labels.splitlines()))
+    inner = f".L_x_9:\n{labels}\n        /*0100*/               @P0 BRA `(.L_x_9) ;\n"
+    assert compiled_sass.streaming_loop(inner + SASS) == compiled_sass.streaming_loop(SASS)

@@ -288,6 +288,16 @@ def test_random_bits_follow_the_place_in_the_list_whatever_stands_before(backend
 
 
 @each_backend(OP)
+def test_random_bits_differ_from_tensor_to_tensor_and_from_seed_to_seed(backend):
+    new, results = 1.0 + 1e-3 * torch.rand(257), []
+    for seed in (4, 5):
+        ema = [torch.ones(257, dtype=torch.bfloat16) for _ in range(3)]
+        ema_update_(ema, [new] * 3, 0.5, stochastic_rounding=True, seed=seed, backend=backend)
+        results += ema
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(results, 2))
+
+
+@each_backend(OP)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_makes_no_number_of_nan_and_keeps_infinity(backend, dtype):
     raw = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF, 0x7F800000, 0xFF800000]).to(torch.int32)
@@ -295,6 +305,16 @@ def test_rounding_makes_no_number_of_nan_and_keeps_infinity(backend, dtype):
     ema = torch.zeros_like(param, dtype=dtype)
     ema_update_([ema], [param], 0.9, stochastic_rounding=True, seed=1, backend=backend)
     torch.testing.assert_close(ema.float(), param, rtol=0, atol=0, equal_nan=True)
+
+
+@each_backend(OP)
+def test_numbers_below_the_normal_range_of_float16_keep_their_sign(backend):
+    param = torch.tensor([-3e-6, 3e-6, -6e-8, 6e-8, -1e-9]).repeat(50)
+    ema = torch.zeros_like(param, dtype=torch.float16)
+    ema_update_([ema], [param], 0.0, stochastic_rounding=True, seed=1, backend=backend)
+    assert (ema.float() * param >= 0).all()
+    assert ((ema.float() - param).abs() < 2.0**-24).all()
+    assert (ema[0::5] != 0).all()
 
 
 class Tied(nn.Module):

@@ -4,6 +4,7 @@ What it does when a row hangs or crashes is in tests/test_gpu_check_faults.py.
 """
 
 import collections
+import importlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import compiled_launches
-from gpu_check import rows, stages, wheels
+from gpu_check import results, rows, stages, wheels
 from gpu_check.summary import MAIN_SHAPE, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +135,7 @@ def test_the_head_runs_beside_eager_compile_and_every_peer(monkeypatch, tmp_path
     assert {f"{name}-{step}" for name in providers for step in ("forward", "backward", "both")} <= set(steps)
 
 
-def test_targets_are_met_or_missed_by_how_much(tmp_path):
+def test_targets_are_met_or_missed_by_how_much(tmp_path, monkeypatch):
     log = tmp_path / "rows.jsonl"
 
     def benchmark(op, provider, step, share, milliseconds, **paired):
@@ -155,7 +156,18 @@ def test_targets_are_met_or_missed_by_how_much(tmp_path):
     benchmark("linear_token_stats", "ours", "both", 0.8, 9.0)
     test("a::test_linear_token_stats[True]", "passed", {"workspace forward": {"MiB": 500.0}}, "")
     test("a::test_no_host_sync[ema]", "failed", {}, "E  RuntimeError: waits")
-    text = " ".join(summary(tmp_path, rows.read(log), seconds=1.0, notes=[]).split())
+    machine = {"device": "a GPU", "threads": 8, "torch": "2.11", "peers": {"trl": "1.16.0"}}
+    rows.append(
+        log,
+        {"run": "benchmarks/bench_token_stats.py", "session": {"machine_info": machine, "commit_info": {"id": "abc"}}},
+    )
+    runs = results.write_all(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report = importlib.import_module("report")
+    data, read = report.read(tmp_path / "benchmarks.json")
+    assert report.title(data) == "a GPU, 8 threads, torch 2.11, trl 1.16.0; commit abc"
+    assert [row.provider for row in read] == ["ours", "trl", "ours"]
+    text = " ".join(summary(tmp_path, runs, seconds=1.0, notes=[]).split())
     for expected in (
         "from logits, forward: share of copy bandwidth >= 90.0 % 93.0 % met",
         "from logits, forward: ahead of TRL >= 1.05 x 1.02 x MISSED by 0.03 x",

@@ -76,7 +76,7 @@ def test_stopped_from_outside_it_leaves_a_summary_of_what_was_finished(check, nu
     assert text in printed
     assert not alive(pid.read_text())
     assert f"LOST tests/gpu/test_gpu_linear.py test_hangs: cut off: stopped by {number.name}" in text
-    assert f"NOT RUN tests/gpu/test_gpu_linear.py: 1 rows (test_after): stopped by {number.name}" in text
+    assert f"NOT RUN tests/gpu/test_gpu_linear.py: 1 row (test_after): stopped by {number.name}" in text
     assert f"stopped by {number.name} before these stages: other sizes, other benchmarks" in text
 
 

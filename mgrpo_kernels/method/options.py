@@ -77,7 +77,8 @@ class MethodOptions:
         choices=SCORERS,
     )
     train_momentum_rollouts: bool = option(
-        False, "train on the momentum model's rollouts too, each token weighted by policy / momentum model, at most behaviour_cap"
+        False,
+        "train on the momentum model's rollouts too, each token weighted by policy / momentum model, at most behaviour_cap",
     )
     min_share: float = option(
         0.0, "a prompt gets no label where the majority's share of its answers is below this", at_least=0.0, at_most=1.0

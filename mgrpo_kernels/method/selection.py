@@ -110,16 +110,8 @@ def select(
     vote = None
     if rewards is None:
         vote = majority_vote(answers, offsets, voters=voters, equivalence=same, min_share=options.min_share)
-        signals = Signals(
-            vote=vote,
-            offsets=offsets,
-            nonempty=nonempty,
-            entropy=_token_mean(entropy, mask) if options.row.needs_entropy else None,
-            self_certainty=_token_mean(self_certainty, mask) if options.row.needs_self_certainty else None,
-            correct=equal_to_gold(answers, gold, same) if options.row.needs_gold and gold is not None else None,
-            generator=generator,
-        )
-        rewards = options.row.rewards(signals)
+        correct = equal_to_gold(answers, gold, same) if options.row.needs_gold and gold is not None else None
+        rewards = _rewards(options, vote, offsets, mask, entropy, self_certainty, correct, generator)
     rewards = rewards.float().cpu()
     trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
     trains &= ~rewards.isnan()
@@ -128,6 +120,30 @@ def select(
     advantages = group_advantages(rewards.nan_to_num(nan=0.0), offsets, mask=trains, scale=scale)
     correct = _label_correct(vote, offsets, gold, same)
     return Selection(nonempty, level, survives, voters, vote, rewards, trains, advantages, correct)
+
+
+def _rewards(
+    options: MethodOptions,
+    vote: Vote,
+    offsets: Tensor,
+    mask: Tensor,
+    entropy: Tensor | None,
+    self_certainty: Tensor | None,
+    correct: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the method's rewards, ``(B,)``."""
+    row = options.row
+    signals = Signals(
+        vote=vote,
+        offsets=offsets,
+        nonempty=mask.any(-1).cpu(),
+        entropy=_token_mean(entropy, mask) if row.needs_entropy else None,
+        self_certainty=_token_mean(self_certainty, mask) if row.needs_self_certainty else None,
+        correct=correct,
+        generator=generator,
+    )
+    return row.rewards(signals)
 
 
 def who_trains(options: MethodOptions, offsets: Tensor, momentum: Tensor, survives: Tensor, nonempty: Tensor) -> Tensor:

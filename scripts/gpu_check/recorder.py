@@ -9,15 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from gpu_check import rows
+from gpu_check import measure, rows
 
 PATH, NAME = Path(os.environ[rows.LOG]), os.environ[rows.RUN]
 FIRST = [part for part in os.environ.get("GPU_CHECK_FIRST", "").split(",") if part]
+
+device_only = []  # names of the tests that mean nothing on a CPU, whether or not they are selected
 
 
 def write(**line):
     """Append a line of this run."""
     rows.append(PATH, {"run": NAME, **line})
+
+
+def pytest_itemcollected(item):
+    """Remember a test that means nothing on a CPU."""
+    if item.get_closest_marker("device_only"):
+        device_only.append(item.nodeid)
 
 
 @pytest.hookimpl(trylast=True)
@@ -34,10 +42,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish(session):
     """Write which rows this process is going to run."""
-    write(
-        collected=[item.nodeid for item in session.items],
-        device_only=[item.nodeid for item in session.items if item.get_closest_marker("device_only")],
-    )
+    write(collected=[item.nodeid for item in session.items], device_only=device_only)
     if any("benchmark" in getattr(item, "fixturenames", ()) for item in session.items):
         try:
             write(session=about(session.config))
@@ -51,6 +56,8 @@ def about(config):
     config.hook.pytest_benchmark_update_machine_info(config=config, machine_info=machine)
     commit = config.hook.pytest_benchmark_generate_commit_info(config=config)
     config.hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit)
+    if known := measure.commit():  # also where the tree is no checkout
+        commit["id"] = known
     return {"machine_info": machine, "commit_info": commit}
 
 

@@ -14,7 +14,7 @@ TESTS, BENCHMARKS, TUNING, ENVIRONMENT, PROFILE = "tests/", "benchmarks/", "tuni
 
 def tests(runs: dict[str, Run]) -> dict[str, Any]:
     """Return tests.json: every test with its outcome, the text of a failure and the figures that it recorded."""
-    result: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "lost": [], "files": {}, "tests": []}
+    result: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "lost": [], "runs": {}, "tests": []}
     for run in runs.values():
         if not run.name.startswith(TESTS):
             continue
@@ -27,20 +27,20 @@ def tests(runs: dict[str, Run]) -> dict[str, Any]:
                 {"figures": {}, **{key: value for key, value in row.items() if key != "row"}, "test": row["row"]}
             )
         result["lost"] += run.not_finished
-        result["files"][run.name.removeprefix(TESTS)] = {"ends": run.ends, "not_finished": run.not_finished}
+        result["runs"][run.name.removeprefix(TESTS)] = {"ends": run.ends, "not_finished": run.not_finished}
     return result
 
 
 def benchmarks(runs: dict[str, Run]) -> dict[str, Any]:
     """Return benchmarks.json, as pytest-benchmark writes it and benchmarks/report.py reads it."""
-    result: dict[str, Any] = {"benchmarks": [], "files": {}}
+    result: dict[str, Any] = {"benchmarks": [], "runs": {}}
     for run in runs.values():
         if not run.name.startswith(BENCHMARKS):
             continue
         result = {**run.session, **result}
         measured = [row["benchmark"] for row in run.rows.values() if row.get("benchmark")]
         result["benchmarks"] += [each for each in measured if "p50_ms" in each["extra_info"]]
-        result["files"][run.name.removeprefix(BENCHMARKS)] = {
+        result["runs"][run.name.removeprefix(BENCHMARKS)] = {
             "ends": run.ends, "not_finished": run.not_finished,
             "not_measured": {
                 row["row"].rpartition("::")[2]: f"{row['outcome']}: {row.get('text', '')[-500:]}"
@@ -81,6 +81,6 @@ def write_all(out: Path) -> dict[str, Run]:
     for name, content in (
         ("environment", environment(runs)), ("tests", tests(runs)), ("benchmarks", benchmarks(runs)), ("profile", profile(runs)),
     ):  # fmt: skip
-        if content and content.get("files", True):
+        if content and content.get("runs", True):
             write(out / f"{name}.json", content)
     return runs

@@ -169,7 +169,9 @@ def about_lost_rows(runs: dict[str, Run]) -> list[str]:
         if missing:
             names = ", ".join(name.rpartition("::")[2] for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
             why = reasons[-1] if reasons else "not finished"
-            waiting.append(f"  NOT RUN {run.name}: {len(missing)} rows ({names}): {why}"[:300])
+            waiting.append(
+                f"  NOT RUN {run.name}: {len(missing)} {'row' if len(missing) == 1 else 'rows'} ({names}): {why}"[:300]
+            )
         elif reasons and not run.rows:
             waiting.append(f"  NOT RUN {run.name}: {reasons[-1]}"[:300])
     hidden = len(lines) - 2 * AT_MOST

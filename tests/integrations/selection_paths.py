@@ -18,7 +18,7 @@ from mgrpo_kernels.method import METHODS, Selection
 from mgrpo_kernels.train import demo
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import build
-from mgrpo_kernels.train.rollout import Engine, Rollouts
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 
 P, WIDTH, SEED = 5, 6, 3
 SYMBOLS = {character: number + 2 for number, character in enumerate(demo.CHARACTERS)}
@@ -144,7 +144,7 @@ def prune_all(module: Any, monkeypatch: Any) -> None:
     )
 
 
-class Scripted(Engine):
+class Scripted(RolloutEngine):
     """Says a case's responses, in the order that the trainer's step asks for them."""
 
     def __init__(self, case: Case) -> None:

@@ -10,7 +10,6 @@ import pytest
 import selection_paths as paths
 import tiny_trl
 import torch
-from mgrpo_kernels.train.trainer import make_learner
 
 from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
 from mgrpo_kernels.integrations.trl import trainer as of_trl
@@ -19,6 +18,7 @@ from mgrpo_kernels.train import demo
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import UsageError, build
 from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.run.learner import make_learner
 
 
 @pytest.fixture(scope="module")

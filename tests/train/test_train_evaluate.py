@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,17 @@ def test_pass_at_k_is_the_mean_over_all_choices(n: int, correct: int, k: int) ->
 class Scripted(RolloutEngine):
     """Two held-out prompts: one is right twice of four and by majority, the other once and not by majority."""
 
+    texts: Sequence[str] = ("#7$", "#7$", "#1$", "#2$", "#3$", "#3$", "#5$", "77$")
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
     def sample(
         self, prompts: Any, copies: int, *, temperature: float, generator: torch.Generator, momentum: Any = None
     ) -> Rollouts:
-        texts = ["#7$", "#2$"] if temperature == 0 else ["#7$", "#7$", "#1$", "#2$", "#3$", "#3$", "#5$", "77$"]
+        texts = ["#7$", "#2$"] if temperature == 0 else self.texts
         assert len(texts) == len(prompts) * copies
-        tokens = torch.tensor(self.policy.encode(texts))
+        tokens = torch.tensor(self.policy.encode(list(texts)))
         mask = torch.ones(tokens.shape, dtype=torch.bool)
         return Rollouts(tokens, mask, torch.zeros(tokens.shape), torch.ones(len(texts), dtype=torch.bool))
 
@@ -73,17 +75,16 @@ def test_figures_by_hand(policy: Policy) -> None:
 
 
 def test_the_tasks_equivalence_decides_the_majority_too(policy: Policy) -> None:
+    class Spread(Scripted):
+        texts = ("#2$", "#1$", "#1$", "#3$", "#3$", "#3$", "#5$", "77$")
+
     task = Task(
-        [], [Example("3+4=", "7"), Example("0+5=", "5")], after_hash, lambda a, b: {a, b} <= {"1", "2", "3"} or a == b
+        [], [Example("3+4=", "3"), Example("0+5=", "5")], after_hash, lambda a, b: {a, b} <= {"2", "3"} or a == b
     )
-    got = evaluate(policy, Scripted(policy), task, tiny.config(eval_samples=4, eval_pass_k=2), step=3)
-    assert got["eval_maj_at_k"] == 1 / 2
-    first, second = examine(policy, Scripted(policy), task, tiny.config(eval_samples=4), step=3)
-    assert (first.majority, second.majority) == ("7", "3")
-    task = task._replace(equivalence=lambda a, b: True)
-    first, second = examine(policy, Scripted(policy), task, tiny.config(eval_samples=4), step=3)
-    assert second.right == [True, True, True, False]  # an answer that was not found is never right
-    assert second.majority_right
+    first, second = examine(policy, Spread(policy), task, tiny.config(eval_samples=4), step=3)
+    assert (first.majority, first.majority_right) == ("2", True)  # with 3 it has as many votes as 1, and came first
+    assert (first.right, second.right) == ([True, False, False, True], [False, False, True, False])
+    assert (second.majority, second.majority_right) == ("3", False)
 
 
 def test_samples_are_drawn_at_the_evaluations_temperature(policy: Policy) -> None:

@@ -174,6 +174,22 @@ def test_decisions() -> None:
     assert guard.decide("rollback", 2, 20) == "rollback"
 
 
+def test_after_a_rollback_the_start_is_still_the_runs() -> None:
+    guard = Guard(0, 0)
+    healthy = {
+        "vote_share": 0.5,
+        "distinct_labels": 0.9,
+        "top_answer_share": 0.2,
+        "entropy": 1.0,
+        "pruned_fraction": 0.1,
+    }
+    alike = {"vote_share": 0.9, "distinct_labels": 0.3, "top_answer_share": 0.6, "entropy": 1.0, "pruned_fraction": 0.1}
+    assert not any(guard.look({"step": step, **healthy}) for step in range(1, 16))
+    guard.note("rollback")
+    told = [step for step in range(16, 30) if guard.look({"step": step, **alike})]
+    assert told[0] == 25  # once the averages are of this alone
+
+
 def test_replaying_gives_the_same_guard() -> None:
     first, lines = Guard(PROMPTS, SAMPLES), recorded("srt_0")
     for each in lines:

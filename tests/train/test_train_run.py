@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
+from mgrpo_kernels.train import demo
 from mgrpo_kernels.train.config import build, read_yaml
 from mgrpo_kernels.train.metrics import EVALUATION, KEYS
 from mgrpo_kernels.train.run import checkpoint
+from mgrpo_kernels.train.run.output import with_truth
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 STEPS = 12
@@ -48,6 +50,23 @@ def test_output_directory(whole: Path) -> None:
     assert "data:image/png;base64," in report
     assert "://" not in report  # nothing outside the file
     assert "learning_rate: 0.001" in report
+
+
+def test_the_last_step_is_evaluated_too(base: Path, tmp_path: Path) -> None:
+    output = tiny.output_with(base, tmp_path / "run")
+    assert command.main([*tiny.FLAGS, "--steps", "3", "--output", str(output)]) == 0
+    assert [line["step"] for line in tiny.lines(output) if "eval_accuracy" in line] == [0, 2, 3]
+
+
+def test_samples_say_whether_they_are_right_where_that_is_known() -> None:
+    samples = [
+        {"answer": "7", "gold": "7"},
+        {"answer": "1", "gold": "7"},
+        {"answer": None, "gold": "7"},
+        {"answer": "7", "gold": None},
+    ]
+    shown = with_truth(samples, demo.make_task(0))
+    assert [sample["correct"] for sample in shown] == [True, False, False, None]
 
 
 def test_final_model_loads_and_is_the_last_checkpoint(whole: Path) -> None:

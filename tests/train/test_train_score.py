@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.demo import make_tokenizer, model_config
 from mgrpo_kernels.train.plan.describe import read_model
-from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.policy import Policy, check_tokenizer, load_policy
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import micro_batches, pack, score
@@ -122,6 +122,26 @@ def test_heads_with_scale_and_softcap(family: str) -> None:
     prompts, rollouts = sampled(policy)
     scores = score(policy, prompts, rollouts.tokens, rollouts.mask, temperature=T, budget=60)
     torch.testing.assert_close(scores.logprob, rollouts.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_hidden_states_are_the_models(family: str) -> None:
+    policy = Policy(AutoModelForCausalLM.from_config(FAMILIES[family]), make_tokenizer())
+    for parameter in policy.model.parameters():
+        parameter.data.mul_(5.0)
+    ids = torch.tensor([[1, 2, 3, 0, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(policy.logits(policy.hidden(ids)[0]), policy.model(input_ids=ids).logits[0])
+
+
+def test_every_token_of_the_tokenizer_is_in_the_vocabulary() -> None:
+    tokenizer = make_tokenizer()
+    check_tokenizer(tokenizer, [0], tokenizer.vocab_size, "a model")
+    with pytest.raises(
+        UsageError,
+        match=f"below the vocabulary of {tokenizer.vocab_size - 1}, got {tokenizer.vocab_size - 1} in a model",
+    ):
+        check_tokenizer(tokenizer, [0], tokenizer.vocab_size - 1, "a model")
 
 
 def test_a_head_that_is_not_understood_is_refused() -> None:

@@ -28,7 +28,7 @@ class Tuning:
         128,
         4,
     )  # the passes over tiles a few thousand columns wide: fewer threads to agree at its end
-    tile_gradient: tuple[int, int] = (128, 4)
+    tile_gradient: tuple[int, int] = (128, 2)  # with 4 loads, Triton 3.6 needs 72 registers a thread, not 48
     programs_per_processor: int = 4  # how many fill a multiprocessor, when each has about 16 KiB of loads in flight
     ema: tuple[int, int, int] = (32768, 2048, 8)  # elements of a program, elements of a step, warps
     forward_tile: tuple[int, int] = (8192, 8192)  # rows and columns of logits at once
