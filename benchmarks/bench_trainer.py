@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgrpo_kernels import majority_vote
 from mgrpo_kernels.train.config import build
-from mgrpo_kernels.train.data import Example, Task
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data.task import Example, Task
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.run.learner import make_learner
 from mgrpo_kernels.train.step import Learner, train_step

@@ -2,7 +2,7 @@
 
 python benchmarks/demo_seeds.py [--seeds 5] [--out benchmarks/results/demo-seeds.json] [--busy [--jobs 2]]
 
-Exit status 1 where it does not: see mgrpo_kernels.train.demo.RISE and LONGEST. With --busy, where other work takes the machine's time, it
+Exit status 1 where it does not: see mgrpo_kernels.train.data.demo.RISE and LONGEST. With --busy, where other work takes the machine's time, it
 runs on one thread, and its CPU time is held to the limit: on a free core it takes hardly more.
 """
 
@@ -22,9 +22,9 @@ from typing import Any
 import machine
 import torch
 
-from mgrpo_kernels.train.demo import LONGEST, RISE
-from mgrpo_kernels.train.metrics import VARYING
-from mgrpo_kernels.train.report import environment, read_lines
+from mgrpo_kernels.train.data.demo import LONGEST, RISE
+from mgrpo_kernels.train.watch.metrics import VARYING
+from mgrpo_kernels.train.watch.report import environment, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = (*RISE, "eval_maj_at_k", "eval_pass_at_k")

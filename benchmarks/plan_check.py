@@ -94,7 +94,6 @@ def child(place: Path) -> None:
     """Run, with phases timed in CPU time; and estimate, after it, as measuring rates takes memory."""
     import torch
 
-    from mgrpo_kernels.train import metrics
     from mgrpo_kernels.train.config import build
     from mgrpo_kernels.train.plan.describe import read_model
     from mgrpo_kernels.train.plan.devices import measure
@@ -102,6 +101,7 @@ def child(place: Path) -> None:
     from mgrpo_kernels.train.plan.shape import work_of
     from mgrpo_kernels.train.plan.time import seconds
     from mgrpo_kernels.train.run.start import run as train
+    from mgrpo_kernels.train.watch import metrics
 
     torch.set_num_threads(1)
     said = json.loads((place / "run.json").read_text(encoding="utf-8"))

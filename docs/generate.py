@@ -20,8 +20,8 @@ from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, LossType
 from mgrpo_kernels.ops.policy_loss.options import DECLARED
 from mgrpo_kernels.train.__main__ import make_parser
 from mgrpo_kernels.train.config import PRESETS
-from mgrpo_kernels.train.demo import OPTIONS
-from mgrpo_kernels.train.metrics import EVALUATION, KEYS
+from mgrpo_kernels.train.data.demo import OPTIONS
+from mgrpo_kernels.train.watch.metrics import EVALUATION, KEYS
 
 DOCS = Path(__file__).resolve().parent
 WRITTEN = "<!-- Written by docs/generate.py: change the code, then run that. -->"

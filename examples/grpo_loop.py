@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mgrpo_kernels import group_advantages, linear_policy_loss, linear_token_stats, trajectory_entropy
-from mgrpo_kernels.train import demo
+from mgrpo_kernels.train.data import demo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="directory or hub name; default: a small random model, nothing is downloaded")

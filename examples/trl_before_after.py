@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from mgrpo_kernels.integrations.trl import patched
-from mgrpo_kernels.train import demo
-from mgrpo_kernels.train.report import environment
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.watch.report import environment
 
 SAME = ("loss", "grad_norm", "entropy")
 

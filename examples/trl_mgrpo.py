@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer, patched
-from mgrpo_kernels.train import demo
+from mgrpo_kernels.train.data import demo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from mgrpo_kernels.integrations.trl import patched  # one
-from mgrpo_kernels.train import demo
+from mgrpo_kernels.train.data import demo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="directory or hub name; default: a small random model, nothing is downloaded")

@@ -162,7 +162,7 @@ def result(rows, seconds):
     """Return what a page takes: a table, how many times as long as the patched run the others take, and where that was."""
     import torch
 
-    from mgrpo_kernels.train.report import environment
+    from mgrpo_kernels.train.watch.report import environment
 
     head = ["", "loss by step", "gradient norm", "step", "peak beyond the model", "of which gradients"]
     lines = [head, ["---"] * len(head), *rows]

@@ -61,7 +61,7 @@ def test_the_extras_are_those_of_the_command_lines():
 def test_every_import_is_of_a_dependency_or_of_an_extra():
     known = {"numpy", "torch", "triton", "mgrpo_kernels", *sys.stdlib_module_names, *sum(extras.EXTRAS.values(), ())}
     # What a package brings along may be imported where that package is used.
-    other = {"tokenizers": "train/demo.py", "accelerate": "integrations/trl/trainer.py"}
+    other = {"tokenizers": "train/data/demo.py", "accelerate": "integrations/trl/trainer.py"}
     other |= dict.fromkeys(("verl", "transfer_queue", "tensordict"), "integrations/verl_trainer.py")
     for file in ROOT.glob("mgrpo_kernels/**/*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -140,7 +140,7 @@ def test_every_documented_command_is_covered():
 
 
 def test_an_import_from_python_needs_no_complete_extra(tmp_path):
-    result = run("-c", "import mgrpo_kernels.train.streams", cwd=tmp_path, PYTHONPATH=blocked(tmp_path, "rich"))
+    result = run("-c", "import mgrpo_kernels.train.rng", cwd=tmp_path, PYTHONPATH=blocked(tmp_path, "rich"))
     assert result.returncode == 0, result.stderr
 
 

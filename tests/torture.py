@@ -36,9 +36,9 @@ def die_at(event: str, number: int) -> None:
     """Let this process kill itself right before the event comes for the n-th time."""
     import torch
 
-    from mgrpo_kernels.train.metrics import Lines
     from mgrpo_kernels.train.run import checkpoint
     from mgrpo_kernels.train.run.stopping import Interrupt
+    from mgrpo_kernels.train.watch.metrics import Lines
 
     left = number
 

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
 
-from mgrpo_kernels.train import demo
-from mgrpo_kernels.train.report import cpu_name
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.watch.report import cpu_name
 
 KEPT = ("step", "eval_accuracy", "eval_greedy", "eval_maj_at_k")
 AVERAGED = (

@@ -26,7 +26,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, read_gold, select
-from mgrpo_kernels.train.streams import stream
+from mgrpo_kernels.train.rng import stream
 
 ONE_MODEL = "verl's rollout servers hold one set of weights, so there is no momentum model"
 

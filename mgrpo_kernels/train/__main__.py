@@ -99,7 +99,7 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
         layers.append(read_yaml(Path(output) / "config.yaml"))
     layers += [command_line.read_config(file), given]
     if not any(layer.get(name) is not None for layer in layers for name in ("model", "data")):
-        from mgrpo_kernels.train.demo import OPTIONS
+        from mgrpo_kernels.train.data.demo import OPTIONS
 
         layers.insert(0, OPTIONS)
     config = build(*layers)

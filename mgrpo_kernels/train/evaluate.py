@@ -23,12 +23,12 @@ from mgrpo_kernels.train.config import (
     build,
     fields_of,
 )
-from mgrpo_kernels.train.data import check_lengths, load_task
-from mgrpo_kernels.train.metrics import Lines, metrics_line
-from mgrpo_kernels.train.policy import load_policy, pick_device, read_tokenizer
+from mgrpo_kernels.train.data.task import check_lengths, load_task
+from mgrpo_kernels.train.model.policy import load_policy, pick_device, read_tokenizer
 from mgrpo_kernels.train.run.evaluation import examine, figures
 from mgrpo_kernels.train.run.learner import dtype_of, make_engine
 from mgrpo_kernels.train.run.output import check_output, write_text
+from mgrpo_kernels.train.watch.metrics import Lines, metrics_line
 
 UNUSED = ("data", "eval_every", "gradient_checkpointing")
 OPTIONS = (

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import UsageError, build, read_yaml
-from mgrpo_kernels.train.lora import Adapter, merged
-from mgrpo_kernels.train.policy import Policy, unreadable
+from mgrpo_kernels.train.model.lora import Adapter, merged
+from mgrpo_kernels.train.model.policy import Policy, unreadable
 from mgrpo_kernels.train.run import checkpoint
 
 WEIGHTS = {"policy": "model.", "momentum": "momentum."}

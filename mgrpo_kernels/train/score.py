@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import TokenStats, linear_token_stats
-from mgrpo_kernels.train.attention import Sequences, gather
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.attention import Sequences, gather
+from mgrpo_kernels.train.model.policy import Policy
 
 
 class Packed(NamedTuple):
@@ -30,7 +30,7 @@ def micro_batches(
         prompts: of each sequence.
         lengths: of the responses.
         budget: in tokens that go through the model.
-        packed: those of :class:`mgrpo_kernels.train.attention.Sequences`, for which responses to the same prompt stay together. Else
+        packed: those of :class:`mgrpo_kernels.train.model.attention.Sequences`, for which responses to the same prompt stay together. Else
             padding counts, and like goes with like: within and across batches, lengths fall.
     """
     rest = [max(length - 1, 0) for length in lengths]  # what follows the last token is not asked for

@@ -14,15 +14,15 @@ from mgrpo_kernels import MomentumModel, TokenStats
 from mgrpo_kernels.method import Selection, select
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.data import Example, Task
-from mgrpo_kernels.train.lora import Adapter
-from mgrpo_kernels.train.metrics import Clock, peak_memory_bytes
-from mgrpo_kernels.train.monitor import Trajectories, sample_lines, step_metrics
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data.task import Example, Task
+from mgrpo_kernels.train.model.lora import Adapter
+from mgrpo_kernels.train.model.policy import Policy
+from mgrpo_kernels.train.rng import stream
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, interleave
 from mgrpo_kernels.train.score import score
-from mgrpo_kernels.train.streams import stream
 from mgrpo_kernels.train.update import Batch, learning_rate, take_step
+from mgrpo_kernels.train.watch.metrics import Clock, peak_memory_bytes
+from mgrpo_kernels.train.watch.step_metrics import Trajectories, sample_lines, step_metrics
 
 
 @dataclass

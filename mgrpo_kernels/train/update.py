@@ -13,7 +13,7 @@ from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, LossConfig
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.score import Packed, micro_batches, pack
 
 

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))  # the tr
 import tiny
 from absent import need
 
-from mgrpo_kernels.train import demo
 from mgrpo_kernels.train.config import VllmConfig
-from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.vllm import VllmEngine
 
 R = 12  # longest response

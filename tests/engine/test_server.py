@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import serve
 from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig, build
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import vllm as engine_module
 from mgrpo_kernels.train.rollout import vllm_server as module
 from mgrpo_kernels.train.rollout.vllm import VllmEngine

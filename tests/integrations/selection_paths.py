@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mgrpo_kernels import TokenStats
 from mgrpo_kernels.method import METHODS, Selection
-from mgrpo_kernels.train import demo
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import build
+from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 
 P, WIDTH, SEED = 5, 6, 3

@@ -14,10 +14,10 @@ import torch
 from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
 from mgrpo_kernels.integrations.trl import trainer as of_trl
 from mgrpo_kernels.method import METHODS, pruning
-from mgrpo_kernels.train import demo
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import UsageError, build
-from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.run.learner import make_learner
 
 

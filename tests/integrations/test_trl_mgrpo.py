@@ -20,10 +20,10 @@ from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.integrations.trl.trainer import MOMENTUM_FILE, _text
 from mgrpo_kernels.method import METHODS
-from mgrpo_kernels.train import demo
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import build
-from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.run.learner import make_learner
 

@@ -10,8 +10,8 @@ from verl_trainer_checks import KVBatchMeta, Tokenizer, settings
 
 from mgrpo_kernels.integrations import verl_trainer
 from mgrpo_kernels.method import Selection, pruning
-from mgrpo_kernels.train import demo
-from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.model.policy import load_policy
 
 pytest_plugins = ["verl_trainer_checks"]  # its fixture: the queue
 

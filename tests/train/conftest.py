@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.model.policy import Policy, load_policy
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import random
 import sys
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import demo
+from mgrpo_kernels.train.data import demo
 
 LAZY_SHARE, LAZY_ANSWER, WARM_ACCURACY = 0.25, "#7$", 0.3
 

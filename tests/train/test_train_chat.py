@@ -10,10 +10,10 @@ import tiny
 from small_models import make_byte_model
 from transformers import AutoTokenizer
 
-from mgrpo_kernels.train.chat import wrapper
 from mgrpo_kernels.train.config import UsageError
-from mgrpo_kernels.train.data import load_task
-from mgrpo_kernels.train.policy import end_tokens
+from mgrpo_kernels.train.data.task import load_task
+from mgrpo_kernels.train.model.chat import wrapper
+from mgrpo_kernels.train.model.policy import end_tokens
 
 ENDS_WITH = "{%% for m in messages %%}{{ m.role }}: {{ m.content }}%s\n{%% endfor %%}{%% if add_generation_prompt %%}assistant: {%% endif %%}"
 CHAT, BASE = ENDS_WITH % "<end>", ENDS_WITH % "<turn>"  # a base model has never learnt to give <turn>

@@ -10,10 +10,10 @@ import tiny
 import torch
 
 from mgrpo_kernels.train.config import UsageError
-from mgrpo_kernels.train.metrics import Lines, metrics_line
-from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.step import train_step
+from mgrpo_kernels.train.watch.metrics import Lines, metrics_line
 
 
 def test_a_restored_learner_goes_on_with_the_same_bits(policy: Policy, base: Path, tmp_path: Path) -> None:

@@ -19,14 +19,14 @@ from small_models import make_byte_model
 
 from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train.config import DEFAULT_TEMPLATE, UsageError
-from mgrpo_kernels.train.data import (
+from mgrpo_kernels.train.data.files import read_rows
+from mgrpo_kernels.train.data.task import (
     Example,
     load_task,
     prompts_of_step,
     read_examples,
     read_template,
 )
-from mgrpo_kernels.train.rows import read_rows
 from mgrpo_kernels.vote import answers_equal
 
 FIXTURES = Path(__file__).parent / "data"

@@ -14,8 +14,8 @@ import tiny
 import torch
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import demo
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.model.policy import Policy
 
 
 def test_held_out_sums_are_not_trained_on() -> None:

@@ -17,14 +17,14 @@ from small_models import make_answering_model
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import evaluate as by_itself
 from mgrpo_kernels.train.config import PRESETS, build, read_yaml
-from mgrpo_kernels.train.data import Example, Task, prompts_of_step
-from mgrpo_kernels.train.demo import after_hash, make_task
-from mgrpo_kernels.train.metrics import EVALUATION
-from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.data.demo import after_hash, make_task
+from mgrpo_kernels.train.data.task import Example, Task, prompts_of_step
+from mgrpo_kernels.train.model.policy import Policy, load_policy
+from mgrpo_kernels.train.rng import stream
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.run.evaluation import evaluate, examine, figures, pass_at_k
 from mgrpo_kernels.train.step import Learner, train_step
-from mgrpo_kernels.train.streams import stream
+from mgrpo_kernels.train.watch.metrics import EVALUATION
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torture
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import step
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.run import checkpoint, loop
 from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
 

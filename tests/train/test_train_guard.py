@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train.guard import ACCURACY, Guard
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.run import checkpoint, loop
+from mgrpo_kernels.train.watch.guard import ACCURACY, Guard
 
 DATA = Path(__file__).parent / "data"
 # Recorded once by these commands, each with --checkpoint-every 0 --output DIR; of each line the guard's keys, to 4 digits, of some a start.

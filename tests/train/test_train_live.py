@@ -16,9 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import live
-from mgrpo_kernels.train.live import Curve, Live
 from mgrpo_kernels.train.run import loop
+from mgrpo_kernels.train.watch import live
+from mgrpo_kernels.train.watch.live import Curve, Live
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

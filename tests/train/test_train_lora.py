@@ -20,8 +20,8 @@ from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import export, parallel, update
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import LoraConfig, UsageError
-from mgrpo_kernels.train.lora import Adapter, merged
-from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.model.lora import Adapter, merged
+from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.vllm import checkpoint_weights
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.score import score

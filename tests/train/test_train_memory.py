@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
-from mgrpo_kernels.train.demo import make_tokenizer, model_config
+from mgrpo_kernels.train.data.demo import make_tokenizer, model_config
 from mgrpo_kernels.train.evaluate import examine
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.rollout import transformers as sampling
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train.config import build
-from mgrpo_kernels.train.metrics import KEYS
+from mgrpo_kernels.train.watch.metrics import KEYS
 from mgrpo_kernels.vote import answers_equal
 
 ROLLOUTS, STEPS, VOCABULARY = 8, 3, 11

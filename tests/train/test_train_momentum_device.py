@@ -10,11 +10,11 @@ import torch
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train.metrics import VARYING
-from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.run import learner as building
 from mgrpo_kernels.train.step import train_step
+from mgrpo_kernels.train.watch.metrics import VARYING
 
 
 @pytest.mark.parametrize("reference", ["base", "momentum"])

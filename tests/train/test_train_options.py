@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import step as steps
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.step import Learner, train_step

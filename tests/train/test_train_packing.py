@@ -26,10 +26,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from mgrpo_kernels.train import attention
-from mgrpo_kernels.train.attention import Sequences
-from mgrpo_kernels.train.demo import make_tokenizer
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data.demo import make_tokenizer
+from mgrpo_kernels.train.model import attention
+from mgrpo_kernels.train.model.attention import Sequences
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.cache import SharedCache
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import micro_batches, pack, score

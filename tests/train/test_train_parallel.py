@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import export, parallel
-from mgrpo_kernels.train.policy import load_policy
+from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.score import pack
 

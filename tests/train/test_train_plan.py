@@ -14,14 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import demo, parallel
+from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.plan.describe import Target, memory_lines, plan, read_model
 from mgrpo_kernels.train.plan.devices import Rates, known_device
 from mgrpo_kernels.train.plan.memory import Memory, layer_bytes, memory_of
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, model_of, work_of
 from mgrpo_kernels.train.plan.time import forward_seconds, seconds
-from mgrpo_kernels.train.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.cache import SharedCache
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine, cache_bytes
 from mgrpo_kernels.train.score import pack

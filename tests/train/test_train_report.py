@@ -13,9 +13,9 @@ import pytest
 import tiny
 import torch
 
-from mgrpo_kernels.train import report
-from mgrpo_kernels.train.metrics import Lines, metrics_line
-from mgrpo_kernels.train.report import write_report
+from mgrpo_kernels.train.watch import report
+from mgrpo_kernels.train.watch.metrics import Lines, metrics_line
+from mgrpo_kernels.train.watch.report import write_report
 
 HEADINGS = ["Curves", "Collapse guard", "Samples", "Time", "Figures", "Environment", "Configuration"]
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import Rollouts, interleave, join
 from mgrpo_kernels.train.rollout.transformers import Noise, TransformersEngine, choose
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train import demo
 from mgrpo_kernels.train.config import build, read_yaml
-from mgrpo_kernels.train.metrics import EVALUATION, KEYS
+from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.run.output import with_truth
+from mgrpo_kernels.train.watch.metrics import EVALUATION, KEYS
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 STEPS = 12
@@ -227,7 +227,7 @@ def test_wrong_use_stops_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], message: str
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("mgrpo_kernels.train.demo.make_model", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("mgrpo_kernels.train.data.demo.make_model", lambda *_: pytest.fail("work has begun"))
     (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
     (tmp_path / "broken.jsonl").write_text('{"question": "x", "answer": "1"}\n{"question": \n')
     arguments = [flag.replace("{dir}", str(tmp_path)) for flag in flags]

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PretrainedConfig
 
 from mgrpo_kernels.train.config import UsageError
-from mgrpo_kernels.train.demo import make_tokenizer, model_config
+from mgrpo_kernels.train.data.demo import make_tokenizer, model_config
+from mgrpo_kernels.train.model.policy import Policy, check_tokenizer, load_policy
 from mgrpo_kernels.train.plan.describe import read_model
-from mgrpo_kernels.train.policy import Policy, check_tokenizer, load_policy
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import micro_batches, pack, score

@@ -16,11 +16,11 @@ from mgrpo_kernels import MomentumModel, group_advantages, trajectory_entropy
 from mgrpo_kernels.method import METHODS, pruning, selection
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import UsageError
-from mgrpo_kernels.train.demo import after_hash
-from mgrpo_kernels.train.metrics import EVALUATION, KEYS, metrics_line
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data.demo import after_hash
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.step import Learner, train_step
+from mgrpo_kernels.train.watch.metrics import EVALUATION, KEYS, metrics_line
 
 G, M = 8, 6  # of 8 rollouts 6 are the policy's
 
@@ -331,7 +331,7 @@ def test_a_step_that_is_not_finite_changes_nothing(policy: Policy, monkeypatch: 
 
 
 def test_bfloat16_products_keep_float32_weights(base: Any) -> None:
-    from mgrpo_kernels.train.policy import load_policy
+    from mgrpo_kernels.train.model.policy import load_policy
 
     policy = load_policy(str(base), torch.device("cpu"), torch.bfloat16)
     line, _, change = run(tiny.learner(policy, dtype="bfloat16"), dtype="bfloat16")

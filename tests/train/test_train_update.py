@@ -18,7 +18,7 @@ from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES
 from mgrpo_kernels.train import update
 from mgrpo_kernels.train.__main__ import make_parser
 from mgrpo_kernels.train.config import LossConfig, RolloutConfig, UsageError, build
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.update import Batch, accumulate_gradient, learning_rate, make_optimizer, take_step

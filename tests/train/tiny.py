@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train import demo
 from mgrpo_kernels.train.config import Config, build
-from mgrpo_kernels.train.data import Task
-from mgrpo_kernels.train.metrics import VARYING
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.data.task import Task
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.run.learner import make_learner
 from mgrpo_kernels.train.step import Learner
+from mgrpo_kernels.train.watch.metrics import VARYING
 
 WARM_STEPS = 60
 OPTIONS = {

@@ -20,7 +20,7 @@ from mgrpo_kernels.integrations.trl import loss
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, read_gold, select
-from mgrpo_kernels.train.streams import stream
+from mgrpo_kernels.train.rng import stream
 
 MOMENTUM_FILE = "momentum.pt"
 _SCALES = {"group": "std", "batch": "batch", "none": "none"}  # TRL's scale_rewards -> ours

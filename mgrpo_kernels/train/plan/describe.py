@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from mgrpo_kernels.train import attention
 from mgrpo_kernels.train.config import Config, LoraConfig, UsageError
-from mgrpo_kernels.train.data import Task
-from mgrpo_kernels.train.lora import Adapter
+from mgrpo_kernels.train.data.task import Task
+from mgrpo_kernels.train.model import attention
+from mgrpo_kernels.train.model.lora import Adapter
+from mgrpo_kernels.train.model.policy import unreadable
 from mgrpo_kernels.train.plan.devices import (
     BANDWIDTH_SHARE,
     DEVICES,
@@ -25,7 +26,6 @@ from mgrpo_kernels.train.plan.devices import (
 from mgrpo_kernels.train.plan.memory import Memory, memory_of
 from mgrpo_kernels.train.plan.shape import Model, Work, count, model_of, work_of
 from mgrpo_kernels.train.plan.time import seconds
-from mgrpo_kernels.train.policy import unreadable
 from mgrpo_kernels.train.rollout.engines import engine_class
 
 

@@ -12,8 +12,8 @@ from mgrpo_kernels import MomentumModel
 
 if TYPE_CHECKING:
     from mgrpo_kernels.train.config import Config
+    from mgrpo_kernels.train.model.policy import Policy
     from mgrpo_kernels.train.plan.shape import Model, Work
-    from mgrpo_kernels.train.policy import Policy
 
 
 class Rollouts(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mgrpo_kernels.train.attention import Sequences, padded
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.attention import Sequences, padded
+from mgrpo_kernels.train.model.policy import Policy
 
 ROOM = 64
 """Tokens of a rollout that there is room for at first; the room doubles when it is used up."""
@@ -39,7 +39,7 @@ class Cache(Protocol):
 class SharedCache:
     """Holds and reads the keys and values of a prompt once for all its rollouts.
 
-    It is a layout (:class:`mgrpo_kernels.train.attention.Layout`) of one token of each rollout: T = U c.
+    It is a layout (:class:`mgrpo_kernels.train.model.attention.Layout`) of one token of each rollout: T = U c.
     """
 
     def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
@@ -71,7 +71,7 @@ class SharedCache:
         return logits
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """See :class:`mgrpo_kernels.train.attention.Layout`."""
+        """See :class:`mgrpo_kernels.train.model.attention.Layout`."""
         T, K, D = k.shape
         c, repeat, U = self.copies, q.shape[1] // K, T // self.copies
         own_keys, own_values = self._append(layer, k, v)

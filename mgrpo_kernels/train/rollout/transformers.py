@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mgrpo_kernels import MomentumModel, TokenStats, token_stats_from_logits
 from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.plan.shape import Model, Work, samplings, width_of
-from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import Batch, RolloutEngine, Rollouts, join, seeds_of
 from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache, room_for
 

@@ -20,9 +20,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import Config, EngineError, UsageError, VllmConfig
 from mgrpo_kernels.train.extras import how_to_install
-from mgrpo_kernels.train.lora import merged
+from mgrpo_kernels.train.model.lora import merged
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.plan.shape import Model, Work, width_of
-from mgrpo_kernels.train.policy import Policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, seeds_of
 from mgrpo_kernels.train.rollout.engines import ENGINES
 from mgrpo_kernels.train.score import score

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.train.config import UsageError, VllmConfig
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.vllm import NOT_FINITE, Completion, VllmEngine, import_vllm
 from mgrpo_kernels.train.serve import EXTENSION, GLOO
 

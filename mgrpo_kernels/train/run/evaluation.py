@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from mgrpo_kernels import majority_vote
 from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.data import Example, Task
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data.task import Example, Task
+from mgrpo_kernels.train.model.policy import Policy
+from mgrpo_kernels.train.rng import stream
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
-from mgrpo_kernels.train.streams import stream
 
 
 class Question(NamedTuple):
@@ -34,7 +34,7 @@ class Question(NamedTuple):
 
 
 def evaluate(policy: Policy, engine: RolloutEngine, task: Task, config: Config, step: int) -> dict[str, float]:
-    """Sample every held-out prompt, and greedily once; return the eval_ metrics of :data:`mgrpo_kernels.train.metrics.KEYS`."""
+    """Sample every held-out prompt, and greedily once; return the eval_ metrics of :data:`mgrpo_kernels.train.watch.metrics.KEYS`."""
     return figures(examine(policy, engine, task, config, step), config.pass_k)
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train import demo, parallel
+from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.data import Task
-from mgrpo_kernels.train.live import Plain
-from mgrpo_kernels.train.policy import Policy, load_policy
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.data.task import Task
+from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout import RolloutEngine
 from mgrpo_kernels.train.rollout.engines import engine_class
 from mgrpo_kernels.train.step import Learner
 from mgrpo_kernels.train.update import make_optimizer
+from mgrpo_kernels.train.watch.live import Plain
 
 
 def load(config: Config, name: str, device: torch.device) -> Policy:

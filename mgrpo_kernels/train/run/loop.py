@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.data import prompts_of_step
+from mgrpo_kernels.train.data.task import prompts_of_step
 from mgrpo_kernels.train.export import save_final
-from mgrpo_kernels.train.guard import Guard, message
-from mgrpo_kernels.train.live import Plain
-from mgrpo_kernels.train.loggers import open_loggers
-from mgrpo_kernels.train.metrics import metrics_line
-from mgrpo_kernels.train.report import read_lines, write_report
 from mgrpo_kernels.train.rollout.divided import divided
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.run.evaluation import evaluate
 from mgrpo_kernels.train.run.output import closing, lines_of_first, save_batch, with_truth
 from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
 from mgrpo_kernels.train.step import Learner, train_step
-from mgrpo_kernels.train.tracing import Trace
 from mgrpo_kernels.train.update import NotFiniteError
+from mgrpo_kernels.train.watch.guard import Guard, message
+from mgrpo_kernels.train.watch.live import Plain
+from mgrpo_kernels.train.watch.loggers import open_loggers
+from mgrpo_kernels.train.watch.metrics import metrics_line
+from mgrpo_kernels.train.watch.report import read_lines, write_report
+from mgrpo_kernels.train.watch.tracing import Trace
 
 COLLAPSED = 3
 INTERRUPTED = 130

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 import transformers
 
-from mgrpo_kernels.train import demo, extras, parallel
+from mgrpo_kernels.train import extras, parallel
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.data import Task, check_lengths, load_task
-from mgrpo_kernels.train.live import Plain, make_view
-from mgrpo_kernels.train.loggers import log_in
+from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.data.task import Task, check_lengths, load_task
+from mgrpo_kernels.train.model.policy import Policy, context_of, pick_device, read_tokenizer
 from mgrpo_kernels.train.plan.describe import Target, describe, plan, read_model
-from mgrpo_kernels.train.policy import Policy, context_of, pick_device, read_tokenizer
 from mgrpo_kernels.train.run.learner import demo_policy, load, make_learner
 from mgrpo_kernels.train.run.loop import Run
 from mgrpo_kernels.train.run.output import check_output, check_resume, write_text
 from mgrpo_kernels.train.run.stopping import interruptible
+from mgrpo_kernels.train.watch.live import Plain, make_view
+from mgrpo_kernels.train.watch.loggers import log_in
 
 
 def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool | Target = False) -> int:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mgrpo_kernels.train.config import LoraConfig, UsageError
 from mgrpo_kernels.train.extras import how_to_install, installed
-from mgrpo_kernels.train.streams import stream
+from mgrpo_kernels.train.rng import stream
 
 NAME = "default"  # peft's, of a model's only adapter
 WHOLE = "base_model.model."  # what peft puts before a weight's name

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgrpo_kernels import TokenStats
 from mgrpo_kernels.method import Selection
-from mgrpo_kernels.train.data import Example
+from mgrpo_kernels.train.data.task import Example
 from mgrpo_kernels.train.rollout import Rollouts
 
 
@@ -28,7 +28,7 @@ class Trajectories(NamedTuple):
 def step_metrics(
     examples: Sequence[Example], seen: Trajectories, stats: TokenStats, selection: Selection
 ) -> dict[str, Any]:
-    """Return figures by their names in :data:`mgrpo_kernels.train.metrics.KEYS`."""
+    """Return figures by their names in :data:`mgrpo_kernels.train.watch.metrics.KEYS`."""
     assert stats.logprob is not None
     assert stats.entropy is not None
     mask = seen.rollouts.mask

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mgrpo_kernels.train.config import read_yaml
-from mgrpo_kernels.train.curves import DARK, PANELS, draw, points_of
-from mgrpo_kernels.train.metrics import KEYS
+from mgrpo_kernels.train.watch.curves import DARK, PANELS, draw, points_of
+from mgrpo_kernels.train.watch.metrics import KEYS
 
 PACKAGES = ("mgrpo_kernels", "torch", "triton", "transformers", "tokenizers", "numpy", "math-verify")
 PHASES = {

@@ -22,12 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgrpo_kernels import linear_token_stats
 from mgrpo_kernels.method import equal_to_gold
-from mgrpo_kernels.train.data import Example, Task
-from mgrpo_kernels.train.policy import Policy
+from mgrpo_kernels.train.data.task import Example, Task
+from mgrpo_kernels.train.model.policy import Policy
+from mgrpo_kernels.train.rng import stream
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.run.checkpoint import replace_directory
 from mgrpo_kernels.train.score import pack
-from mgrpo_kernels.train.streams import stream
 
 OPTIONS: dict[str, Any] = {
     "rollouts": 16,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mgrpo_kernels.train.config import Config, RunConfig, UsageError
-from mgrpo_kernels.train.metrics import plain
+from mgrpo_kernels.train.watch.metrics import plain
 
 Line = Mapping[str, Any]
 LOGGERS = ("tensorboard", "wandb", "trackio")

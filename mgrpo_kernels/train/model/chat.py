@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from mgrpo_kernels.train.config import UsageError
-from mgrpo_kernels.train.policy import end_tokens
+from mgrpo_kernels.train.model.policy import end_tokens
 
 
 def wrapper(model: str, tokenizer: Any, mode: str, note: Callable[..., None]) -> Callable[[str], str]:

@@ -17,11 +17,11 @@ import torch
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.method import ANSWER_FIELDS, read_gold
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.chat import wrapper
 from mgrpo_kernels.train.config import Config, UsageError
-from mgrpo_kernels.train.policy import read_tokenizer
-from mgrpo_kernels.train.rows import Row, read_rows, shown
-from mgrpo_kernels.train.streams import stream
+from mgrpo_kernels.train.data.files import Row, read_rows, shown
+from mgrpo_kernels.train.model.chat import wrapper
+from mgrpo_kernels.train.model.policy import read_tokenizer
+from mgrpo_kernels.train.rng import stream
 from mgrpo_kernels.vote import Equivalence
 
 logger = logging.getLogger("mgrpo_kernels")

@@ -2,7 +2,7 @@
 
 A small model spends more time between PyTorch's operations than in them, above all while it samples a token at a time. This runs the
 layers of a transformers model from its own weights without its modules' calls; the attention is a layout's. Which models it takes is
-decided by their class and then by their hidden states (:meth:`mgrpo_kernels.train.policy.Policy.packed_hidden`).
+decided by their class and then by their hidden states (:meth:`mgrpo_kernels.train.model.policy.Policy.packed_hidden`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
-from mgrpo_kernels.train.attention import Layout
+from mgrpo_kernels.train.model.attention import Layout
 
 FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from mgrpo_kernels.lm_head import lm_head
-from mgrpo_kernels.train import attention
 from mgrpo_kernels.train.config import LoraConfig, UsageError
-from mgrpo_kernels.train.lean import LeanDecoder, lean_decoder
-from mgrpo_kernels.train.lora import Adapter
+from mgrpo_kernels.train.model import attention
+from mgrpo_kernels.train.model.lean import LeanDecoder, lean_decoder
+from mgrpo_kernels.train.model.lora import Adapter
 
 PROBE = [[1, 2, 3, 0], [2, 1]]
 """Prompts that show whether a model keeps sequences in one row apart."""

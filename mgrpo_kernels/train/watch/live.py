@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.guard import START, WINDOW
+from mgrpo_kernels.train.watch.guard import START, WINDOW
 
 STOPPING = "stopping after this step; once more to stop at once, without a checkpoint"
 POINTS = 256

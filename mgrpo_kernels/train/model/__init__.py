@@ -1,0 +1,1 @@
+"""The model that trains: loading, packed attention, adapters and chat templates."""
