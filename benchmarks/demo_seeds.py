@@ -2,7 +2,7 @@
 
 python benchmarks/demo_seeds.py [--seeds 5] [--out benchmarks/results/demo-seeds.json] [--busy [--jobs 2]]
 
-Exit status 1 where it does not: see mgrpo_kernels.train.data.demo.RISE and LONGEST. With --busy, where other work takes the machine's time, it
+Exit status 1 where it does not: see RISE and LONGEST of the demonstration. With --busy, where other work takes the machine's time, it
 runs on one thread, and its CPU time is held to the limit: on a free core it takes hardly more.
 """
 

@@ -12,16 +12,8 @@ from typing import Any
 
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import command_line
-from mgrpo_kernels.train.config import (
-    SECTIONS,
-    CheckpointError,
-    Config,
-    EngineError,
-    UsageError,
-    build,
-    fields_of,
-    read_yaml,
-)
+from mgrpo_kernels.train.config import SECTIONS, Config, build, fields_of, read_yaml
+from mgrpo_kernels.train.errors import CheckpointError, EngineError, UsageError
 
 EPILOG = """methods:
 {methods}

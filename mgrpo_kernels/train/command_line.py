@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgrpo_kernels.train.config import PAIR, PRESETS, SECTIONS, UsageError, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.config import PAIR, PRESETS, SECTIONS, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.errors import UsageError
 
 LONGEST_CHOICES = 40
 """Choices that take more characters than this are named in the help text, not in the flag's line."""

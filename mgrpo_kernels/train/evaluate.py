@@ -13,17 +13,9 @@ import transformers
 import yaml
 
 from mgrpo_kernels.train import command_line, extras
-from mgrpo_kernels.train.config import (
-    SECTIONS,
-    Config,
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    UsageError,
-    build,
-    fields_of,
-)
+from mgrpo_kernels.train.config import SECTIONS, Config, DataConfig, EvalConfig, ModelConfig, build, fields_of
 from mgrpo_kernels.train.data.task import check_lengths, load_task
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import load_policy, pick_device, read_tokenizer
 from mgrpo_kernels.train.run.evaluation import examine, figures
 from mgrpo_kernels.train.run.learner import dtype_of, make_engine

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.config import UsageError, build, read_yaml
+from mgrpo_kernels.train.config import build, read_yaml
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.lora import Adapter, merged
 from mgrpo_kernels.train.model.policy import Policy, unreadable
 from mgrpo_kernels.train.run import checkpoint

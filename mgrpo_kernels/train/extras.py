@@ -45,7 +45,7 @@ def check_packages(config: Config, *, training: bool = True) -> None:
     Raises:
         UsageError: one is not installed; names the option and the command that installs it.
     """
-    from mgrpo_kernels.train.config import UsageError  # late: it imports yaml, which may be what is missing
+    from mgrpo_kernels.train.errors import UsageError  # late: it imports yaml, which may be what is missing
     from mgrpo_kernels.train.rollout.engines import ENGINES
 
     needed = {"report": "matplotlib"} if training else {}

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.run.stopping import Abandoned
 

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import serve
-from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig, build
+from mgrpo_kernels.train.config import VllmConfig, build
+from mgrpo_kernels.train.errors import EngineError, UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import vllm as engine_module
 from mgrpo_kernels.train.rollout import vllm_server as module

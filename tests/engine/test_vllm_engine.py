@@ -13,8 +13,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train.config import EngineError, UsageError, VllmConfig
+from mgrpo_kernels.train.config import VllmConfig
 from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.errors import EngineError, UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout import vllm as module

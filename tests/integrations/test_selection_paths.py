@@ -15,8 +15,9 @@ from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
 from mgrpo_kernels.integrations.trl import trainer as of_trl
 from mgrpo_kernels.method import METHODS, pruning
 from mgrpo_kernels.train import step as steps
-from mgrpo_kernels.train.config import UsageError, build
+from mgrpo_kernels.train.config import build
 from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.run.learner import make_learner
 

@@ -14,7 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import export, parallel
-from mgrpo_kernels.train.config import LoraConfig, UsageError
+from mgrpo_kernels.train.config import LoraConfig
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.lora import Adapter, merged
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.run import checkpoint, start

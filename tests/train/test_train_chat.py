@@ -10,8 +10,8 @@ import tiny
 from small_models import make_byte_model
 from transformers import AutoTokenizer
 
-from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.data.task import load_task
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.chat import wrapper
 from mgrpo_kernels.train.model.policy import end_tokens
 

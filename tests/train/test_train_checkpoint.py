@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.step import train_step

@@ -10,7 +10,8 @@ import yaml
 
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train.config import PRESETS, SECTIONS, UsageError, build, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.config import PRESETS, SECTIONS, build, fields_of, find_config, read_yaml
+from mgrpo_kernels.train.errors import UsageError
 
 BAD = {
     "iqr_k": (-0.1, "iqr_k: want a finite number >= 0.0, got -0.1"),

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from small_models import make_byte_model
 
 from mgrpo_kernels.method import equal_to_gold
-from mgrpo_kernels.train.config import DEFAULT_TEMPLATE, UsageError
+from mgrpo_kernels.train.config import DEFAULT_TEMPLATE
 from mgrpo_kernels.train.data.files import read_rows
 from mgrpo_kernels.train.data.task import (
     Example,
@@ -27,6 +27,7 @@ from mgrpo_kernels.train.data.task import (
     read_examples,
     read_template,
 )
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.vote import answers_equal
 
 FIXTURES = Path(__file__).parent / "data"

@@ -19,7 +19,8 @@ from mgrpo_kernels import MomentumModel, ema_update_
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import export, parallel, update
 from mgrpo_kernels.train import step as steps
-from mgrpo_kernels.train.config import LoraConfig, UsageError
+from mgrpo_kernels.train.config import LoraConfig
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.lora import Adapter, merged
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.vllm import checkpoint_weights

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PretrainedConfig
 
-from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.data.demo import make_tokenizer, model_config
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy, check_tokenizer, load_policy
 from mgrpo_kernels.train.plan.describe import read_model
 from mgrpo_kernels.train.rollout import Rollouts

@@ -15,8 +15,8 @@ from torch import Tensor
 from mgrpo_kernels import MomentumModel, group_advantages, trajectory_entropy
 from mgrpo_kernels.method import METHODS, pruning, selection
 from mgrpo_kernels.train import step as steps
-from mgrpo_kernels.train.config import UsageError
 from mgrpo_kernels.train.data.demo import after_hash
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.step import Learner, train_step

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from mgrpo_kernels.train.__main__ import main
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.errors import UsageError
 
 
 def test_a_trace_of_the_steps_asked_for(base: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from mgrpo_kernels.ops.policy_loss.options import DECLARED, LossOptions
 from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES
 from mgrpo_kernels.train import update
 from mgrpo_kernels.train.__main__ import make_parser
-from mgrpo_kernels.train.config import LossConfig, RolloutConfig, UsageError, build
+from mgrpo_kernels.train.config import LossConfig, RolloutConfig, build
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.score import score

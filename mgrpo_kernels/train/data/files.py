@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.extras import how_to_install
 
 SPLITS = {"data": "train", "eval_data": "test"}

@@ -17,8 +17,9 @@ import torch
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.method import ANSWER_FIELDS, read_gold
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.config import Config, UsageError
+from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data.files import Row, read_rows, shown
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.chat import wrapper
 from mgrpo_kernels.train.model.policy import read_tokenizer
 from mgrpo_kernels.train.rng import stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import end_tokens
 
 

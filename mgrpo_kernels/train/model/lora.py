@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mgrpo_kernels.train.config import LoraConfig, UsageError
+from mgrpo_kernels.train.config import LoraConfig
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.extras import how_to_install, installed
 from mgrpo_kernels.train.rng import stream
 

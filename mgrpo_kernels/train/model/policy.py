@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from mgrpo_kernels.lm_head import lm_head
-from mgrpo_kernels.train.config import LoraConfig, UsageError
+from mgrpo_kernels.train.config import LoraConfig
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model import attention
 from mgrpo_kernels.train.model.lean import LeanDecoder, lean_decoder
 from mgrpo_kernels.train.model.lora import Adapter

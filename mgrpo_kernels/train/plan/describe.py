@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from mgrpo_kernels.train.config import Config, LoraConfig, UsageError
+from mgrpo_kernels.train.config import Config, LoraConfig
 from mgrpo_kernels.train.data.task import Task
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model import attention
 from mgrpo_kernels.train.model.lora import Adapter
 from mgrpo_kernels.train.model.policy import unreadable

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from mgrpo_kernels import MomentumModel
-from mgrpo_kernels.train.config import Config, EngineError, UsageError, VllmConfig
+from mgrpo_kernels.train.config import Config, VllmConfig
+from mgrpo_kernels.train.errors import EngineError, UsageError
 from mgrpo_kernels.train.extras import how_to_install
 from mgrpo_kernels.train.model.lora import merged
 from mgrpo_kernels.train.model.policy import Policy

@@ -16,7 +16,8 @@ import httpx
 import torch
 from torch import Tensor
 
-from mgrpo_kernels.train.config import UsageError, VllmConfig
+from mgrpo_kernels.train.config import VllmConfig
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.vllm import NOT_FINITE, Completion, VllmEngine, import_vllm
 from mgrpo_kernels.train.serve import EXTENSION, GLOO

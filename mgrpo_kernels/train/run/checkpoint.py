@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.config import CheckpointError, UsageError
+from mgrpo_kernels.train.errors import CheckpointError, UsageError
 from mgrpo_kernels.train.step import Learner
 
 FACTS = "run.json"

@@ -10,8 +10,9 @@ import torch
 
 from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.config import Config, UsageError, build, read_yaml
+from mgrpo_kernels.train.config import Config, build, read_yaml
 from mgrpo_kernels.train.data.task import Task
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.update import Batch
 from mgrpo_kernels.train.watch.metrics import Lines
 from mgrpo_kernels.train.watch.report import read_lines

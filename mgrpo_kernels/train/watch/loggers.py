@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from mgrpo_kernels.train.config import Config, RunConfig, UsageError
+from mgrpo_kernels.train.config import Config, RunConfig
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.watch.metrics import plain
 
 Line = Mapping[str, Any]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mgrpo_kernels.train.config import UsageError
+from mgrpo_kernels.train.errors import UsageError
 
 KEYS = {
     "step": "optimizer steps so far",

@@ -1,0 +1,17 @@
+"""What ends a run with one line in place of a traceback."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """What a user can put right: an option, a file, a directory. Shown without a traceback."""
+
+    told = False  # whether another rank has shown it
+
+
+class EngineError(RuntimeError):
+    """What samples failed or hung. The run ends with the reason, and its last checkpoint stands."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is damaged. Those before it are as they were."""
