@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(config, output, resume=resume, dry_run=dry_run)
     except UsageError as error:
-        if not error.told:
+        if not error.shown_elsewhere:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 class UsageError(ValueError):
     """What a user can put right: an option, a file, a directory. Shown without a traceback."""
 
-    told = False  # whether another rank has shown it
+    shown_elsewhere = False  # whether another rank has shown it
 
 
 class EngineError(RuntimeError):

@@ -22,14 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import build, read_yaml
 from mgrpo_kernels.train.errors import UsageError
-from mgrpo_kernels.train.model.lora import Adapter, merged
+from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, unreadable
 from mgrpo_kernels.train.run import checkpoint
 
 WEIGHTS = {"policy": "model.", "momentum": "momentum."}
 
 
-def save_final(policy: Policy, place: Path) -> None:
+def save_final(policy: Policy, directory: Path) -> None:
     """Write the trained model and its tokenizer, whole or not at all. Every rank must call; the first gathers and writes."""
     state: dict[str, Tensor] | None = None
     if parallel.world() > 1:
@@ -40,44 +40,44 @@ def save_final(policy: Policy, place: Path) -> None:
                 state[name] = all_of_it.cpu()
     with parallel.together():
         if parallel.is_first():
-            write(policy.model, policy.tokenizer, place, state, policy.adapter)
+            write(policy.model, policy.tokenizer, directory, state, policy.adapter)
 
 
 def write(
-    model: Any, tokenizer: Any, place: Path, state: dict[str, Tensor] | None = None, adapter: Adapter | None = None
+    model: Any, tokenizer: Any, directory: Path, state: dict[str, Tensor] | None = None, adapter: Adapter | None = None
 ) -> None:
     """Write a model, with the weights `state` in place of its own, and a tokenizer to a directory, which is replaced when all is there.
 
     With an adapter the model is written as one without, and the adapter beside it.
     """
-    new = place.with_name(place.name + ".new")
+    new = directory.with_name(directory.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     if adapter is not None:
         state = model.state_dict() if state is None else state
         adapter.save(new / "adapter", state)
-        state = merged(model, state)
+        state = merged_weights(model, state)
     model.save_pretrained(new, state_dict=state)
     tokenizer.save_pretrained(new)
-    checkpoint.replace_directory(new, place)
+    checkpoint.replace_directory(new, directory)
 
 
-def export(run: Path, step: int | None, weights: str, place: Path) -> Path:
+def export(run: Path, step: int | None, weights: str, to: Path) -> Path:
     """Write the policy or the momentum model of a checkpoint as transformers reads it; return the checkpoint's path.
 
     Args:
         run: a run's output directory.
         step: of the checkpoint; None: the latest.
         weights: policy or momentum.
-        place: a directory that is not there yet.
+        to: a directory that is not there yet.
 
     Raises:
-        UsageError: no such run, checkpoint or weights; a place that is taken.
+        UsageError: no such run, checkpoint or weights; `to` exists.
         CheckpointError: the checkpoint is damaged.
     """
     if not (run / "config.yaml").exists():
         raise UsageError(f"run: want a directory with a run (config.yaml), got {run}")
-    if place.exists():
-        raise UsageError(f"to: want a directory that is not there yet, got {place}")
+    if to.exists():
+        raise UsageError(f"to: want a directory that is not there yet, got {to}")
     directory = run / "checkpoints"
     newest, there = checkpoint.latest(directory), checkpoint.saved_steps(directory)
     found = newest if step is None else directory / f"step_{step}"
@@ -96,7 +96,7 @@ def export(run: Path, step: int | None, weights: str, place: Path) -> Path:
     own = {name for name, each in model.named_parameters() if adapter is None or each.requires_grad}
     if odd or set(missing) & own:
         raise UsageError(f"run: want a checkpoint of {name}, got one that differs in {', '.join([*missing, *odd][:5])}")
-    write(model, AutoTokenizer.from_pretrained(name), place, adapter=adapter)
+    write(model, AutoTokenizer.from_pretrained(name), to, adapter=adapter)
     return found
 
 

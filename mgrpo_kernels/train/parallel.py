@@ -33,10 +33,10 @@ from mgrpo_kernels.train.run.stopping import Abandoned
 T = TypeVar("T")
 
 
-class ToldElsewhereError(UsageError):
+class ShownElsewhereError(UsageError):
     """Another rank has shown the message."""
 
-    told = True
+    shown_elsewhere = True
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def my_share(size: int) -> range:
 # --- Agreeing
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Return every rank's value, in the ranks' order, on all ranks. Tensors should be on the CPU."""
     if world() == 1:
         return [value]
@@ -132,7 +132,7 @@ def _reduced(numbers: Sequence[float], operation: Any) -> list[float]:
 
 def added(values: dict[str, float]) -> dict[str, float]:
     """Return the sum over the ranks of each value, of which a rank may lack some."""
-    parts = gather(values)
+    parts = all_gather(values)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
@@ -153,14 +153,14 @@ def together() -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    errors = gather(None if error is None else (isinstance(error, UsageError), f"{type(error).__name__}: {error}"))
+    errors = all_gather(None if error is None else (isinstance(error, UsageError), f"{type(error).__name__}: {error}"))
     failed = next((number for number, each in enumerate(errors) if each is not None), None)
     if failed is None:
         return
     if error is not None and failed == rank():
         raise error
     is_usage, text = errors[failed] or (False, "")
-    raise (ToldElsewhereError if is_usage else RuntimeError)(f"rank {failed}: {text}") from error
+    raise (ShownElsewhereError if is_usage else RuntimeError)(f"rank {failed}: {text}") from error
 
 
 @contextmanager
@@ -283,12 +283,12 @@ def whole(tensor: Tensor) -> Tensor:
 # --- Results
 
 
-def merged(value: T) -> T:
+def from_all(value: T) -> T:
     """Return the ranks' values, one after the other, on all ranks and on the CPU.
 
     A value is a named tuple of such values, a list, None, or a tensor: ``(B,)``, or ``(B, R)``, which is padded to the longest.
     """
-    return value if world() == 1 else _joined(gather(on_cpu(value)))
+    return value if world() == 1 else _joined(all_gather(on_cpu(value)))
 
 
 def on_cpu(value: Any) -> Any:
@@ -309,7 +309,7 @@ def _joined(parts: Sequence[Any]) -> Any:
         return type(first)(*map(_joined, zip(*parts, strict=True)))
     if isinstance(first, list):
         return [each for part in parts for each in part]
-    assert all(part is None for part in parts), f"merged: {type(first).__name__}"
+    assert all(part is None for part in parts), f"from_all: {type(first).__name__}"
     return None
 
 

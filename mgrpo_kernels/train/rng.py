@@ -10,7 +10,7 @@ import hashlib
 import torch
 
 
-def stream(seed: int, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+def generator_for(seed: int, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator on `device` for one purpose in one step."""
     digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)

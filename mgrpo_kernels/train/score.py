@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import TokenStats, linear_token_stats
-from mgrpo_kernels.train.model.attention import Sequences, gather
+from mgrpo_kernels.train.model.attention import Sequences, gather_rows
 from mgrpo_kernels.train.model.policy import Policy
 
 
-class Packed(NamedTuple):
+class ResponseStates(NamedTuple):
     """The N response tokens of some sequences, one sequence after the other."""
 
     hidden: Tensor  # (N, H), of the position before each token
@@ -56,23 +56,23 @@ def micro_batches(
     return batches
 
 
-def pack(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor, mask: Tensor) -> Packed:
+def response_states(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor, mask: Tensor) -> ResponseStates:
     """Run the decoder on prompts followed by their responses ``(B, R)``; return its states at the response tokens alone."""
     lengths, labels = mask.sum(-1), tokens[mask]
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     if policy.unpackable is None:
         layout = Sequences(prompts, lengths.tolist(), labels)
         hidden = policy.packed_hidden(layout.ids, layout.positions, layout)
-        return Packed(gather(hidden, layout.states), labels, cu_seqlens)
+        return ResponseStates(gather_rows(hidden, layout.states), labels, cu_seqlens)
     before = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     width = max(int((before + lengths).max()) - 1, 1)  # what follows the last token is not asked for
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     for row, (prompt, response, length) in enumerate(zip(prompts, tokens.cpu(), lengths.tolist(), strict=True)):
         sequence = torch.cat([torch.tensor(prompt), response[:length]])[:width]
         ids[row, : len(sequence)] = sequence
-    place = torch.arange(width, device=tokens.device)
-    states = (place >= (before - 1)[:, None]) & (place < (before - 1 + lengths)[:, None])  # (B, width)
-    return Packed(policy.hidden(ids.to(tokens.device))[states], labels, cu_seqlens)
+    position = torch.arange(width, device=tokens.device)
+    states = (position >= (before - 1)[:, None]) & (position < (before - 1 + lengths)[:, None])  # (B, width)
+    return ResponseStates(policy.hidden(ids.to(tokens.device))[states], labels, cu_seqlens)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def score(
     for batch in micro_batches(*of_rows, budget, packed=policy.unpackable is None):
         chosen = torch.tensor([rows[each] for each in batch], device=tokens.device)
         with policy.autocast():
-            packed = pack(policy, [prompts[row] for row in chosen.tolist()], tokens[chosen], mask[chosen])
+            packed = response_states(policy, [prompts[row] for row in chosen.tolist()], tokens[chosen], mask[chosen])
             result = linear_token_stats(
                 packed.hidden, weight, packed.labels, bias=bias, stats=tuple(stats), temperature=temperature,
                 **policy.head_options._asdict(),

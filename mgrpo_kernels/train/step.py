@@ -17,7 +17,7 @@ from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.lora import Adapter
 from mgrpo_kernels.train.model.policy import Policy
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, interleave
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.update import Batch, learning_rate, take_step
@@ -73,7 +73,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
             # Nothing writes to the weights before the average is read, for the distance below.
             learner.momentum.update(config.method.decay_at(step, config.optim.steps), overlap=True)
 
-    seen, stats, selection = parallel.merged(seen), parallel.merged(stats), parallel.merged(selection)
+    seen, stats, selection = parallel.from_all(seen), parallel.from_all(stats), parallel.from_all(selection)
     # Where the scores are the engine's own, the update compares them with its forward pass.
     uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
     metrics = {
@@ -101,7 +101,7 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
 
     def part(copies: int, momentum: MomentumModel | None) -> Rollouts:
         purpose = "rollout" if momentum is None else "momentum rollout"
-        generator = stream(config.run.seed, purpose, step, policy.device)
+        generator = generator_for(config.run.seed, purpose, step, policy.device)
         with parallel.sampling():
             return learner.engine.sample(
                 prompts,
@@ -177,7 +177,7 @@ def blank(learner: Learner, seen: Trajectories) -> TokenStats:
 def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, step: int) -> Selection:
     """Filter, vote, reward and take advantages, on this rank's prompts; `stats` are those that the method looks at."""
     config = learner.config
-    group, generator = config.rollout.rollouts, stream(config.run.seed, "rewards", step)
+    group, generator = config.rollout.rollouts, generator_for(config.run.seed, "rewards", step)
     before = parallel.my_share(config.rollout.prompts_per_step).start * group
     torch.randint(0, 2, (before,), generator=generator)  # what the ranks before this one draw
     return select(

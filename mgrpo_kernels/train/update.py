@@ -14,7 +14,7 @@ from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, LossConfig
 from mgrpo_kernels.train.model.policy import Policy
-from mgrpo_kernels.train.score import Packed, micro_batches, pack
+from mgrpo_kernels.train.score import ResponseStates, micro_batches, response_states
 
 
 class Batch(NamedTuple):
@@ -90,7 +90,7 @@ def accumulate_gradient(
             return None if values is None else values[chosen][mask]
 
         with policy.autocast():
-            packed = pack(policy, [batch.prompts[row] for row in rows], batch.tokens[chosen], mask)
+            packed = response_states(policy, [batch.prompts[row] for row in rows], batch.tokens[chosen], mask)
             weight, bias = policy.head()
             result = linear_policy_loss(
                 packed.hidden, weight, packed.labels, part(batch.old_logprobs), batch.advantages[chosen],
@@ -113,7 +113,7 @@ def accumulate_gradient(
 
 
 @torch.no_grad()
-def differences(policy: Policy, packed: Packed, sampled: Tensor, temperature: float) -> Tensor:
+def differences(policy: Policy, packed: ResponseStates, sampled: Tensor, temperature: float) -> Tensor:
     """Return |log-prob of the policy - log-prob of the sampler| of response tokens, ``(N,)``, from states that are there already."""
     weight, bias = policy.head()
     own = linear_token_stats(

@@ -16,7 +16,7 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import export, parallel
 from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
-from mgrpo_kernels.train.model.lora import Adapter, merged
+from mgrpo_kernels.train.model.lora import Adapter
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.run import checkpoint, start
 
@@ -159,7 +159,7 @@ def adapters(place: Path) -> None:
     policy.tokenizer = Tokenizer()  # type: ignore[assignment]
     export.save_final(policy, place / "final")
     found = Qwen2ForCausalLM.from_pretrained(place / "final").state_dict()
-    for name, value in merged(one.model).items():
+    for name, value in merged_weights(one.model).items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
 
 
@@ -170,7 +170,7 @@ def failing_save(base: str, place: Path) -> None:
     policy = load_policy(base, CPU, torch.float32)
     learner = tiny.learner(policy)
     said: list[str] = []
-    writer = checkpoint.Writer(place, 3, background=True, say=said.append)
+    writer = checkpoint.Writer(place, 3, background=True, write_line=said.append)
     writer.save(learner, 1, 0, 0, wait=True)
     real = torch.save
     if not parallel.is_first():

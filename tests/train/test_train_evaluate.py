@@ -20,7 +20,7 @@ from mgrpo_kernels.train.config import PRESETS, build, read_yaml
 from mgrpo_kernels.train.data.demo import after_hash, make_task
 from mgrpo_kernels.train.data.task import Example, Task, prompts_of_step
 from mgrpo_kernels.train.model.policy import Policy, load_policy
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.run.evaluation import evaluate, examine, figures, pass_at_k
 from mgrpo_kernels.train.step import Learner, train_step
@@ -123,13 +123,13 @@ def test_a_model_that_is_right_scores_one(policy: Policy) -> None:
 
 def sampled(learner: Learner, step: int) -> None:
     prompts = learner.policy.encode([each.prompt for each in learner.task.held_out])
-    generator = stream(0, "evaluation", step, learner.policy.device)
+    generator = generator_for(0, "evaluation", step, learner.policy.device)
     learner.engine.sample(prompts, 3, temperature=1.0, generator=generator)
 
 
 def greedy(learner: Learner, step: int) -> None:
     prompts = learner.policy.encode([each.prompt for each in learner.task.held_out])
-    generator = stream(0, "evaluation", step, learner.policy.device)
+    generator = generator_for(0, "evaluation", step, learner.policy.device)
     learner.engine.sample(prompts, 1, temperature=0.0, generator=generator)
 
 

@@ -73,7 +73,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_is_told_and_the_last_checkpoint_stands(policy: Policy, tmp_path: Path, background: bool) -> None:
     said: list[str] = []
     learner = tiny.learner(policy)
-    writer = checkpoint.Writer(tmp_path, 3, background=background, say=said.append)
+    writer = checkpoint.Writer(tmp_path, 3, background=background, write_line=said.append)
     writer.save(learner, 2, 0, 0)
     writer.settle()
     with largest_file(300_000):  # of some 1.7 MB

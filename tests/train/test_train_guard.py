@@ -45,7 +45,7 @@ def warnings(
     for line in lines:
         signs = guard.look(line)
         if signs:
-            guard.note("warn")
+            guard.record("warn")
             found.append((line["step"], signs))
     return found
 
@@ -169,7 +169,7 @@ def test_decisions() -> None:
     guard = Guard(PROMPTS, SAMPLES)
     assert [guard.decide(mode, 1, 20) for mode in ("warn", "stop", "rollback")] == ["warn", "stop", "rollback"]
     assert guard.decide("rollback", 1, None) == "stop"
-    guard.note("rollback")
+    guard.record("rollback")
     assert guard.decide("rollback", 1, 20) == "stop"
     assert guard.decide("rollback", 2, 20) == "rollback"
 
@@ -185,7 +185,7 @@ def test_after_a_rollback_the_start_is_still_the_runs() -> None:
     }
     alike = {"vote_share": 0.9, "distinct_labels": 0.3, "top_answer_share": 0.6, "entropy": 1.0, "pruned_fraction": 0.1}
     assert not any(guard.look({"step": step, **healthy}) for step in range(1, 16))
-    guard.note("rollback")
+    guard.record("rollback")
     told = [step for step in range(16, 30) if guard.look({"step": step, **alike})]
     assert told[0] == 25  # once the averages are of this alone
 

@@ -277,7 +277,7 @@ def test_messages_are_not_lost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with Live(tiny.config(), "here", console) as view:
         view.begin([])
         for number in range(20):
-            view.say(f"said {number} " + "x" * 150)
+            view.write_line(f"said {number} " + "x" * 150)
             print(f"printed {number}")
             view.step(values(number), None, [sample()])
     text = ESCAPE.sub("", terminal.text())

@@ -21,7 +21,7 @@ from mgrpo_kernels.train import export, parallel, update
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
-from mgrpo_kernels.train.model.lora import Adapter, merged
+from mgrpo_kernels.train.model.lora import Adapter
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.vllm import checkpoint_weights
 from mgrpo_kernels.train.run import checkpoint
@@ -329,7 +329,7 @@ def test_weights_that_are_transposed_are_merged() -> None:
     for value in adapter_of(model).values():
         value.data.normal_()
     other = GPT2LMHeadModel(shape).eval()
-    other.load_state_dict(merged(model))
+    other.load_state_dict(merged_weights(model))
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     assert len(adapter_of(model)) == 8  # four layers

@@ -32,7 +32,7 @@ from mgrpo_kernels.train.model.attention import Sequences
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.cache import SharedCache
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
-from mgrpo_kernels.train.score import micro_batches, pack, score
+from mgrpo_kernels.train.score import micro_batches, response_states, score
 from mgrpo_kernels.train.update import Batch, accumulate_gradient
 
 V, WINDOW, FORCED = 20, 4, "padded on purpose"
@@ -87,7 +87,7 @@ def rows(seed: int, shape: list[tuple[int, int]]) -> tuple[list[list[int]], Tens
 def states(policy: Policy, prompts: list[list[int]], tokens: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return the states that response tokens follow from, and the gradients of a loss on them."""
     policy.model.zero_grad()
-    hidden = pack(policy, prompts, tokens, mask).hidden
+    hidden = response_states(policy, prompts, tokens, mask).hidden
     weight = torch.randn(hidden.shape, dtype=hidden.dtype, generator=torch.Generator().manual_seed(1))
     (hidden * weight).sum().backward()
     return hidden.detach(), [each.grad.clone() for each in policy.model.parameters() if each.grad is not None]
@@ -127,10 +127,10 @@ def test_a_neighbour_is_not_seen(family: str) -> None:
     """A change of one sequence leaves the bits of every other one as they are."""
     policy = policy_of(family)
     prompts, tokens, mask = rows(0, [(0, 3), (1, 4), (1, 2), (2, 5)])
-    before = pack(policy, prompts, tokens, mask).hidden
+    before = response_states(policy, prompts, tokens, mask).hidden
     changed = tokens.clone()
     changed[1, 1] = (tokens[1, 1] + 1) % V
-    after = pack(policy, prompts, changed, mask).hidden
+    after = response_states(policy, prompts, changed, mask).hidden
     differs = (before != after).any(-1)
     assert differs.nonzero().flatten().tolist() == [5, 6]  # of the second response what follows the change
 

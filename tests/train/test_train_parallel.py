@@ -23,7 +23,7 @@ from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import export, parallel
 from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.run import checkpoint
-from mgrpo_kernels.train.score import pack
+from mgrpo_kernels.train.score import response_states
 
 STEPS = 6
 FLAGS = [
@@ -219,7 +219,7 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradient(base: Path) -> 
 
         prompts, tokens = [[3, 4, 12, 5]] * 2, torch.tensor([[2, 3, 4, 1], [5, 6, 1, 0]])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            packed = pack(policy, prompts, tokens, tokens > 0)
+            packed = response_states(policy, prompts, tokens, tokens > 0)
         direction = torch.linspace(-1, 1, packed.hidden.numel()).view_as(packed.hidden)
         (packed.hidden * direction).sum().backward()  # not the squares, whose sum the last norm fixes
         kept.append(sum(sizes))
@@ -233,7 +233,7 @@ def test_what_another_rank_has_told_is_not_told_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def run(*_: Any, **__: Any) -> int:
-        raise parallel.ToldElsewhereError("rank 0: wrong")
+        raise parallel.ShownElsewhereError("rank 0: wrong")
 
     monkeypatch.setattr("mgrpo_kernels.train.run.start.run", run)
     assert command.main([*FLAGS, "--output", str(tmp_path / "run")]) == 2

@@ -25,7 +25,7 @@ from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, model_of, 
 from mgrpo_kernels.train.plan.time import forward_seconds, seconds
 from mgrpo_kernels.train.rollout.cache import SharedCache
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine, cache_bytes
-from mgrpo_kernels.train.score import pack
+from mgrpo_kernels.train.score import response_states
 from mgrpo_kernels.train.step import train_step
 
 ACTIVATIONS_WITHIN = 0.05  # docs/planning.md says so; indices and the norms' deviations are left out
@@ -60,7 +60,7 @@ def packed(policy: Policy, prompts: int, group: int) -> torch.Tensor:
     words = policy.head()[0].shape[0]
     tokens = torch.randint(1, words, (len(ids), RESPONSE), generator=torch.Generator().manual_seed(0))
     with policy.autocast():
-        return pack(policy, ids, tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden
+        return response_states(policy, ids, tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden
 
 
 def kept(policy: Policy, prompts: int, group: int) -> int:

@@ -14,7 +14,7 @@ from mgrpo_kernels.train.model.policy import Policy, check_tokenizer, load_polic
 from mgrpo_kernels.train.plan.describe import read_model
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
-from mgrpo_kernels.train.score import micro_batches, pack, score
+from mgrpo_kernels.train.score import micro_batches, response_states, score
 
 PROMPTS = ["3+4=", "1+2+3+4+5+6=", "9+9+9=", "0+5="]
 T = 1.1
@@ -184,7 +184,9 @@ def test_gradients_are_the_same_bits_each_time_on_several_threads(policy: Policy
         gradients = []
         for _ in range(8):
             policy.model.zero_grad()
-            pack(policy, prompts, tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden.backward(upstream)
+            response_states(policy, prompts, tokens, torch.ones_like(tokens, dtype=torch.bool)).hidden.backward(
+                upstream
+            )
             gradients.append(torch.cat([each.grad.flatten() for each in policy.model.model.parameters()]))
     finally:
         torch.set_num_threads(threads)

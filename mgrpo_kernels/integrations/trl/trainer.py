@@ -133,8 +133,8 @@ class MGRPOTrainer(GRPOTrainer):
 
     def by_momentum(self, rows: int) -> Tensor:
         """Return which of this process's `rows` rollouts are the momentum model's, ``(rows,)`` bool: the last of each group."""
-        place = (torch.arange(rows) + self.accelerator.process_index * rows) % self.num_generations
-        return place >= self.num_generations - self.momentum_rollouts
+        index_in_group = (torch.arange(rows) + self.accelerator.process_index * rows) % self.num_generations
+        return index_in_group >= self.num_generations - self.momentum_rollouts
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
@@ -292,8 +292,8 @@ class MGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            place = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save(self.momentum.state_dict(), place / MOMENTUM_FILE)
+            directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save(self.momentum.state_dict(), directory / MOMENTUM_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -24,10 +24,10 @@ from mgrpo_kernels import linear_token_stats
 from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.policy import Policy
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.run.checkpoint import replace_directory
-from mgrpo_kernels.train.score import pack
+from mgrpo_kernels.train.score import response_states
 
 OPTIONS: dict[str, Any] = {
     "rollouts": 16,
@@ -103,21 +103,21 @@ def model_config() -> LlamaConfig:
 
 
 def make_model(
-    place: Path,
+    directory: Path,
     seed: int,
     device: torch.device,
     warm_steps: int,
-    tell: Callable[[int, int, float, float], None] = lambda *_: None,
+    progress: Callable[[int, int, float, float], None] = lambda *_: None,
     teach: Callable[[random.Random, set[str]], tuple[str, str]] | None = None,
 ) -> None:
-    """Warm-start the model, and leave it with its tokenizer in `place`, complete or not at all.
+    """Warm-start the model, and leave it with its tokenizer in `directory`, complete or not at all.
 
-    `tell` hears, at each look at it: steps taken, most steps, accuracy, the accuracy that ends it. `teach` gives what to imitate, as
+    `progress` hears, at each look at it: steps taken, most steps, accuracy, the accuracy that ends it. `teach` gives what to imitate, as
     :func:`lesson` does, which it replaces.
     """
     teach = teach or lesson
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(seed, "demo weights", 0).initial_seed())
+        torch.manual_seed(generator_for(seed, "demo weights", 0).initial_seed())
         model: Any = LlamaForCausalLM(model_config())
     policy = Policy(model.to(device), make_tokenizer())
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_RATE, betas=WARM_BETAS)
@@ -126,18 +126,18 @@ def make_model(
     for step in range(warm_steps):
         if step % WARM_CHECK == 0:
             accuracy = warm_accuracy(policy, seed)
-            tell(step, warm_steps, accuracy, WARM_ACCURACY)
+            progress(step, warm_steps, accuracy, WARM_ACCURACY)
             if accuracy >= WARM_ACCURACY:
                 break
         loss = warm_loss(policy, [teach(draw, held_out) for _ in range(WARM_BATCH)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    new = place.with_name(place.name + ".new")
+    new = directory.with_name(directory.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     policy.tokenizer.save_pretrained(new)
-    replace_directory(new, place)
+    replace_directory(new, directory)
 
 
 def lesson(draw: random.Random, held_out: set[str], lengthened_share: float = LENGTHENED_SHARE) -> tuple[str, str]:
@@ -171,7 +171,7 @@ def warm_loss(policy: Policy, lessons: list[tuple[str, str]]) -> torch.Tensor:
     width = max(map(len, responses))
     tokens = torch.tensor([response + [0] * (width - len(response)) for response in responses], device=policy.device)
     lengths = torch.tensor(list(map(len, responses)), device=policy.device)
-    packed = pack(policy, prompts, tokens, torch.arange(width, device=policy.device) < lengths[:, None])
+    packed = response_states(policy, prompts, tokens, torch.arange(width, device=policy.device) < lengths[:, None])
     weight, bias = policy.head()
     logprob = linear_token_stats(packed.hidden, weight, packed.labels, bias=bias, stats=("logprob",)).logprob
     assert logprob is not None
@@ -186,7 +186,7 @@ def warm_accuracy(policy: Policy, seed: int) -> float:
         policy.encode([each.prompt for each in examples]),
         copies,
         temperature=1.0,
-        generator=stream(seed, "warm accuracy", 0, policy.device),
+        generator=generator_for(seed, "warm accuracy", 0, policy.device),
     )
     answers = [after_hash(text) for text in policy.decode(rollouts.tokens, rollouts.mask)]
     return float(equal_to_gold(answers, [each.gold for each in examples for _ in range(copies)], "exact").mean())

@@ -19,7 +19,7 @@ SPLITS = {"data": "train", "eval_data": "test"}
 class Row(NamedTuple):
     """A row of data, and where it stands, for messages."""
 
-    place: str
+    location: str
     values: dict[str, Any]
 
 
@@ -46,8 +46,8 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
     # Not splitlines(), which also ends a line at U+2028 and the like: JSON has them inside its texts.
     for number, line in enumerate(_text(path, option, "JSONL").split("\n"), 1):
         if line.strip():
-            place = f"{path}, line {number}"
-            yield _row(place, option, _parsed(line, f"a JSON object in {place}", option))
+            location = f"{path}, line {number}"
+            yield _row(location, option, _parsed(line, f"a JSON object in {location}", option))
 
 
 def _json(path: Path, option: str) -> Iterator[Row]:
@@ -112,10 +112,10 @@ def _parsed(text: str, wanted: str, option: str) -> Any:
         raise UsageError(f"{option}: want {wanted}, got {shown(text)} ({error})") from error
 
 
-def _row(place: str, option: str, value: Any) -> Row:
+def _row(location: str, option: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise UsageError(f"{option}: want a JSON object in {place}, got {shown(value)}")
-    return Row(place, value)
+        raise UsageError(f"{option}: want a JSON object in {location}, got {shown(value)}")
+    return Row(location, value)
 
 
 def shown(value: object) -> str:

@@ -22,7 +22,7 @@ from mgrpo_kernels.train.data.files import Row, read_rows, shown
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.chat import wrapper
 from mgrpo_kernels.train.model.policy import read_tokenizer
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote import Equivalence
 
 logger = logging.getLogger("mgrpo_kernels")
@@ -60,7 +60,7 @@ def load_task(config: Config, *, training: bool = True) -> Task:
     warn_of_repeats(train, held_out)
     tokenizer, context = read_tokenizer(config.model.model)
     check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
-    wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, note)
+    wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, log_info)
 
     def prompts(option: str, examples: list[Example]) -> list[Example]:
         wrapped = [each._replace(prompt=wrap(each.prompt)) for each in examples]
@@ -92,7 +92,7 @@ def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example
             gold = read_gold(answer)
             if needs_gold and gold is None:
                 raise UsageError(
-                    f"answer_field: want an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} of {row.place}, "
+                    f"answer_field: want an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} of {row.location}, "
                     f"got {len(answer)} characters with neither: {shown(answer)}"
                 )
         examples.append(Example(template.replace("{question}", question), gold))
@@ -100,7 +100,7 @@ def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example
         each.gold is not None for each in examples
     )
     if unread:
-        note(
+        log_info(
             "%s: %d of %d rows have no answer in %r that can be read; label_accuracy leaves them out",
             option, unread, len(rows), answer_field,
         )  # fmt: skip
@@ -121,7 +121,7 @@ def find_field(option: str, given: str | None, rows: Sequence[Row], source: str,
             raise UsageError(
                 f"{option}: want the name of a field of {source}, which has {' and '.join(alike)}, got none"
             )
-        note("%s: %s, since %s has no %s", option, alike[0], source, usual)
+        log_info("%s: %s, since %s has no %s", option, alike[0], source, usual)
         return alike[0]
     name = usual if given is None else given
     if needed and name not in names:
@@ -132,21 +132,21 @@ def find_field(option: str, given: str | None, rows: Sequence[Row], source: str,
 def _field(row: Row, option: str, name: str) -> str:
     if name not in row.values:
         raise UsageError(
-            f"{option}: want one of the fields {', '.join(sorted(row.values)) or '(none)'} of {row.place}, got {name!r}"
+            f"{option}: want one of the fields {', '.join(sorted(row.values)) or '(none)'} of {row.location}, got {name!r}"
         )
     value = row.values[name]
     fine = isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip()
     if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        raise UsageError(f"{option}: want a text or a number in {name!r} of {row.place}, got {shown(value)}")
+        raise UsageError(f"{option}: want a text or a number in {name!r} of {row.location}, got {shown(value)}")
     text = str(value)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(
-            f"{option}: want a text in {name!r} of {row.place}, got half a surrogate pair in {shown(text)}"
+            f"{option}: want a text in {name!r} of {row.location}, got half a surrogate pair in {shown(text)}"
         )
     return text
 
 
-def note(text: str, *values: object) -> None:
+def log_info(text: str, *values: object) -> None:
     """Log what the user should know, once however many ranks there are."""
     if parallel.is_first():
         logger.warning(text, *values)
@@ -180,14 +180,14 @@ def warn_of_repeats(train: Sequence[Example], held_out: Sequence[Example]) -> No
         different = {same(example) for example in examples}
         answers = {(same(example), example.gold) for example in examples}
         if len(different) < len(examples):
-            note(
+            log_info(
                 "%s: %d of %d prompts repeat another, %d with another answer; each counts as often as it stands there",
                 option, len(examples) - len(different), len(examples), len(answers) - len(different),
             )  # fmt: skip
     trained = {same(example) for example in train}
     seen = sum(same(example) in trained for example in held_out)
     if seen:
-        note(
+        log_info(
             "eval_data: %d of %d held-out prompts are trained on too: accuracy on them is no measure of new ones",
             seen,
             len(held_out),
@@ -205,9 +205,9 @@ def fitting(option: str, examples: list[Example], tokenizer: Any, context: int |
     skip = config.data.long_prompts == "skip"
     most = context - config.rollout.max_response_tokens if skip else context - 1  # tokens
     # Few tokenizers make more tokens than bytes, so most prompts need no count.
-    doubtful = [place for place, each in enumerate(examples) if len(each.prompt.encode()) > most]
-    lengths = {place: len(tokenizer(examples[place].prompt)["input_ids"]) for place in doubtful}
-    long = {place for place, length in lengths.items() if length > most}
+    doubtful = [index for index, each in enumerate(examples) if len(each.prompt.encode()) > most]
+    lengths = {index: len(tokenizer(examples[index].prompt)["input_ids"]) for index in doubtful}
+    long = {index for index, length in lengths.items() if length > most}
     if long and not skip:
         first = min(long)
         raise UsageError(
@@ -220,8 +220,8 @@ def fitting(option: str, examples: list[Example], tokenizer: Any, context: int |
             f"{context}, got {config.rollout.max_response_tokens}, for which every prompt of {option} is too long"
         )
     if long:
-        note("%s: %d of %d prompts skipped: longer than %d tokens", option, len(long), len(examples), most)
-    return [each for place, each in enumerate(examples) if place not in long]
+        log_info("%s: %d of %d prompts skipped: longer than %d tokens", option, len(long), len(examples), most)
+    return [each for index, each in enumerate(examples) if index not in long]
 
 
 def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | None, longest: int) -> None:
@@ -236,7 +236,7 @@ def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | No
             )
     too_long = sum(length > longest for length in lengths)
     if too_long:
-        note(
+        log_info(
             "max_response_tokens: %d of %d different true answers are longer than %d tokens: no response can give them",
             too_long, len(golds), longest,
         )  # fmt: skip
@@ -250,10 +250,10 @@ def prompts_of_step(size: int, per_step: int, step: int, seed: int) -> list[int]
     order: dict[int, list[int]] = {}
     chosen = []
     for position in range((step - 1) * per_step, step * per_step):
-        epoch, place = divmod(position, size)
+        epoch, index = divmod(position, size)
         if epoch not in order:
-            order[epoch] = torch.randperm(size, generator=stream(seed, "data", epoch)).tolist()
-        chosen.append(order[epoch][place])
+            order[epoch] = torch.randperm(size, generator=generator_for(seed, "data", epoch)).tolist()
+        chosen.append(order[epoch][index])
     return chosen
 
 

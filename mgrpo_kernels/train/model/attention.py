@@ -129,17 +129,17 @@ class Sequences:
         prompt_start = starts(before)
         start = int(before.sum()) + starts(rest)
 
-        sequence, place = spread(length)  # (N,)
-        kept = place < rest[sequence]
+        sequence, position = spread(length)  # (N,)
+        kept = position < rest[sequence]
         words = torch.tensor([word for prompt in number for word in prompt])
         last = prompt_start + before - 1  # of each prompt
-        states = torch.where(place == 0, last[of][sequence], start[sequence] + place - 1)
-        places = torch.cat([spread(before)[1], (before[of][sequence] + place)[kept]])
+        states = torch.where(position == 0, last[of][sequence], start[sequence] + position - 1)
+        places = torch.cat([spread(before)[1], (before[of][sequence] + position)[kept]])
         self.ids = torch.cat([words.to(device), tokens[kept.to(device)]]).unsqueeze(0)
         self.positions = places.unsqueeze(0).to(device)
         self.states = states.to(device)
-        place = torch.arange(int(before.max()))
-        prompts_at = torch.where(place < before[of][:, None], prompt_start[of][:, None] + place, -1)
+        position = torch.arange(int(before.max()))
+        prompts_at = torch.where(position < before[of][:, None], prompt_start[of][:, None] + position, -1)
         self.prompts = prompts_at.to(device)
 
         if len(number) == len(of):  # nothing is shared: each prompt and its response in one piece
@@ -169,7 +169,7 @@ class Sequences:
             self.kept[layer] = k, v
         if flash_attention(v):
             self._varlen = Varlen.of(self.rows) if self._varlen is None else self._varlen
-            return gather(self._varlen.attend(q, k, v, scale, window), self._varlen.back)
+            return gather_rows(self._varlen.attend(q, k, v, scale, window), self._varlen.back)
         outputs = []
         if window not in self._masks:  # the same in many layers
             self._masks[window] = [rows.mask(window) for rows in self.rows]
@@ -179,7 +179,7 @@ class Sequences:
                 attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
             )  # fmt: skip
             outputs.append(out.transpose(1, 2).flatten(0, 1))  # (r Q, H, D)
-        return gather(torch.cat(outputs), self.back)
+        return gather_rows(torch.cat(outputs), self.back)
 
 
 class Probe(Sequences):
@@ -254,11 +254,11 @@ SMALL = 2**20
 
 def padded(values: Tensor, index: Tensor) -> Tensor:
     """Return rows of ``(T, H, D)`` as attention takes them, ``(r, H, Q, D)``; beyond the end those of token 0."""
-    found = gather(values, index.clamp_min(0).flatten())
+    found = gather_rows(values, index.clamp_min(0).flatten())
     return found.view(*index.shape, *values.shape[1:]).transpose(1, 2)
 
 
-def gather(values: Tensor, index: Tensor) -> Tensor:
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     """Return rows of ``(T, ...)``. Backward adds up what a row gets from several places in the same order every time."""
     return values.index_select(0, index) if values.device.type == "cpu" else values[index]
 
@@ -310,7 +310,7 @@ class Varlen(NamedTuple):
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(  # under autocast the rotation leaves q and k in float32
-            gather(q, self.queries).to(v.dtype), gather(k, self.keys).to(v.dtype), gather(v, self.keys),
+            gather_rows(q, self.queries).to(v.dtype), gather_rows(k, self.keys).to(v.dtype), gather_rows(v, self.keys),
             self.cu_queries, self.cu_keys, *self.longest, softmax_scale=scale, causal=True,
             window_size=(-1, -1) if window is None else (window - 1, 0), deterministic=True,
         ).to(q.dtype)  # fmt: skip

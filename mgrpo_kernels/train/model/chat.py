@@ -9,7 +9,7 @@ from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import end_tokens
 
 
-def wrapper(model: str, tokenizer: Any, mode: str, note: Callable[..., None]) -> Callable[[str], str]:
+def wrapper(model: str, tokenizer: Any, mode: str, log: Callable[..., None]) -> Callable[[str], str]:
     """Return what makes a prompt of a text: a user's turn in the chat template, or the text as it is.
 
     Args:
@@ -17,7 +17,7 @@ def wrapper(model: str, tokenizer: Any, mode: str, note: Callable[..., None]) ->
         tokenizer: its tokenizer.
         mode: on, off, or auto: on where the model ends a response as the template ends a turn. A base model often comes with a template
             whose end of turn it has never learnt to give.
-        note: gets what auto decides, and why, as a logger would.
+        log: gets what auto decides, and why, as a logger would.
 
     Raises:
         UsageError: on, and there is no template; or the template fails.
@@ -29,11 +29,11 @@ def wrapper(model: str, tokenizer: Any, mode: str, note: Callable[..., None]) ->
     ends = ends_a_turn(tokenizer, end_tokens(model, tokenizer))
     if mode == "auto":
         why = f"since the model {'ends' if ends else 'does not end'} a response as its chat template ends a turn"
-        note("chat_template: %s, %s", "on" if ends else "off", why)
+        log("chat_template: %s, %s", "on" if ends else "off", why)
         if not ends:
             return str
     elif not ends:
-        note("chat_template: no end-of-sequence token ends a turn: responses may run on to the longest length")
+        log("chat_template: no end-of-sequence token ends a turn: responses may run on to the longest length")
     # From the template a prompt has its beginning of the text, before which the tokenizer would put another.
     twice = tokenizer.bos_token is not None and tokenizer("1")["input_ids"][:1] == [tokenizer.bos_token_id]
     begin = tokenizer.bos_token if twice else ""

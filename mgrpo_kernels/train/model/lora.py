@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.extras import how_to_install, installed
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 
 NAME = "default"  # peft's, of a model's only adapter
 WHOLE = "base_model.model."  # what peft puts before a weight's name
@@ -51,7 +51,7 @@ class Adapter:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's talk with transformers
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it sees to transposed weights itself
-            torch.manual_seed(stream(seed, "LoRA", 0).initial_seed())
+            torch.manual_seed(generator_for(seed, "LoRA", 0).initial_seed())
             self._wrapped: Any = peft.get_peft_model(
                 model, wanted, low_cpu_mem_usage=any(each.is_meta for each in model.parameters())
             )
@@ -65,13 +65,13 @@ class Adapter:
         with self._wrapped.disable_adapter():
             yield model
 
-    def save(self, place: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the adapter as peft reads it; `state` as in :func:`merged`."""
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the adapter as peft reads it; `state` as in :func:`merged_weights`."""
         named = {WHOLE + name: tensor for name, tensor in state.items() if ".lora_" in name}
-        self._wrapped.save_pretrained(place, state_dict=named, save_embedding_layers=False)
+        self._wrapped.save_pretrained(directory, state_dict=named, save_embedding_layers=False)
 
 
-def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def merged_weights(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Return a model's weights by the names that it has without LoRA: ``W + alpha / rank * B A`` where there is an adapter, in new tensors.
 
     Args:
@@ -81,14 +81,14 @@ def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, T
     state = model.state_dict() if state is None else state
     weights = {}
     for name, tensor in state.items():
-        place, base, kind = name.rpartition(".base_layer.")
+        module, base, kind = name.rpartition(".base_layer.")
         if base:
-            layer = model.get_submodule(place)
+            layer = model.get_submodule(module)
             if kind == "weight":
-                a, b = (state[f"{place}.{each}.{NAME}.weight"] for each in ("lora_A", "lora_B"))  # (r, in), (out, r)
+                a, b = (state[f"{module}.{each}.{NAME}.weight"] for each in ("lora_A", "lora_B"))  # (r, in), (out, r)
                 product = b @ a * layer.scaling[NAME]
                 tensor = tensor + (product.T if layer.fan_in_fan_out else product)  # noqa: PLW2901
-            weights[f"{place}.{kind}"] = tensor
+            weights[f"{module}.{kind}"] = tensor
         elif ".lora_" not in name:
             weights[name] = tensor
     return weights

@@ -113,10 +113,10 @@ class SharedCache:
         if window is not None and self.longest + self.length < window:
             window = None
         if window is not None or None not in self._bias:
-            place = torch.arange(self.longest, device=self.lengths.device)
-            seen = place < self.lengths[:, None]
+            position = torch.arange(self.longest, device=self.lengths.device)
+            seen = position < self.lengths[:, None]
             if window is not None:
-                seen &= (self.lengths + self.length)[:, None] - place < window
+                seen &= (self.lengths + self.length)[:, None] - position < window
             bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
             self._bias[window] = bias.repeat_interleave(heads, 0).unsqueeze(1)
         return self._bias[window]

@@ -33,7 +33,7 @@ class DividedEngine(RolloutEngine):
             if mine:
                 some = prompts[mine.start : mine.stop]
                 part = self.engine.sample(some, copies, generator=generator, first=first + mine.start, **options)
-        parts = [each for each in parallel.gather(parallel.on_cpu(part)) if each is not None]
+        parts = [each for each in parallel.all_gather(parallel.on_cpu(part)) if each is not None]
         return Rollouts(*(None if values is None else values.to(generator.device) for values in join(parts)))  # type: ignore[arg-type]
 
 

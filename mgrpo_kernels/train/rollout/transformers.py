@@ -113,9 +113,9 @@ class TransformersEngine(RolloutEngine):
                 kept, most = [prompt for prompt, n in enumerate(number) if n], max(number)
                 if 2 * len(kept) * most <= len(rows):  # fewer than half have work to do: carry on with a smaller block
                     prompt = torch.tensor(kept, device=device)
-                    place = live[prompt].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
-                    cache.keep(prompt, place)
-                    index = (prompt[:, None] * live.shape[1] + place).flatten()
+                    slots = live[prompt].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+                    cache.keep(prompt, slots)
+                    index = (prompt[:, None] * live.shape[1] + slots).flatten()
                     rows, ended, chosen, U = rows[index], ended[index], chosen[index], len(kept)
             logits = cache.extend(chosen)
 
@@ -223,11 +223,11 @@ class Scores:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        place, logits, tokens = (torch.cat(each) for each in zip(*self._waiting, strict=True))
-        self.tokens.view(-1)[place] = tokens
+        slots, logits, tokens = (torch.cat(each) for each in zip(*self._waiting, strict=True))
+        self.tokens.view(-1)[slots] = tokens
         found: TokenStats = token_stats_from_logits(logits, tokens, stats=tuple(self.out), temperature=self.temperature)
         for name, values in self.out.items():
-            values.view(-1)[place] = getattr(found, name)
+            values.view(-1)[slots] = getattr(found, name)
         self._waiting, self._bytes = [], 0
 
     def finish(self) -> dict[str, Tensor]:

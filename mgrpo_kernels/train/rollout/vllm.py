@@ -21,7 +21,7 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import Config, VllmConfig
 from mgrpo_kernels.train.errors import EngineError, UsageError
 from mgrpo_kernels.train.extras import how_to_install
-from mgrpo_kernels.train.model.lora import merged
+from mgrpo_kernels.train.model.lora import merged_weights
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.plan.shape import Model, Work, width_of
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, seeds_of
@@ -278,10 +278,10 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
     dtype: Any = str(policy.dtype).removeprefix("torch.")
     set_num_threads = torch.set_num_threads
     try:
-        with tempfile.TemporaryDirectory() as place:
-            model_config.save_pretrained(place)
+        with tempfile.TemporaryDirectory() as directory:
+            model_config.save_pretrained(directory)
             return LLM(
-                place, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",  # not the model's own top-p
+                directory, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",  # not the model's own top-p
                 dtype=dtype, logprobs_mode="processed_logprobs", max_model_len=max_length,
                 enforce_eager=on_cpu if options.vllm_eager is None else options.vllm_eager, enable_sleep_mode=sleeps,
                 gpu_memory_utilization=options.vllm_memory,
@@ -335,7 +335,7 @@ def checkpoint_weights(model: Any, *, untie: bool) -> dict[str, Tensor]:
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=not untie)}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    return revert_weight_conversion(model, {k: v for k, v in merged(model).items() if k not in tied})
+    return revert_weight_conversion(model, {k: v for k, v in merged_weights(model).items() if k not in tied})
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ class VllmServers(VllmEngine):
             if any(state != states[0] for state in states):
                 kinds = ", ".join(f"{url} {state}" for url, state in zip(self._urls, states, strict=True))
                 raise UsageError(f"vllm_servers: want servers that agree in (on a CPU, weight transfer), got {kinds}")
-            self._transfer = meet(self._control, self._source, backend, policy)
+            self._transfer = join_transfer(self._control, self._source, backend, policy)
         except (ServerError, RuntimeError) as error:  # of gloo, too
             raise UsageError(f"vllm_servers: want servers that can be used, got {error}") from error
         self._check()
@@ -265,21 +265,21 @@ def check_server(url: str, policy: Policy, version: str, longest: int, control: 
     theirs = get("version")["version"]
     want("the trainer's vLLM", version, theirs, "install that version there, or here")
     try:
-        told = get("server_info?config_format=json")["vllm_config"]
+        server = get("server_info?config_format=json")["vllm_config"]
     except ServerError as error:
         raise UsageError(
             f"vllm_servers: want VLLM_SERVER_DEV_MODE=1 in the environment of {url}, got {error}: {START}"
         ) from error
-    model, transfer = told["model_config"], str((told["weight_transfer_config"] or {}).get("backend"))
-    on_cpu, on_gpus = told["device_config"]["device"] == "cpu", policy.device.type == "cuda"
+    model, transfer = server["model_config"], str((server["weight_transfer_config"] or {}).get("backend"))
+    on_cpu, on_gpus = server["device_config"]["device"] == "cpu", policy.device.type == "cuda"
     want("--logprobs-mode", "processed_logprobs", model["logprobs_mode"], START)
     want("--generation-config", "vllm", model["generation_config"], START)
-    want("--worker-extension-cls", EXTENSION, told["parallel_config"]["worker_extension_cls"] or "none", START)
+    want("--worker-extension-cls", EXTENSION, server["parallel_config"]["worker_extension_cls"] or "none", START)
     usable = ("nccl", GLOO) if on_gpus and not on_cpu else (GLOO,)
     want("--weight-transfer-config with backend", " or ".join(usable), transfer, START, met=transfer in usable)
     want("--dtype", str(policy.dtype).removeprefix("torch."), model["dtype"].removeprefix("torch."), "as the trainer's")
     if on_cpu:
-        want("enable_chunked_prefill", False, told["scheduler_config"]["enable_chunked_prefill"], START)
+        want("enable_chunked_prefill", False, server["scheduler_config"]["enable_chunked_prefill"], START)
     length = model["max_model_len"]
     want("--max-model-len", f"at least {longest}, prompt and response,", length, "start it so", met=length >= longest)
     own = sizes_of(policy.model.config.get_text_config())
@@ -292,7 +292,7 @@ def check_server(url: str, policy: Policy, version: str, longest: int, control: 
     return on_cpu, transfer
 
 
-def meet(control: Control, source: Source, backend: str, policy: Policy) -> Any:
+def join_transfer(control: Control, source: Source, backend: str, policy: Policy) -> Any:
     """Return vLLM's trainer side of the weight transfer, which has met every worker."""
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -310,9 +310,9 @@ def meet(control: Control, source: Source, backend: str, policy: Policy) -> Any:
         torch.cuda.set_device(policy.device)
     info = {GLOO: GlooTrainerInitInfo, "nccl": NCCLTrainerInitInfo}[backend]
     host, port = own_address(control.urls)
-    place = info(master_address=host, master_port=port, world_size=1 + sum(control.sizes), rank=0)
+    rendezvous = info(master_address=host, master_port=port, world_size=1 + sum(control.sizes), rank=0)
     any_source: Any = source
-    transfer = WeightTransferTrainerFactory.trainer_init(place, client=control, source=any_source)
+    transfer = WeightTransferTrainerFactory.trainer_init(rendezvous, client=control, source=any_source)
     control.claim()
     return transfer
 
@@ -321,9 +321,9 @@ def own_address(urls: Sequence[str]) -> tuple[str, int]:
     """Return this machine's address as the servers see it, those on other machines above all, and a port that is free."""
     addresses = []
     for url in urls:
-        place = urlsplit(url)
+        parts = urlsplit(url)
         try:
-            family, kind, _, _, there = socket.getaddrinfo(place.hostname, place.port or 80, type=socket.SOCK_DGRAM)[0]
+            family, kind, _, _, there = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:
                 probe.connect(there)  # sends nothing: it picks the interface
                 addresses.append(probe.getsockname()[0])

@@ -49,11 +49,16 @@ def sizes_of(config: Any) -> dict[str, Any]:
 class Group:
     """The processes of a transfer: the trainer, which is rank 0, and every worker of every server."""
 
-    def __init__(self, place: NCCLTrainerInitInfo | NCCLWeightTransferInitInfo, rank: int) -> None:
-        assert place.master_address is not None
-        assert place.master_port is not None
+    def __init__(self, rendezvous: NCCLTrainerInitInfo | NCCLWeightTransferInitInfo, rank: int) -> None:
+        assert rendezvous.master_address is not None
+        assert rendezvous.master_port is not None
         self._group: Any = stateless_init_torch_distributed_process_group(
-            place.master_address, place.master_port, rank, place.world_size, "gloo", timeout=timedelta(seconds=PATIENCE)
+            rendezvous.master_address,
+            rendezvous.master_port,
+            rank,
+            rendezvous.world_size,
+            "gloo",
+            timeout=timedelta(seconds=PATIENCE),
         )
 
     def broadcast(self, tensor: Tensor) -> None:

@@ -69,13 +69,13 @@ class Writer:
         directory: where they go.
         keep: how many are kept, the newest; 0: all.
         background: go on as soon as the weights are copied; the copy is written meanwhile.
-        say: what prints a message.
+        write_line: prints a message.
     """
 
     def __init__(
-        self, directory: Path, keep: int, *, background: bool = False, say: Callable[[str], None] = print
+        self, directory: Path, keep: int, *, background: bool = False, write_line: Callable[[str], None] = print
     ) -> None:
-        self.directory, self.keep, self.background, self.say = directory, keep, background, say
+        self.directory, self.keep, self.background, self.write_line = directory, keep, background, write_line
         self._written: tuple[int, Future[Path]] | None = None
         # Ranks agree in the background too, which must not mix with what they say to each other meanwhile.
         self._group = dist.new_group(backend="gloo") if parallel.world() > 1 else None
@@ -94,7 +94,7 @@ class Writer:
         """Write ``directory/step_N`` and let ``latest`` name it; return its path. Every rank must call.
 
         Then delete all but the newest and that of the step `best`. In the background, a failure is told at the next call or by
-        :meth:`tell`, and training goes on.
+        :meth:`report_failure`, and training goes on.
 
         Args:
             learner: what is saved.
@@ -109,9 +109,9 @@ class Writer:
             CheckpointError: it could not be written, and the call waits.
         """
         self.settle()
-        place, new = self.directory / f"step_{step}", self.directory / f".step_{step}.new"
-        if parallel.from_first(latest(self.directory) == place):
-            return place  # the very step that the run was resumed from
+        path, new = self.directory / f"step_{step}", self.directory / f".step_{step}.new"
+        if parallel.from_first(latest(self.directory) == path):
+            return path  # the very step that the run was resumed from
         facts = {
             "step": step, "metrics_bytes": metrics_bytes, "samples_bytes": samples_bytes, "pending": pending, "ranks": parallel.world(),
             "momentum_updates": None if learner.momentum is None else learner.momentum.updates,
@@ -122,14 +122,14 @@ class Writer:
             try:
                 saved.result()
                 if parallel.is_first():
-                    self._complete(new, place, facts, best)
-                written.set_result(place)
+                    self._complete(new, path, facts, best)
+                written.set_result(path)
             except BaseException as error:
                 if parallel.is_first():
                     shutil.rmtree(new, ignore_errors=True)  # what it takes of a full disk
                 last = latest(self.directory)
                 stands = "there is none before it" if last is None else f"{last.name} stands"
-                failure = CheckpointError(f"checkpoint: step {step} could not be written to {place}: {cause(error)}; {stands}")  # fmt: skip
+                failure = CheckpointError(f"checkpoint: step {step} could not be written to {path}: {cause(error)}; {stands}")  # fmt: skip
                 failure.__cause__ = error
                 written.set_exception(failure)
 
@@ -150,16 +150,16 @@ class Writer:
         self._written = (step, written)
         if wait:
             self.settle(fatal=True)
-        return place
+        return path
 
-    def tell(self) -> None:
+    def report_failure(self) -> None:
         """Say so where a save in the background has failed. Any rank may call, at any time."""
         if self._written is not None and self._written[1].done():
             _, written = self._written
             error = written.exception()
             self._written = None
             if error is not None and parallel.is_first():
-                self.say(f"warning: {error}. Training goes on; the next checkpoint is tried again")
+                self.write_line(f"warning: {error}. Training goes on; the next checkpoint is tried again")
 
     def settle(self, *, fatal: bool = False) -> None:
         """Wait for a save in the background. Every rank must call.
@@ -174,7 +174,7 @@ class Writer:
                 written.result()
         elif self._written is not None:
             self._written[1].exception()  # waits
-            self.tell()
+            self.report_failure()
 
     def _clear(self, step: int, new: Path) -> None:
         """Remove what a run has left that was killed while it saved, and make room for the new one."""
@@ -185,7 +185,7 @@ class Writer:
             shutil.rmtree(leftover)
         new.mkdir(parents=True)
 
-    def _complete(self, new: Path, place: Path, facts: dict[str, Any], best: int | None) -> None:
+    def _complete(self, new: Path, path: Path, facts: dict[str, Any], best: int | None) -> None:
         """Put a written checkpoint in its place, and delete old ones."""
         sizes = {each.name: each.stat().st_size for each in sorted(new.iterdir())}
         with (new / FACTS).open("w", encoding="utf-8") as file:
@@ -193,11 +193,11 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
         sync_directory(new)
-        new.rename(place)
+        new.rename(path)
         sync_directory(self.directory)  # the checkpoint is there before anything names it
         link = self.directory / ".latest.new"
         link.unlink(missing_ok=True)
-        link.symlink_to(place.name)
+        link.symlink_to(path.name)
         link.replace(self.directory / "latest")
         sync_directory(self.directory)
         for old in saved_steps(self.directory)[: -self.keep] if self.keep else []:
@@ -229,21 +229,21 @@ def latest(directory: Path) -> Path | None:
     return directory / link.readlink() if link.is_symlink() else None
 
 
-def load(place: Path) -> dict[str, Any]:
-    """Return what a checkpoint knows besides its tensors: step, metrics_bytes, samples_bytes, pending, momentum_updates, ranks, place.
+def load(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint knows besides its tensors: step, metrics_bytes, samples_bytes, pending, momentum_updates, ranks, path.
 
     Raises:
         CheckpointError: a file is missing, or not as long as it was when it was written.
     """
     try:
-        facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         for name, size in facts["files"].items():
-            found = (place / name).stat().st_size
+            found = (path / name).stat().st_size
             if found != size:
-                raise CheckpointError(f"checkpoint: want {place / name} of {size} bytes, got {found}")
+                raise CheckpointError(f"checkpoint: want {path / name} of {size} bytes, got {found}")
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint: want a complete one in {place}, got {cause(error)}") from error
-    return {**facts, "place": place}
+        raise CheckpointError(f"checkpoint: want a complete one in {path}, got {cause(error)}") from error
+    return {**facts, "path": path}
 
 
 def restore(facts: dict[str, Any], learner: Learner) -> None:
@@ -258,19 +258,19 @@ def restore(facts: dict[str, Any], learner: Learner) -> None:
         raise UsageError(f"resume: want a run with {wanted}, as these options need, got one that differs")
     state = state_of(learner)
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    with reading(facts["place"]):
-        there = sizes(facts["place"])
+    with reading(facts["path"]):
+        there = sizes(facts["path"])
     if shapes != there:
         differing = next(each for each in sorted({*shapes, *there}) if shapes.get(each) != there.get(each))
         wanted, got = (str(each.get(differing, "nowhere")) for each in (shapes, there))
         raise UsageError(f"resume: want a checkpoint of this model, {differing} {wanted}, got {got}")
-    with reading(facts["place"]):
-        dcp.load(state, storage_reader=dcp.FileSystemReader(facts["place"]), no_dist=parallel.world() == 1)
+    with reading(facts["path"]):
+        dcp.load(state, storage_reader=dcp.FileSystemReader(facts["path"]), no_dist=parallel.world() == 1)
     if learner.momentum is not None:
         learner.momentum.updates = facts["momentum_updates"]
 
 
-def resume(directory: Path, learner: Learner, say: Callable[[str], None]) -> dict[str, Any] | None:
+def resume(directory: Path, learner: Learner, write_line: Callable[[str], None]) -> dict[str, Any] | None:
     """Restore the newest checkpoint that can be read; return what it knows, or None where there is no checkpoint.
 
     Raises:
@@ -278,50 +278,50 @@ def resume(directory: Path, learner: Learner, say: Callable[[str], None]) -> dic
     """
     newest = latest(directory)
     steps = [] if newest is None else [each for each in saved_steps(directory) if each <= step_of(newest)]
-    places = parallel.from_first([directory / f"step_{step}" for step in reversed(steps)])
-    for place in places:
+    paths = parallel.from_first([directory / f"step_{step}" for step in reversed(steps)])
+    for path in paths:
         try:
             with parallel.together():
-                facts = load(place)
+                facts = load(path)
             restore(facts, learner)
             return facts
         except (CheckpointError, RuntimeError) as error:
-            say(f"warning: {error}. It is left out")
-    if places:
-        raise CheckpointError(f"checkpoint: want one in {directory} that can be read, got {len(places)} that cannot")
+            write_line(f"warning: {error}. It is left out")
+    if paths:
+        raise CheckpointError(f"checkpoint: want one in {directory} that can be read, got {len(paths)} that cannot")
     return None
 
 
-def read(place: Path, prefix: str) -> dict[str, Tensor]:
+def read(path: Path, prefix: str) -> dict[str, Tensor]:
     """Return the whole tensors of a checkpoint whose name begins with `prefix`, without it: "model." or "momentum.".
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    with reading(place):
-        metadata = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+    with reading(path):
+        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state = {
             name: torch.empty(each.size, dtype=each.properties.dtype)
             for name, each in metadata.items()
             if name.startswith(prefix) and isinstance(each, dcp.metadata.TensorStorageMetadata)
         }
-        dcp.load(state, storage_reader=dcp.FileSystemReader(place), no_dist=True)
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def sizes(place: Path) -> dict[str, torch.Size]:
+def sizes(path: Path) -> dict[str, torch.Size]:
     """Return the shapes of a checkpoint's tensors by name."""
-    found = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: each.size for name, each in found.items() if isinstance(each, dcp.metadata.TensorStorageMetadata)}
 
 
 @contextlib.contextmanager
-def reading(place: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turn whatever torch says of a damaged file into a CheckpointError."""
     try:
         yield
     except (Exception, dcp.api.CheckpointException) as error:  # torch's is no Exception
-        raise CheckpointError(f"checkpoint: want a readable one in {place}, got {cause(error)}") from error
+        raise CheckpointError(f"checkpoint: want a readable one in {path}, got {cause(error)}") from error
 
 
 def cause(error: BaseException) -> str:
@@ -345,8 +345,8 @@ def _done(error: BaseException | None) -> Future[Any]:
     return future
 
 
-def step_of(place: Path) -> int:
-    return int(place.name.removeprefix("step_"))
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def sync_directory(directory: Path) -> None:
@@ -358,9 +358,9 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def replace_directory(new: Path, place: Path) -> None:
+def replace_directory(new: Path, path: Path) -> None:
     """Put a finished directory in another's place."""
-    if place.exists():
-        shutil.rmtree(place)
-    new.rename(place)
-    sync_directory(place.parent)
+    if path.exists():
+        shutil.rmtree(path)
+    new.rename(path)
+    sync_directory(path.parent)

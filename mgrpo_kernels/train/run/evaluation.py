@@ -11,7 +11,7 @@ from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.policy import Policy
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 
 
@@ -50,7 +50,7 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config, s
     def right(answers: Sequence[str | None], true: Sequence[str | None]) -> list[bool]:
         return equal_to_gold(answers, true, task.equivalence).eq(1).tolist()
 
-    generator = stream(config.run.seed, "evaluation", step, policy.device)
+    generator = generator_for(config.run.seed, "evaluation", step, policy.device)
     sampled = texts(engine.sample(prompts, n, temperature=config.eval.eval_temperature, generator=generator))
     greedy = texts(engine.sample(prompts, 1, temperature=0.0, generator=generator))
     answers, best = [task.extract(text) for text in sampled], [task.extract(text) for text in greedy]

@@ -34,7 +34,7 @@ def demo_policy(config: Config, directory: Path, device: torch.device, view: Pla
     """Return the built-in model, warm-started once for each output directory."""
     with parallel.together():
         if parallel.is_first() and not directory.exists():
-            view.say(
+            view.write_line(
                 f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
                 f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
             )

@@ -56,9 +56,9 @@ class Run:
         self.start: int = found["step"]
         self.pending: StepResult | None = found["pending"]  # the last step's, whose evaluation is still to come
         if not self.is_new:
-            view.say(f"resuming after step {self.start}")
+            view.write_line(f"resuming after step {self.start}")
         self.writer = checkpoint.Writer(
-            self.checkpoints, config.run.keep_checkpoints, background=config.run.async_checkpoints, say=view.warn
+            self.checkpoints, config.run.keep_checkpoints, background=config.run.async_checkpoints, write_line=view.warn
         )
         learner.engine.check = interrupt.check
         self.metrics = lines_of_first(output / "metrics.jsonl", found["metrics_bytes"])
@@ -69,7 +69,7 @@ class Run:
         self.guard.replay(past)
         view.begin(past)
         self.loggers = open_loggers(config, output, past) if parallel.is_first() else []
-        self.trace = Trace(config.profiled, output, parallel.rank(), view.say)
+        self.trace = Trace(config.profiled, output, parallel.rank(), view.write_line)
 
     def train(self) -> int:
         """Take the steps that are left and write final/ and the report; return the exit status.
@@ -112,7 +112,7 @@ class Run:
 
     def _step(self, step: int) -> int | None:
         """Take a step, evaluate, write what came out and save; return an exit status if the run is to end."""
-        self.writer.tell()
+        self.writer.report_failure()
         if parallel.on_any(self.interrupt.asked):
             return self._stop(step if self.pending else step - 1, self.pending)
         try:
@@ -186,7 +186,7 @@ class Run:
         line["guard"], line["guard_signs"] = action, "; ".join(signs)
         path = None if best is None else self.checkpoints / f"step_{best}"
         self.view.warn(message(line["step"], signs, str(path or "none yet"), CONSEQUENCE[action]))
-        self.guard.note(action)
+        self.guard.record(action)
         if action == "rollback":  # the steps, and with them the random numbers, go on: the fall is not repeated
             assert path is not None
             checkpoint.restore(checkpoint.load(path), self.learner)

@@ -55,7 +55,7 @@ def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool | T
 def train(config: Config, task: Task, policy: Policy, output: Path, view: Plain) -> int:
     """Train a policy in an output directory that is ready; return the exit status."""
     learner = make_learner(config, task, policy)
-    view.say(f"sequences: {policy.how()}")  # sharded weights go another way
+    view.write_line(f"sequences: {policy.how()}")  # sharded weights go another way
     with interruptible(view.stopping) as interrupt:
         return Run(learner, output, interrupt, view).train()
 
@@ -63,7 +63,7 @@ def train(config: Config, task: Task, policy: Policy, output: Path, view: Plain)
 class Quiet(Plain):
     """The view of a rank that shows nothing."""
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Leave it to the first rank."""
 
     def stopping(self) -> None:

@@ -28,8 +28,8 @@ def draw(lines: list[dict[str, Any]], panels: Sequence[tuple[str, tuple[str, ...
     face = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), DARK)
     with style.context(["dark_background", face] if dark else "default"):
         figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
-        for place, (title, keys) in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, place + 1)
+        for number, (title, keys) in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, number + 1)
             axes.set_title(title)
             axes.set_xlabel("step")
             for key in keys:

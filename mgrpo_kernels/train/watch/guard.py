@@ -83,7 +83,7 @@ class Guard:
             return mode
         return "rollback" if self.rollbacks < allowed and best is not None else "stop"
 
-    def note(self, action: str) -> None:
+    def record(self, action: str) -> None:
         """Take note of what was done: the signs have been told; after a rollback the averages begin anew, their start stays."""
         self._told |= self._up.keys()
         if action == "rollback":
@@ -97,7 +97,7 @@ class Guard:
         for line in lines:
             self.look(line)
             if line.get("guard") is not None:
-                self.note(line["guard"])
+                self.record(line["guard"])
 
     def is_best(self, step: int) -> bool:
         """Return whether there was an evaluation after `step`, none was better, and nothing looks like collapse."""

@@ -49,12 +49,12 @@ class Plain:
     ) -> None:
         self.stop()
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """Say what should stay in sight."""
-        self.say(text)
+        self.write_line(text)
 
     def warm_start(self, step: int, steps: int, accuracy: float, goal: float) -> None:
         """Show how far the built-in model's warm start is."""
@@ -67,7 +67,7 @@ class Plain:
     ) -> None:
         """Show a step, or step 0: the evaluation before the first."""
         if evaluation is not None or values["step"] % self.log_every == 0:
-            self.say(progress(values, evaluation, self.steps))
+            self.write_line(progress(values, evaluation, self.steps))
 
     def stopping(self) -> None:
         """Say that the run will stop; safe in a signal handler, hence no print(), which it may be interrupting."""
@@ -188,12 +188,12 @@ class Live(Plain):
     def stop(self) -> None:
         self._live.stop()
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self._warning = text
-        self.say(text)
+        self.write_line(text)
 
     def stopping(self) -> None:
         self._stopping = True

@@ -84,12 +84,12 @@ def scalars(line: Line) -> dict[str, float]:
 class TensorBoard:
     """TensorBoard's event files, all of a run's steps in the newest."""
 
-    def __init__(self, config: Config, place: Path) -> None:
+    def __init__(self, config: Config, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._older = list(place.glob("events.out.tfevents.*"))
+        self._older = list(directory.glob("events.out.tfevents.*"))
         # purge_step: a TensorBoard that has read the older file forgets it
-        self._writer = SummaryWriter(str(place), purge_step=0)
+        self._writer = SummaryWriter(str(directory), purge_step=0)
         self._writer.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
 
     def write(self, line: Line) -> None:

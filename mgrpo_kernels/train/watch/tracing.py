@@ -17,13 +17,13 @@ class Trace:
         steps: which; empty: none.
         directory: where the file goes.
         rank: of this process.
-        say: told where the file is.
+        write_line: prints where the file is.
     """
 
-    def __init__(self, steps: range, directory: Path, rank: int, say: Callable[[str], None]) -> None:
+    def __init__(self, steps: range, directory: Path, rank: int, write_line: Callable[[str], None]) -> None:
         self.steps = steps
-        self.place = directory / ("trace.json" if rank == 0 else f"trace_rank{rank}.json")
-        self._say = say
+        self.path = directory / ("trace.json" if rank == 0 else f"trace_rank{rank}.json")
+        self._write_line = write_line
         self._profiler: profile | None = None
 
     @contextmanager
@@ -41,6 +41,6 @@ class Trace:
         """Write what there is, once."""
         if self._profiler is not None:
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self.place))
+            self._profiler.export_chrome_trace(str(self.path))
             self._profiler = None
-            self._say(f"profile: {self.place}")
+            self._write_line(f"profile: {self.path}")
