@@ -26,7 +26,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, read_gold, select
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 
 ONE_MODEL = "verl's rollout servers hold one set of weights, so there is no momentum model"
 
@@ -107,7 +107,7 @@ class MGRPOTrainer(PPOTrainerSync):
 
     def _generator(self) -> torch.Generator:
         """Return what this step's coin flips are drawn from, as ``python -m mgrpo_kernels.train`` draws them."""
-        return stream(self.config.get("data", {}).get("seed", None) or 0, "rewards", self.global_steps)
+        return generator_for(self.config.get("data", {}).get("seed", None) or 0, "rewards", self.global_steps)
 
     def _put(self, batch: Any, **fields: Tensor) -> None:
         tq.kv_batch_put(

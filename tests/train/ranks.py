@@ -16,7 +16,7 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import export, parallel
 from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
-from mgrpo_kernels.train.model.lora import Adapter
+from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.run import checkpoint, start
 

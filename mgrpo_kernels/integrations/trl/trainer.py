@@ -20,7 +20,7 @@ from mgrpo_kernels.integrations.trl import loss
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, read_gold, select
-from mgrpo_kernels.train.rng import stream
+from mgrpo_kernels.train.rng import generator_for
 
 MOMENTUM_FILE = "momentum.pt"
 _SCALES = {"group": "std", "batch": "batch", "none": "none"}  # TRL's scale_rewards -> ours
@@ -112,7 +112,7 @@ class MGRPOTrainer(GRPOTrainer):
         self.add_callback(_MomentumUpdate(self.momentum, self.options))
         self._stats: dict[str, Tensor] = {}  # (B, R) of this process's rollouts, from generation to reward
         self._selection: Selection | None = None  # of all processes' rollouts, from reward to advantage
-        self._random = (-1, stream(args.seed, "rewards", 0))  # step, and what its coin flips are drawn from
+        self._random = (-1, generator_for(args.seed, "rewards", 0))  # step, and what its coin flips are drawn from
 
     def _find_answer_field(self) -> str | None:
         """Return the column with the true answers, None if there is none.
@@ -262,7 +262,7 @@ class MGRPOTrainer(GRPOTrainer):
         """Return what this step's coin flips are drawn from, as ``python -m mgrpo_kernels.train`` draws them."""
         step = self.state.global_step + 1
         if self._random[0] != step:
-            self._random = (step, stream(self.args.seed, "rewards", step))
+            self._random = (step, generator_for(self.args.seed, "rewards", step))
         return self._random[1]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

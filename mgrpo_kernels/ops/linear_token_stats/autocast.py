@@ -31,7 +31,7 @@ def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     cast = _through_autocast(weight, dtype) if kept else None
     if cast is None or cast.grad_fn is None:
         return weight.to(dtype)
-    metadata: dict[str, Any] = cast.grad_fn.metadata  # type: ignore[assignment] - PyTorch's stub has a method there
+    metadata: dict[str, Any] = cast.grad_fn.metadata  # type: ignore[assignment]  # PyTorch's stub has a method there
     version = metadata.setdefault(_VERSION, weight._version)
     return cast if version == weight._version else weight.to(dtype)
 

@@ -93,10 +93,8 @@ def check(
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     task = task._replace(held_out=task.held_out[: config.eval.eval_prompts], equivalence=config.method.equivalence)
     model = read_model(config.model.model or demo.model_config(), config.lora)
-    if config.model.model is None:
-        tokenizer, context = demo.make_tokenizer(), context_of(demo.model_config())
-    else:
-        tokenizer, context = read_tokenizer(config.model.model)
+    built_in = demo.make_tokenizer(), context_of(demo.model_config())
+    tokenizer, context = built_in if config.model.model is None else read_tokenizer(config.model.model)
     longest = check_lengths(tokenizer, context, task, config.rollout.max_response_tokens)
     target = dry_run if isinstance(dry_run, Target) else Target(parallel.world())
     lines = plan(config, task, model, longest, device, target, probe=bool(dry_run) and parallel.is_first())
