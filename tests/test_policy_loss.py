@@ -3,6 +3,7 @@
 import collections
 import inspect
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -682,3 +683,16 @@ def test_kl_estimators_are_schulmans(backend, estimator, corrected):
     torch.testing.assert_close(found.loss, want)
     torch.testing.assert_close(found.metrics["kl_sum"], kl.sum().detach())
     torch.testing.assert_close(got, torch.autograd.grad(want, logprobs)[0])
+
+
+@each_backend(OP)
+def test_vespos_weight_has_a_least_sequence_weight(backend):
+    logprobs = torch.full(
+        (1, 4), -30.0, requires_grad=True
+    )  # far below the old ones: the sequence's weight is bounded by 1e-8
+    loss = policy_loss(
+        logprobs, torch.full((1, 4), -1.0), torch.ones(1), loss_type="vespo", vespo_k=(0.1, 0.1), vespo_lambda=(3.0, 2.0), backend=backend
+    ).loss  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    weight = math.exp(3.0 + 0.1 * math.log(1e-8) - 3.0 * 1e-8)
+    torch.testing.assert_close(grad, torch.full((1, 4), -weight / 4), rtol=1e-5, atol=0)
