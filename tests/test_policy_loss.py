@@ -3,6 +3,7 @@
 import collections
 import inspect
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import group_advantages, grpo_loss, linear_policy_loss, policy_loss
 from mgrpo_kernels.ops.policy_loss import OP, check_options, check_tokens, pack, policy_loss_op
-from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES, METRICS, LossOptions
+from mgrpo_kernels.ops.policy_loss.specs import KL_ESTIMATORS, LOSS_TYPES, METRICS, LossOptions
 
 B, L = 5, 7
 
@@ -638,3 +639,60 @@ def test_defaults_are_those_of_the_contract(function):
         "max_response_tokens": None, "normalizer": None, "entropy_normalizer": None,
     }  # fmt: skip
     assert {name: parameters[name].default for name in want} == want
+
+
+@each_backend(OP)
+def test_the_entropy_of_dropped_rollouts_and_masked_tokens_has_no_gradient(backend):
+    logprobs, entropy = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    mask, rollouts = torch.ones(4, 3, dtype=torch.bool), torch.tensor([True, True, False, True])
+    mask[0, 2] = False
+    grpo_loss(
+        logprobs, None, torch.tensor([0.0, 1.0, 1.0, 0.0]), 4, rollout_mask=rollouts, mask=mask, entropy=entropy, entropy_coef=0.5,
+        backend=backend,
+    ).loss.backward()  # fmt: skip
+    counts = mask & rollouts[:, None]
+    torch.testing.assert_close(entropy.grad, torch.where(counts, -0.5 / counts.sum(), 0.0))
+
+
+@each_backend(OP)
+def test_a_masked_token_has_no_gradient_where_the_loss_is_scaled_to_infinity(backend):
+    logprobs, mask = torch.randn(2, 3, requires_grad=True), torch.tensor([[True, True, False], [True, False, False]])
+    loss = policy_loss(logprobs, None, torch.tensor([1.0, -1.0]), mask=mask, backend=backend).loss
+    (grad,) = torch.autograd.grad(loss, logprobs, torch.tensor(torch.inf))
+    assert (grad[~mask] == 0).all()
+    assert grad[mask].isinf().all()
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_kl_estimators_are_schulmans(backend, estimator, corrected):
+    """Without advantages the loss is the KL term alone: k1, k2 and k3 of http://joschu.net/blog/kl-approx.html, and their gradients."""
+    logprobs = (-torch.rand(3, 5)).requires_grad_()
+    old, ref = logprobs.detach() + 0.3 * torch.randn(3, 5), logprobs.detach() + 0.5 * torch.randn(3, 5)
+    mask = torch.rand(3, 5) > 0.3
+    found = policy_loss(
+        logprobs, old, torch.zeros(3), mask=mask, ref_logprobs=ref, loss_type="bnpo", kl_coef=0.7, kl_estimator=estimator,
+        kl_bias_correction=corrected, backend=backend,
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(found.loss, logprobs)
+    apart = ref - logprobs
+    kl = {"k1": -apart, "k2": apart.square() / 2, "k3": apart.exp() - apart - 1}[estimator]
+    kl = torch.where(mask, kl * (logprobs - old).exp() if corrected else kl, 0.0)
+    want = 0.7 * kl.sum() / mask.sum()
+    torch.testing.assert_close(found.loss, want)
+    torch.testing.assert_close(found.metrics["kl_sum"], kl.sum().detach())
+    torch.testing.assert_close(got, torch.autograd.grad(want, logprobs)[0])
+
+
+@each_backend(OP)
+def test_vespos_weight_has_a_least_sequence_weight(backend):
+    logprobs = torch.full(
+        (1, 4), -30.0, requires_grad=True
+    )  # far below the old ones: the sequence's weight is bounded by 1e-8
+    loss = policy_loss(
+        logprobs, torch.full((1, 4), -1.0), torch.ones(1), loss_type="vespo", vespo_k=(0.1, 0.1), vespo_lambda=(3.0, 2.0), backend=backend
+    ).loss  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    weight = math.exp(3.0 + 0.1 * math.log(1e-8) - 3.0 * 1e-8)
+    torch.testing.assert_close(grad, torch.full((1, 4), -weight / 4), rtol=1e-5, atol=0)

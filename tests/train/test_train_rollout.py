@@ -133,3 +133,10 @@ def test_join_and_interleave() -> None:
     both = interleave(rollouts(6, 2, 0), rollouts(2, 1, 10), prompts=2)
     assert both.tokens[:, 0].tolist() == [0, 1, 2, 10, 3, 4, 5, 11]
     assert both.mask[3].tolist() == [True, False]
+
+
+def test_copies_that_do_not_fit_at_once_are_drawn_apart(policy: Policy) -> None:
+    prompts = policy.encode(["3+4="])
+    engine = TransformersEngine(policy, 12, len(prompts[0]) + 12)  # one rollout at a time
+    rollouts = engine.sample(prompts, 6, temperature=2.0, generator=torch.Generator().manual_seed(0))
+    assert len({tuple(row) for row in rollouts.tokens.tolist()}) > 3

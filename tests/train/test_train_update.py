@@ -94,7 +94,7 @@ def test_every_option_reaches_the_loss(policy: Policy, name: str) -> None:
     if name in READ_BY:
         options["loss_type"] = READ_BY[name]
     flags = [text for key in options for text in flag(key, options[key])]
-    config = build(tiny.OPTIONS, vars(make_parser().parse_args(flags)))
+    config = build(yaml.safe_load(tiny.config().to_yaml()), vars(make_parser().parse_args(flags)))
     assert yaml.safe_load(config.to_yaml()) == yaml.safe_load(tiny.config(**options).to_yaml())
     with mock.patch.object(update, "linear_policy_loss", wraps=linear_policy_loss) as loss:
         accumulate_gradient(policy, part, config.loss, max_tokens=R, temperature=1.0, budget=10**6)
