@@ -262,6 +262,13 @@ class LossConfig(_Section, LossForm):
                 check_option(each._replace(bounds=own[each.name].metadata["bounds"]), getattr(self, each.name))
         check_behaviour_mode(self)
 
+    @property
+    def behaviour_text(self) -> str:
+        """How tokens are weighted by trainer / sampler probability, for the plan."""
+        level, _, bound = self.behaviour_mode.partition("_")
+        bounded = "at most" if bound == "truncate" else "0 above"
+        return f"{level} weights trainer / sampler, {bounded} {self.behaviour_cap:g}"
+
     def keywords(self) -> dict[str, Any]:
         """Return the options as keywords of the policy loss."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(LossForm)}
@@ -506,9 +513,7 @@ class Config:
             "LoRA": "off, all weights train"
             if lora.lora_rank is None
             else f"rank {lora.lora_rank}, alpha {lora.lora_alpha:g}",
-            "behaviour correction": f"weights trainer / sampler, {self.loss.behaviour_mode} at {self.loss.behaviour_cap:g}"
-            if self.corrects_behaviour
-            else "off",
+            "behaviour correction": self.loss.behaviour_text if self.corrects_behaviour else "off",
             "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
         }
 
