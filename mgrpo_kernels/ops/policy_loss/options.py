@@ -205,9 +205,8 @@ def _argument(declared: Declared, value: Any) -> Any:
 
 def from_arguments(arguments: Mapping[str, Any]) -> LossOptions:
     """Return what :func:`to_arguments` was given; other arguments are ignored."""
-    return LossOptions(
-        **{each.name: tuple(arguments[each.name]) if each.kind == "pair" else arguments[each.name] for each in DECLARED}
-    )
+    values: dict[str, Any] = {each.name: arguments[each.name] for each in DECLARED}
+    return LossOptions(**values | {each.name: tuple(values[each.name]) for each in DECLARED if each.kind == "pair"})
 
 
 def scalars(options: LossOptions) -> dict[str, float]:

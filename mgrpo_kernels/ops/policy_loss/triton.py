@@ -55,7 +55,8 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     )
     per_token = tokens.advantages is not None and tokens.advantages.shape[0] == number != batch
     block, num_warps = _LONG if number > _LONG_FROM * batch else _SHORT
-    inputs = {name: _contiguous(values) for name, values in tokens._asdict().items()}
+    inputs: dict[str, Any] = {name: _contiguous(values) for name, values in tokens._asdict().items()}
+    numbers: dict[str, Any] = dict(scalars(options))
     launch(
         kernels.loss_kernel,
         (max(1, batch),),
@@ -69,7 +70,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
         partial=like.new_empty(1 + len(METRICS), batch),
         counter=torch.zeros(1, dtype=torch.int32, device=like.device),  # how many programs are done
         batch=batch,
-        **scalars(options),
+        **numbers,
         **_constants(options, behaviour=tokens.behaviour is not None),
         PER_TOKEN=per_token,
         BLOCK=block,

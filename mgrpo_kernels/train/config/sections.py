@@ -214,6 +214,13 @@ class LossConfig(Section, LossForm):
                 check_option(each._replace(bounds=own[each.name].metadata["bounds"]), getattr(self, each.name))
         check_behaviour_mode(self)
 
+    @property
+    def behaviour_text(self) -> str:
+        """How tokens are weighted by trainer / sampler probability, for the plan."""
+        level, _, bound = self.behaviour_mode.partition("_")
+        bounded = "at most" if bound == "truncate" else "0 above"
+        return f"{level} weights trainer / sampler, {bounded} {self.behaviour_cap:g}"
+
     def keywords(self) -> dict[str, Any]:
         """Return the options as keywords of the policy loss."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(LossForm)}

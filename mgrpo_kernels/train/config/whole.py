@@ -190,9 +190,7 @@ class Config:
             "LoRA": "off, all weights train"
             if lora.lora_rank is None
             else f"rank {lora.lora_rank}, alpha {lora.lora_alpha:g}",
-            "behaviour correction": f"weights trainer / sampler, {self.loss.behaviour_mode} at {self.loss.behaviour_cap:g}"
-            if self.corrects_behaviour
-            else "off",
+            "behaviour correction": self.loss.behaviour_text if self.corrects_behaviour else "off",
             "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
         }
 
