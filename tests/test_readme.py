@@ -1,7 +1,8 @@
-"""The README's annotated tree is the tree."""
+"""The annotated tree of CONTRIBUTING is the tree, and README's first example prints what README says."""
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -10,8 +11,8 @@ HIDDEN = {".gitignore", ".pre-commit-config.yaml", "mkdocs.yml"}  # what a reade
 
 def drawn():
     """Return directory -> names below it, for every directory that the drawing opens. The root is ''."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"## The tree\n\n```\n(.*?)```", text, re.DOTALL).group(1)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = re.search(r"### The tree\n\n```\n(.*?)```", text, re.DOTALL).group(1)
     children, stack = {}, [""]
     for line in block.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -42,3 +43,10 @@ def test_the_tree():
         assert listed <= real, f"drawn, but not in {directory or 'the root'}: {sorted(listed - real)}"
         missing = real - listed - HIDDEN - {"py.typed", "__init__.py"}
         assert not missing, f"in {directory or 'the root'}, but not drawn: {sorted(missing)}"
+
+
+def test_the_first_example_prints_what_stands_below_it():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, output = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL).groups()
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == output
