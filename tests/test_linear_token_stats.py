@@ -10,7 +10,7 @@ from contract import assert_no_worse_than_plain, each_backend, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
-from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native
+from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native, tiled
 
 ALL = ("logprob", "entropy", "self_certainty")
 SMALL = 2**16  # bytes of workspace: many tiles
@@ -254,6 +254,20 @@ def test_16_bit_gradients_are_no_worse_than_plain_ones_over_many_tiles(rows, voc
     for mine, theirs, true in zip(got[1], usual[1], truth[1], strict=True):
         rms = [(x.double() - true).square().mean().sqrt().item() for x in (mine, theirs)]
         assert rms[0] <= 1.5 * rms[1]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_several_blocks_of_rows_are_summed_in_float32(backend, monkeypatch):
+    """An error that logits in bfloat16 hide from the test above: each block would round the sum once more."""
+    h, w, _, labels = make(torch.bfloat16, rows=200, vocab=300)
+    dtypes, accumulate = [], tiled.accumulate
+    monkeypatch.setattr(
+        tiled, "accumulate", lambda total, *rest, **how: dtypes.append(total.dtype) or accumulate(total, *rest, **how)
+    )
+    weight = w.requires_grad_()
+    linear_token_stats(h, weight, labels, backend=backend, workspace_bytes=SMALL).logprob.sum().backward()
+    assert len(dtypes) >= 4  # two blocks of rows and two of columns
+    assert set(dtypes) == {torch.float32}
 
 
 def test_the_native_workspace_keeps_to_its_bound():
