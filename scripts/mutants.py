@@ -12,7 +12,8 @@ The selected tests run once on the unchanged copy first, and must pass. Then eac
     error     the mutant cannot be imported or compiled, or fails with an error that any test would find: replace it
 
 The exit status is 0 only if every mutation was killed. Finished results are kept in build/mutants.json and used again while the
-product, the tests, the mutation and the versions of the main packages are unchanged, so an interrupted run can be resumed.
+product, the selected test files, what tests share, the mutation and the versions of the main packages are unchanged, so an interrupted
+run can be resumed.
 
 C++ mutations rebuild only the changed objects, for one instruction set.
 """
@@ -42,7 +43,7 @@ LISTS = "tests/mutations"
 PACKAGES = ("torch", "triton", "transformers", "trl", "pytest")
 # What a mutant's result depends on, besides the list itself.
 SOURCES = ("mgrpo_kernels", "csrc", "tests", "setup.py", "pyproject.toml", "benchmarks", "scripts", "examples")
-LEFT_OUT = (LISTS, "benchmarks/results")
+LEFT_OUT = (LISTS, "benchmarks/results", "examples/collapse/results", "scripts/mutants.py")
 
 
 def load(root: Path) -> list[Mutation]:
@@ -62,11 +63,12 @@ def load(root: Path) -> list[Mutation]:
     return sorted(mutations)
 
 
-def digest_of(root: Path) -> str:
-    """Return a digest of everything that a result depends on, besides its mutation."""
+def digest_of(root: Path, tests: str) -> str:
+    """Return a digest of everything that a result depends on, besides its mutation: of the test files, those that `tests` names."""
     digest = hashlib.sha256(json.dumps(versions()).encode())
     for name in tracked(root):
-        if name.startswith(SOURCES) and not name.startswith(LEFT_OUT):
+        other_test = fnmatch.fnmatch(name, "tests/*test_*.py") and name not in tests
+        if name.startswith(SOURCES) and not name.startswith(LEFT_OUT) and not other_test:
             digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -86,7 +88,7 @@ class Check:
     def __init__(self, root: Path, mutations: list[Mutation], scratch: Path, seconds: float, fresh: bool) -> None:
         self.root, self.scratch, self.seconds = root, scratch, seconds
         self.kept = root / "build" / "mutants.json"
-        self.tree = digest_of(root)
+        self.trees = {tests: digest_of(root, tests) for tests in {mutation.tests for mutation in mutations}}
         known = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept.exists() and not fresh else {}
         self.results = {m.name: Result(*known[self.key(m)]) for m in mutations if self.key(m) in known}
         self.known: dict[str, list[str]] = known
@@ -97,7 +99,7 @@ class Check:
 
     def key(self, mutation: Mutation) -> str:
         """Return what a kept result is found by."""
-        return hashlib.sha256(json.dumps([self.tree, *mutation]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.trees[mutation.tests], *mutation]).encode()).hexdigest()
 
     def next(self, native: bool) -> Mutation | None:
         """Take a waiting mutation: a C++ one if `native` and there is any."""

@@ -121,6 +121,10 @@ def test_all_killed_is_success_and_kept_results_are_used_again(project, capsys):
     killed = entry("killed", "a if a > b else b", "b if a > b else a")
     assert check(project, killed) == (0, {"killed": ("killed", check(project, killed)[1]["killed"][1])})
     assert capsys.readouterr().out.count("killed   killed:") == 1  # the second time nothing was run
+    (project / "tests/test_other.py").write_text("")  # a test file that is not selected changes no result
+    subprocess.run(["git", "add", "tests/test_other.py"], cwd=project, check=True)
+    assert check(project, killed)[0] == 0
+    assert "killed   killed:" not in capsys.readouterr().out
     tests = project / "tests/test_product.py"
     tests.write_text(TESTS.replace("== 2", "in (1, 2)"))
     assert check(project, killed) == (1, {"killed": ("survived", "all selected tests passed")})
