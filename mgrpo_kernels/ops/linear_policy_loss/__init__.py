@@ -193,7 +193,7 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     sequences.check_offset_values("cu_seqlens", given["offsets"], hidden.shape[0])
     if labels.device.type == "cpu":
         checks.check_label_values(labels, mask, weight.shape[0])
-    form = loss_options.from_arguments(given)
+    form, _ = loss_options.from_arguments(given)
     rows = kept_rows(mask)
     kept = take(hidden, rows)
     if rows is None and mask is not None:

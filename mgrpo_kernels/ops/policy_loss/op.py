@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mgrpo_kernels.ops._schema import Schema
 from mgrpo_kernels.ops.policy_loss import native, options, reference, triton
 from mgrpo_kernels.ops.policy_loss.inputs import statistics_dtype
 from mgrpo_kernels.ops.policy_loss.options import LossOptions
-from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, PolicyLoss, Tokens
+from mgrpo_kernels.ops.policy_loss.specs import BASELINES, METRICS, SCALES, Groups, PolicyLoss, Tokens
 
 OP = "policy_loss"
 backends.register(OP, reference=reference, native=native, triton=triton)
@@ -35,9 +36,6 @@ _GROUPS = {
     "rewards": "Tensor?",  # (B,); None: there are no groups
     "group_offsets": "Tensor?",  # (P+1,)
     "rollout_mask": "Tensor?",  # (B,)
-    "baseline": "str?",
-    "scale": "str?",
-    "eps": "float?",
 }
 _ARGUMENTS = _TOKENS | _GROUPS | options.SCHEMA
 _RETURNS = "(Tensor, Tensor, Tensor, Tensor)"
@@ -55,7 +53,29 @@ def run(tokens: Tokens, groups: Groups | None, form: LossOptions, backend: str) 
 
 def pack(tokens: Tokens, groups: Groups | None, form: LossOptions) -> tuple[Any, ...]:
     """Return the three records as the custom op's arguments, all but the backend."""
-    return PACKED.pack(token_arguments(tokens) | _group_arguments(groups) | options.to_arguments(form))
+    of_groups: dict[str, Tensor | None] = dict.fromkeys(_GROUPS)
+    numbers, names = {"eps": 0.0}, {"baseline": BASELINES[0], "scale": SCALES[0]}
+    if groups is not None:
+        of_groups = {"rewards": groups.rewards, "group_offsets": groups.offsets, "rollout_mask": groups.mask}
+        numbers, names = {"eps": groups.eps}, {"baseline": groups.baseline, "scale": groups.scale}
+    settings = options.to_arguments(form, numbers, names)
+    return PACKED.pack(token_arguments(tokens) | of_groups | settings)
+
+
+def unpack(given: Mapping[str, Any]) -> tuple[Tokens, Groups | None, LossOptions]:
+    """Return what :func:`pack` was given, from the op's arguments by name."""
+    form, others = options.from_arguments(given, numbers=("eps",), names=("baseline", "scale"))
+    groups = None
+    if given["rewards"] is not None:
+        groups = Groups(
+            rewards=given["rewards"],
+            offsets=given["group_offsets"],
+            mask=given["rollout_mask"],
+            baseline=others["baseline"],
+            scale=others["scale"],
+            eps=others["eps"],
+        )
+    return Tokens(**{name: given[name] for name in _TOKENS}), groups, form
 
 
 def token_arguments(tokens: Tokens) -> dict[str, Tensor | None]:
@@ -64,32 +84,6 @@ def token_arguments(tokens: Tokens) -> dict[str, Tensor | None]:
     weights = arguments.pop("weights")
     assert weights is None, "the op works out the shares from the offsets"
     return arguments
-
-
-def _group_arguments(groups: Groups | None) -> dict[str, Any]:
-    if groups is None:
-        return dict.fromkeys(_GROUPS)
-    return {
-        "rewards": groups.rewards,
-        "group_offsets": groups.offsets,
-        "rollout_mask": groups.mask,
-        "baseline": groups.baseline,
-        "scale": groups.scale,
-        "eps": groups.eps,
-    }
-
-
-def _groups_of(given: dict[str, Any]) -> Groups | None:
-    if given["rewards"] is None:
-        return None
-    return Groups(
-        rewards=given["rewards"],
-        offsets=given["group_offsets"],
-        mask=given["rollout_mask"],
-        baseline=given["baseline"],
-        scale=given["scale"],
-        eps=given["eps"],
-    )
 
 
 @torch.library.custom_op("mgrpo_kernels::group_advantages", mutates_args=())
@@ -117,11 +111,11 @@ def _(rewards: Tensor, *rest: Any) -> Tensor:
 def policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, metrics ``(8,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors to apply ``(2,)``."""
     given = CALL.unpack(arguments)
-    tokens, groups = Tokens(**{name: given[name] for name in _TOKENS}), _groups_of(given)
+    tokens, groups, form = unpack(given)
     sequences.check_offset_values("cu_seqlens", tokens.offsets, tokens.logprob.shape[0])
     if groups is not None:
         sequences.check_offset_values("groups", groups.offsets, groups.rewards.shape[0])
-    return backends.implementation(OP, given["backend"]).forward(tokens, groups, options.from_arguments(given))
+    return backends.implementation(OP, given["backend"]).forward(tokens, groups, form)
 
 
 @policy_loss_op.register_fake

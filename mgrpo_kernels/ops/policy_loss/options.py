@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -144,10 +145,9 @@ def _declared(each: dataclasses.Field[Any]) -> Declared:
 
 
 DECLARED = tuple(_declared(each) for each in dataclasses.fields(LossOptions))
-NAMES = tuple(each.name for each in DECLARED)
-_SCHEMA_TYPES = {"str": "str", "bool": "bool", "float": "float", "int": "SymInt", "pair": "float[]"}
-SCHEMA = {each.name: _SCHEMA_TYPES[each.kind] + "?" * each.may_be_none for each in DECLARED}
-"""The type of each option as an argument of a custom op."""
+_BY_NAME = {each.name: each for each in DECLARED}
+SCHEMA = {"numbers": "float[]", "names": "str[]", "flags": "bool[]"}
+"""The options as arguments of a custom op: a few lists, since the time of a call grows with the number of arguments."""
 
 
 def make_options(function: str, keywords: Mapping[str, Any]) -> LossOptions:
@@ -157,10 +157,11 @@ def make_options(function: str, keywords: Mapping[str, Any]) -> LossOptions:
         TypeError: an unknown keyword, or an option of the wrong type.
         ValueError: an option out of its range.
     """
-    for name in keywords:
-        if name not in NAMES:
+    for name, value in keywords.items():
+        if name not in _BY_NAME:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    return check_options(LossOptions(**keywords))
+        check_option(_BY_NAME[name], value)  # the defaults are good
+    return LossOptions(**keywords)
 
 
 def check_options(options: LossOptions) -> LossOptions:
@@ -188,25 +189,36 @@ def check_option(declared: Declared, value: Any) -> None:
         checks.check_number(name, value, **bounds)
 
 
-def to_arguments(options: LossOptions) -> dict[str, Any]:
-    """Return the options as the custom ops take them, by name."""
-    return {each.name: _argument(each, getattr(options, each.name)) for each in DECLARED}
+def to_arguments(
+    options: LossOptions,
+    numbers: Mapping[str, float] = types.MappingProxyType({}),
+    names: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, list[Any]]:
+    """Return the options, and more numbers and names, as arguments of a custom op."""
+    return {
+        "numbers": [*scalars(options).values(), *numbers.values()],
+        "names": [*(getattr(options, name) for name in CHOICES), *names.values()],
+        "flags": [getattr(options, name) for name in FLAGS],
+    }
 
 
-def _argument(declared: Declared, value: Any) -> Any:
-    if value is None:
-        return None
-    if declared.kind == "float":
-        return float(value)
+def from_arguments(
+    arguments: Mapping[str, Any], numbers: Iterable[str] = (), names: Iterable[str] = ()
+) -> tuple[LossOptions, dict[str, Any]]:
+    """Return what :func:`to_arguments` was given: the options, and the others by name."""
+    given: dict[str, Any] = dict(zip((*NUMBERS, *numbers), arguments["numbers"], strict=True))
+    given |= zip((*CHOICES, *names), arguments["names"], strict=True)
+    given |= zip(FLAGS, arguments["flags"], strict=True)
+    return LossOptions(**{each.name: _value(each, given) for each in DECLARED}), given
+
+
+def _value(declared: Declared, given: Mapping[str, Any]) -> Any:
+    name = declared.name
     if declared.kind == "pair":
-        return [float(value[0]), float(value[1])]
-    return int(value) if declared.kind == "int" and isinstance(value, float) else value
-
-
-def from_arguments(arguments: Mapping[str, Any]) -> LossOptions:
-    """Return what :func:`to_arguments` was given; other arguments are ignored."""
-    values: dict[str, Any] = {each.name: arguments[each.name] for each in DECLARED}
-    return LossOptions(**values | {each.name: tuple(values[each.name]) for each in DECLARED if each.kind == "pair"})
+        return given[f"{name}_high"], given[f"{name}_low"]
+    if declared.may_be_none and given[name] == declared.unset:
+        return None
+    return int(given[name]) if declared.kind == "int" else given[name]
 
 
 def scalars(options: LossOptions) -> dict[str, float]:
@@ -220,6 +232,11 @@ def scalars(options: LossOptions) -> dict[str, float]:
             unset = each.unset
             numbers[each.name] = float(unset if value is None else value)  # type: ignore[arg-type]
     return numbers
+
+
+NUMBERS = tuple(scalars(LossOptions()))
+CHOICES = tuple(each.name for each in DECLARED if each.choices is not None)
+FLAGS = tuple(each.name for each in DECLARED if each.kind == "bool")
 
 
 def takes_options(function: Function) -> Function:
