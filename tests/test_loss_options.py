@@ -151,6 +151,7 @@ def test_the_triton_kernels_are_launched_by_name():
         assert {*given} - {"num_warps"} == set(inspect.signature(kernel.fn).parameters)
     assert set(launched) == {kernels.loss_kernel, kernels.advantages_kernel}
     numbers = scalars(form)
+    numbers["lower"], numbers["upper"] = 1.0 - numbers.pop("clip_low"), 1.0 + numbers.pop("clip_high")
     assert {name: launched[kernels.loss_kernel][name] for name in numbers} == numbers
     assert len(set(numbers.values())) == len(numbers)  # so that two which change places are seen
 

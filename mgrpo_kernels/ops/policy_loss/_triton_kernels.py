@@ -198,7 +198,7 @@ def _finish(
 def loss_kernel(
     logprob, old, advantages, mask, offsets, ref, entropy, behaviour, normalizer, entropy_normalizer, weights,
     rewards, group_offsets, rollout_mask, loss, metrics, gradient, scales, partial, counter,
-    batch, groups, eps, clip_low, clip_high, clip_delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap,
+    batch, groups, eps, lower, upper, clip_delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap,
     sapo_temperature_high, sapo_temperature_low, vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low,
     max_response_tokens,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, SURROGATE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, COUNTS: tl.constexpr,
@@ -282,7 +282,7 @@ def loss_kernel(
             value, by_log_weight = _sapo_term(ratio, advantage, sapo_temperature_high, sapo_temperature_low)
         else:
             tl.static_assert(SURROGATE == "clip", "this kernel has no such surrogate")
-            value, by_log_weight = _clipped_term(ratio, advantage, 1.0 - clip_low, 1.0 + clip_high, clip_delta)
+            value, by_log_weight = _clipped_term(ratio, advantage, lower, upper, clip_delta)
         if behaviour is not None and SURROGATE != "vespo":
             log_behaviour = before - _at(behaviour, i, inside, keep)
             if BEHAVIOUR_BY_SEQUENCE:
@@ -326,8 +326,8 @@ def loss_kernel(
             seen = ratio
             if HAS_DELTA:
                 seen = clamp(ratio, 0.0, clip_delta)
-            clips_low += (keep & (seen < 1.0 - clip_low) & (advantage < 0)).to(tl.float32)
-            clips_high += (keep & (seen > 1.0 + clip_high) & (advantage > 0)).to(tl.float32)
+            clips_low += (keep & (seen < lower) & (advantage < 0)).to(tl.float32)
+            clips_high += (keep & (seen > upper) & (advantage > 0)).to(tl.float32)
 
     if BY_SEQUENCE:  # every token moves the sequence's weight: d log weight / d logprob = 1 / length
         tl.debug_barrier()

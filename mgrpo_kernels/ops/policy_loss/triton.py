@@ -57,6 +57,8 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     block, num_warps = _LONG if number > _LONG_FROM * batch else _SHORT
     inputs: dict[str, Any] = {name: _contiguous(values) for name, values in tokens._asdict().items()}
     numbers: dict[str, Any] = dict(scalars(options))
+    # The bounds themselves: working them out in the kernel takes registers.
+    numbers["lower"], numbers["upper"] = 1.0 - numbers.pop("clip_low"), 1.0 + numbers.pop("clip_high")
     launch(
         kernels.loss_kernel,
         (max(1, batch),),
