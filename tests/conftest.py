@@ -42,6 +42,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def outside_xdist(monkeypatch):
+    """Let child processes not see that this one is a worker of pytest-xdist, in which pytest-benchmark measures nothing."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+
+
 def has_gpu() -> bool:
     import torch  # late, too
 

@@ -12,10 +12,12 @@ import zipfile
 from pathlib import Path
 
 import compiled_launches
+import pytest
 from gpu_check import results, rows, stages, wheels
 from gpu_check.summary import MAIN_SHAPE, summary
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("outside_xdist")  # the processes that these tests start are no workers
 # What a CPU cannot show, by function: how many cases wait for a GPU.
 DEVICE_ONLY = {
     "test_accumulate_is_in_float32": 4,

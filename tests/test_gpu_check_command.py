@@ -12,6 +12,7 @@ from gpu_check import rows, stages
 from test_gpu_check_faults import alive
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("outside_xdist")  # the processes that these tests start are no workers
 
 CHECK = """
 import sys

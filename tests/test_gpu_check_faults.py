@@ -11,6 +11,7 @@ from gpu_check.summary import summary
 from gpu_check.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("outside_xdist")  # the processes that these tests start are no workers
 RUN = "tests/test_fault.py"
 PASSED_BUT = (
     "def test_before(record_property):\n    record_property('bytes', 3)\n{fault}\ndef test_after():\n    pass\n"

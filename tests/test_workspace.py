@@ -70,8 +70,13 @@ def gradients_of_weight(backend: str, dtype: torch.dtype, *, fused: bool = False
     return (in_float32 if whole else returned), returned + (in_float32 if whole else in_float32 // 4)
 
 
-def of_matmul(dtype: torch.dtype, columns: int) -> int:
-    """Return what 16-bit matmuls over so many columns of logits take: a rearranged, or a widened, part of their factors."""
+def of_matmul(backend: str, dtype: torch.dtype, columns: int = 256) -> int:
+    """Return what 16-bit matmuls over a tile's columns of logits take: a rearranged, or a widened, part of their factors.
+
+    Triton's backward pass has as many columns in a tile as the workspace holds for all rows, the others at most `columns`.
+    """
+    if backend == "triton":
+        columns = max(columns, WORKSPACE // (dtype.itemsize * FEW))
     return 0 if dtype == torch.float32 else max(2 * 128 * max(columns, MANY), 4 * V * H)
 
 
@@ -96,7 +101,7 @@ def test_token_stats(backend, dtype, masked):
     workspace = workspace_of(backend)
     hold(*forwards, single=workspace, total=workspace)
     largest, returned = gradients_of_weight(backend, dtype)
-    matmul = of_matmul(dtype, 256)
+    matmul = of_matmul(backend, dtype)
     hold(*backwards, single=max(workspace, largest, matmul), total=workspace + returned + matmul)
 
 
@@ -123,7 +128,7 @@ def test_policy_loss(backend, dtype, level):
     }  # fmt: skip
     workspace = workspace_of(backend, whole_rows=fused)
     largest, returned = gradients_of_weight(backend, dtype, fused=fused)
-    matmul = of_matmul(dtype, V if fused else 256)
+    matmul = of_matmul(backend, dtype, V if fused else 256)
     formed = {"single": max(workspace, largest, matmul), "total": workspace + returned + matmul}
     none = {"single": workspace, "total": workspace}
     hold(*forwards, **(formed if fused else none))

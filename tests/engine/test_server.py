@@ -391,7 +391,7 @@ def test_ranks_of_servers_with_several_workers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module.Control, "one", one)
     monkeypatch.setattr(module, "own_address", lambda urls: ("10.0.0.1", 5000))
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
-    info = module.meet(module.Control(list(sizes), 1.0), module.Source(), "nccl", small())
+    info = module.join_transfer(module.Control(list(sizes), 1.0), module.Source(), "nccl", small())
     assert (info.backend, info.world_size, info.master_address, info.master_port) == ("nccl", 6, "10.0.0.1", 5000)
     ranks = {url: body["init_info"]["rank_offset"] for url, body in asked if body and "init_info" in body}
     assert ranks == {"http://a:1": 1, "http://b:1": 3}

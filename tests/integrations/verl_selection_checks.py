@@ -4,7 +4,6 @@ import pytest
 import selection_paths as paths
 import tiny_trl
 import torch
-from mgrpo_kernels.train.trainer import make_learner
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_trainer_checks import KVBatchMeta, Tokenizer, settings
 
@@ -12,6 +11,7 @@ from mgrpo_kernels.integrations import verl_trainer
 from mgrpo_kernels.method import Selection, pruning
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.model.policy import load_policy
+from mgrpo_kernels.train.run.learner import make_learner
 
 pytest_plugins = ["verl_trainer_checks"]  # its fixture: the queue
 

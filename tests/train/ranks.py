@@ -52,7 +52,7 @@ def wrong_use(place: Path) -> None:
         parallel.together(),
     ):
         start.check(tiny.config(prompts_per_step=1), place / "run", False, CPU)
-    assert caught.value.told is not parallel.is_first()
+    assert caught.value.shown_elsewhere is not parallel.is_first()
 
 
 def tied_policy(dtype: torch.dtype, *, lora: bool = False) -> Policy:

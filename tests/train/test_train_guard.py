@@ -195,7 +195,7 @@ def test_replaying_gives_the_same_guard() -> None:
     for each in lines:
         if first.look(each):
             each["guard"] = first.decide("rollback", 1, 100)
-            first.note(each["guard"])
+            first.record(each["guard"])
     assert [each["guard"] for each in lines if "guard" in each] == ["rollback", "stop"]
     second = Guard(PROMPTS, SAMPLES)
     second.replay(lines)

@@ -31,7 +31,8 @@ from mgrpo_kernels.train.update import Batch
 
 RANK, ALPHA = 3, 6.0
 LORA = {"lora_rank": RANK, "lora_alpha": ALPHA}
-FLAGS = ["--lora-rank", str(RANK), "--lora-alpha", str(ALPHA)]
+# Six of eight rollouts are the policy's, so that most groups teach something: the adapter moves far enough to be seen.
+FLAGS = ["--lora-rank", str(RANK), "--lora-alpha", str(ALPHA), "--momentum-rollouts", "2"]
 CPU = torch.device("cpu")
 PROMPTS, TOKENS = [[3, 4, 12, 5]] * 2, torch.tensor([[2, 3, 4, 1], [5, 6, 1, 0]])
 

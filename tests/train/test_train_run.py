@@ -37,7 +37,7 @@ def test_output_directory(whole: Path) -> None:
     assert {each.name for each in whole.iterdir()} == {
         "base", "checkpoints", "config.yaml", "curves.png", "final", "metrics.jsonl", "report.html", "samples.jsonl",
     }  # fmt: skip
-    assert build(read_yaml(whole / "config.yaml")) == tiny.config(steps=STEPS)
+    assert build(read_yaml(whole / "config.yaml")) == build({**tiny.OPTIONS, "steps": STEPS})
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     for line in lines:
@@ -178,7 +178,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyte
     assert command.main([*tiny.FLAGS, "--output", str(output), "--dry-run"]) == 0
     text = capsys.readouterr().out
     for shown in (
-        "rollouts of a step: 24 = 3 prompts x (6 policy + 2 momentum)",
+        "rollouts of a step: 24 = 3 prompts x (4 policy + 4 momentum)",
         "KL reference: base",
         "memory: ",
         "  seed: 0",

@@ -32,6 +32,7 @@ ENGINES = {
         least_temperature=0.01,
         rounds_differently=True,
         section="vllm",
+        package="vllm",
     ),
 }
 
