@@ -15,6 +15,8 @@ from mgrpo_kernels import (
     token_stats_from_logits,
 )
 from mgrpo_kernels.ops.token_stats import OP, token_stats_op
+from mgrpo_kernels.ops.token_stats import reference as definition
+from mgrpo_kernels.ops.token_stats.specs import Wanted
 
 ALL = ("logprob", "entropy", "self_certainty")
 BLOCK = 2048  # of the native kernel; Triton's blocks are smaller powers of two
@@ -142,6 +144,14 @@ def test_many_labels_and_repeats(backend):
     torch.testing.assert_close(got, want)
     weights = torch.randn(3, 4)
     torch.testing.assert_close(*(torch.autograd.grad((x * weights).sum(), logits)[0] for x in (got, want)))
+
+
+def test_a_label_outside_the_vocabulary_is_nan_in_its_row_alone():
+    """As on a GPU, where nothing looks at the labels' values before."""
+    logits, labels = torch.randn(4, 7), torch.tensor([[-1], [7], [2**31 - 1], [6]])
+    logprob, *_ = definition.forward(logits, labels, None, 1.0, Wanted(True, True, True))
+    assert logprob[:3].isnan().all()
+    torch.testing.assert_close(logprob[3], logits.log_softmax(-1)[3, 6:])
 
 
 @each_backend(OP)

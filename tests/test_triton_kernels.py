@@ -299,9 +299,8 @@ def test_head_rows_of_infinities(temperature):
 
 
 def test_tanh_is_exact_to_rounding():
-    x = torch.cat(
-        [torch.linspace(-12, 12, 121), torch.linspace(-0.6, 0.6, 61), torch.tensor([1e-3, 1e-9, INF, -INF, NAN])]
-    )
+    points = torch.linspace(-12, 12, 121), torch.linspace(-0.6, 0.6, 61), torch.linspace(-1, 1, 401)
+    x = torch.cat([*points, torch.tensor([1e-3, 1e-9, INF, -INF, NAN])])
     head = Head(torch.zeros(1, 1), None, 1.0, 1.0, 1.0, 0, None)
     state = torch.zeros(6, x.shape[0])
     state[0] = -INF
