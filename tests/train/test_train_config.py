@@ -261,3 +261,8 @@ def test_help_fits_80_columns_and_names_every_choice(monkeypatch: pytest.MonkeyP
             for choice in field.metadata["choices"] or ():
                 assert choice in text, (name, choice)
     assert [line.split()[0] for line in lines[lines.index("methods:") + 1 :][: len(METHODS)]] == list(METHODS)
+
+
+@pytest.mark.parametrize(("warmup", "steps", "wanted"), [(0.1, 15, 2), (0.1, 500, 50), (0.01, 20, 1), (0.0, 20, 0)])
+def test_a_part_of_a_step_of_warm_up_is_a_whole_one(warmup, steps, wanted):
+    assert build({"warmup": warmup, "steps": steps}).warmup_steps == wanted
