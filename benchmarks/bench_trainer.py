@@ -225,7 +225,7 @@ def shares(metrics: list[dict[str, Any]], seconds: list[float]) -> dict[str, flo
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("provider", ["ours"])
 def bench_trainer(benchmark: Any, shape: str, work: str, provider: str, tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="want trl for its GRPOTrainer: pip install 'mgrpo_kernels[peers]'")
+    pytest.importorskip("trl", reason="expected trl for its GRPOTrainer: pip install 'mgrpo_kernels[peers]'")
     of = SIZES[shape]
     make_model(of, tmp_path / "model")
 

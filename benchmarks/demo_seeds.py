@@ -68,14 +68,14 @@ def broken(runs: list[dict[str, Any]], repeats: bool, clock: str) -> list[str]:
     for key, rise in RISE.items():
         rises = [run[key]["end"] - run[key]["start"] for run in runs]
         if sum(rises) / len(rises) < rise:
-            found.append(f"{key}: want a mean rise of {rise}, got {sum(rises) / len(rises):.3f}")
+            found.append(f"{key}: expected a mean rise of {rise}, got {sum(rises) / len(rises):.3f}")
         found += [
-            f"{key}: want a rise of {rise / 2}, got {each:.3f} with seed {run['seed']}"
+            f"{key}: expected a rise of {rise / 2}, got {each:.3f} with seed {run['seed']}"
             for run, each in zip(runs, rises, strict=True)
             if each < rise / 2
         ]
     slowest = max(run[clock] for run in runs)
-    return [*found, f"want at most {LONGEST} {clock}, got {slowest}"] if slowest > LONGEST else found
+    return [*found, f"expected at most {LONGEST} {clock}, got {slowest}"] if slowest > LONGEST else found
 
 
 def main() -> int:
@@ -87,7 +87,7 @@ def main() -> int:
     options = parser.parse_args()
     clock, runs = "cpu_seconds" if options.busy else "seconds", []
     if options.jobs > 1 and not options.busy:
-        parser.error("--jobs: want 1 without --busy, whose runs are timed by the clock")
+        parser.error("--jobs: expected 1 without --busy, whose runs are timed by the clock")
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(options.jobs) as pool:
         outputs = [Path(place) / str(seed) for seed in range(options.seeds)]
         again = Path(place) / "again"

@@ -229,7 +229,7 @@ def loss_truth(head: str, dtype: torch.dtype, tokens: int) -> Truth:
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "result") -> None:
     """Refuse a wrong result before its time counts, by the root mean square of its error over that of the truth."""
-    assert got.numel() == want.numel(), f"{what}: want {want.numel()} values, got {got.numel()}: no time is taken"
+    assert got.numel() == want.numel(), f"{what}: expected {want.numel()} values, got {got.numel()}: no time is taken"
     want = want.float()
     error = ((got.float().reshape(want.shape) - want).norm() / want.norm()).item()
     assert error <= tolerance, (  # a NaN is not
@@ -241,7 +241,7 @@ def check_against(truth: Truth, tolerance: float) -> Check:
     """Return a check of outputs and gradients (none, if only forward is timed). A provider may give a sum instead of the rows."""
 
     def check(outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
-        assert len(outputs) == len(truth.outputs), f"want {len(truth.outputs)} outputs, got {len(outputs)}"
+        assert len(outputs) == len(truth.outputs), f"expected {len(truth.outputs)} outputs, got {len(outputs)}"
         for i, (got, want) in enumerate(zip(outputs, truth.outputs, strict=True)):
             assert_close(got, want.sum() if got.dim() == 0 else want, tolerance, f"output {i}")
         for i, (got, want) in enumerate(zip(grads, truth.grads if grads else (), strict=True)):

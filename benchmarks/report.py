@@ -78,13 +78,13 @@ def read(path: Path) -> tuple[dict, list[Row]]:
     for bench in data["benchmarks"]:
         if "p50_ms" not in bench["extra_info"]:
             raise ValueError(
-                f"{path}: want extra_info with p50_ms, got {sorted(bench['extra_info'])} in {bench['name']}"
+                f"{path}: expected extra_info with p50_ms, got {sorted(bench['extra_info'])} in {bench['name']}"
             )
         op = bench["name"].partition("[")[0].removeprefix("bench_")
         row = Row(op, bench["params"] or {}, bench["extra_info"])
         if not row.provider.startswith("ours") and "ratio_to_ours" not in row.info:
             raise ValueError(
-                f"{path}: want ours timed in a peer's row, got none in {bench['name']}: run the benchmarks again"
+                f"{path}: expected ours timed in a peer's row, got none in {bench['name']}: run the benchmarks again"
             )
         rows.append(row)
     return data, rows
@@ -159,7 +159,7 @@ def plot_scaling(data: dict, rows: list[Row], path: Path) -> None:
         if row.op == "scaling":
             lines[row.params["op"], row.provider][row.params["tokens"]] = row
     if not lines:
-        raise ValueError("scaling.png: want rows of bench_scaling, got none")
+        raise ValueError("scaling.png: expected rows of bench_scaling, got none")
     ops = list(dict.fromkeys(op for op, _ in lines))
     sizes = sorted({tokens for line in lines.values() for tokens in line})
     figure, grid = plt.subplots(
@@ -243,7 +243,7 @@ def plot_roofline(data: dict, rows: list[Row], path: Path) -> None:
         if some:
             panels.append((op, step, shape, sorted(some, key=lambda row: row.info["share_of_ceiling"])))
     if not panels:
-        raise ValueError("roofline.png: want rows of the ops in bfloat16, got none")
+        raise ValueError("roofline.png: expected rows of the ops in bfloat16, got none")
     pairs = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     heights = [max(len(panel[3]) for panel in pair) + 1.6 for pair in pairs]
     figure, grid = plt.subplots(

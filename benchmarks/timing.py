@@ -204,7 +204,7 @@ def measure(
         info: what the file's docstring gives a formula for: bytes, flops, gemms; shape; what is computed.
     """
     if ours is None and not provider.startswith("ours"):
-        raise ValueError(f"{provider}: want ours beside it, got None: its time could not be compared with anything")
+        raise ValueError(f"{provider}: expected ours beside it, got None: its time could not be compared with anything")
     theirs = Pass(step, forward, leaves, upstream)
     mine = None if ours is None else Pass(step, ours[1], leaves, upstream)
     ceiling()

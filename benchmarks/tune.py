@@ -269,7 +269,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # the process that measures
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry_run:
-        parser.error("want a GPU, found none (--dry-run proves the sweep in Triton's interpreter)")
+        parser.error("expected a GPU, found none (--dry-run proves the sweep in Triton's interpreter)")
     return arguments
 
 

@@ -38,7 +38,7 @@ def run(name: str = PUBLISHED) -> tuple[dict[str, Any], list[report.Row]] | None
         return None
     data, rows = report.read(path)
     if data.get("small") is not False or data.get("idle") is not True:
-        raise ValueError(f"{path}: want a run of full size on idle cores, as benchmarks/record.py records it")
+        raise ValueError(f"{path}: expected a run of full size on idle cores, as benchmarks/record.py records it")
     return data, rows
 
 
@@ -53,7 +53,7 @@ def find(op: str, provider: str, **params: str) -> report.Row | None:
         and all(row.params.get(key) == each for key, each in params.items())
     ]
     if len(found) > 1:
-        raise ValueError(f"{op}, {provider}: want one row, got {len(found)} of {params}")
+        raise ValueError(f"{op}, {provider}: expected one row, got {len(found)} of {params}")
     return found[0] if found else None
 
 

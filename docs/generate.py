@@ -139,8 +139,8 @@ def between(text: str, name: str, new: str) -> str:
     first, last = f"<!-- {name}: written by docs/generate.py -->\n", f"<!-- end of {name} -->"
     before, _, rest = text.partition(first)
     _, _, after = rest.partition(last)
-    assert rest, f"want {first!r} in the page"
-    assert last in rest, f"want {last!r} in the page"
+    assert rest, f"expected {first!r} in the page"
+    assert last in rest, f"expected {last!r} in the page"
     return f"{before}{first}\n{new}\n{last}{after}"
 
 

@@ -36,7 +36,7 @@ def value(words: str, figures: Mapping[str, Callable[..., str]]) -> str:
     """Return what belongs between the comments: words within a line, or a block of lines."""
     name, *arguments = shlex.split(words)
     if name not in figures:
-        raise ValueError(f"figure: want one of {', '.join(figures)}, got {name!r}")
+        raise ValueError(f"figure: expected one of {', '.join(figures)}, got {name!r}")
     return figures[name](*arguments).strip()
 
 
@@ -48,7 +48,9 @@ def filled(text: str, figures: Mapping[str, Callable[..., str]]) -> str:
         if "\n" in match[2] + found:  # a block, with a blank line before and after
             return f"<!-- figure: {match[1]} -->\n\n{found}\n\n<!-- /figure -->"
         if not text[: match.start()].rpartition("\n")[2].strip():
-            raise ValueError(f"figure: want words before {match[1]!r} in its line: a comment there ends the paragraph")
+            raise ValueError(
+                f"figure: expected words before {match[1]!r} in its line: a comment there ends the paragraph"
+            )
         return f"<!-- figure: {match[1]} -->{found}<!-- /figure -->"
 
     return SPAN.sub(fill, text)

@@ -91,7 +91,7 @@ class MathWorker:
     def _start(self) -> subprocess.Popen[str]:
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError(
-                "equivalence='math': want math-verify, for answers that are not plain numbers, got none installed; "
+                "equivalence='math': expected math-verify, for answers that are not plain numbers, got none installed; "
                 'pip install "mgrpo_kernels[train]" has it, and equivalence="exact" needs none'
             )
         # -P: the script's own folder must not stand on sys.path, where it would shadow other packages' modules.

@@ -53,7 +53,7 @@ def implementation(op: str, backend: str) -> Any:  # each op has its own functio
 
 def _check_name(backend: str, where: str) -> str:
     if backend not in NAMES:
-        raise ValueError(f"{where}: want one of {', '.join(NAMES)}, got {backend!r}")
+        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {backend!r}")
     return backend
 
 
@@ -137,7 +137,7 @@ def backends(device: torch.device | str | None = None, dtype: torch.dtype = torc
 
 def reference_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Every device PyTorch knows, every floating dtype."""
-    return None if dtype.is_floating_point else f"want a floating-point dtype, got {dtype}"
+    return None if dtype.is_floating_point else f"expected a floating-point dtype, got {dtype}"
 
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -152,7 +152,7 @@ def native_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"the native kernels run on cpu, got {device.type}"
     if dtype not in NATIVE_DTYPES:
-        return f"want float32, bfloat16 or float16, got {dtype}"
+        return f"expected float32, bfloat16 or float16, got {dtype}"
     return None
 
 
@@ -167,5 +167,5 @@ def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"triton needs a cuda (NVIDIA or AMD) tensor, got {device.type}"
     if dtype not in NATIVE_DTYPES:
-        return f"want float32, bfloat16 or float16, got {dtype}"
+        return f"expected float32, bfloat16 or float16, got {dtype}"
     return None

@@ -37,24 +37,24 @@ def check_tensor(
         ValueError: wrong shape, device or layout.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: want a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: want dtype {_dtype_names(dtypes)}, got {_dtype_names([value.dtype])}")
+        raise TypeError(f"{name}: expected dtype {_dtype_names(dtypes)}, got {_dtype_names([value.dtype])}")
     if value.layout != torch.strided:
-        raise ValueError(f"{name}: want a dense tensor, got layout {value.layout}")
+        raise ValueError(f"{name}: expected a dense tensor, got layout {value.layout}")
     if shape is not None and tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: want shape {shape_text(shape)}, got {shape_text(value.shape)}")
+        raise ValueError(f"{name}: expected shape {shape_text(shape)}, got {shape_text(value.shape)}")
     if dim is not None and value.dim() != dim:
-        raise ValueError(f"{name}: want {dim} dimension(s), got shape {shape_text(value.shape)}")
+        raise ValueError(f"{name}: expected {dim} dimension(s), got shape {shape_text(value.shape)}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name}: want a tensor on {device}, got one on {value.device}")
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     return value
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Return `value` if it is one of `choices`, else raise ValueError."""
     if value not in choices:
-        raise ValueError(f"{name}: want one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
 
 
@@ -74,7 +74,7 @@ def check_number(
         ValueError: outside the bounds, NaN or infinite.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name}: want a number, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     fine = (
         value == value  # noqa: PLR0124 - NaN
         and value not in (float("inf"), -float("inf"))
@@ -89,14 +89,14 @@ def check_number(
             for sign, bound in ((">", above), (">=", at_least), ("<=", at_most), ("<", below))
             if bound is not None
         ]
-        raise ValueError(f"{name}: want a finite number{' ' if bounds else ''}{' and '.join(bounds)}, got {value}")
+        raise ValueError(f"{name}: expected a finite number{' ' if bounds else ''}{' and '.join(bounds)}, got {value}")
     return value  # type: ignore[return-value]
 
 
 def check_flag(name: str, value: Any) -> bool:
     """Return `value` if it is a bool, else raise TypeError."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: want a bool, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     return value
 
 
@@ -120,13 +120,13 @@ def check_temperature(value: Any, shape: Sequence[int], device: torch.device) ->
     check_tensor("temperature", value, device=device)
     if value.requires_grad:
         raise ValueError(
-            "temperature: want a tensor without requires_grad (it gets no gradient), got one that requires grad"
+            "temperature: expected a tensor without requires_grad (it gets no gradient), got one that requires grad"
         )
     if value.dim() > len(shape) or any(
         size not in (1, want) for size, want in zip(reversed(value.shape), reversed(tuple(shape)), strict=False)
     ):
         raise ValueError(
-            f"temperature: want a shape that broadcasts to {shape_text(shape)}, got {shape_text(value.shape)}"
+            f"temperature: expected a shape that broadcasts to {shape_text(shape)}, got {shape_text(value.shape)}"
         )
     value = value if value.dtype == torch.float64 else value.float()
     return 1.0, value.expand(tuple(shape))
@@ -137,7 +137,7 @@ def check_temperature_values(temperature: Tensor | None) -> None:
     if temperature is not None and temperature.device.type == "cpu" and temperature.numel():
         good = (temperature > 0) & temperature.isfinite()
         if not bool(good.all()):
-            raise ValueError(f"temperature: want finite numbers > 0, got {temperature[~good][0].item()}")
+            raise ValueError(f"temperature: expected finite numbers > 0, got {temperature[~good][0].item()}")
 
 
 def check_label_values(labels: Tensor, mask: Tensor | None, vocab: int) -> None:
@@ -151,5 +151,5 @@ def check_label_values(labels: Tensor, mask: Tensor | None, vocab: int) -> None:
     if bool(bad.any()):
         where = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"labels: want values in [0, {vocab}) where the mask is True, got {labels[bad][0].item()} at {where}"
+            f"labels: expected values in [0, {vocab}) where the mask is True, got {labels[bad][0].item()} at {where}"
         )

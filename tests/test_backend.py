@@ -56,19 +56,19 @@ def test_argument_over_block_over_environment(monkeypatch):
 
 def test_wrong_names(monkeypatch):
     with (
-        pytest.raises(ValueError, match="use_backend: want one of reference, native, triton, got 'cuda'"),
+        pytest.raises(ValueError, match="use_backend: expected one of reference, native, triton, got 'cuda'"),
         use_backend("cuda"),
     ):
         pass
     monkeypatch.setenv("MGRPO_BACKEND", "fast")
-    with pytest.raises(ValueError, match="MGRPO_BACKEND: want one of reference, native, triton, got 'fast'"):
+    with pytest.raises(ValueError, match="MGRPO_BACKEND: expected one of reference, native, triton, got 'fast'"):
         token_stats_from_logits(LOGITS, LABELS)
 
 
 def test_a_named_backend_that_cannot_run_says_why():
     with pytest.raises(
         BackendUnavailable,
-        match="the native backend of token_stats cannot run: want float32, bfloat16 or float16, got torch.float64",
+        match="the native backend of token_stats cannot run: expected float32, bfloat16 or float16, got torch.float64",
     ):
         token_stats_from_logits(LOGITS.double(), LABELS, backend="native")
     result = python(

@@ -137,7 +137,7 @@ def test_each_round_calls_the_three_in_turn(timing, monkeypatch):
 
 @pytest.mark.parametrize("patient", [False, True])
 def test_a_row_of_a_peer_without_ours_is_refused(timing, monkeypatch, patient):
-    with pytest.raises(ValueError, match="trl: want ours beside it, got None"):
+    with pytest.raises(ValueError, match="trl: expected ours beside it, got None"):
         timed_on(Machine(0.0), timing, monkeypatch, "trl", 2.0, None, patient=patient)
     assert "ratio_to_ours" not in timed_on(Machine(0.0), timing, monkeypatch, "ours", 1.0, None, patient=patient)
 
@@ -491,12 +491,12 @@ def test_report_table(report, tmp_path, capsys):
 
 
 def test_report_refuses_an_older_run(report, tmp_path):
-    with pytest.raises(ValueError, match="want extra_info with p50_ms, got"):
+    with pytest.raises(ValueError, match="expected extra_info with p50_ms, got"):
         report.main([str(made_up(tmp_path, with_percentiles=False))])
 
 
 def test_report_refuses_a_peer_without_ours(report, tmp_path):
     path = made_up(tmp_path)
     path.write_text(path.read_text().replace("ratio_to_ours", "ratio_to_somebody"))
-    with pytest.raises(ValueError, match="want ours timed in a peer's row"):
+    with pytest.raises(ValueError, match="expected ours timed in a peer's row"):
         report.read(path)

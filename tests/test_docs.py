@@ -73,7 +73,9 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_blocks_say_what_they_are(page: Path) -> None:
     for block in doc_pages.blocks(page):
         known = doc_pages.RUN + doc_pages.SHOWN
-        assert block.language in known, f"{name(page)}, line {block.line}: want one of {known}, got {block.language!r}"
+        assert block.language in known, (
+            f"{name(page)}, line {block.line}: expected one of {known}, got {block.language!r}"
+        )
         if block.not_run is not None:
             assert block.language in doc_pages.RUN, (
                 f"{name(page)}, line {block.line}: a block that would not run anyway"
@@ -127,7 +129,9 @@ def test_figures_are_those_of_the_results(generate: Any) -> None:
 def test_no_figure_is_typed_without_its_source(generate: Any) -> None:
     for page in generate.pages_with_figures():
         wrong = generate.spans.typed(page.read_text(encoding="utf-8"))
-        assert not wrong, f"{name(page)}: want these from results, or marked with their source (docs/spans.py): {wrong}"
+        assert not wrong, (
+            f"{name(page)}: expected these from results, or marked with their source (docs/spans.py): {wrong}"
+        )
 
 
 def test_a_changed_figure_is_found(generate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -170,7 +174,7 @@ def test_a_typed_figure_is_found(generate: Any, line: str, monkeypatch: pytest.M
     page.write_text(line)
     monkeypatch.setattr(generate, "pages_with_figures", lambda: [page])
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    with pytest.raises(AssertionError, match="want these from results"):
+    with pytest.raises(AssertionError, match="expected these from results"):
         test_no_figure_is_typed_without_its_source(generate)
 
 
@@ -201,9 +205,9 @@ def test_a_mark_is_of_its_block_and_of_what_it_names(generate: Any) -> None:
 
 
 def test_a_figure_that_would_break_its_paragraph_is_refused(generate: Any) -> None:
-    with pytest.raises(ValueError, match="want words before"):
+    with pytest.raises(ValueError, match="expected words before"):
         generate.spans.filled("Text\n<!-- figure: machine --><!-- /figure --> more", generate.FIGURES)
-    with pytest.raises(ValueError, match="want one of"):
+    with pytest.raises(ValueError, match="expected one of"):
         generate.spans.filled("Of <!-- figure: no-such-thing --><!-- /figure -->", generate.FIGURES)
 
 
@@ -223,7 +227,7 @@ def test_a_run_on_busy_cores_is_not_shown(generate: Any, monkeypatch: pytest.Mon
     ):
         (tmp_path / f"{figures.PUBLISHED}.json").write_text(json.dumps({**marks, "benchmarks": [row]}))
         if refused:
-            with pytest.raises(ValueError, match="want a run of full size on idle cores"):
+            with pytest.raises(ValueError, match="expected a run of full size on idle cores"):
                 figures.times("ema", "eager")
         else:
             assert figures.times("ema", "eager") == "1.49"

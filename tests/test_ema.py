@@ -157,7 +157,7 @@ def test_tied_tensors_are_updated_once(backend):
     ema_update_([ema, ema], [param, param], 0.5, backend=backend)
     assert (ema == 0.5).all()
     with pytest.raises(
-        ValueError, match=r"ema\[1\]: want a tensor of its own, got ema\[0\] again with another parameter"
+        ValueError, match=r"ema\[1\]: expected a tensor of its own, got ema\[0\] again with another parameter"
     ):
         ema_update_([ema, ema], [param, torch.zeros(4)], 0.5, backend=backend)
 
@@ -194,14 +194,14 @@ def test_compiles_whole(backend):
 @pytest.mark.parametrize(
     ("args", "options", "error", "message"),
     [
-        (([torch.zeros(2)], []), {}, ValueError, "params: want as many tensors as ema, 1, got 0"),
-        (([torch.zeros(2)], [torch.zeros(3)]), {}, ValueError, r"params\[0\]: want the shape of ema\[0\], \(2,\), got \(3,\)"),
-        (([torch.zeros(2)], [torch.zeros(2, dtype=torch.int64)]), {}, TypeError, r"params\[0\]: want dtype float32"),
-        (([torch.zeros(2)], [torch.zeros(2)]), {"emit": []}, ValueError, "emit: want as many tensors as ema, 1, got 0"),
-        (([torch.zeros(2)], [torch.zeros(2)]), {"emit": [torch.zeros(1)]}, ValueError, r"emit\[0\]: want the shape of ema\[0\]"),
-        (([torch.zeros(1).expand(4)], [torch.zeros(4)]), {}, ValueError, r"ema\[0\]: want memory that does not overlap itself"),
-        (([torch.zeros(2)], [torch.zeros(2, device="meta")]), {}, ValueError, r"params\[0\]: want a tensor on ema\[0\]'s device cpu, got one on meta"),
-        (([torch.zeros(2)], [torch.zeros(2)]), {"stochastic_rounding": True}, ValueError, "seed: want an int with stochastic_rounding, got None"),
+        (([torch.zeros(2)], []), {}, ValueError, "params: expected as many tensors as ema, 1, got 0"),
+        (([torch.zeros(2)], [torch.zeros(3)]), {}, ValueError, r"params\[0\]: expected the shape of ema\[0\], \(2,\), got \(3,\)"),
+        (([torch.zeros(2)], [torch.zeros(2, dtype=torch.int64)]), {}, TypeError, r"params\[0\]: expected dtype float32"),
+        (([torch.zeros(2)], [torch.zeros(2)]), {"emit": []}, ValueError, "emit: expected as many tensors as ema, 1, got 0"),
+        (([torch.zeros(2)], [torch.zeros(2)]), {"emit": [torch.zeros(1)]}, ValueError, r"emit\[0\]: expected the shape of ema\[0\]"),
+        (([torch.zeros(1).expand(4)], [torch.zeros(4)]), {}, ValueError, r"ema\[0\]: expected memory that does not overlap itself"),
+        (([torch.zeros(2)], [torch.zeros(2, device="meta")]), {}, ValueError, r"params\[0\]: expected a tensor on ema\[0\]'s device cpu, got one on meta"),
+        (([torch.zeros(2)], [torch.zeros(2)]), {"stochastic_rounding": True}, ValueError, "seed: expected an int with stochastic_rounding, got None"),
     ],
 )  # fmt: skip
 def test_bad_input_raises_before_anything_is_written(args, options, error, message):
@@ -217,7 +217,7 @@ def test_bad_input_raises_before_anything_is_written(args, options, error, messa
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan"), torch.tensor(2.0)])
 def test_bad_decay(decay):
-    with pytest.raises(ValueError, match="decay: want a finite number >= 0.0 and <= 1.0"):
+    with pytest.raises(ValueError, match="decay: expected a finite number >= 0.0 and <= 1.0"):
         ema_update_([torch.zeros(1)], [torch.zeros(1)], decay)
 
 
@@ -238,7 +238,7 @@ def _rank(rank, world, path, backend, results):
     try:
         ema_update_([ema[0]], [params[1]], 0.9)
     except ValueError as error:
-        assert "params[0]: want the placement of ema[0]" in str(error)  # noqa: PT017 - in another process
+        assert "params[0]: expected the placement of ema[0]" in str(error)  # noqa: PT017 - in another process
     else:
         raise AssertionError("another placement must raise")
     dist.destroy_process_group()
@@ -375,10 +375,10 @@ def test_swapped_into_restores_every_bit_even_after_an_exception():
             for name, parameter in model.named_parameters():
                 assert torch.equal(parameter, momentum.ema[name])
             assert model.head.weight.data_ptr() == model.embed.weight.data_ptr()
-            with pytest.raises(RuntimeError, match="update: want the policy's own parameters"):
+            with pytest.raises(RuntimeError, match="update: expected the policy's own parameters"):
                 momentum.update()
             with (
-                pytest.raises(RuntimeError, match="swapped_into: want the policy's own parameters"),
+                pytest.raises(RuntimeError, match="swapped_into: expected the policy's own parameters"),
                 momentum.swapped_into(model),
             ):
                 pass
@@ -405,15 +405,15 @@ def test_copy_to_and_state_dict():
     assert all(torch.equal(again.ema[name], t) for name, t in momentum.ema.items())
     wrong = nn.Linear(2, 2)
     for call in (momentum.copy_to, lambda m: momentum.swapped_into(m).__enter__(), momentum.distance):
-        with pytest.raises(ValueError, match="model: want the parameters that the momentum model tracks"):
+        with pytest.raises(ValueError, match="model: expected the parameters that the momentum model tracks"):
             call(wrong)
     bad = momentum.state_dict()
     bad["ema"] = {**bad["ema"], "norm.weight": torch.zeros(9)}
     kept = {name: t.clone() for name, t in again.ema.items()}
-    with pytest.raises(ValueError, match=r"state_dict\[norm.weight\]: want shape \(4,\), got \(9,\)"):
+    with pytest.raises(ValueError, match=r"state_dict\[norm.weight\]: expected shape \(4,\), got \(9,\)"):
         again.load_state_dict(bad)
     assert all(torch.equal(kept[name], t) for name, t in again.ema.items())
-    with pytest.raises(ValueError, match="state_dict: want the keys decay, ema, updates, got ema"):
+    with pytest.raises(ValueError, match="state_dict: expected the keys decay, ema, updates, got ema"):
         again.load_state_dict({"ema": {}})
 
 
@@ -462,10 +462,10 @@ def test_an_update_from_a_gpu_is_checked_before_it_begins(as_from_a_gpu):
     model = Tied()
     momentum = MomentumModel(model, 0.9, device="cpu")
     momentum.update()
-    with pytest.raises(ValueError, match="decay: want a finite number >= 0.0 and <= 1.0, got 2"):
+    with pytest.raises(ValueError, match="decay: expected a finite number >= 0.0 and <= 1.0, got 2"):
         momentum.update(2)
     model.norm.weight = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=r"params\[\d\]: want the shape that it had, \(4,\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"params\[\d\]: expected the shape that it had, \(4,\), got \(1,\)"):
         momentum.update()
 
 
@@ -513,22 +513,22 @@ def test_frozen_parameters_can_be_left_out():
         assert torch.equal(model.head.weight, some.ema["embed.weight"])
     model.norm.requires_grad_(True)
     with pytest.raises(
-        ValueError, match="model: want no other trained parameters than at first, got norm.bias, norm.weight"
+        ValueError, match="model: expected no other trained parameters than at first, got norm.bias, norm.weight"
     ):
         some.update()
-    with pytest.raises(ValueError, match="model: want parameters of a floating dtype to average, got none in Tied"):
+    with pytest.raises(ValueError, match="model: expected parameters of a floating dtype to average, got none in Tied"):
         MomentumModel(model.requires_grad_(False), frozen=False)
 
 
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((object(),), TypeError, "model: want a torch.nn.Module, got object"),
-        ((nn.Linear(1, 1), 1.5), ValueError, "decay: want a finite number >= 0.0 and <= 1.0, got 1.5"),
+        ((object(),), TypeError, "model: expected a torch.nn.Module, got object"),
+        ((nn.Linear(1, 1), 1.5), ValueError, "decay: expected a finite number >= 0.0 and <= 1.0, got 1.5"),
         (
             (nn.Linear(1, 1), 0.5, torch.int32),
             TypeError,
-            "dtype: want float32, float64, bfloat16 or float16, got torch.int32",
+            "dtype: expected float32, float64, bfloat16 or float16, got torch.int32",
         ),
     ],
 )

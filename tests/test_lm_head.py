@@ -89,7 +89,7 @@ def test_an_adapter_goes_on_the_fused_base():
     tokens = torch.randint(0, 199, (2, 9))
     logp = model(input_ids=tokens).logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     with pytest.raises(
-        TypeError, match=r"model: want the model itself, fuse_lm_head\(model.get_base_model\(\)\), got PeftModel"
+        TypeError, match=r"model: expected the model itself, fuse_lm_head\(model.get_base_model\(\)\), got PeftModel"
     ):
         fuse_lm_head(model)
     fuse_lm_head(model.get_base_model())
@@ -104,7 +104,7 @@ def test_an_adapter_goes_on_the_fused_base():
 
 def test_bad_models():
     with pytest.raises(
-        TypeError, match="model: want a transformers causal language model with a linear head, got Linear"
+        TypeError, match="model: expected a transformers causal language model with a linear head, got Linear"
     ):
         fuse_lm_head(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="stats: want"):
@@ -113,6 +113,6 @@ def test_bad_models():
     model.config.logit_scale = 3.0  # a scale that the model itself does not apply
     with pytest.raises(
         ValueError,
-        match="model: want a head that is weight, bias, logit scale and soft cap alone, got LlamaForCausalLM",
+        match="model: expected a head that is weight, bias, logit scale and soft cap alone, got LlamaForCausalLM",
     ):
         fuse_lm_head(model)

@@ -127,7 +127,7 @@ def test_a_command_without_its_extra_ends_in_one_line(tmp_path, module, package)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
     assert re.fullmatch(
-        rf"error: .*want .*{package}.*, got none.*: {re.escape(extras.how_to_install(package))}\n", result.stderr
+        rf"error: .*expected .*{package}.*, got none.*: {re.escape(extras.how_to_install(package))}\n", result.stderr
     )
 
 
@@ -161,7 +161,7 @@ def test_an_option_without_its_package_ends_in_one_line(tmp_path, monkeypatch, c
     assert command.main(["--output", str(tmp_path / "run"), "--dry-run", *flags]) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(
-        rf"error: \w+: want the package {package}, got none: {re.escape(extras.how_to_install(package))}\n", said
+        rf"error: \w+: expected the package {package}, got none: {re.escape(extras.how_to_install(package))}\n", said
     )
     assert not (tmp_path / "run").exists()
 

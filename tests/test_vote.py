@@ -132,7 +132,7 @@ def test_extract_answer(text, answer):
 
 
 def test_extract_answer_wants_a_string():
-    with pytest.raises(TypeError, match="text: want a string, got NoneType"):
+    with pytest.raises(TypeError, match="text: expected a string, got NoneType"):
         extract_answer(None)
 
 
@@ -435,13 +435,13 @@ def test_exact_and_own_equivalence():
 
 
 def test_equality_errors():
-    with pytest.raises(ValueError, match="equivalence: want one of math, exact, got 'near'"):
+    with pytest.raises(ValueError, match="equivalence: expected one of math, exact, got 'near'"):
         answers_equal("1", "2", "near")
-    with pytest.raises(TypeError, match="equivalence: want 'math', 'exact' or a function, got int"):
+    with pytest.raises(TypeError, match="equivalence: expected 'math', 'exact' or a function, got int"):
         answers_equal("1", "2", 3)
-    with pytest.raises(TypeError, match="equivalence: want a function that returns a bool, got NoneType"):
+    with pytest.raises(TypeError, match="equivalence: expected a function that returns a bool, got NoneType"):
         answers_equal("1", "2", lambda a, b: None)
-    with pytest.raises(TypeError, match="b: want a string or None, got int"):
+    with pytest.raises(TypeError, match="b: expected a string or None, got int"):
         answers_equal("1", 2)
 
 
@@ -573,31 +573,41 @@ def test_against_the_plain_vote(data, size, prompts, min_share):
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [
-        (("12", 1), {}, TypeError, "answers: want a sequence of strings and None, got str"),
-        ((5, 1), {}, TypeError, "answers: want a sequence of strings and None, got int"),
-        ((["1", 2], 1), {}, TypeError, "answers: want strings and None, got int at 1"),
-        ((["1"] * 4, 3), {}, ValueError, "groups: want a group size >= 1 that divides the 4 rollouts, got 3"),
-        ((["1"], 0), {}, ValueError, "groups: want a group size >= 1"),
-        ((["1"], 1.0), {}, TypeError, r"groups: want an int or int offsets \(P\+1,\), got float"),
-        ((["1"], torch.tensor([0.0, 1.0])), {}, TypeError, "groups: want dtype int32 or int64, got float32"),
+        (("12", 1), {}, TypeError, "answers: expected a sequence of strings and None, got str"),
+        ((5, 1), {}, TypeError, "answers: expected a sequence of strings and None, got int"),
+        ((["1", 2], 1), {}, TypeError, "answers: expected strings and None, got int at 1"),
+        ((["1"] * 4, 3), {}, ValueError, "groups: expected a group size >= 1 that divides the 4 rollouts, got 3"),
+        ((["1"], 0), {}, ValueError, "groups: expected a group size >= 1"),
+        ((["1"], 1.0), {}, TypeError, r"groups: expected an int or int offsets \(P\+1,\), got float"),
+        ((["1"], torch.tensor([0.0, 1.0])), {}, TypeError, "groups: expected dtype int32 or int64, got float32"),
         (
             (["1"] * 3, torch.tensor([0, 2])),
             {},
             ValueError,
-            r"groups: want ascending offsets from 0 to 3, got \[0, 2\]",
+            r"groups: expected ascending offsets from 0 to 3, got \[0, 2\]",
         ),
-        ((["1"] * 3, torch.tensor([0, 3, 2, 3])), {}, ValueError, "groups: want ascending offsets from 0 to 3"),
-        ((["1"], 1), {"voters": torch.tensor([1])}, TypeError, "voters: want dtype bool, got int64"),
-        ((["1"], 1), {"voters": torch.tensor([True, True])}, ValueError, r"voters: want shape \(1,\), got \(2,\)"),
-        ((["1"], 1), {"voters": [True, True]}, ValueError, "voters: want one bool for each of the 1 answers, got 2"),
-        ((["1"], 1), {"voters": [1]}, TypeError, r"voters\[0\]: want a bool, got int"),
-        ((["1"], 1), {"voters": True}, TypeError, "voters: want a bool tensor or a sequence of bools, got bool"),
-        ((["1"], 1), {"equivalence": "near"}, ValueError, "equivalence: want one of math, exact, got 'near'"),
-        ((["1"], 1), {"equivalence": None}, TypeError, "equivalence: want 'math', 'exact' or a function, got NoneType"),
+        ((["1"] * 3, torch.tensor([0, 3, 2, 3])), {}, ValueError, "groups: expected ascending offsets from 0 to 3"),
+        ((["1"], 1), {"voters": torch.tensor([1])}, TypeError, "voters: expected dtype bool, got int64"),
+        ((["1"], 1), {"voters": torch.tensor([True, True])}, ValueError, r"voters: expected shape \(1,\), got \(2,\)"),
+        (
+            (["1"], 1),
+            {"voters": [True, True]},
+            ValueError,
+            "voters: expected one bool for each of the 1 answers, got 2",
+        ),
+        ((["1"], 1), {"voters": [1]}, TypeError, r"voters\[0\]: expected a bool, got int"),
+        ((["1"], 1), {"voters": True}, TypeError, "voters: expected a bool tensor or a sequence of bools, got bool"),
+        ((["1"], 1), {"equivalence": "near"}, ValueError, "equivalence: expected one of math, exact, got 'near'"),
+        (
+            (["1"], 1),
+            {"equivalence": None},
+            TypeError,
+            "equivalence: expected 'math', 'exact' or a function, got NoneType",
+        ),
         ((["1", "2"], 2), {"equivalence": lambda a, b: 1}, TypeError, "a function that returns a bool, got int"),
-        ((["1"], 1), {"min_share": 1.5}, ValueError, "min_share: want a finite number >= 0.0 and <= 1.0, got 1.5"),
-        ((["1"], 1), {"min_share": float("nan")}, ValueError, "min_share: want a finite number"),
-        ((["1"], 1), {"min_share": "half"}, TypeError, "min_share: want a number, got str"),
+        ((["1"], 1), {"min_share": 1.5}, ValueError, "min_share: expected a finite number >= 0.0 and <= 1.0, got 1.5"),
+        ((["1"], 1), {"min_share": float("nan")}, ValueError, "min_share: expected a finite number"),
+        ((["1"], 1), {"min_share": "half"}, TypeError, "min_share: expected a number, got str"),
     ],
 )
 def test_vote_errors(arguments, options, error, message):
@@ -684,7 +694,7 @@ def test_an_interrupted_question_leaves_no_late_reply(worker):
 def test_without_math_verify(worker, monkeypatch):
     monkeypatch.setattr(math_worker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ImportError, match=r'want math-verify, .* got none installed; pip install "mgrpo_kernels\[train\]"'
+        ImportError, match=r'expected math-verify, .* got none installed; pip install "mgrpo_kernels\[train\]"'
     ):
         worker.equal("5", r"\sqrt{25}")
     monkeypatch.setattr(vote_module, "_worker", worker)

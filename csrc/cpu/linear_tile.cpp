@@ -17,7 +17,7 @@ struct Arguments {
 Arguments arguments(
     const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "tile: want contiguous (rows, columns)");
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "tile: expected contiguous (rows, columns)");
   Arguments args{
       bias ? bias->contiguous() : Tensor(),
       temperature_per_row ? temperature_per_row->to(at::kFloat).contiguous() : Tensor(),

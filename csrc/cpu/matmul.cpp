@@ -178,7 +178,7 @@ bool mm_float32(const Tensor& total, const Tensor& a, const Tensor& b, bool add)
     case at::kHalf:
       return multiply<at::Half>(total, a, b, add);
     default:
-      TORCH_CHECK(false, "mm_float32_: want bfloat16 or float16, got ", a.scalar_type());
+      TORCH_CHECK(false, "mm_float32_: expected bfloat16 or float16, got ", a.scalar_type());
   }
 }
 

@@ -164,7 +164,7 @@ using Flags = c10::Dict<std::string, bool>;
 
 bool is(const Names& names, const char* name, const char* wanted, const char* other) {
   const std::string value = names.at(name);
-  TORCH_CHECK(value == wanted || value == other, name, ": want ", wanted, " or ", other, ", got ", value);
+  TORCH_CHECK(value == wanted || value == other, name, ": expected ", wanted, " or ", other, ", got ", value);
   return value == wanted;
 }
 
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   std::vector<double> through_ratio(options.by_sequence ? parts.size() + sequences : 0);
   const bool known = MGRPO_CALL(policy_loss_kernel)(
       in, values.empty() ? nullptr : values.data(), parts.data(), gradient.mutable_data_ptr<float>(), through_ratio.data());
-  TORCH_CHECK(known, "want a known surrogate and KL estimator, got ", surrogate, " and ", kl_estimator);
+  TORCH_CHECK(known, "expected a known surrogate and KL estimator, got ", surrogate, " and ", kl_estimator);
   if (options.by_sequence) {
     add_through_ratio(in, values, through_ratio, gradient.mutable_data_ptr<float>());
   }

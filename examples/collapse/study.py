@@ -141,7 +141,7 @@ def main() -> None:
     for key, options in wanted.items():
         if key in have and have[key] != options:
             sys.exit(
-                f"{given.results}: want {key[0]!r}, seed {key[1]}, with {options}, got {have[key]}: name another --results"
+                f"{given.results}: expected {key[0]!r}, seed {key[1]}, with {options}, got {have[key]}: name another --results"
             )
     missing = [key for key in wanted if key not in have]
     print(f"{len(wanted)} runs, {len(missing)} of them missing")

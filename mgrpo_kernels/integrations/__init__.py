@@ -71,7 +71,7 @@ class Patch:
         found = tuple(inspect.signature(self.original(module, name)).parameters)
         if found != tuple(parameters):
             raise IntegrationError(
-                f"{module}.{name}: want the parameters ({', '.join(parameters)}), got ({', '.join(found)}): "
+                f"{module}.{name}: expected the parameters ({', '.join(parameters)}), got ({', '.join(found)}): "
                 f"this version of {self.library} is not one that this integration knows; {self._install}"
             )
 
@@ -132,7 +132,7 @@ class Patch:
         for replacement in self._replacements:
             if vars(replacement.owner).get(replacement.attribute) is not replacement.new:
                 raise IntegrationError(
-                    f"undo: want {replacement.name} as this patch left it, got another object: "
+                    f"undo: expected {replacement.name} as this patch left it, got another object: "
                     "undo whatever replaced it first"
                 )
         for replacement in reversed(self._replacements):

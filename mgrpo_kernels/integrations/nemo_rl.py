@@ -99,7 +99,7 @@ def from_parallel_hidden_states_to_logprobs(
         TypeError, ValueError: as :func:`linear_token_stats` does; a context-parallel group of several ranks.
     """
     if cp_group is not None and dist.get_world_size(cp_group) > 1:
-        raise ValueError(f"cp_group: want one rank with the fused head, got {dist.get_world_size(cp_group)}")
+        raise ValueError(f"cp_group: expected one rank with the fused head, got {dist.get_world_size(cp_group)}")
     checks.check_tensor("tensor_parallel_hidden_states", tensor_parallel_hidden_states, dim=3)
     hidden, ranks = tensor_parallel_hidden_states, dist.get_world_size(tp_group)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not inference_only):

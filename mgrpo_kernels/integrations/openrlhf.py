@@ -49,7 +49,7 @@ class _Call:
     values: Tensor | None = None  # (..., len(stats)) float32, what the head returned
 
 
-_CHANGED = "want logits as the head gives them, got {}, which scales or caps them"
+_CHANGED = "expected logits as the head gives them, got {}, which scales or caps them"
 
 _call: ContextVar[_Call | None] = ContextVar("_call", default=None)
 
@@ -111,9 +111,9 @@ def _forward(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
         head = model.get_output_embeddings()
         reason = None
         if getattr(self, "is_vlm", False):
-            reason = "want a model of text, got one with images"
+            reason = "expected a model of text, got one with images"
         elif type(head) is not nn.Linear:
-            reason = f"want a head that is nn.Linear, got {type(head).__name__}"
+            reason = f"expected a head that is nn.Linear, got {type(head).__name__}"
         elif model in changed:
             reason = _CHANGED.format(type(model).__name__)
         else:

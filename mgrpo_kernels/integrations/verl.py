@@ -156,7 +156,8 @@ def linear_cross_entropy(
     reduction = checks.check_choice("reduction", reduction.lower(), REDUCTIONS)
     if [n for n in hidden.shape[:-1] if n != 1] != [n for n in labels.shape if n != 1]:
         raise ValueError(
-            f"labels: want hidden's shape {checks.shape_text(hidden.shape)} without its last axis, got {checks.shape_text(labels.shape)}"
+            f"labels: expected hidden's shape {checks.shape_text(hidden.shape)} without its last axis, "
+            f"got {checks.shape_text(labels.shape)}"
         )
     hidden = hidden.reshape(*labels.shape, hidden.shape[-1])
     group, vocab_start = dist_process_group, None
@@ -194,13 +195,13 @@ def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
         rollout_is_weights: Tensor | None = None,  # (B, L)
     ) -> tuple[Tensor, dict[str, Any]]:
         if config is None:
-            raise ValueError("config: want verl's ActorConfig, got None")
+            raise ValueError("config: expected verl's ActorConfig, got None")
         low, high = (
             config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
         )
         most = config.get("clip_ratio_c", 3.0)
         if most < 1.0 + high:
-            patch.fall_back(LOSS, f"want clip_ratio_c >= 1 + clip_ratio_high = {1.0 + high:g}, got {most:g}")
+            patch.fall_back(LOSS, f"expected clip_ratio_c >= 1 + clip_ratio_high = {1.0 + high:g}, got {most:g}")
             return own(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
         mask = response_mask.bool()
         loss_type, normalizer = aggregation(loss_agg_mode, mask, config.global_batch_info)
@@ -233,7 +234,7 @@ def aggregation(mode: str, mask: Tensor, batch: dict[str, Any]) -> tuple[str, Te
         count = batch.get(name)
         if count is None:
             if ranks > 1:
-                raise ValueError(f"{name}: want the whole batch's count with dp_size {ranks}, got None")
+                raise ValueError(f"{name}: expected the whole batch's count with dp_size {ranks}, got None")
             return here().float()
         return torch.as_tensor(count, dtype=torch.float32, device=mask.device)
 

@@ -48,7 +48,7 @@ class MGRPOTrainer(PPOTrainerSync):
         sessions = Counter(key.rsplit("_", 1)[0] for key in batch.keys)
         if (most := max(sessions.values(), default=1)) > 1:
             raise ValueError(
-                f"batch: want one output for each rollout, got {most} of one: M-GRPO votes on whole responses"
+                f"batch: expected one output for each rollout, got {most} of one: M-GRPO votes on whole responses"
             )
         names = ["uid", "responses", "response_mask", "loss_mask", "entropy", "rm_scores", "reward_model"]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
@@ -147,19 +147,19 @@ def check_config(config: Any) -> MethodOptions:
         ("algorithm.rollout_correction.bypass_mode", False, bool(correction and correction.get("bypass_mode", False))),
     ):
         if got != want:
-            raise ValueError(f"{name}: want {want} with trainer_mode mgrpo, got {got}")
+            raise ValueError(f"{name}: expected {want} with trainer_mode mgrpo, got {got}")
     options = MethodOptions.from_mapping(dict(config.get("mgrpo", None) or {}), "mgrpo")
     for name in MOMENTUM_OPTIONS:
         got, default = getattr(options, name), MethodOptions.__dataclass_fields__[name].default
         if got not in (default, 0):
-            raise ValueError(f"mgrpo.{name}: want it left out, since {ONE_MODEL}, got {got!r}")
+            raise ValueError(f"mgrpo.{name}: expected it left out, since {ONE_MODEL}, got {got!r}")
     if options.row.voters == "momentum":
         raise ValueError(
-            f"mgrpo.method: want one whose labels are not the momentum model's, since {ONE_MODEL}, got {options.method}"
+            f"mgrpo.method: expected one whose labels are not the momentum model's, since {ONE_MODEL}, got {options.method}"
         )
     if options.row.needs_self_certainty:
         raise ValueError(
-            f"mgrpo.method: want one without self-certainty, since verl scores log-probs and entropies alone, got {options.method}"
+            f"mgrpo.method: expected one without self-certainty, since verl scores log-probs and entropies alone, got {options.method}"
         )
     options = dataclasses.replace(options, momentum_rollouts=0)
     options.check_use(momentum=False)

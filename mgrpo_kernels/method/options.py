@@ -125,17 +125,19 @@ class MethodOptions:
         given, share = self.momentum_rollouts, self.row.momentum_share
         if given is None and share and rollouts < 3:
             raise ValueError(
-                f"rollouts: want at least 3 with method {self.method}, 1 of the momentum model and 2 of the policy, since an advantage "
+                f"rollouts: expected at least 3 with method {self.method}, 1 of the momentum model and 2 of the policy, since an advantage "
                 f"takes two, got {rollouts}"
             )
         number = given if given is not None else min(max(1, int(share * rollouts)), rollouts - 2) if share else 0
         if number > rollouts - 2:
             raise ValueError(
-                f"momentum_rollouts: want at most {rollouts - 2} of {rollouts} rollouts, since an advantage takes two of the policy's, "
+                f"momentum_rollouts: expected at most {rollouts - 2} of {rollouts} rollouts, since an advantage takes two of the policy's, "
                 f"got {number}"
             )
         if self.row.voters == "momentum" and number < 1:
-            raise ValueError(f"momentum_rollouts: want >= 1 with method {self.method}, whose labels they give, got 0")
+            raise ValueError(
+                f"momentum_rollouts: expected >= 1 with method {self.method}, whose labels they give, got 0"
+            )
         return number
 
     def trained_count(self, policy_rollouts: int) -> int:
@@ -175,9 +177,9 @@ class MethodOptions:
         ):
             if is_set and not met:
                 got = getattr(self, name)
-                raise ValueError(f"{name}: want {needs} with it, without which it has no effect, got {got!r}")
+                raise ValueError(f"{name}: expected {needs} with it, without which it has no effect, got {got!r}")
         if self.row.highest <= 0 and self.filters and self.filter_scope == "penalise":
             raise ValueError(
-                f"filter_scope: want both or vote with method {self.method}, whose rewards are never above the 0 that a pruned rollout "
+                f"filter_scope: expected both or vote with method {self.method}, whose rewards are never above the 0 that a pruned rollout "
                 "would get, got 'penalise'"
             )

@@ -182,16 +182,16 @@ def _check(
         ("generator", generator, votes and row.needs_generator, method),
     ):
         if needed and value is None:
-            raise ValueError(f"{name}: want it with {by}, got None")
+            raise ValueError(f"{name}: expected it with {by}, got None")
     for name, value in (("entropy", entropy), ("self_certainty", self_certainty)):
         if value is not None:
             checks.check_tensor(name, value, shape=mask.shape)
     for name, rows in (("answers", answers), ("gold", gold)):
         if rows is not None and len(rows) != B:
-            raise ValueError(f"{name}: want one for each of the {B} rollouts, got {len(rows)}")
+            raise ValueError(f"{name}: expected one for each of the {B} rollouts, got {len(rows)}")
     if votes and row.needs_gold and gold is not None and None in gold:
         raise ValueError(
-            f"gold: want a true answer for every rollout with {method}, got None at {list(gold).index(None)}"
+            f"gold: expected a true answer for every rollout with {method}, got None at {list(gold).index(None)}"
         )
 
 

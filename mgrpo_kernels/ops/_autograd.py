@@ -12,7 +12,7 @@ def forbid_second_derivative(backward_op: CustomOpDef) -> None:
 
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            f"{backward_op._qualname} cannot be differentiated: want a first derivative only, got a second"
+            f"{backward_op._qualname} cannot be differentiated: expected a first derivative only, got a second"
         )
 
     backward_op.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)

@@ -15,7 +15,7 @@ class Schema:
 
     def pack(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the values in the op's order. Every argument must be given, and nothing else."""
-        assert len(values) == len(self.names), f"want {self.names}, got {tuple(values)}"
+        assert len(values) == len(self.names), f"expected {self.names}, got {tuple(values)}"
         return tuple([values[name] for name in self.names])
 
     def unpack(self, arguments: Iterable[Any]) -> dict[str, Any]:

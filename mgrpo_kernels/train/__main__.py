@@ -85,9 +85,9 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
     layers: list[Mapping[str, Any]] = []
     if resume:
         if output is None:
-            raise UsageError("resume: want --output DIR, the run to go on with, got none")
+            raise UsageError("resume: expected --output DIR, the run to go on with, got none")
         if not (Path(output) / "config.yaml").exists():
-            raise UsageError(f"resume: want a directory with a run (config.yaml), got {output}")
+            raise UsageError(f"resume: expected a directory with a run (config.yaml), got {output}")
         layers.append(read_yaml(Path(output) / "config.yaml"))
     layers += [command_line.read_config(file), given]
     if not any(layer.get(name) is not None for layer in layers for name in ("model", "data")):
@@ -108,7 +108,7 @@ def is_restart(output: str | None) -> bool:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
     if output is None:
-        raise UsageError("output: want --output DIR, where torchrun's restart finds the run, got none")
+        raise UsageError("output: expected --output DIR, where torchrun's restart finds the run, got none")
     return (Path(output) / "config.yaml").exists()
 
 

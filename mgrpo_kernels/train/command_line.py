@@ -108,4 +108,4 @@ def require(values: Mapping[str, Any], *names: str) -> None:
     """Raise UsageError for an option of these that has no value."""
     for name in names:
         if values.get(name) is None:
-            raise UsageError(f"{name}: want a value, got none")
+            raise UsageError(f"{name}: expected a value, got none")

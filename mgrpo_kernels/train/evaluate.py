@@ -67,7 +67,7 @@ def run(config: Config, output: Path) -> dict[str, float]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
-            f"torchrun: want one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
+            f"torchrun: expected one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
         )
     check_output(output, resume=False)
     extras.check_packages(config, training=False)

@@ -75,17 +75,17 @@ def export(run: Path, step: int | None, weights: str, to: Path) -> Path:
         CheckpointError: the checkpoint is damaged.
     """
     if not (run / "config.yaml").exists():
-        raise UsageError(f"run: want a directory with a run (config.yaml), got {run}")
+        raise UsageError(f"run: expected a directory with a run (config.yaml), got {run}")
     if to.exists():
-        raise UsageError(f"to: want a directory that is not there yet, got {to}")
+        raise UsageError(f"to: expected a directory that is not there yet, got {to}")
     directory = run / "checkpoints"
     newest, there = checkpoint.latest(directory), checkpoint.saved_steps(directory)
     found = newest if step is None else directory / f"step_{step}"
     if found is None or not found.exists():
-        raise UsageError(f"step: want one of {', '.join(map(str, there)) or '(none)'} in {directory}, got {step}")
+        raise UsageError(f"step: expected one of {', '.join(map(str, there)) or '(none)'} in {directory}, got {step}")
     facts = checkpoint.load(found)
     if weights == "momentum" and facts["momentum_updates"] is None:
-        raise UsageError(f"weights: want policy, since the run has no momentum model, got {weights!r}")
+        raise UsageError(f"weights: expected policy, since the run has no momentum model, got {weights!r}")
     config = build(read_yaml(run / "config.yaml"))
     name = config.model.model or str(run / "base")
     lora = config.lora.lora_rank is not None
@@ -95,7 +95,9 @@ def export(run: Path, step: int | None, weights: str, to: Path) -> Path:
     missing, odd = model.load_state_dict(tensors, strict=False)
     own = {name for name, each in model.named_parameters() if adapter is None or each.requires_grad}
     if odd or set(missing) & own:
-        raise UsageError(f"run: want a checkpoint of {name}, got one that differs in {', '.join([*missing, *odd][:5])}")
+        raise UsageError(
+            f"run: expected a checkpoint of {name}, got one that differs in {', '.join([*missing, *odd][:5])}"
+        )
     write(model, AutoTokenizer.from_pretrained(name), to, adapter=adapter)
     return found
 

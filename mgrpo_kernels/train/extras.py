@@ -58,7 +58,7 @@ def check_packages(config: Config, *, training: bool = True) -> None:
         needed["vllm_servers"] = "httpx"
     for option, package in needed.items():
         if not installed(package):
-            raise UsageError(f"{option}: want the package {package}, got none: {how_to_install(package)}")
+            raise UsageError(f"{option}: expected the package {package}, got none: {how_to_install(package)}")
 
 
 def check_command() -> None:
@@ -73,6 +73,6 @@ def check_command() -> None:
     module = next((name for name in names if name.startswith(__package__)), __package__)
     missing = [] if module in NO_TRAINING else [package for package in EXTRAS["train"] if not installed(package)]
     if missing:
-        told = f"python -m {module}: want {', '.join(missing)}, got none installed: {how_to_install(missing[0])}"
+        told = f"python -m {module}: expected {', '.join(missing)}, got none installed: {how_to_install(missing[0])}"
         print(f"error: {told}", file=sys.stderr)
         raise SystemExit(2)

@@ -258,7 +258,7 @@ def _layers(model: Any) -> list[Any]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
-        raise UsageError(f"model: want one whose layers are named in _no_split_modules, got {type(model).__name__}")
+        raise UsageError(f"model: expected one whose layers are named in _no_split_modules, got {type(model).__name__}")
     return layers
 
 

@@ -123,6 +123,6 @@ def score(
     for name, values in out.items():
         if bool(values.isnan().any()):
             raise FloatingPointError(
-                f"score: want numbers, got NaN in {name}: the model's hidden states or head are not finite"
+                f"score: expected numbers, got NaN in {name}: the model's hidden states or head are not finite"
             )
     return TokenStats(*(out.get(name) for name in TokenStats._fields))

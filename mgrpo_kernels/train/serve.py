@@ -69,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     error = None
     if arguments[0].startswith("-"):
-        error = f"want MODEL first, got {arguments[0]}"
+        error = f"expected MODEL first, got {arguments[0]}"
     elif not installed("vllm"):
-        error = f"want the package vllm, got none: {how_to_install('vllm')}"
+        error = f"expected the package vllm, got none: {how_to_install('vllm')}"
     if error:
         print(f"error: serve: {error}", file=sys.stderr)
         return 2

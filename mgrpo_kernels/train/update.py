@@ -141,7 +141,7 @@ def take_step(
     if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NotFiniteError(
-            f"update: want a finite loss and gradient, got loss {sums['loss']} and gradient norm {norm}", batch
+            f"update: expected a finite loss and gradient, got loss {sums['loss']} and gradient norm {norm}", batch
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)

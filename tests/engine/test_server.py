@@ -181,13 +181,13 @@ def test_how_many_servers_makes_no_difference(policy: Policy, urls: list[str], m
     assert set(asked) == {urls[1]}
     assert torch.equal(got.tokens, want.tokens)
     torch.testing.assert_close(got.logprobs, want.logprobs, atol=1e-5, rtol=0)
-    with pytest.raises(EngineError, match=f"{urls[1]}: want a server for this run alone, got one that another has"):
+    with pytest.raises(EngineError, match=f"{urls[1]}: expected a server for this run alone, got one that another has"):
         draw(both)
 
 
 def test_nan_weights_stop_the_rollout(servers: VllmServers, policy: Policy) -> None:
     policy.model.get_output_embeddings().weight.data[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="rollout: want finite log-probs"):
+    with pytest.raises(FloatingPointError, match="rollout: expected finite log-probs"):
         draw(servers)
 
 
@@ -260,37 +260,37 @@ def of_config(part: str, name: str, value: Any) -> Callable[[Any], Any]:
 
 
 SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "want the trainer's vLLM .* got 0.1.0: install": ("version", lambda _: {"version": "0.1.0"}),
-    "want --logprobs-mode processed_logprobs .* got raw_logprobs": (
+    "expected the trainer's vLLM .* got 0.1.0: install": ("version", lambda _: {"version": "0.1.0"}),
+    "expected --logprobs-mode processed_logprobs .* got raw_logprobs": (
         "server_info",
         of_config("model_config", "logprobs_mode", "raw_logprobs"),
     ),
-    "want --generation-config vllm .* got auto": (
+    "expected --generation-config vllm .* got auto": (
         "server_info",
         of_config("model_config", "generation_config", "auto"),
     ),
-    "want --worker-extension-cls mgrpo.* got none": (
+    "expected --worker-extension-cls mgrpo.* got none": (
         "server_info",
         of_config("parallel_config", "worker_extension_cls", ""),
     ),
-    "want --weight-transfer-config with backend mgrpo_gloo .* got ipc": (
+    "expected --weight-transfer-config with backend mgrpo_gloo .* got ipc": (
         "server_info",
         of_config("weight_transfer_config", "backend", "ipc"),
     ),
-    "want --dtype float32 .* got bfloat16": ("server_info", of_config("model_config", "dtype", "torch.bfloat16")),
-    "want enable_chunked_prefill False .* got True": (
+    "expected --dtype float32 .* got bfloat16": ("server_info", of_config("model_config", "dtype", "torch.bfloat16")),
+    "expected enable_chunked_prefill False .* got True": (
         "server_info",
         of_config("scheduler_config", "enable_chunked_prefill", True),
     ),
-    "want --max-model-len at least 24, prompt and response, .* got 23": (
+    "expected --max-model-len at least 24, prompt and response, .* got 23": (
         "server_info",
         of_config("model_config", "max_model_len", 23),
     ),
-    "want tie_word_embeddings False .* got True": (
+    "expected tie_word_embeddings False .* got True": (
         "collective_rpc",
         lambda answer: {"results": [{**each, "tie_word_embeddings": True} for each in answer["results"]]},
     ),
-    "want the policy's vocab_size 15 .* got 16: start it with the policy's model": (
+    "expected the policy's vocab_size 15 .* got 16: start it with the policy's model": (
         "collective_rpc",
         lambda answer: {"results": [{**each, "vocab_size": 16} for each in answer["results"]]},
     ),
@@ -307,9 +307,9 @@ def test_a_server_that_was_started_otherwise_is_refused(
 
 
 def test_another_model_is_refused(urls: list[str]) -> None:
-    with pytest.raises(UsageError, match=f"want the policy's model_type qwen2 of {urls[0]}, got llama"):
+    with pytest.raises(UsageError, match=f"expected the policy's model_type qwen2 of {urls[0]}, got llama"):
         connect(small(), urls)
-    with pytest.raises(UsageError, match=f"want --max-model-len at least 82, .* of {urls[0]}, got 64: start it so"):
+    with pytest.raises(UsageError, match=f"expected --max-model-len at least 82, .* of {urls[0]}, got 64: start it so"):
         connect(small(), urls, longest=70)
 
 
@@ -328,10 +328,10 @@ def test_weights_that_do_not_load_or_go_astray_are_noticed(
         return {"model.layers.7.nowhere": torch.zeros(2), **right(model, untie=untie)}
 
     for wrong, message in (
-        (crossed, "want a model that vLLM and transformers read alike .* LlamaForCausalLM, which"),
+        (crossed, "expected a model that vLLM and transformers read alike .* LlamaForCausalLM, which"),
         (
             unknown,
-            r"want a model that vLLM runs, with weights that it takes, got .*model\.layers\.7\.nowhere, \(2,\): ",
+            r"expected a model that vLLM runs, with weights that it takes, got .*model\.layers\.7\.nowhere, \(2,\): ",
         ),
     ):
         with monkeypatch.context() as patch:
@@ -359,14 +359,14 @@ class Bare(BaseHTTPRequestHandler):
 def test_what_is_no_server_is_refused(policy: Policy) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(
-        UsageError, match=f"vllm_servers: want servers that can be used, got {url}/version: ConnectError"
+        UsageError, match=f"vllm_servers: expected servers that can be used, got {url}/version: ConnectError"
     ):
         connect(policy, [url])
     bare = HTTPServer(("127.0.0.1", 0), Bare)
     threading.Thread(target=bare.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{bare.server_port}"
     try:
-        with pytest.raises(UsageError, match=f"want VLLM_SERVER_DEV_MODE=1 in the environment of {url}, got .*404"):
+        with pytest.raises(UsageError, match=f"expected VLLM_SERVER_DEV_MODE=1 in the environment of {url}, got .*404"):
             connect(policy, [url])
     finally:
         bare.shutdown()
@@ -401,11 +401,13 @@ def test_options() -> None:
     given = {"engine": "vllm", "vllm_servers": " http://a:1/ ,https://b:2"}
     assert build(given).vllm.server_urls == ["http://a:1", "https://b:2"]
     for value in ("a:1", "http://a:1,", "http://a:1,http://a:1/", ""):
-        with pytest.raises(UsageError, match="vllm_servers: want http://HOST:PORT, or several .* none twice, got"):
+        with pytest.raises(UsageError, match="vllm_servers: expected http://HOST:PORT, or several .* none twice, got"):
             build({**given, "vllm_servers": value})
-    with pytest.raises(UsageError, match="vllm_servers: want --engine vllm with it"):
+    with pytest.raises(UsageError, match="vllm_servers: expected --engine vllm with it"):
         build({**given, "engine": "transformers"})
-    with pytest.raises(UsageError, match="vllm_memory: want it given to the servers in vLLM's own words, .* got 0.3"):
+    with pytest.raises(
+        UsageError, match="vllm_memory: expected it given to the servers in vLLM's own words, .* got 0.3"
+    ):
         build({**given, "vllm_memory": 0.3})
 
 
@@ -426,7 +428,7 @@ def test_command_line_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.main(["--help"]) == 0
     assert "python -m mgrpo_kernels.train.serve MODEL" in capsys.readouterr().out
     assert serve.main(["--port", "8000"]) == 2
-    assert "error: serve: want MODEL first, got --port" in capsys.readouterr().err
+    assert "error: serve: expected MODEL first, got --port" in capsys.readouterr().err
 
 
 def test_a_run_trains(base: Path, urls: list[str], tmp_path: Path) -> None:
@@ -469,11 +471,11 @@ def test_z_a_server_that_dies_ends_the_run(
     servers.check = kill
     prompts = servers.policy.encode(PROMPTS)
     start = time.monotonic()
-    with pytest.raises(EngineError, match=rf"vllm: want 16000 responses .* got ServerError: {url}: "):
+    with pytest.raises(EngineError, match=rf"vllm: expected 16000 responses .* got ServerError: {url}: "):
         servers.sample(prompts, 4000, temperature=1.1, generator=torch.Generator())
     process.wait(20)
     with pytest.raises(
-        EngineError, match=rf"vllm: want 24 responses .* got ServerError: {url}/weight_info: ConnectError"
+        EngineError, match=rf"vllm: expected 24 responses .* got ServerError: {url}/weight_info: ConnectError"
     ):
         draw(servers)
     assert time.monotonic() - start < 10

@@ -147,16 +147,16 @@ def test_every_end_of_the_policy_ends(engine: VllmEngine, policy: Policy, monkey
 
 def test_nan_weights_stop_the_rollout(engine: VllmEngine, policy: Policy) -> None:
     policy.model.get_output_embeddings().weight.data[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="rollout: want finite log-probs"):
+    with pytest.raises(FloatingPointError, match="rollout: expected finite log-probs"):
         draw(engine)
 
 
 def test_refused_arguments(engine: VllmEngine) -> None:
     generator = torch.Generator()
     for prompt, length in ([[]], 0), ([[3] * 41], 41):
-        with pytest.raises(ValueError, match=f"prompts: want 1 to 40 tokens, got {length}"):
+        with pytest.raises(ValueError, match=f"prompts: expected 1 to 40 tokens, got {length}"):
             engine.sample(prompt, 1, temperature=1.0, generator=generator)
-    with pytest.raises(ValueError, match=r"temperature: want 0 or >= 0\.01 with vllm, got 0\.001"):
+    with pytest.raises(ValueError, match=r"temperature: expected 0 or >= 0\.01 with vllm, got 0\.001"):
         engine.sample([[3]], 1, temperature=0.001, generator=generator)
 
 
@@ -170,7 +170,9 @@ def test_failures_have_their_reason_and_leave_nothing_behind(
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._llm.llm_engine, "step", broken)
-        with pytest.raises(EngineError, match="vllm: want 24 responses .* got RuntimeError: an illegal memory access"):
+        with pytest.raises(
+            EngineError, match="vllm: expected 24 responses .* got RuntimeError: an illegal memory access"
+        ):
             draw(engine)
     assert equal(draw(engine), want)
 
@@ -178,7 +180,7 @@ def test_failures_have_their_reason_and_leave_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(engine._llm.llm_engine, "step", lambda: (time.sleep(0.1), step())[1])
         engine.timeout = 0.3
-        with pytest.raises(EngineError, match=r"want 24 responses within 0\.3 s \(vllm_timeout\), got \d+$"):
+        with pytest.raises(EngineError, match=r"expected 24 responses within 0\.3 s \(vllm_timeout\), got \d+$"):
             draw(engine)
     engine.timeout = 60.0
     assert equal(draw(engine), want)
@@ -187,11 +189,11 @@ def test_failures_have_their_reason_and_leave_nothing_behind(
 def test_a_call_that_hangs_ends_the_process() -> None:
     program = (
         "import time; from mgrpo_kernels.train.rollout.vllm import ended_after\n"
-        "with ended_after(0.2, 'vllm: want an answer, got none'): time.sleep(60)"
+        "with ended_after(0.2, 'vllm: expected an answer, got none'): time.sleep(60)"
     )
     got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert got.returncode == 1
-    assert got.stderr.startswith("error: vllm: want an answer, got none; --resume goes on from the last checkpoint")
+    assert got.stderr.startswith("error: vllm: expected an answer, got none; --resume goes on from the last checkpoint")
     assert "most recent call first" in got.stderr
 
 
@@ -225,7 +227,7 @@ def test_weights_that_go_astray_are_noticed(engine: VllmEngine, monkeypatch: pyt
     engine._check()
     monkeypatch.setattr(module, "checkpoint_weights", crossed)
     with pytest.raises(
-        UsageError, match="want a model that vLLM and transformers read alike .* LlamaForCausalLM, which"
+        UsageError, match="expected a model that vLLM and transformers read alike .* LlamaForCausalLM, which"
     ):
         engine._check()
 
@@ -239,11 +241,11 @@ def test_an_exchange_that_fails_is_the_end(policy: Policy, monkeypatch: pytest.M
     engine = VllmEngine(policy, 8, 12, VllmConfig(vllm_cache_gib=0.1))
     monkeypatch.setattr(module, "checkpoint_weights", lambda _, untie: {"model.layers.7.nowhere": torch.zeros(2)})
     with pytest.raises(
-        UsageError, match="engine: want a model that vLLM runs, with weights that it takes, got LlamaForCausalLM: "
+        UsageError, match="engine: expected a model that vLLM runs, with weights that it takes, got LlamaForCausalLM: "
     ):
         engine._check()
     with pytest.raises(
-        EngineError, match="want a new engine after an exchange of weights that failed, got the old one"
+        EngineError, match="expected a new engine after an exchange of weights that failed, got the old one"
     ):
         draw(engine)
 
@@ -273,12 +275,12 @@ def test_tied_weights_and_dtypes(dtype: torch.dtype, most: float) -> None:
 
 
 def test_what_vllm_cannot_do_is_refused(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="vllm_sleep: want a GPU"):
+    with pytest.raises(UsageError, match="vllm_sleep: expected a GPU"):
         VllmEngine(policy, 8, 12, VllmConfig(vllm_sleep=True))
     with pytest.raises(
-        UsageError, match="engine: want a model and memory with which vLLM .* got LlamaForCausalLM and .* less than"
+        UsageError, match="engine: expected a model and memory with which vLLM .* got LlamaForCausalLM and .* less than"
     ):
         VllmEngine(policy, 8, 12, VllmConfig(vllm_cache_gib=1e5))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="engine: want transformers under torchrun"):
+    with pytest.raises(UsageError, match="engine: expected transformers under torchrun"):
         VllmEngine(policy, 8, 12, VllmConfig())

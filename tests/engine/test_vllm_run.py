@@ -62,5 +62,5 @@ def test_without_vllm_nothing_is_written(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
     assert command.main([*FLAGS, "--output", str(tmp_path / "run")]) == 2
-    assert "engine: want the package vllm, got none: pip install 'mgrpo_kernels[vllm]'" in capsys.readouterr().err
+    assert "engine: expected the package vllm, got none: pip install 'mgrpo_kernels[vllm]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

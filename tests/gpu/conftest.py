@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
 def kernels_run_as_meant():
     """Fail where a GPU would be given the interpreter, or a CPU the compiler."""
     setting = os.environ.get("TRITON_INTERPRET")
-    assert (setting == "1") == ON_CPU, f"want TRITON_INTERPRET=1 on a CPU alone, got {setting} for {DEVICE.type}"
+    assert (setting == "1") == ON_CPU, f"expected TRITON_INTERPRET=1 on a CPU alone, got {setting} for {DEVICE.type}"
 
 
 @pytest.fixture(autouse=True)

@@ -104,7 +104,7 @@ def test_a_bad_label_is_nan_in_its_row_alone(op, bad):
     (grad,) = torch.autograd.grad(got.logprob.sum(), leaf)
     others = torch.arange(rows, device=DEVICE) != 3
     assert grad[others].isfinite().all()
-    with pytest.raises(ValueError, match=r"labels: want values in \[0, 300\)"):
+    with pytest.raises(ValueError, match=r"labels: expected values in \[0, 300\)"):
         stats(debug=True)
 
 
@@ -149,9 +149,9 @@ def test_one_triton_kernel(op, record_property):
     work = device_work(call.run)
     record_property("kernels", {name: number for name, (number, _) in work.items()})
     ours = {name: number for name, (number, _) in work.items() if KERNELS[op] in name}
-    assert sum(ours.values()) == 1, f"want one {KERNELS[op]}, got {work}"
+    assert sum(ours.values()) == 1, f"expected one {KERNELS[op]}, got {work}"
     triton_kernels = [name for name in work if name.endswith("_kernel") and "::" not in name and "<" not in name]
-    assert triton_kernels == list(ours), f"want no other Triton kernel, got {triton_kernels}"
+    assert triton_kernels == list(ours), f"expected no other Triton kernel, got {triton_kernels}"
 
 
 def head_stats(rows):

@@ -111,17 +111,17 @@ def test_two_ranks_equal_one(group):
 def test_wrong_calls_are_told(group, monkeypatch):
     h, w, tokens, _ = two_ranks.inputs(3, 12)
     call = nemo_rl.from_parallel_hidden_states_to_logprobs
-    with pytest.raises(ValueError, match=r"target: want shape \(3, 12\), got \(12, 3\)"):
+    with pytest.raises(ValueError, match=r"target: expected shape \(3, 12\), got \(12, 3\)"):
         call(h, w, False, tokens.t(), 0, 130, group)
     other = object()
     monkeypatch.setattr(nemo_rl.dist, "get_world_size", lambda group: 2 if group is other else 1)
-    with pytest.raises(ValueError, match="cp_group: want one rank with the fused head, got 2"):
+    with pytest.raises(ValueError, match="cp_group: expected one rank with the fused head, got 2"):
         call(h, w, False, tokens, 0, 130, group, cp_group=other)
 
 
 def test_a_version_with_other_parameters_or_without_the_name_is_told(library):
     library.from_parallel_hidden_states_to_logprobs = lambda hidden, weight, output_weight: None  # 0.6 has one more
-    with pytest.raises(IntegrationError, match="from_parallel_hidden_states_to_logprobs: want the parameters"):
+    with pytest.raises(IntegrationError, match="from_parallel_hidden_states_to_logprobs: expected the parameters"):
         nemo_rl.patched()
     del library.from_parallel_hidden_states_to_logprobs
     with pytest.raises(

@@ -118,7 +118,9 @@ def test_a_name_that_moved_is_named(monkeypatch, name):
 
 def test_other_parameters_are_told(monkeypatch):
     monkeypatch.setattr(Actor, "forward", lambda self, sequences, num_actions: None)
-    with pytest.raises(IntegrationError, match=r"Actor.forward: want the parameters \(self, sequences, action_mask"):
+    with pytest.raises(
+        IntegrationError, match=r"Actor.forward: expected the parameters \(self, sequences, action_mask"
+    ):
         openrlhf.patched()
 
 
@@ -204,7 +206,7 @@ def test_a_model_that_changes_its_logits_runs_openrlhfs_code_and_says_so(cls, co
     torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
     assert got[3].logits.shape[-1] == SIZES["vocab_size"]
     assert [record.message for record in caplog.records] == [
-        f"Actor.forward runs openrlhf's own code: want logits as the head gives them, got {cls.__name__}, which scales or caps them"
+        f"Actor.forward runs openrlhf's own code: expected logits as the head gives them, got {cls.__name__}, which scales or caps them"
     ]
     with openrlhf.patched(strict=True), pytest.raises(IntegrationError, match="scales or caps"):
         run(actor)
@@ -219,7 +221,7 @@ def test_a_head_of_another_kind_runs_openrlhfs_code():
     actor.model.lm_head.__class__ = Adapter
     with (
         openrlhf.patched(strict=True),
-        pytest.raises(IntegrationError, match="want a head that is nn.Linear, got Adapter"),
+        pytest.raises(IntegrationError, match="expected a head that is nn.Linear, got Adapter"),
     ):
         run(actor)
 

@@ -63,7 +63,7 @@ def test_patches_nest_and_refuse_another_order(library):
     outer.apply()
     inner.replace("a_library", "plain", len)
     inner.apply()
-    with pytest.raises(IntegrationError, match=r"undo: want a_library.plain as this patch left it"):
+    with pytest.raises(IntegrationError, match=r"undo: expected a_library.plain as this patch left it"):
         outer.undo()
     inner.undo()
     outer.undo()
@@ -75,8 +75,8 @@ def test_patches_nest_and_refuse_another_order(library):
     [
         ("a_library", "Trainer.reward", None, r"a_library.Trainer.reward: this version of a_library has no such name"),
         ("a_library", "Gone.loss", None, r"a_library.Gone.loss: this version of a_library has no such name"),
-        ("a_library", "plain", ("x", "y"), r"a_library.plain: want the parameters \(x, y\), got \(x\)"),
-        ("a_library", "plain", ("y",), r"a_library.plain: want the parameters \(y\), got \(x\)"),
+        ("a_library", "plain", ("x", "y"), r"a_library.plain: expected the parameters \(x, y\), got \(x\)"),
+        ("a_library", "plain", ("y",), r"a_library.plain: expected the parameters \(y\), got \(x\)"),
         ("not_installed_at_all", "f", None, "a_library is not installed: pip install a_library"),
         ("json.gone", "f", None, "json.gone: this version of a_library has no such module"),
     ],

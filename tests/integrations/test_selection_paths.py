@@ -92,9 +92,9 @@ def test_trl_and_our_trainer_divide_a_group_alike(tmp_path: Any, method: str) ->
     for G in range(2, 20):
         settings = tiny_trl.settings(tmp_path, num_generations=G, per_device_train_batch_size=G, method=method)
         if G == 2 and METHODS[method].momentum_share:
-            with pytest.raises(UsageError, match=f"rollouts: want at least 3 with method {method}"):
+            with pytest.raises(UsageError, match=f"rollouts: expected at least 3 with method {method}"):
                 build({"method": method, "rollouts": G})
-            with pytest.raises(ValueError, match=f"rollouts: want at least 3 with method {method}"):
+            with pytest.raises(ValueError, match=f"rollouts: expected at least 3 with method {method}"):
                 MGRPOConfig(**settings)
             continue
         ours = build({"method": method, "rollouts": G}).momentum_rollouts

@@ -246,7 +246,7 @@ def test_what_moved_is_named(monkeypatch):
             patched()
     monkeypatch.setattr(RLOOTrainer, "_compute_loss", lambda self, model, batch: None)
     with pytest.raises(
-        IntegrationError, match=r"RLOOTrainer._compute_loss: want the parameters \(self, model, inputs\)"
+        IntegrationError, match=r"RLOOTrainer._compute_loss: expected the parameters \(self, model, inputs\)"
     ):
         patched()
     assert GRPOTrainer._compute_loss is before

@@ -328,7 +328,9 @@ def test_a_run_moves_policy_and_momentum_and_resumes_to_the_same(base, tmp_path)
 
     Path(tmp_path / "whole" / "checkpoint-2" / MOMENTUM_FILE).unlink()
     foreign, _ = start(tmp_path / "foreign")
-    with pytest.raises(ValueError, match=r"want a checkpoint of MGRPOTrainer, with momentum.pt, got .*checkpoint-2"):
+    with pytest.raises(
+        ValueError, match=r"expected a checkpoint of MGRPOTrainer, with momentum.pt, got .*checkpoint-2"
+    ):
         foreign.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
@@ -380,10 +382,10 @@ def test_the_decay_rises_to_the_methods_own(base, tmp_path, monkeypatch):
 
 def test_a_column_of_true_answers_that_is_missing_is_named(base, tmp_path):
     with pytest.raises(
-        ValueError, match="answer_field: want a column with the true answers, one of prompt, gold, got None"
+        ValueError, match="answer_field: expected a column with the true answers, one of prompt, gold, got None"
     ):
         trainer_of(base, tmp_path, method="gold", momentum_rollouts=0, iqr_k=0.75)
-    with pytest.raises(ValueError, match="answer_field: want .* got 'truth'"):
+    with pytest.raises(ValueError, match="answer_field: expected .* got 'truth'"):
         trainer_of(base, tmp_path, answer_field="truth")
     assert trainer_of(base, tmp_path, answer_field="gold").answer_field == "gold"
 
@@ -410,22 +412,22 @@ def test_own_rewards_and_an_evaluation(base, tmp_path):
 
 
 def test_what_it_cannot_do_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="momentum_rollouts: want at most 6 of 8 rollouts.*got 7"):
+    with pytest.raises(ValueError, match="momentum_rollouts: expected at most 6 of 8 rollouts.*got 7"):
         MGRPOConfig(**settings(tmp_path, momentum_rollouts=7))
     with pytest.raises(ValueError, match="filter_scope"):
         MGRPOConfig(**settings(tmp_path, filter_scope="all"))
-    with pytest.raises(ValueError, match="use_adaptive_entropy: want False with M-GRPO, got True"):
+    with pytest.raises(ValueError, match="use_adaptive_entropy: expected False with M-GRPO, got True"):
         MGRPOConfig(**settings(tmp_path, use_adaptive_entropy=True))
     assert MGRPOConfig(**settings(tmp_path, momentum_rollouts=None)).momentum_rollouts == G // 2
-    with pytest.raises(TypeError, match="args: want MGRPOConfig, got GRPOConfig"):
+    with pytest.raises(TypeError, match="args: expected MGRPOConfig, got GRPOConfig"):
         MGRPOTrainer(base, None, GRPOConfig(**tiny_trl.settings(tmp_path)), train_dataset=tiny_trl.prompts())
-    with pytest.raises(ValueError, match="tools: want None with MGRPOTrainer"):
+    with pytest.raises(ValueError, match="tools: expected None with MGRPOTrainer"):
         MGRPOTrainer(base, None, MGRPOConfig(**settings(tmp_path)), train_dataset=tiny_trl.prompts(), tools=[len])
-    with pytest.raises(ValueError, match="train_momentum_rollouts: want False with MGRPOTrainer"):
+    with pytest.raises(ValueError, match="train_momentum_rollouts: expected False with MGRPOTrainer"):
         MGRPOConfig(**settings(tmp_path, train_momentum_rollouts=True))
-    with pytest.raises(ValueError, match="filter_scope: want the IQR filter"):
+    with pytest.raises(ValueError, match="filter_scope: expected the IQR filter"):
         MGRPOConfig(**settings(tmp_path, iqr_filter=False, filter_scope="vote"))
-    with pytest.raises(ValueError, match="reward_weights: want None without reward_funcs"):
+    with pytest.raises(ValueError, match="reward_weights: expected None without reward_funcs"):
         trainer_of(base, tmp_path, reward_weights=[2.0])
     with pytest.raises(ValueError, match=r"got epsilon 1.5 is not in \[0, 1\]"):
         trainer_of(base, tmp_path, epsilon=1.5)

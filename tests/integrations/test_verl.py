@@ -144,7 +144,7 @@ def test_megatrons_layout():
     for mine, own in zip(got, want, strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
     with pytest.raises(
-        ValueError, match=r"labels: want hidden's shape \(3, 5, 32\) without its last axis, got \(5, 3\)"
+        ValueError, match=r"labels: expected hidden's shape \(3, 5, 32\) without its last axis, got \(5, 3\)"
     ):
         verl.linear_cross_entropy(torch.zeros(3, 5, 32), w, labels.new_zeros(5, 3))
 
@@ -170,7 +170,7 @@ def test_reduction(reduction):
 
 def test_wrong_calls_are_told():
     h, w, labels, _ = make((2, 9))
-    with pytest.raises(ValueError, match="reduction: want one of none, sum, mean, got 'max'"):
+    with pytest.raises(ValueError, match="reduction: expected one of none, sum, mean, got 'max'"):
         verl.linear_cross_entropy(h, w, labels, 1.0, "max")
     with pytest.raises(ValueError, match="labels"):
         verl.linear_cross_entropy(h, w, labels + 600)

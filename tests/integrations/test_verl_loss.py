@@ -96,9 +96,12 @@ def test_clip_ratios(low, high, most):
 def test_a_missing_count_of_the_whole_batch_is_told_as_by_verl():
     *inputs, _ = batch()
     for mode in ("token-mean", "seq-mean-token-sum"):
-        with verl.patched(), pytest.raises(ValueError, match="want the whole batch's count with dp_size 2, got None"):
+        with (
+            verl.patched(),
+            pytest.raises(ValueError, match="expected the whole batch's count with dp_size 2, got None"),
+        ):
             run(core_algos.get_policy_loss_fn(verl.LOSS), actor(mode, dp_size=2), *inputs, None)
-    with pytest.raises(ValueError, match="loss_agg_mode: want one of token-mean"):
+    with pytest.raises(ValueError, match="loss_agg_mode: expected one of token-mean"):
         verl.aggregation("mean", inputs[3], {})
 
 
@@ -137,7 +140,7 @@ def test_where_the_clip_cannot_be_fused_verls_own_runs_and_says_so(caplog):
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     said = [record.message for record in caplog.records]
-    assert said == ["mgrpo_kernels runs verl's own code: want clip_ratio_c >= 1 + clip_ratio_high = 1.3, got 1.1"]
+    assert said == ["mgrpo_kernels runs verl's own code: expected clip_ratio_c >= 1 + clip_ratio_high = 1.3, got 1.1"]
     with verl.patched(strict=True), pytest.raises(IntegrationError, match="clip_ratio_c"):
         run(core_algos.get_policy_loss_fn(verl.LOSS), config, *inputs, weights)
 

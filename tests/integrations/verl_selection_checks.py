@@ -108,15 +108,15 @@ def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name,
     [
         (
             {"method": "co_rewarding"},
-            "mgrpo.method: want one whose labels are not the momentum model's, since verl's rollout servers",
+            "mgrpo.method: expected one whose labels are not the momentum model's, since verl's rollout servers",
         ),
-        ({"method": "intuitor"}, "mgrpo.method: want one without self-certainty, since verl scores log-probs"),
+        ({"method": "intuitor"}, "mgrpo.method: expected one without self-certainty, since verl scores log-probs"),
         (
             {"momentum_rollouts": 4},
-            "mgrpo.momentum_rollouts: want it left out, since verl's rollout servers hold one set",
+            "mgrpo.momentum_rollouts: expected it left out, since verl's rollout servers hold one set",
         ),
-        ({"decay": 0.9}, "mgrpo.decay: want it left out"),
-        ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want the IQR filter"),
+        ({"decay": 0.9}, "mgrpo.decay: expected it left out"),
+        ({"method": "srt", "filter_scope": "vote"}, "filter_scope: expected the IQR filter"),
     ],
 )
 def test_what_verl_has_nothing_for_is_refused_with_the_reason(options, message):

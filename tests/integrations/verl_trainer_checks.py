@@ -139,18 +139,21 @@ def test_rollout_correction_stays_verls(queue):
 
 def test_several_outputs_of_a_rollout_are_refused(queue):
     batch = fill(queue, extra=["a_0_1"])
-    with pytest.raises(ValueError, match="batch: want one output for each rollout, got 2 of one"):
+    with pytest.raises(ValueError, match="batch: expected one output for each rollout, got 2 of one"):
         trainer(settings())._compute_advantage(batch, {})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"algorithm__adv_estimator": "rloo"}, "algorithm.adv_estimator: want grpo with trainer_mode mgrpo, got rloo"),
-        ({"algorithm__use_kl_in_reward": True}, "algorithm.use_kl_in_reward: want False"),
-        ({"algorithm__rollout_correction": {"bypass_mode": True}}, "bypass_mode: want False"),
-        ({"mgrpo__iqr": 1.0}, "mgrpo: want one of method, momentum_rollouts, .*iqr_k"),
-        ({"mgrpo__iqr_k": -1.0}, "iqr_k: want a finite number >= 0"),
+        (
+            {"algorithm__adv_estimator": "rloo"},
+            "algorithm.adv_estimator: expected grpo with trainer_mode mgrpo, got rloo",
+        ),
+        ({"algorithm__use_kl_in_reward": True}, "algorithm.use_kl_in_reward: expected False"),
+        ({"algorithm__rollout_correction": {"bypass_mode": True}}, "bypass_mode: expected False"),
+        ({"mgrpo__iqr": 1.0}, "mgrpo: expected one of method, momentum_rollouts, .*iqr_k"),
+        ({"mgrpo__iqr_k": -1.0}, "iqr_k: expected a finite number >= 0"),
     ],
 )
 def test_what_it_cannot_do_is_told_when_it_is_built(changes, message):

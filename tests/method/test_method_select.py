@@ -142,19 +142,19 @@ def test_no_rollouts_at_all() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"entropy": None}, "entropy: want it with the IQR filter, got None"),
-        ({"method": "rent", "entropy": None}, "entropy: want it with method rent"),
-        ({"method": "intuitor"}, "self_certainty: want it with method intuitor"),
-        ({"method": "gold"}, "gold: want it with method gold"),
+        ({"entropy": None}, "entropy: expected it with the IQR filter, got None"),
+        ({"method": "rent", "entropy": None}, "entropy: expected it with method rent"),
+        ({"method": "intuitor"}, "self_certainty: expected it with method intuitor"),
+        ({"method": "gold"}, "gold: expected it with method gold"),
         (
             {"method": "gold", "gold": ["3"] * 8 + [None]},
-            "gold: want a true answer for every rollout with method gold, got None at 8",
+            "gold: expected a true answer for every rollout with method gold, got None at 8",
         ),
-        ({"method": "random"}, "generator: want it with method random"),
-        ({"answers": ANSWERS[:8]}, "answers: want one for each of the 9 rollouts, got 8"),
-        ({"by_momentum": MOMENTUM[:8]}, "by_momentum: want shape"),
-        ({"entropy": ENTROPY[:, :1]}, "entropy: want shape"),
-        ({"groups": 2}, "groups: want a group size >= 1 that divides the 9 rollouts"),
+        ({"method": "random"}, "generator: expected it with method random"),
+        ({"answers": ANSWERS[:8]}, "answers: expected one for each of the 9 rollouts, got 8"),
+        ({"by_momentum": MOMENTUM[:8]}, "by_momentum: expected shape"),
+        ({"entropy": ENTROPY[:, :1]}, "entropy: expected shape"),
+        ({"groups": 2}, "groups: expected a group size >= 1 that divides the 9 rollouts"),
     ],
 )
 def test_what_is_missing_or_of_another_size_is_named(changes: dict[str, Any], message: str) -> None:

@@ -20,9 +20,9 @@ FLAGS = (
 def missing() -> str | None:
     """Return what a test in the browser lacks here, or None."""
     if importlib.util.find_spec("playwright") is None:
-        return "want playwright, got none: pip install playwright"
+        return "expected playwright, got none: pip install playwright"
     if not any(map(shutil.which, NAMES)):
-        return f"want a browser on the path ({', '.join(NAMES)}), got none: apt-get install chromium"
+        return f"expected a browser on the path ({', '.join(NAMES)}), got none: apt-get install chromium"
     return None
 
 

@@ -48,7 +48,9 @@ def wrong_use(place: Path) -> None:
     import tiny
 
     with (
-        pytest.raises(UsageError, match="prompts_per_step: want at least one for each of the 2 ranks, got 1") as caught,
+        pytest.raises(
+            UsageError, match="prompts_per_step: expected at least one for each of the 2 ranks, got 1"
+        ) as caught,
         parallel.together(),
     ):
         start.check(tiny.config(prompts_per_step=1), place / "run", False, CPU)
@@ -138,7 +140,7 @@ def training(
                 assert not torch.equal(base, own)
                 want = tied_policy(torch.float32).hidden(IDS).to(dtype)
                 torch.testing.assert_close(base, want, rtol=tolerance, atol=tolerance)
-        with pytest.raises(RuntimeError, match="want a model whose weights are gathered"):
+        with pytest.raises(RuntimeError, match="expected a model whose weights are gathered"):
             momentum.swapped_into(policy.model).__enter__()
     return policy, one
 

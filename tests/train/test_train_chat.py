@@ -73,12 +73,12 @@ def test_a_text_begins_once(tmp_path: Path) -> None:
 
 def test_on_without_a_template_or_with_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="chat_template: want a tokenizer with a chat template, got that of .*, which has none"
+        UsageError, match="chat_template: expected a tokenizer with a chat template, got that of .*, which has none"
     ):
         wrapper(*make(tmp_path / "none", None), "on", ignore)
-    broken = "{{ raise_exception('want a system turn') }}"
+    broken = "{{ raise_exception('expected a system turn') }}"
     with pytest.raises(
-        UsageError, match="chat_template: want a template that takes .*, got TemplateError: want a system turn"
+        UsageError, match="chat_template: expected a template that takes .*, got TemplateError: expected a system turn"
     ):
         wrapper(*make(tmp_path / "broken", broken), "on", ignore)
 

@@ -81,7 +81,7 @@ def test_a_save_that_breaks_off_leaves_the_last_one(
 def test_another_method_is_refused(policy: Policy, tmp_path: Path) -> None:
     checkpoint.save(tmp_path, tiny.learner(policy), 2, 0, 0, keep=1)
     state = checkpoint.load(tmp_path / "latest")
-    with pytest.raises(UsageError, match="resume: want a run with no momentum model"):
+    with pytest.raises(UsageError, match="resume: expected a run with no momentum model"):
         checkpoint.restore(state, tiny.learner(policy, method="srt"))
 
 
@@ -96,7 +96,7 @@ def test_lines_are_cut_back_and_never_nan(tmp_path: Path) -> None:
     again.write({"a": 3.0})
     assert again.sync() == (tmp_path / "m.jsonl").stat().st_size
     assert (tmp_path / "m.jsonl").read_text() == '{"a": 1.0, "b": null, "c": null, "d": 2.0}\n{"a": 3.0}\n'
-    with pytest.raises(UsageError, match="want at least the 999 bytes"):
+    with pytest.raises(UsageError, match="expected at least the 999 bytes"):
         Lines(tmp_path / "m.jsonl", 999)
 
 

@@ -14,40 +14,40 @@ from mgrpo_kernels.train.config import PRESETS, SECTIONS, build, fields_of, find
 from mgrpo_kernels.train.errors import UsageError
 
 BAD = {
-    "iqr_k": (-0.1, "iqr_k: want a finite number >= 0.0, got -0.1"),
-    "iqr_min_spread": (-0.1, "iqr_min_spread: want a finite number >= 0.0, got -0.1"),
-    "momentum_scored_by": ("teacher", "momentum_scored_by: want one of sampler, policy, got 'teacher'"),
-    "guard": ("on", "guard: want one of off, warn, stop, rollback, got 'on'"),
+    "iqr_k": (-0.1, "iqr_k: expected a finite number >= 0.0, got -0.1"),
+    "iqr_min_spread": (-0.1, "iqr_min_spread: expected a finite number >= 0.0, got -0.1"),
+    "momentum_scored_by": ("teacher", "momentum_scored_by: expected one of sampler, policy, got 'teacher'"),
+    "guard": ("on", "guard: expected one of off, warn, stop, rollback, got 'on'"),
     "guard_rollbacks": (-1, "guard_rollbacks: want"),
-    "decay": (1.0, "decay: want a finite number >= 0.0 and < 1.0, got 1.0"),
+    "decay": (1.0, "decay: expected a finite number >= 0.0 and < 1.0, got 1.0"),
     "decay_end": (1.5, "decay_end: want"),
-    "rollouts": (1, "rollouts: want a finite number >= 2, got 1"),
-    "momentum_rollouts": (32, "momentum_rollouts: want at most 30 of 32 rollouts"),
-    "warmup": (1.0, "warmup: want a finite number >= 0.0 and < 1.0, got 1.0"),
+    "rollouts": (1, "rollouts: expected a finite number >= 2, got 1"),
+    "momentum_rollouts": (32, "momentum_rollouts: expected at most 30 of 32 rollouts"),
+    "warmup": (1.0, "warmup: expected a finite number >= 0.0 and < 1.0, got 1.0"),
     "steps": (0, "steps: want"),
     "temperature": (0.0, "temperature: want"),
     "learning_rate": (float("nan"), "learning_rate: want"),
-    "method": ("grpo", "method: want one of mgrpo, srt, "),
-    "filter_scope": ("all", "filter_scope: want one of both, vote, penalise, got 'all'"),
-    "truncated": ("drop", "truncated: want one of keep, mask"),
-    "loss_type": ("ppo", "loss_type: want one of grpo"),
-    "engine": ("sglang", "engine: want one of transformers, vllm, got 'sglang'"),
-    "top_p": (0.9, "top_p: want 1.0 for training, got 0.9: cut off, the tokens come from another distribution"),
-    "top_k": (50, "top_k: want 0 for training, got 50"),
-    "vllm_memory": (1.5, "vllm_memory: want a finite number > 0.0 and <= 1.0, got 1.5"),
-    "vllm_cache_gib": (0.0, "vllm_cache_gib: want a finite number > 0.0, got 0.0"),
-    "vllm_timeout": (0.0, "vllm_timeout: want a finite number > 0.0, got 0.0"),
+    "method": ("grpo", "method: expected one of mgrpo, srt, "),
+    "filter_scope": ("all", "filter_scope: expected one of both, vote, penalise, got 'all'"),
+    "truncated": ("drop", "truncated: expected one of keep, mask"),
+    "loss_type": ("ppo", "loss_type: expected one of grpo"),
+    "engine": ("sglang", "engine: expected one of transformers, vllm, got 'sglang'"),
+    "top_p": (0.9, "top_p: expected 1.0 for training, got 0.9: a truncated sampler draws tokens from another distribution"),
+    "top_k": (50, "top_k: expected 0 for training, got 50"),
+    "vllm_memory": (1.5, "vllm_memory: expected a finite number > 0.0 and <= 1.0, got 1.5"),
+    "vllm_cache_gib": (0.0, "vllm_cache_gib: expected a finite number > 0.0, got 0.0"),
+    "vllm_timeout": (0.0, "vllm_timeout: expected a finite number > 0.0, got 0.0"),
     "prompts_per_step": (0, "prompts_per_step: want"),
     "tokens_per_microbatch": (0, "tokens_per_microbatch: want"),
     "clip_low": (-1.0, "clip_low: want"),
     "kl_coef": (-1.0, "kl_coef: want"),
     "max_grad_norm": (0.0, "max_grad_norm: want"),
-    "eval_pass_k": (9, "eval_pass_k: want a finite number >= 1 and <= 8, got 9"),
+    "eval_pass_k": (9, "eval_pass_k: expected a finite number >= 1 and <= 8, got 9"),
     "seed": (-1, "seed: want"),
     "log_every": (0, "log_every: want"),
-    "data": ("x.jsonl", "model: want a value with --data, got none"),
-    "model": ("x", "data: want a value with --model, got none"),
-    "eval_data": ("x.jsonl", "eval_data: want it together with --data"),
+    "data": ("x.jsonl", "model: expected a value with --data, got none"),
+    "model": ("x", "data: expected a value with --model, got none"),
+    "eval_data": ("x.jsonl", "eval_data: expected it together with --data"),
 }
 
 
@@ -62,46 +62,55 @@ def test_bad_values_name_the_option(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": "many"}, "steps: want int, got 'many'"),
-        ({"steps": 1.5}, "steps: want int, got 1.5"),
-        ({"seed": True}, "seed: want int, got True"),
-        ({"decay": "high"}, "decay: want float, got 'high'"),
-        ({"iqr_filter": "yes"}, "iqr_filter: want bool or none, got 'yes'"),
-        ({"steps": None}, "steps: want int, got None"),
-        ({"warmup": 50}, "warmup: want a finite number >= 0.0 and < 1.0, got 50"),
+        ({"steps": "many"}, "steps: expected int, got 'many'"),
+        ({"steps": 1.5}, "steps: expected int, got 1.5"),
+        ({"seed": True}, "seed: expected int, got True"),
+        ({"decay": "high"}, "decay: expected float, got 'high'"),
+        ({"iqr_filter": "yes"}, "iqr_filter: expected bool or none, got 'yes'"),
+        ({"steps": None}, "steps: expected int, got None"),
+        ({"warmup": 50}, "warmup: expected a finite number >= 0.0 and < 1.0, got 50"),
         (
             {"method": "srt", "train_momentum_rollouts": True},
-            "train_momentum_rollouts: want momentum rollouts with it, without which it has no effect, got True",
+            "train_momentum_rollouts: expected momentum rollouts with it, without which it has no effect, got True",
         ),
         (
             {"momentum_rollouts": 0, "momentum_scored_by": "policy"},
-            "momentum_scored_by: want momentum rollouts with it",
+            "momentum_scored_by: expected momentum rollouts with it",
         ),
-        ({"method": "srt", "decay_end": 0.999}, "decay_end: want a momentum model with it"),
-        ({"vllm_timeout": 60.0}, "vllm_timeout: want --engine vllm with it, without which it has no effect, got 60.0"),
+        ({"method": "srt", "decay_end": 0.999}, "decay_end: expected a momentum model with it"),
+        (
+            {"vllm_timeout": 60.0},
+            "vllm_timeout: expected --engine vllm with it, without which it has no effect, got 60.0",
+        ),
         (
             {"engine": "vllm", "eval_temperature": 0.005},
-            "eval_temperature: want >= 0.01, below which vllm samples at another temperature, got 0.005",
+            "eval_temperature: expected >= 0.01, below which vllm samples at another temperature, got 0.005",
         ),
-        ({"method": "srt", "filter_scope": "vote"}, "filter_scope: want the IQR filter (iqr_filter) with it"),
-        ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: want the IQR filter (iqr_filter) with it"),
+        ({"method": "srt", "filter_scope": "vote"}, "filter_scope: expected the IQR filter (iqr_filter) with it"),
+        ({"iqr_filter": False, "iqr_min_spread": 0.1}, "iqr_min_spread: expected the IQR filter (iqr_filter) with it"),
         (
             {"method": "gold", "iqr_filter": True, "filter_scope": "vote"},
-            "filter_scope: want a method that votes with it",
+            "filter_scope: expected a method that votes with it",
         ),
         (
             {"method": "rent", "iqr_filter": True, "filter_scope": "penalise"},
-            "filter_scope: want both or vote with method rent, whose rewards are never above the 0 that a pruned rollout would get",
+            "filter_scope: expected both or vote with method rent, whose rewards are never above the 0 that a pruned rollout would get",
         ),
-        ({"method": "empo", "min_share": 0.5}, "min_share: want a method whose reward is a label with it"),
-        ({"method": "srt", "entropy_reduction": "sum"}, "entropy_reduction: want the IQR filter (iqr_filter) with it"),
-        ({"chat_template": "on"}, "chat_template: want --model with it"),
-        ({"chat_template": "yes"}, "chat_template: want one of auto, on, off, got 'yes'"),
-        ({"model": "m", "data": "x.jsonl", "eval_every": 5}, "eval_every: want --eval-data with it, got 5 alone"),
-        ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: want kl_coef > 0 with it"),
-        ({"stepz": 1}, "stepz: want one of the options "),
-        ({"rollouts": 4, "momentum_rollouts": 3}, "momentum_rollouts: want at most 2 of 4 rollouts"),
-        ({"method": "co_rewarding", "momentum_rollouts": 0}, "momentum_rollouts: want >= 1 with method co_rewarding"),
+        ({"method": "empo", "min_share": 0.5}, "min_share: expected a method whose reward is a label with it"),
+        (
+            {"method": "srt", "entropy_reduction": "sum"},
+            "entropy_reduction: expected the IQR filter (iqr_filter) with it",
+        ),
+        ({"chat_template": "on"}, "chat_template: expected --model with it"),
+        ({"chat_template": "yes"}, "chat_template: expected one of auto, on, off, got 'yes'"),
+        ({"model": "m", "data": "x.jsonl", "eval_every": 5}, "eval_every: expected --eval-data with it, got 5 alone"),
+        ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: expected kl_coef > 0 with it"),
+        ({"stepz": 1}, "stepz: expected one of the options "),
+        ({"rollouts": 4, "momentum_rollouts": 3}, "momentum_rollouts: expected at most 2 of 4 rollouts"),
+        (
+            {"method": "co_rewarding", "momentum_rollouts": 0},
+            "momentum_rollouts: expected >= 1 with method co_rewarding",
+        ),
     ],
 )
 def test_wrong_types_unknown_options_and_combinations(values: dict, message: str) -> None:
@@ -170,7 +179,7 @@ def test_yaml_may_write_numbers_without_a_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just text"])
 def test_files_that_are_no_options(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UsageError, match=r"config: want .*c\.yaml"):
+    with pytest.raises(UsageError, match=r"config: expected .*c\.yaml"):
         read_yaml(tmp_path / "c.yaml")
 
 
@@ -219,7 +228,7 @@ def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pyte
     assert read_yaml(find_config("paper")) == {"steps": 3}
     with pytest.raises(
         UsageError,
-        match="config: want a YAML file that exists, or a preset .half, paper, single_24gb, srt, steady, ttrl., got 'papr'",
+        match="config: expected a YAML file that exists, or a preset .half, paper, single_24gb, srt, steady, ttrl., got 'papr'",
     ):
         find_config("papr")
 
@@ -227,12 +236,12 @@ def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pyte
 def test_unknown_yaml_key_ends_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text("lerning_rate: 1\n")
     assert command.main(["--config", str(tmp_path / "c.yaml")]) == 2
-    assert "error: lerning_rate: want one of the options" in capsys.readouterr().err
+    assert "error: lerning_rate: expected one of the options" in capsys.readouterr().err
 
 
 def test_resume_wants_an_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--resume"]) == 2
-    assert "resume: want --output DIR" in capsys.readouterr().err
+    assert "resume: expected --output DIR" in capsys.readouterr().err
 
 
 def test_help_shows_every_option_with_its_default() -> None:

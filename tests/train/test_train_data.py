@@ -70,29 +70,29 @@ def test_reads_questions_and_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (({"q": "x", "a": "1"}, '{"q": '), r"data: want a JSON object in .*a\.jsonl, line 2, got"),
-        (({"q": "x", "a": "1"}, "", "[1]"), r"data: want a JSON object in .*a\.jsonl, line 3, got \[1\]"),
-        (({"q": "x"}, "[" * 100000), r"data: want a JSON object in .*a\.jsonl, line 2, got '\[+ \.\.\."),
+        (({"q": "x", "a": "1"}, '{"q": '), r"data: expected a JSON object in .*a\.jsonl, line 2, got"),
+        (({"q": "x", "a": "1"}, "", "[1]"), r"data: expected a JSON object in .*a\.jsonl, line 3, got \[1\]"),
+        (({"q": "x"}, "[" * 100000), r"data: expected a JSON object in .*a\.jsonl, line 2, got '\[+ \.\.\."),
         (
             ({"q": "x", "a": "1" * 5000},),
-            r"answer_field: want an answer, or a solution that ends in .* line 1, got 5000 ",
+            r"answer_field: expected an answer, or a solution that ends in .* line 1, got 5000 ",
         ),
-        (('{"q": "x", "a": ' + "1" * 5000 + "}",), r"data: want a JSON object in .*line 1, got .*limit"),
+        (('{"q": "x", "a": ' + "1" * 5000 + "}",), r"data: expected a JSON object in .*line 1, got .*limit"),
         (
             ({"question": "x", "id": 1},),
-            r"prompt_field: want one of the fields id, question of .*a\.jsonl, line 1, got 'q'",
+            r"prompt_field: expected one of the fields id, question of .*a\.jsonl, line 1, got 'q'",
         ),
-        (({"q": "x", "a": "1"}, {"a": "1"}), r"prompt_field: want one of the fields a of .*line 2, got 'q'"),
-        (({"q": "x", "id": 1},), r"answer_field: want one of the fields id, q of .*a\.jsonl, line 1, got 'a'"),
-        (({"q": "x", "a": " "},), r"answer_field: want a text or a number in 'a' of .*a\.jsonl, line 1"),
-        (('{"q": "x", "a": NaN}',), r"answer_field: want a text or a number in 'a' of .*line 1, got nan"),
-        (({"q": "x", "a": True},), r"answer_field: want a text or a number in 'a' of .*line 1, got True"),
+        (({"q": "x", "a": "1"}, {"a": "1"}), r"prompt_field: expected one of the fields a of .*line 2, got 'q'"),
+        (({"q": "x", "id": 1},), r"answer_field: expected one of the fields id, q of .*a\.jsonl, line 1, got 'a'"),
+        (({"q": "x", "a": " "},), r"answer_field: expected a text or a number in 'a' of .*a\.jsonl, line 1"),
+        (('{"q": "x", "a": NaN}',), r"answer_field: expected a text or a number in 'a' of .*line 1, got nan"),
+        (({"q": "x", "a": True},), r"answer_field: expected a text or a number in 'a' of .*line 1, got True"),
         (
             ({"q": ["x" * 1000], "a": "1"},),
-            r"prompt_field: want a text or a number in 'q' of .*line 1, got \['x+ \.\.\.$",
+            r"prompt_field: expected a text or a number in 'q' of .*line 1, got \['x+ \.\.\.$",
         ),
-        (({"q": "\ud800", "a": "1"},), r"prompt_field: want a text in 'q' of .*line 1, got half a surrogate pair"),
-        (("",), r"data: want at least one example, got none in .*a\.jsonl"),
+        (({"q": "\ud800", "a": "1"},), r"prompt_field: expected a text in 'q' of .*line 1, got half a surrogate pair"),
+        (("",), r"data: expected at least one example, got none in .*a\.jsonl"),
     ],
 )
 def test_broken_rows_name_file_and_line(tmp_path: Path, rows: tuple, message: str) -> None:
@@ -104,13 +104,13 @@ def test_broken_rows_name_file_and_line(tmp_path: Path, rows: tuple, message: st
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.parquet"])
 def test_unreadable_file(tmp_path: Path, name: str) -> None:
     kind = {".jsonl": "JSONL", ".json": "JSON", ".parquet": "Parquet"}[Path(name).suffix]
-    with pytest.raises(UsageError, match=rf"data: want a readable {kind} file, got .*{name}"):
+    with pytest.raises(UsageError, match=rf"data: expected a readable {kind} file, got .*{name}"):
         read(tmp_path / name)
 
 
 def test_an_ending_that_is_none_of_these(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"eval_data: want a file that ends in \.jsonl, \.json, \.parquet, got .*a\.txt"
+        UsageError, match=r"eval_data: expected a file that ends in \.jsonl, \.json, \.parquet, got .*a\.txt"
     ):
         read_rows(write(tmp_path / "a.txt", {"question": "x"}), "eval_data")
 
@@ -125,10 +125,10 @@ def test_windows_files_have_marks_and_other_line_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"question": "1"}\n{"question": "caf\xe9"}\n', r"want UTF-8 in .*a\.jsonl, got byte 0xe9 in line 2"),
-        ('{"question": "1"}\n'.encode("utf-16"), r"want UTF-8 in .*a\.jsonl, got byte 0xff in line 1"),
-        (b"", r"data: want at least one example, got none in .*a\.jsonl"),
-        (b"\n \n", r"data: want at least one example, got none in .*a\.jsonl"),
+        (b'{"question": "1"}\n{"question": "caf\xe9"}\n', r"expected UTF-8 in .*a\.jsonl, got byte 0xe9 in line 2"),
+        ('{"question": "1"}\n'.encode("utf-16"), r"expected UTF-8 in .*a\.jsonl, got byte 0xff in line 1"),
+        (b"", r"data: expected at least one example, got none in .*a\.jsonl"),
+        (b"\n \n", r"data: expected at least one example, got none in .*a\.jsonl"),
     ],
 )
 def test_files_that_are_no_text_or_empty(tmp_path: Path, content: bytes, message: str) -> None:
@@ -150,13 +150,13 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"question": "x"}', r"data: want a list of JSON objects in .*a\.json, got dict"),
+        ('{"question": "x"}', r"data: expected a list of JSON objects in .*a\.json, got dict"),
         (
             '{"question": "x"}\n{"question": "y"}',
-            r"data: want a list of JSON objects in .*\(one a line: call it \.jsonl\)",
+            r"data: expected a list of JSON objects in .*\(one a line: call it \.jsonl\)",
         ),
-        ('[{"question": "x"}, 3]', r"data: want a JSON object in .*a\.json, object 2, got 3"),
-        ("[]", r"data: want at least one example, got none in .*a\.json"),
+        ('[{"question": "x"}, 3]', r"data: expected a JSON object in .*a\.json, object 2, got 3"),
+        ("[]", r"data: expected at least one example, got none in .*a\.json"),
     ],
 )
 def test_json_that_is_no_list_of_objects(tmp_path: Path, text: str, message: str) -> None:
@@ -170,11 +170,11 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [tuple(each) for each in read(tmp_path / "a.parquet")] == [("1+1", "2"), ("1/2", None)]
     with pytest.raises(
-        UsageError, match=r"answer_field: want a text or a number in 'answer' of .*a\.parquet, row 2, got None"
+        UsageError, match=r"answer_field: expected a text or a number in 'answer' of .*a\.parquet, row 2, got None"
     ):
         read(tmp_path / "a.parquet", needs_gold=True)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(UsageError, match=r"data: want a readable Parquet file, got .*b\.parquet"):
+    with pytest.raises(UsageError, match=r"data: expected a readable Parquet file, got .*b\.parquet"):
         read(tmp_path / "b.parquet")
 
 
@@ -185,7 +185,7 @@ def test_an_absent_package_says_what_to_install(
     for name in (package, f"{package}.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        UsageError, match=rf"data: want .*{package}.*, got none installed: pip install 'mgrpo_kernels\[data\]'"
+        UsageError, match=rf"data: expected .*{package}.*, got none installed: pip install 'mgrpo_kernels\[data\]'"
     ):
         read(source)
 
@@ -218,11 +218,14 @@ def test_a_data_set_and_its_splits(data_set: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "message"),
     [
-        (":dev", r"data: want a file, a directory or a data set on the hub, with a split 'dev', got .*set:dev: "),
-        (":other:train", r"data: want a file, .* got .*set:other:train: .*other"),
-        ("-none", r"data: want a file, a directory or a data set on the hub, with a split 'train', got .*set-none: "),
-        (":", r"data: want NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got .*set:'"),
-        (":a:b:c", r"data: want NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got .*set:a:b:c'"),
+        (":dev", r"data: expected a file, a directory or a data set on the hub, with a split 'dev', got .*set:dev: "),
+        (":other:train", r"data: expected a file, .* got .*set:other:train: .*other"),
+        (
+            "-none",
+            r"data: expected a file, a directory or a data set on the hub, with a split 'train', got .*set-none: ",
+        ),
+        (":", r"data: expected NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got .*set:'"),
+        (":a:b:c", r"data: expected NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got .*set:a:b:c'"),
     ],
 )
 def test_a_data_set_that_is_not_there(data_set: Path, suffix: str, message: str) -> None:
@@ -251,26 +254,26 @@ def test_the_usual_field_comes_first_and_in_silence(tmp_path: Path, said: Any) -
 def test_nothing_is_guessed(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"prompt": "x", "problem": "y", "answer": "1"})
     with pytest.raises(
-        UsageError, match=r"prompt_field: want the name of a field of .*, which has prompt and problem, got"
+        UsageError, match=r"prompt_field: expected the name of a field of .*, which has prompt and problem, got"
     ):
         read(file)
     assert read(file, prompt_field="problem") == [Example("y", "1")]
     with pytest.raises(
-        UsageError, match="prompt_field: want one of the fields answer, problem, prompt of .*, got 'question'"
+        UsageError, match="prompt_field: expected one of the fields answer, problem, prompt of .*, got 'question'"
     ):
         read(file, prompt_field="question")  # asked for by name
 
 
 def test_a_named_answer_field_must_be_somewhere(tmp_path: Path) -> None:
     bare = write(tmp_path / "bare.jsonl", {"question": "x"})
-    with pytest.raises(UsageError, match="answer_field: want one of the fields question of .*, got 'anwser'"):
+    with pytest.raises(UsageError, match="answer_field: expected one of the fields question of .*, got 'anwser'"):
         read(bare, answer_field="anwser")
     assert read(bare, answer_field="gold", eval_data="other.jsonl") == [Example("x", None)]  # held-out ones may have it
 
 
 def test_an_empty_answer_is_refused_even_where_no_answer_is_needed(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"question": "x", "answer": ""})
-    with pytest.raises(UsageError, match=r"answer_field: want a text or a number in 'answer' of .*line 1, got ''"):
+    with pytest.raises(UsageError, match=r"answer_field: expected a text or a number in 'answer' of .*line 1, got ''"):
         read(file)
 
 
@@ -279,7 +282,7 @@ def test_a_solution_without_an_answer(tmp_path: Path, said: Any) -> None:
     assert [each.gold for each in read(file)] == [None, "1"]
     assert said() == ["data: 1 of 2 rows have no answer in 'answer' that can be read; label_accuracy leaves them out"]
     with pytest.raises(
-        UsageError, match=r"answer_field: want an answer, or a solution that ends in .*line 1, got 800 characters"
+        UsageError, match=r"answer_field: expected an answer, or a solution that ends in .*line 1, got 800 characters"
     ):
         read(file, needs_gold=True)
 
@@ -330,7 +333,8 @@ def test_gold_method_and_evaluation_need_answers(tmp_path: Path, model: str) -> 
     assert task_of(model, data=bare).train[0].gold is None
     for changes in ({"data": bare, "method": "gold"}, {"data": full, "eval_data": bare}):
         with pytest.raises(
-            UsageError, match=r"answer_field: want one of the fields question of .*bare\.jsonl, line 1, got 'answer'"
+            UsageError,
+            match=r"answer_field: expected one of the fields question of .*bare\.jsonl, line 1, got 'answer'",
         ):
             task_of(model, **changes)
 
@@ -358,7 +362,7 @@ def test_answers_longer_than_a_response_or_the_context(tmp_path: Path, said: Any
     ]
     file = write(tmp_path / "a.jsonl", {"question": "x", "answer": "1" * 65})
     with pytest.raises(
-        UsageError, match="answer_field: want answers that fit a context of 64 tokens, got one of 65: '1+"
+        UsageError, match="answer_field: expected answers that fit a context of 64 tokens, got one of 65: '1+"
     ):
         task_of(str(tmp_path / "model"), data=file)
 
@@ -372,7 +376,8 @@ def test_a_prompt_longer_than_the_context(tmp_path: Path) -> None:
             for name, size in sizes.items()
         }
         with pytest.raises(
-            UsageError, match=rf"^{option}: want prompts shorter than .* context of 64 tokens, .*, got one of 64: 'x+"
+            UsageError,
+            match=rf"^{option}: expected prompts shorter than .* context of 64 tokens, .*, got one of 64: 'x+",
         ):
             task_of(str(tmp_path / "model"), **files)
 
@@ -385,14 +390,14 @@ def test_long_prompts_are_skipped_where_that_is_asked_for(tmp_path: Path, said: 
     assert [len(each.prompt) for each in task.train] == [10, 52]  # 52 + 12 is the context
     assert said() == ["data: 3 of 5 prompts skipped: longer than 52 tokens"]
     with pytest.raises(
-        UsageError, match=r"max_response_tokens: want at most 54, .* got 60, for which every prompt of data is too"
+        UsageError, match=r"max_response_tokens: expected at most 54, .* got 60, for which every prompt of data is too"
     ):
         task_of(**options, max_response_tokens=60)
 
 
 def test_a_template_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "t.bin").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="prompt_template: want a readable text file"):
+    with pytest.raises(UsageError, match="prompt_template: expected a readable text file"):
         read_template(str(tmp_path / "t.bin"))
 
 
@@ -400,9 +405,9 @@ def test_template_is_a_text_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("Q: {question}\nA:")
     assert read_template(str(tmp_path / "t.txt")) == "Q: {question}\nA:"
     assert read_template(DEFAULT_TEMPLATE) == DEFAULT_TEMPLATE
-    with pytest.raises(UsageError, match="prompt_template: want a text, or a file that exists"):
+    with pytest.raises(UsageError, match="prompt_template: expected a text, or a file that exists"):
         read_template("no placeholder")
-    with pytest.raises(UsageError, match="prompt_template: want a readable text file, got 'long "):
+    with pytest.raises(UsageError, match="prompt_template: expected a readable text file, got 'long "):
         read_template("long " * 1000)
 
 

@@ -249,16 +249,16 @@ def test_an_evaluation_takes_the_presets_of_training(preset: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--eval-data", "x.jsonl"], "model: want a value, got none"),
-        (["--model", "m"], "eval_data: want a value, got none"),
-        (["--model", "{dir}/none", "--eval-data", str(DATA)], "model: want "),
-        (["--model", "{dir}", "--eval-data", "{dir}/none.jsonl"], "eval_data: want a readable JSONL file"),
-        (["--model", "{dir}", "--eval-data", "{dir}/bare.jsonl"], "answer_field: want one of the fields question of"),
-        (["--model", "{dir}", "--eval-data", str(DATA), "--eval-pass-k", "9"], "eval_pass_k: want a finite number >= 1 and <= 8"),
-        (["--config", "{dir}/typo.yaml", "--model", "m", "--eval-data", "x.jsonl"], "eval_sample: want one of the options"),
-        (["--config", "{dir}/none.yaml"], "config: want a YAML file that exists, or a preset"),
-        (["--model", "{model}", "--eval-data", str(DATA), "--max-response-tokens", "250"], "max_response_tokens: want at most"),
-        (["--model", "{model}", "--eval-data", str(DATA), "--output", "{dir}/run"], "output: want a directory without a run"),
+        (["--eval-data", "x.jsonl"], "model: expected a value, got none"),
+        (["--model", "m"], "eval_data: expected a value, got none"),
+        (["--model", "{dir}/none", "--eval-data", str(DATA)], "model: expected "),
+        (["--model", "{dir}", "--eval-data", "{dir}/none.jsonl"], "eval_data: expected a readable JSONL file"),
+        (["--model", "{dir}", "--eval-data", "{dir}/bare.jsonl"], "answer_field: expected one of the fields question of"),
+        (["--model", "{dir}", "--eval-data", str(DATA), "--eval-pass-k", "9"], "eval_pass_k: expected a finite number >= 1 and <= 8"),
+        (["--config", "{dir}/typo.yaml", "--model", "m", "--eval-data", "x.jsonl"], "eval_sample: expected one of the options"),
+        (["--config", "{dir}/none.yaml"], "config: expected a YAML file that exists, or a preset"),
+        (["--model", "{model}", "--eval-data", str(DATA), "--max-response-tokens", "250"], "max_response_tokens: expected at most"),
+        (["--model", "{model}", "--eval-data", str(DATA), "--output", "{dir}/run"], "output: expected a directory without a run"),
     ],
 )  # fmt: skip
 def test_wrong_use_writes_nothing(

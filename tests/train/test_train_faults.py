@@ -119,7 +119,7 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_is_taken(
     os.truncate(torn, torn.stat().st_size // 2)
     assert command.main(["--output", str(output), "--resume"]) == 0
     text = capsys.readouterr().out
-    assert f"warning: checkpoint: want {torn} of " in text
+    assert f"warning: checkpoint: expected {torn} of " in text
     assert "resuming after step 3" in text
     assert torture.differences(whole, output) == []
 
@@ -133,14 +133,16 @@ def test_a_damaged_file_of_the_right_size_is_told(policy: Policy, tmp_path: Path
         file = tmp_path / f"step_{number}" / "__0_0.distcp"
         file.write_bytes(b"\0" * file.stat().st_size)
         if resumed is None:
-            with pytest.raises(checkpoint.CheckpointError, match="want one in .* that can be read, got 2 that cannot"):
+            with pytest.raises(
+                checkpoint.CheckpointError, match="expected one in .* that can be read, got 2 that cannot"
+            ):
                 checkpoint.resume(tmp_path, learner, said.append)
         else:
             found = checkpoint.resume(tmp_path, learner, said.append)
             assert found is not None
             assert found["step"] == resumed
     assert len(said) == 3
-    assert all("checkpoint: want a readable one in" in text for text in said)
+    assert all("checkpoint: expected a readable one in" in text for text in said)
 
 
 # --- Steps that are not finite
@@ -176,7 +178,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_saved(
     flags = [*tiny.FLAGS, "--steps", "5", "--checkpoint-every", "1", "--keep-checkpoints", "0", "--eval-every", "0"]
     assert command.main([*flags, "--max-skipped-steps", "1", "--output", str(output)]) == 1
     shown = capsys.readouterr()
-    assert "step 2 is skipped, 1 of at most 1: update: want a finite loss and gradient, got loss nan" in shown.out
+    assert "step 2 is skipped, 1 of at most 1: update: expected a finite loss and gradient, got loss nan" in shown.out
     assert "in step 4, after 1 steps that were skipped (max_skipped_steps); its batch is in" in shown.err
     lines = tiny.lines(output)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1]

@@ -167,7 +167,9 @@ def test_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
     assert recorder.opened[0]["config"]["learning_rate"] == 1e-3
     state = json.loads((output / "loggers.json").read_text())
     assert state == {name: {"project": "sums", "run": recorder.opened[0]["name"], "step": 7}}
-    with pytest.raises(loggers.UsageError, match=f"{name}: want sums, the project that the run began in, got other"):
+    with pytest.raises(
+        loggers.UsageError, match=f"{name}: expected sums, the project that the run began in, got other"
+    ):
         open_loggers(tiny.config(**{name: "other"}), output, [])
 
 
@@ -265,7 +267,7 @@ def test_an_absent_package_stops_before_anything_is_written(
     output = tmp_path / "run"
     assert command.main([*tiny.FLAGS, "--output", str(output), *flags]) == 2
     assert (
-        f"error: {name}: want the package {name}, got none: pip install 'mgrpo_kernels[loggers]'"
+        f"error: {name}: expected the package {name}, got none: pip install 'mgrpo_kernels[loggers]'"
         in capsys.readouterr().err
     )
     assert not output.exists()
@@ -283,11 +285,11 @@ def test_no_login_stops_before_anything_is_written(
     Recorder(monkeypatch, "wandb").module.login = login
     output = tmp_path / "run"
     assert command.main([*tiny.FLAGS, "--output", str(output), "--wandb", "sums"]) == 2
-    assert "error: wandb: want a login (wandb login) or WANDB_MODE=offline, got" in capsys.readouterr().err
+    assert "error: wandb: expected a login (wandb login) or WANDB_MODE=offline, got" in capsys.readouterr().err
     assert not output.exists()
 
 
 def test_an_empty_project_is_refused() -> None:
     for name in ("wandb", "trackio"):
-        with pytest.raises(loggers.UsageError, match=f"{name}: want the name of a project, got ''"):
+        with pytest.raises(loggers.UsageError, match=f"{name}: expected the name of a project, got ''"):
             tiny.config(**{name: ""})

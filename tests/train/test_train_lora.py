@@ -230,7 +230,7 @@ def test_resuming_wants_the_same_adapter(whole: Path, capsys: pytest.CaptureFixt
         (["--lora-targets", "q_proj"], "lora_targets"),
     ):
         assert command.main(["--output", str(whole), "--resume", *flags]) == 2
-        assert f"error: {name}: want " in capsys.readouterr().err
+        assert f"error: {name}: expected " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weights", ["policy", "momentum"])
@@ -260,7 +260,7 @@ def test_export_wants_every_part_of_the_adapter(whole: Path, tmp_path: Path, mon
     lost = next(name for name in found if ".lora_B." in name)
     for tensors in ({name: value for name, value in found.items() if name != lost}, {**found, "odd": torch.zeros(1)}):
         monkeypatch.setattr(checkpoint, "read", lambda place, prefix, tensors=tensors: tensors)
-        with pytest.raises(UsageError, match="run: want a checkpoint of .*, got one that differs in "):
+        with pytest.raises(UsageError, match="run: expected a checkpoint of .*, got one that differs in "):
             export.export(whole, None, "policy", tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
@@ -297,10 +297,10 @@ def test_what_the_plan_says_trains(base: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora-rank", "0"], "lora_rank: want a finite number >= 1, got 0"),
-        (["--lora-rank", "2", "--lora-alpha", "0"], "lora_alpha: want a finite number > 0.0, got 0.0"),
-        (["--lora-alpha", "2"], "lora_alpha: want --lora-rank with it"),
-        (["--lora-rank", "2", "--lora-targets", "q_proj,"], "lora_targets: want names with commas between them, got 'q_proj,'"),
+        (["--lora-rank", "0"], "lora_rank: expected a finite number >= 1, got 0"),
+        (["--lora-rank", "2", "--lora-alpha", "0"], "lora_alpha: expected a finite number > 0.0, got 0.0"),
+        (["--lora-alpha", "2"], "lora_alpha: expected --lora-rank with it"),
+        (["--lora-rank", "2", "--lora-targets", "q_proj,"], "lora_targets: expected names with commas between them, got 'q_proj,'"),
         (["--lora-rank", "2", "--lora-targets", "q_proj,qproj"], "v_proj, got 'qproj', which matches nothing"),
         (["--lora-rank", "2", "--lora-targets", "embed_tokens"], "got 'embed_tokens', which is a Embedding"),
         (["--lora-rank", "2", "--lora-targets", "q_proj,lm_head"], "(not the head, whose weight the fused loss takes as it is), got 'lm_head'"),
@@ -318,7 +318,9 @@ def test_peft_is_asked_for_where_it_is_missing(
     real: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest))
     assert command.main([*tiny.FLAGS, *FLAGS, "--output", str(tmp_path / "run")]) == 2
-    assert "lora_rank: want the package peft, got none: pip install 'mgrpo_kernels[lora]'" in capsys.readouterr().err
+    assert (
+        "lora_rank: expected the package peft, got none: pip install 'mgrpo_kernels[lora]'" in capsys.readouterr().err
+    )
 
 
 def test_weights_that_are_transposed_are_merged() -> None:
@@ -341,11 +343,11 @@ def test_weights_unfrozen_later_are_not_left_out_in_silence(base: Path) -> None:
     momentum = MomentumModel(policy.model, frozen=False)
     policy.model.get_output_embeddings().weight.requires_grad_(True)
     with pytest.raises(
-        ValueError, match=r"model: want no other trained parameters than at first, got .*lm_head.weight"
+        ValueError, match=r"model: expected no other trained parameters than at first, got .*lm_head.weight"
     ):
         momentum.update()
     other = plain(base)
-    with pytest.raises(ValueError, match="model: want the parameters that the momentum model tracks"):
+    with pytest.raises(ValueError, match="model: expected the parameters that the momentum model tracks"):
         momentum.copy_to(other)
 
 
@@ -354,5 +356,5 @@ def test_an_unknown_base_is_told(whole: Path, base: Path, tmp_path: Path) -> Non
     for name in ("config.yaml", "checkpoints"):
         (run / name).symlink_to(whole / name)
     (run / "base" / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="model: want a directory with a model that transformers can load"):
+    with pytest.raises(UsageError, match="model: expected a directory with a model that transformers can load"):
         export.export(run, None, "policy", tmp_path / "to")

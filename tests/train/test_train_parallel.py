@@ -243,7 +243,7 @@ def test_what_another_rank_has_told_is_not_told_again(
 def test_a_restart_needs_its_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert command.main(FLAGS) == 2
-    assert "output: want --output DIR, where torchrun's restart finds the run, got none" in capsys.readouterr().err
+    assert "output: expected --output DIR, where torchrun's restart finds the run, got none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weights", ["policy", "momentum"])
@@ -251,7 +251,7 @@ def test_export_of_a_checkpoint(pair: Path, tmp_path: Path, weights: str, capsys
     place = tmp_path / "exported"
     flags = ["--run", str(pair), "--weights", weights, "--to", str(place)]
     assert export.main([*flags, "--step", "5"]) == 2
-    assert "step: want one of 2, 4, 6 in" in capsys.readouterr().err
+    assert "step: expected one of 2, 4, 6 in" in capsys.readouterr().err
     assert export.main(flags) == 0
     model = AutoModelForCausalLM.from_pretrained(place)
     want = checkpoint.read(pair / "checkpoints" / "step_6", export.WEIGHTS[weights])

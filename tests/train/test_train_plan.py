@@ -263,7 +263,7 @@ def test_a_target_is_read(text: str, target: Target) -> None:
 
 @pytest.mark.parametrize("text", ["0", "x", "8x", "8xthing", "-1", "two", "8 x l4"])
 def test_another_target_is_refused(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match="want a number of ranks N, or NxDEVICE"):
+    with pytest.raises(ArgumentTypeError, match="expected a number of ranks N, or NxDEVICE"):
         Target.parse(text)
 
 
@@ -293,7 +293,7 @@ def test_the_plan_names_every_part(capsys: pytest.CaptureFixture[str], tmp_path:
     ):  # fmt: skip
         assert part in text, part
     assert command.main([*flags, "4"]) == 2
-    assert "prompts_per_step: want at least one for each of the 4 ranks, got 3" in capsys.readouterr().err
+    assert "prompts_per_step: expected at least one for each of the 4 ranks, got 3" in capsys.readouterr().err
 
 
 def test_rates_are_measured_for_a_dry_run_alone() -> None:

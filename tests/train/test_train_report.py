@@ -182,10 +182,10 @@ def test_the_browser_would_have_told(chromium: Any, tmp_path: Path) -> None:
 
 
 def test_a_missing_browser_fails_in_ci_and_skips_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(browser, "missing", lambda: "want a browser, got none")
+    monkeypatch.setattr(browser, "missing", lambda: "expected a browser, got none")
     for ci, outcome in (("true", pytest.fail.Exception), ("", pytest.skip.Exception)):
         monkeypatch.setenv("CI", ci)
-        with pytest.raises(outcome, match="want a browser, got none"), browser.chromium():
+        with pytest.raises(outcome, match="expected a browser, got none"), browser.chromium():
             pass
 
 

@@ -115,7 +115,7 @@ def test_momentum_model_samples_and_leaves_the_policy_alone(policy: Policy) -> N
 
 def test_nan_weights_stop_the_rollout(policy: Policy) -> None:
     policy.model.get_output_embeddings().weight.data[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="rollout: want finite log-probs"):
+    with pytest.raises(FloatingPointError, match="rollout: expected finite log-probs"):
         engine(policy).sample(policy.encode(PROMPTS), 1, temperature=1.0, generator=generator())
 
 

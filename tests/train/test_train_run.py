@@ -160,7 +160,7 @@ def test_resume_names_what_has_changed(whole: Path, capsys: pytest.CaptureFixtur
     assert command.main(["--output", str(whole), "--resume", "--steps", "20", "--dry-run"]) == 0
     assert "changed: steps: 12 -> 20" in capsys.readouterr().out
     assert command.main(["--output", str(whole), "--resume", "--seed", "1"]) == 2
-    assert "seed: want 0, which the run in" in capsys.readouterr().err
+    assert "seed: expected 0, which the run in" in capsys.readouterr().err
     assert build(read_yaml(whole / "config.yaml")).optim.steps == STEPS
 
 
@@ -168,7 +168,8 @@ def test_a_directory_with_another_run_is_refused(whole: Path, capsys: pytest.Cap
     before = {each: each.stat().st_mtime_ns for each in whole.rglob("*")}
     assert command.main([*tiny.FLAGS, "--output", str(whole)]) == 2
     assert (
-        f"output: want a directory without a run, or --resume to go on with it, got {whole}" in capsys.readouterr().err
+        f"output: expected a directory without a run, or --resume to go on with it, got {whole}"
+        in capsys.readouterr().err
     )
     assert {each: each.stat().st_mtime_ns for each in whole.rglob("*")} == before
 
@@ -211,16 +212,16 @@ def test_a_run_that_is_no_longer_finite_says_so(base: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "{dir}/none", "--data", "{dir}/data.jsonl"], "error: model: want "),
-        (["--model", "{dir}", "--data", "{dir}/data.jsonl"], "error: model: want a directory with a model"),
-        (["--model", "{dir}", "--data", "{dir}/none.jsonl"], "error: data: want a readable JSONL file"),
+        (["--model", "{dir}/none", "--data", "{dir}/data.jsonl"], "error: model: expected "),
+        (["--model", "{dir}", "--data", "{dir}/data.jsonl"], "error: model: expected a directory with a model"),
+        (["--model", "{dir}", "--data", "{dir}/none.jsonl"], "error: data: expected a readable JSONL file"),
         (["--model", "{dir}", "--data", "{dir}/broken.jsonl"], "broken.jsonl, line 2"),
         (
             ["--model", "{dir}", "--data", "{dir}/data.jsonl", "--prompt-field", "q"],
-            "want one of the fields answer, question",
+            "expected one of the fields answer, question",
         ),
-        (["--top-p", "0.9"], "top_p: want 1.0 for training, got 0.9"),
-        (["--max-response-tokens", "60"], "max_response_tokens: want at most 5"),
+        (["--top-p", "0.9"], "top_p: expected 1.0 for training, got 0.9"),
+        (["--max-response-tokens", "60"], "max_response_tokens: expected at most 5"),
     ],
 )
 def test_wrong_use_stops_before_any_work(
@@ -267,13 +268,13 @@ def test_gsm8k(tmp_path: Path, method: str) -> None:
     [
         (
             {"eos": False},
-            "model: want a tokenizer or a generation configuration with an end-of-sequence token, got none",
+            "model: expected a tokenizer or a generation configuration with an end-of-sequence token, got none",
         ),
         (
             {"ends_prompts": True},
-            "model: want a tokenizer that leaves a prompt open, got one that ends it with token 0 in ",
+            "model: expected a tokenizer that leaves a prompt open, got one that ends it with token 0 in ",
         ),
-        ({"vocabulary": 100}, "model: want a tokenizer whose ids are below the vocabulary of 100, got 258 in "),
+        ({"vocabulary": 100}, "model: expected a tokenizer whose ids are below the vocabulary of 100, got 258 in "),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(
@@ -306,6 +307,6 @@ def test_presets_with_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixtur
         ]
         assert command.main([*flags, "--output", str(tmp_path / "run")]) == status
         got = capsys.readouterr()
-        shown = "derived:" if status == 0 else "error: max_response_tokens: want at most 9"  # 1024 - the prompt
+        shown = "derived:" if status == 0 else "error: max_response_tokens: expected at most 9"  # 1024 - the prompt
         assert shown in got.out + got.err
     assert not (tmp_path / "run").exists()

@@ -83,7 +83,7 @@ def test_empty_responses_score_nothing(policy: Policy) -> None:
 def test_nan_is_an_error(policy: Policy) -> None:
     prompts, rollouts = sampled(policy)
     policy.model.get_output_embeddings().weight.data[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="score: want numbers, got NaN in logprob"):
+    with pytest.raises(FloatingPointError, match="score: expected numbers, got NaN in logprob"):
         score(policy, prompts, rollouts.tokens, rollouts.mask, temperature=T, budget=60)
 
 
@@ -147,7 +147,7 @@ def test_every_token_of_the_tokenizer_is_in_the_vocabulary() -> None:
 def test_a_head_that_is_not_understood_is_refused() -> None:
     policy = Policy(AutoModelForCausalLM.from_config(FAMILIES["granite"]), make_tokenizer())
     policy.head_options = policy.head_options._replace(logit_scale=1.0)
-    with pytest.raises(UsageError, match="model: want logits that are the head's product"):
+    with pytest.raises(UsageError, match="model: expected logits that are the head's product"):
         policy.check()
 
 
@@ -155,7 +155,7 @@ def test_unreadable_models(tmp_path: Path, base: Path) -> None:
     (tmp_path / "empty").mkdir()
     for read in (lambda name: load_policy(name, torch.device("cpu"), torch.float32), read_model):
         with pytest.raises(
-            UsageError, match=r"model: want a directory with a model that transformers can load, got .*empty"
+            UsageError, match=r"model: expected a directory with a model that transformers can load, got .*empty"
         ):
             read(str(tmp_path / "empty"))
     assert read_model(str(base)) == read_model(model_config())
@@ -167,7 +167,7 @@ def test_a_model_without_an_end_is_refused() -> None:
     config: PretrainedConfig = model_config()
     config.eos_token_id = None
     with pytest.raises(
-        UsageError, match="want a tokenizer or a generation configuration with an end-of-sequence token"
+        UsageError, match="expected a tokenizer or a generation configuration with an end-of-sequence token"
     ):
         Policy(AutoModelForCausalLM.from_config(config), tokenizer)
 

@@ -324,7 +324,7 @@ def test_a_step_that_is_not_finite_changes_nothing(policy: Policy, monkeypatch: 
     learner = tiny.learner(policy)
     assert learner.momentum is not None
     before, average = tiny.weights(policy), tiny.weights(learner.momentum)
-    with pytest.raises(FloatingPointError, match="update: want a finite loss"):
+    with pytest.raises(FloatingPointError, match="update: expected a finite loss"):
         train_step(learner, learner.task.train[:3], 1)
     assert all(torch.equal(before[name], value) for name, value in tiny.weights(policy).items())
     assert all(torch.equal(average[name], value) for name, value in tiny.weights(learner.momentum).items())

@@ -127,26 +127,26 @@ def test_the_trainers_options_are_those_of_the_loss() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cispo_cap": 2.0}, "cispo_cap: want --loss-type cispo with it, without which it has no effect, got 2.0"),
-        ({"vespo_k": [1.0, 1.0]}, "vespo_k: want --loss-type vespo with it"),
+        ({"cispo_cap": 2.0}, "cispo_cap: expected --loss-type cispo with it, without which it has no effect, got 2.0"),
+        ({"vespo_k": [1.0, 1.0]}, "vespo_k: expected --loss-type vespo with it"),
         (
             {"loss_type": "vespo", "clip_delta": 2.0},
-            "clip_delta: want --loss-type grpo or bnpo or dapo or dr_grpo or luspo",
+            "clip_delta: expected --loss-type grpo or bnpo or dapo or dr_grpo or luspo",
         ),
-        ({"behaviour_cap": 3.0}, "behaviour_cap: want --behaviour-correction or --train-momentum-rollouts with it"),
-        ({"kl_bias_correction": True, "kl_coef": 0.0}, "kl_bias_correction: want a KL term with it"),
+        ({"behaviour_cap": 3.0}, "behaviour_cap: expected --behaviour-correction or --train-momentum-rollouts with it"),
+        ({"kl_bias_correction": True, "kl_coef": 0.0}, "kl_bias_correction: expected a KL term with it"),
         (
             {"loss_type": "vespo", "behaviour_mode": "sequence_mask"},
-            "behaviour_mode: want token_truncate or token_mask",
+            "behaviour_mode: expected token_truncate or token_mask",
         ),
-        ({"loss_type": "sapo", "sapo_temperature": [1.0]}, "sapo_temperature: want two numbers, got [1.0]"),
+        ({"loss_type": "sapo", "sapo_temperature": [1.0]}, "sapo_temperature: expected two numbers, got [1.0]"),
         (
             {"loss_type": "sapo", "sapo_temperature": [1.0, 0.0]},
-            "sapo_temperature: want a finite number > 0.0, got 0.0",
+            "sapo_temperature: expected a finite number > 0.0, got 0.0",
         ),
-        ({"loss_type": "sapo", "sapo_temperature": ["hot", 1.0]}, "sapo_temperature: want float, got 'hot'"),
-        ({"behaviour_cap": 0.0}, "behaviour_cap: want a finite number > 0.0"),
-        ({"entropy_coef": -0.1}, "entropy_coef: want a finite number >= 0.0"),
+        ({"loss_type": "sapo", "sapo_temperature": ["hot", 1.0]}, "sapo_temperature: expected float, got 'hot'"),
+        ({"behaviour_cap": 0.0}, "behaviour_cap: expected a finite number > 0.0"),
+        ({"entropy_coef": -0.1}, "entropy_coef: expected a finite number >= 0.0"),
     ],
 )
 def test_options_of_the_loss_that_make_no_sense(values: dict, message: str) -> None:
@@ -256,7 +256,7 @@ def test_nothing_moves_where_the_loss_is_not_finite(policy: Policy, where: str) 
     part = batch(policy)
     broken = part._replace(**{where: torch.full_like(getattr(part, where), torch.nan)})
     before, optimizer = tiny.weights(policy), make_optimizer(policy, tiny.config())
-    with pytest.raises(FloatingPointError, match="update: want a finite loss and gradient, got loss nan"):
+    with pytest.raises(FloatingPointError, match="update: expected a finite loss and gradient, got loss nan"):
         take_step(policy, optimizer, broken, tiny.config(), step=1)
     assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
     assert not optimizer.state

@@ -67,16 +67,16 @@ class MGRPOConfig(GRPOConfig):
         options.check_use(momentum=count > 0)
         if options.train_momentum_rollouts:
             raise ValueError(
-                "train_momentum_rollouts: want False with MGRPOTrainer, since TRL's loss has no weights for rollouts of another model, "
+                "train_momentum_rollouts: expected False with MGRPOTrainer, since TRL's loss has no weights for rollouts of another model, "
                 "got True"
             )
         self.momentum_rollouts = count
         checks.check_choice("momentum_dtype", self.momentum_dtype, DTYPES)
         if self.use_adaptive_entropy:
-            raise ValueError("use_adaptive_entropy: want False with M-GRPO, got True")
+            raise ValueError("use_adaptive_entropy: expected False with M-GRPO, got True")
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                "multi_objective_aggregation: want 'sum_then_normalize' with M-GRPO, "
+                "multi_objective_aggregation: expected 'sum_then_normalize' with M-GRPO, "
                 f"got {self.multi_objective_aggregation!r}"
             )
 

@@ -72,15 +72,17 @@ class MGRPOTrainer(GRPOTrainer):
         if args is None:
             args = MGRPOConfig(output_dir="mgrpo")
         if not isinstance(args, MGRPOConfig):
-            raise TypeError(f"args: want MGRPOConfig, got {type(args).__name__}")
+            raise TypeError(f"args: expected MGRPOConfig, got {type(args).__name__}")
         for name in ("tools", "environment_factory", "rollout_func"):
             if more.get(name):
-                raise ValueError(f"{name}: want None with MGRPOTrainer, whose rollouts are one turn each, got {name}")
+                raise ValueError(
+                    f"{name}: expected None with MGRPOTrainer, whose rollouts are one turn each, got {name}"
+                )
         self.uses_method_rewards = not reward_funcs
         self.extract = extract
         self.options: MethodOptions = args.method_options()
         if self.uses_method_rewards and args.reward_weights is not None:
-            raise ValueError(f"reward_weights: want None without reward_funcs, got {args.reward_weights}")
+            raise ValueError(f"reward_weights: expected None without reward_funcs, got {args.reward_weights}")
         functions: Any = majority_vote_reward if self.uses_method_rewards else reward_funcs
         super().__init__(model, functions, args, **more)
         self.momentum_rollouts = int(args.momentum_rollouts)  # type: ignore[arg-type]  # filled in when the config was built
@@ -88,17 +90,17 @@ class MGRPOTrainer(GRPOTrainer):
         for name, used in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if used:
                 raise ValueError(
-                    f"MGRPOTrainer: want whole parameters on each process (one process or DDP), got {name}"
+                    f"MGRPOTrainer: expected whole parameters on each process (one process or DDP), got {name}"
                 )
         rows = args.generation_batch_size // self.accelerator.num_processes
         if self.use_vllm and rows % args.num_generations:
             raise ValueError(
-                f"generation_batch_size: want whole groups of num_generations {args.num_generations} on each process with vLLM, "
+                f"generation_batch_size: expected whole groups of num_generations {args.num_generations} on each process with vLLM, "
                 f"got {rows} rollouts"
             )
         reason = loss.unsupported(self)
         if reason is not None:
-            raise ValueError(f"MGRPOTrainer: want a configuration that the fused loss can run, got {reason}")
+            raise ValueError(f"MGRPOTrainer: expected a configuration that the fused loss can run, got {reason}")
         # A list of the parameters that train: with PEFT the average of the adapter alone is kept.
         self._trained = nn.ParameterDict(
             {name.replace(".", "/"): p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -127,7 +129,7 @@ class MGRPOTrainer(GRPOTrainer):
         found = next((name for name in names if name in (columns or ())), None)
         if found is None and (named is not None or (self.options.row.needs_gold and self.uses_method_rewards)):
             raise ValueError(
-                f"answer_field: want a column with the true answers, one of {', '.join(columns or ())}, got {named!r}"
+                f"answer_field: expected a column with the true answers, one of {', '.join(columns or ())}, got {named!r}"
             )
         return found
 
@@ -140,7 +142,7 @@ class MGRPOTrainer(GRPOTrainer):
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         if images is not None or multimodal_fields:
-            raise ValueError("prompts: want text with MGRPOTrainer, got images")
+            raise ValueError("prompts: expected text with MGRPOTrainer, got images")
         sample = super()._generate_single_turn
         if not self.model.training:  # an evaluation is of the policy
             completions, said = sample(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
@@ -302,7 +304,7 @@ class MGRPOTrainer(GRPOTrainer):
         path = Path(checkpoint) / MOMENTUM_FILE
         if not path.exists():
             raise ValueError(
-                f"resume_from_checkpoint: want a checkpoint of MGRPOTrainer, with {MOMENTUM_FILE}, got {checkpoint}"
+                f"resume_from_checkpoint: expected a checkpoint of MGRPOTrainer, with {MOMENTUM_FILE}, got {checkpoint}"
             )
         self.momentum.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 

@@ -56,12 +56,12 @@ def ema_update_(
     """
     checks.check_flag("stochastic_rounding", stochastic_rounding)
     if stochastic_rounding and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ValueError(f"seed: want an int with stochastic_rounding, got {seed!r}")
+        raise ValueError(f"seed: expected an int with stochastic_rounding, got {seed!r}")
     _check_decay(decay)
     lists = {"ema": list(ema), "params": list(params)} | ({} if emit is None else {"emit": list(emit)})
     for name, tensors in lists.items():
         if len(tensors) != len(lists["ema"]):
-            raise ValueError(f"{name}: want as many tensors as ema, {len(lists['ema'])}, got {len(tensors)}")
+            raise ValueError(f"{name}: expected as many tensors as ema, {len(lists['ema'])}, got {len(tensors)}")
     for name, tensors in lists.items():
         for i, ema_i in enumerate(lists["ema"]):
             _check_pair(f"{name}[{i}]", tensors[i], f"ema[{i}]", ema_i)
@@ -113,12 +113,14 @@ def _first_of_tied(lists: dict[str, list[Tensor]]) -> list[int]:
         for name in lists.keys() - {"params"}:
             local = _local(lists[name][i])
             if local.numel() > 1 and torch._debug_has_internal_overlap(local) == 1:
-                raise ValueError(f"{name}[{i}]: want memory that does not overlap itself, got strides {local.stride()}")
+                raise ValueError(
+                    f"{name}[{i}]: expected memory that does not overlap itself, got strides {local.stride()}"
+                )
         first = seen.setdefault(_place(ema), i) if _local(ema).numel() else i
         if first == i:
             kept.append(i)
         elif _place(lists["params"][first]) != _place(lists["params"][i]):
-            raise ValueError(f"ema[{i}]: want a tensor of its own, got ema[{first}] again with another parameter")
+            raise ValueError(f"ema[{i}]: expected a tensor of its own, got ema[{first}] again with another parameter")
     return kept
 
 
@@ -131,15 +133,17 @@ def _check_pair(name: str, tensor: Any, of: str, ema: Tensor) -> None:
     checks.check_tensor(name, tensor)
     if tensor.shape != ema.shape:
         raise ValueError(
-            f"{name}: want the shape of {of}, {checks.shape_text(ema.shape)}, got {checks.shape_text(tensor.shape)}"
+            f"{name}: expected the shape of {of}, {checks.shape_text(ema.shape)}, got {checks.shape_text(tensor.shape)}"
         )
     placed, wanted = _placement(tensor), _placement(ema)
     if placed != wanted:
-        raise ValueError(f"{name}: want the placement of {of}, {wanted}, got {placed}")
+        raise ValueError(f"{name}: expected the placement of {of}, {wanted}, got {placed}")
     if isinstance(tensor, DTensor) and any(isinstance(placement, Partial) for placement in tensor.placements):
-        raise ValueError(f"{name}: want a DTensor that is sharded or replicated, got placements {tensor.placements}")
+        raise ValueError(
+            f"{name}: expected a DTensor that is sharded or replicated, got placements {tensor.placements}"
+        )
     if tensor.device != ema.device:
-        raise ValueError(f"{name}: want a tensor on {of}'s device {ema.device}, got one on {tensor.device}")
+        raise ValueError(f"{name}: expected a tensor on {of}'s device {ema.device}, got one on {tensor.device}")
 
 
 def _placement(tensor: Tensor) -> Any:
@@ -155,12 +159,12 @@ def _span(name: str, tensor: Tensor) -> Span:
     if not isinstance(tensor, DTensor):
         return Span(0, max(1, tensor.numel()), 0)
     if any(type(placement).__name__ == "_StridedShard" for placement in tensor.placements):
-        raise ValueError(f"{name}: want plain Shard placements with stochastic_rounding, got {tensor.placements}")
+        raise ValueError(f"{name}: expected plain Shard placements with stochastic_rounding, got {tensor.placements}")
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     cut = [dim for dim in range(tensor.dim()) if shape[dim] != tensor.shape[dim]]
     if len(cut) > 1:
         raise ValueError(
-            f"{name}: want a tensor sharded along one dimension with stochastic_rounding, got {tensor.placements}"
+            f"{name}: expected a tensor sharded along one dimension with stochastic_rounding, got {tensor.placements}"
         )
     if not cut:
         return Span(0, max(1, tensor.numel()), 0)

@@ -83,7 +83,7 @@ def linear_token_stats(
     if not wanted.logprob:
         labels = None
     elif labels is None:
-        raise ValueError('labels: want a tensor when stats has "logprob", got None')
+        raise ValueError('labels: expected a tensor when stats has "logprob", got None')
     else:
         labels = checks.check_tensor("labels", labels, dtypes=checks.INTS, shape=rows, device=hidden.device).reshape(-1)
     group_name, vocab_start = check_tp_group(tp_group, vocab_start, weight)
@@ -105,11 +105,11 @@ def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Ten
     """Check a head's tensors against each other and cast them to the autocast dtype, if one is in force."""
     checks.check_tensor("hidden", hidden)
     if hidden.dim() < 1:
-        raise ValueError("hidden: want shape (..., H), got ()")
+        raise ValueError("hidden: expected shape (..., H), got ()")
     checks.check_tensor("weight", weight, dim=2, device=hidden.device)
     if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
         raise ValueError(
-            f"weight: want shape (V, {hidden.shape[-1]}) with V >= 1 to match hidden, got {checks.shape_text(weight.shape)}"
+            f"weight: expected shape (V, {hidden.shape[-1]}) with V >= 1 to match hidden, got {checks.shape_text(weight.shape)}"
         )
     if bias is not None:
         checks.check_tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
@@ -118,7 +118,7 @@ def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Ten
         hidden, weight, bias = hidden.to(dtype), cast_weight(weight, dtype), None if bias is None else bias.to(dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}: want hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected hidden's dtype {hidden.dtype}, got {tensor.dtype}")
     return hidden, weight, bias
 
 
@@ -137,7 +137,7 @@ def check_tp_group(
     """Return the group's name (None: the vocabulary is whole) and this rank's first vocabulary entry."""
     if tp_group is None:
         if vocab_start not in (None, 0):
-            raise ValueError(f"vocab_start: want None or 0 without a tp_group, got {vocab_start}")
+            raise ValueError(f"vocab_start: expected None or 0 without a tp_group, got {vocab_start}")
         return None, 0
     if vocab_start is None:
         sizes: list[int | None] = [None] * dist.get_world_size(tp_group)

@@ -172,7 +172,7 @@ def grpo_loss(
     number = tokens.offsets.shape[0] - 1
     if rewards.shape[0] != number or rewards.device != logprobs.device:
         raise ValueError(
-            f"rewards: want shape ({number},) on {logprobs.device}, one for each sequence, "
+            f"rewards: expected shape ({number},) on {logprobs.device}, one for each sequence, "
             f"got {checks.shape_text(rewards.shape)} on {rewards.device}"
         )
     return run(tokens, checked, form, backends.choose(OP, backend, logprobs.device, logprobs.dtype))

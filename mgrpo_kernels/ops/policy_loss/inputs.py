@@ -40,12 +40,12 @@ def check_tokens(
         if values is not None:
             checks.check_tensor(argument, values, shape=rows, device=logprobs.device)
     if options.kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs: want a tensor with kl_coef {options.kl_coef}, got None")
+        raise ValueError(f"ref_logprobs: expected a tensor with kl_coef {options.kl_coef}, got None")
     if options.entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy: want a tensor with entropy_coef {options.entropy_coef}, got None")
+        raise ValueError(f"entropy: expected a tensor with entropy_coef {options.entropy_coef}, got None")
     loss, name = LOSSES[options.loss_type], options.loss_type
     if loss.counts == SEQUENCE_LENGTHS and options.max_response_tokens is None and normalizer is None:
-        raise ValueError(f"max_response_tokens: want an int with loss_type {name!r} and no normalizer, got None")
+        raise ValueError(f"max_response_tokens: expected an int with loss_type {name!r} and no normalizer, got None")
     if behaviour_logprobs is not None:
         check_behaviour_mode(options)
 
@@ -70,7 +70,7 @@ def check_behaviour_mode(options: LossForm) -> None:
     """Raise ValueError for a weight of whole sequences with a loss that has such a weight of its own."""
     if LOSSES[options.loss_type].surrogate.weighs_behaviour and options.behaviour_mode.startswith("sequence"):
         raise ValueError(
-            f"behaviour_mode: want token_truncate or token_mask with loss_type {options.loss_type!r}, "
+            f"behaviour_mode: expected token_truncate or token_mask with loss_type {options.loss_type!r}, "
             f"got {options.behaviour_mode!r}"
         )
 
@@ -81,7 +81,7 @@ def _count(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | No
     if isinstance(value, Tensor):
         checks.check_tensor(name, value, dtypes=checks.FLOATS + checks.INTS, dim=0, device=like.device)
         if value.requires_grad:
-            raise ValueError(f"{name}: want a tensor without requires_grad, got one that requires grad")
+            raise ValueError(f"{name}: expected a tensor without requires_grad, got one that requires grad")
         return value.to(statistics_dtype(like))
     checks.check_number(name, value, above=0.0)
     return torch.full((), value, dtype=statistics_dtype(like), device=like.device)
@@ -98,7 +98,7 @@ def flat_advantages(advantages: Tensor, logprobs: Tensor, tokens: Tokens) -> Ten
     number = tokens.offsets.shape[0] - 1
     if advantages.shape not in (logprobs.shape, (number,)):
         raise ValueError(
-            f"advantages: want shape ({number},) or {checks.shape_text(logprobs.shape)}, got {checks.shape_text(advantages.shape)}"
+            f"advantages: expected shape ({number},) or {checks.shape_text(logprobs.shape)}, got {checks.shape_text(advantages.shape)}"
         )
     return advantages.reshape(-1)
 

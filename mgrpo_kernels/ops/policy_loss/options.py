@@ -182,7 +182,7 @@ def check_option(declared: Declared, value: Any) -> None:
         checks.check_flag(name, value)
     elif declared.kind == "pair":
         if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise TypeError(f"{name}: want a pair (advantage >= 0, advantage < 0), got {value!r}")
+            raise TypeError(f"{name}: expected a pair (advantage >= 0, advantage < 0), got {value!r}")
         for one in value:
             checks.check_number(name, one, **bounds)
     else:

@@ -61,7 +61,7 @@ def token_stats_from_logits(
     wanted = check_stats(stats)
     checks.check_tensor("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: want shape (..., V) with V >= 1, got {checks.shape_text(logits.shape)}")
+        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_text(logits.shape)}")
     rows = logits.shape[:-1]
     mask = checks.check_mask("mask", mask, rows, logits.device)
     number, per_row = checks.check_temperature(temperature, rows, logits.device)
@@ -70,19 +70,21 @@ def token_stats_from_logits(
     many = False
     if wanted.logprob:
         if labels is None:
-            raise ValueError('labels: want a tensor when stats has "logprob", got None')
+            raise ValueError('labels: expected a tensor when stats has "logprob", got None')
         checks.check_tensor("labels", labels, dtypes=checks.INTS, device=logits.device)
         many = labels.dim() == logits.dim()
         if labels.shape != rows and not (many and labels.shape[:-1] == rows):
             raise ValueError(
-                f"labels: want shape {checks.shape_text(rows)} or that and K more behind it (logits without V), "
+                f"labels: expected shape {checks.shape_text(rows)} or that and K more behind it (logits without V), "
                 f"got {checks.shape_text(labels.shape)}"
             )
         labels = labels if many else labels.unsqueeze(-1)
     else:
         labels = None
     if inplace_backward and logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace_backward: want logits that are an op's output (backward overwrites them), got a leaf")
+        raise ValueError(
+            "inplace_backward: expected logits that are an op's output (backward overwrites them), got a leaf"
+        )
 
     name = backends.choose(OP, backend, logits.device, logits.dtype)
     inplace = inplace_backward and not torch.compiler.is_compiling()
@@ -208,7 +210,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.inplace:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "inplace_backward: want a first derivative only (create_graph=False), got create_graph=True"
+                "inplace_backward: expected a first derivative only (create_graph=False), got create_graph=True"
             )
         grad = logits.detach()
         _backward_into(grad, grad_logprob, grad_entropy, grad_self_certainty, logits, *rest)

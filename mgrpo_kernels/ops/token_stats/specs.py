@@ -32,7 +32,7 @@ def check_stats(stats: Sequence[str]) -> Wanted:
         ValueError: a name that is none, or no name at all.
     """
     if isinstance(stats, str) or not stats or any(name not in Wanted._fields for name in stats):
-        raise ValueError(f"stats: want a tuple of names out of {', '.join(Wanted._fields)}, got {stats!r}")
+        raise ValueError(f"stats: expected a tuple of names out of {', '.join(Wanted._fields)}, got {stats!r}")
     return Wanted(*(name in stats for name in Wanted._fields))
 
 

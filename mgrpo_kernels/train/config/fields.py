@@ -63,9 +63,9 @@ def typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         return float(value)
     if PAIR in kinds:
         if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise ValueError(f"{name}: want two numbers, got {value!r}")
+            raise ValueError(f"{name}: expected two numbers, got {value!r}")
         return tuple(typed(name, one, (float,)) for one in value)
     if type(value) not in kinds:
         wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name}: want {wanted}, got {value!r}")
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return value

@@ -25,7 +25,7 @@ def build(*layers: Mapping[str, Any]) -> Config:
     try:
         # A run's own config.yaml has eval_data: null, which says that no evaluation is meant.
         if values.get("eval_every") and values.get("data") is not None and "eval_data" not in values:
-            raise ValueError(f"eval_every: want --eval-data with it, got {values['eval_every']!r} alone")
+            raise ValueError(f"eval_every: expected --eval-data with it, got {values['eval_every']!r} alone")
         parts: dict[str, Any] = {}
         for key, section in SECTIONS.items():
             kinds = {name: kinds for name, (_, kinds) in fields_of(section).items()}
@@ -34,7 +34,9 @@ def build(*layers: Mapping[str, Any]) -> Config:
             )
         if values:
             known = sorted(name for section in SECTIONS.values() for name in fields_of(section))
-            raise ValueError(f"{next(iter(values))}: want one of the options {', '.join(known)}, got an unknown one")
+            raise ValueError(
+                f"{next(iter(values))}: expected one of the options {', '.join(known)}, got an unknown one"
+            )
         return Config(**parts)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
@@ -48,7 +50,7 @@ def find_config(name: str) -> Path:
     """
     presets = {each.stem: each for each in sorted(PRESETS.glob("*.yaml"))}
     if not Path(name).is_file() and name not in presets:
-        raise UsageError(f"config: want a YAML file that exists, or a preset ({', '.join(presets)}), got {name!r}")
+        raise UsageError(f"config: expected a YAML file that exists, or a preset ({', '.join(presets)}), got {name!r}")
     return Path(name) if Path(name).is_file() else presets[name]
 
 
@@ -61,7 +63,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"config: want a readable YAML file, got {path}: {error}") from error
+        raise UsageError(f"config: expected a readable YAML file, got {path}: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise UsageError(f"config: want lines of 'option: value' in {path}, got {type(values).__name__}")
+        raise UsageError(f"config: expected lines of 'option: value' in {path}, got {type(values).__name__}")
     return {name.replace("-", "_"): value for name, value in values.items()}

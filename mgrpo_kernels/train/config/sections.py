@@ -50,7 +50,7 @@ class LoraConfig(Section):
             checks.check_number("lora_rank", self.lora_rank, at_least=1)
         checks.check_number("lora_alpha", self.lora_alpha, above=0.0)
         if not all(self.targets):
-            raise ValueError(f"lora_targets: want names with commas between them, got {self.lora_targets!r}")
+            raise ValueError(f"lora_targets: expected names with commas between them, got {self.lora_targets!r}")
 
     @property
     def targets(self) -> list[str]:
@@ -126,8 +126,8 @@ class RolloutConfig(Section):
         for name, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != off:
                 raise ValueError(
-                    f"{name}: want {off} for training, got {getattr(self, name)}: cut off, the tokens come from another distribution than "
-                    "the policy's, and log-probs, ratios and entropy are not theirs any more"
+                    f"{name}: expected {off} for training, got {getattr(self, name)}: a truncated sampler draws tokens from "
+                    "another distribution than the policy's, for which log-probs, ratios and entropy would be wrong"
                 )
         for name, least in (
             ("prompts_per_step", 1),
@@ -172,13 +172,13 @@ class VllmConfig(Section):
         urls = self.server_urls
         if len(set(urls)) < len(urls) or not all(re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) for url in urls):
             raise ValueError(
-                f"vllm_servers: want http://HOST:PORT, or several with commas between, none twice, got {self.vllm_servers!r}"
+                f"vllm_servers: expected http://HOST:PORT, or several with commas between, none twice, got {self.vllm_servers!r}"
             )
         if urls:
             for each in dataclasses.fields(self):
                 if each.name not in ("vllm_servers", "vllm_timeout") and getattr(self, each.name) != each.default:
                     raise ValueError(
-                        f"{each.name}: want it given to the servers in vLLM's own words, since with vllm_servers it has no effect "
+                        f"{each.name}: expected it given to the servers in vLLM's own words, since with vllm_servers it has no effect "
                         f"here, got {getattr(self, each.name)!r}"
                     )
 
@@ -312,4 +312,4 @@ class RunConfig(Section):
         checks.check_number("log_every", self.log_every, at_least=1)
         for name in ("wandb", "trackio"):
             if getattr(self, name) == "":
-                raise ValueError(f"{name}: want the name of a project, got ''")
+                raise ValueError(f"{name}: expected the name of a project, got ''")

@@ -45,9 +45,11 @@ class Config:
     def __post_init__(self) -> None:
         if (self.model.model is None) != (self.data.data is None):
             missing, given = ("data", "model") if self.data.data is None else ("model", "data")
-            raise ValueError(f"{missing}: want a value with --{given}, got none (the built-in task takes neither)")
+            raise ValueError(f"{missing}: expected a value with --{given}, got none (the built-in task takes neither)")
         if self.data.eval_data is not None and self.data.data is None:
-            raise ValueError("eval_data: want it together with --data, got it alone (the built-in task has its own)")
+            raise ValueError(
+                "eval_data: expected it together with --data, got it alone (the built-in task has its own)"
+            )
         self.method.momentum_count(self.rollout.rollouts)
         least = ENGINES[self.rollout.engine].least_temperature
         for name, value in (
@@ -56,10 +58,10 @@ class Config:
         ):
             if value < least:
                 raise ValueError(
-                    f"{name}: want >= {least}, below which {self.rollout.engine} samples at another temperature, got {value!r}"
+                    f"{name}: expected >= {least}, below which {self.rollout.engine} samples at another temperature, got {value!r}"
                 )
         if self.profiled.stop > self.optim.steps + 1:
-            raise ValueError(f"profile_steps: want steps up to {self.optim.steps}, got {self.run.profile_steps!r}")
+            raise ValueError(f"profile_steps: expected steps up to {self.optim.steps}, got {self.run.profile_steps!r}")
         self._check_unused()
 
     @property
@@ -70,7 +72,7 @@ class Config:
         first, _, last = self.run.profile_steps.partition(":")
         if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
             raise ValueError(
-                f"profile_steps: want A:B, the first step and the last, 1 <= A <= B, got {self.run.profile_steps!r}"
+                f"profile_steps: expected A:B, the first step and the last, 1 <= A <= B, got {self.run.profile_steps!r}"
             )
         return range(int(first), int(last) + 1)
 
@@ -106,7 +108,7 @@ class Config:
         ):
             if is_set and not met:
                 got = self.values()[name]
-                raise ValueError(f"{name}: want {needs} with it, without which it has no effect, got {got!r}")
+                raise ValueError(f"{name}: expected {needs} with it, without which it has no effect, got {got!r}")
 
     def _unread_by_surrogate(self) -> Iterator[tuple[str, bool, str, bool]]:
         """Yield the options of one surrogate only: name, whether it is set, the loss types that read it, whether this one does.

@@ -34,11 +34,11 @@ def read_rows(source: str, option: str) -> list[Row]:
     if path.suffix.lower() in readers:
         rows = list(readers[path.suffix.lower()](path, option))
     elif path.is_file():
-        raise UsageError(f"{option}: want a file that ends in {', '.join(readers)}, got {source}")
+        raise UsageError(f"{option}: expected a file that ends in {', '.join(readers)}, got {source}")
     else:
         rows = list(_data_set(source, option))
     if not rows:
-        raise UsageError(f"{option}: want at least one example, got none in {source}")
+        raise UsageError(f"{option}: expected at least one example, got none in {source}")
     return rows
 
 
@@ -55,17 +55,17 @@ def _json(path: Path, option: str) -> Iterator[Row]:
         _text(path, option, "JSON"), f"a list of JSON objects in {path} (one a line: call it .jsonl)", option
     )
     if not isinstance(values, list):
-        raise UsageError(f"{option}: want a list of JSON objects in {path}, got {type(values).__name__}")
+        raise UsageError(f"{option}: expected a list of JSON objects in {path}, got {type(values).__name__}")
     for number, value in enumerate(values, 1):
         yield _row(f"{path}, object {number}", option, value)
 
 
 def _parquet(path: Path, option: str) -> Iterator[Row]:
-    reader = _package("pyarrow.parquet", f"{option}: want pyarrow to read {path}")
+    reader = _package("pyarrow.parquet", f"{option}: expected pyarrow to read {path}")
     try:
         values = reader.read_table(path).to_pylist()
     except (OSError, ValueError, NotImplementedError) as error:  # of pyarrow's own, all that are about files
-        raise UsageError(f"{option}: want a readable Parquet file, got {path}: {error}") from error
+        raise UsageError(f"{option}: expected a readable Parquet file, got {path}: {error}") from error
     return (_row(f"{path}, row {number}", option, value) for number, value in enumerate(values, 1))
 
 
@@ -73,13 +73,13 @@ def _data_set(source: str, option: str) -> Iterator[Row]:
     parts = [source] if Path(source).is_dir() else re.split(r":(?![^\[]*\])", source)  # train[:100] is one part
     name, split = parts[0], parts[-1] if len(parts) > 1 else SPLITS[option]
     if len(parts) > 3 or not all(parts):
-        raise UsageError(f"{option}: want NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got {source!r}")
-    datasets = _package("datasets", f"{option}: want the package datasets for {source}, which is no file")
+        raise UsageError(f"{option}: expected NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got {source!r}")
+    datasets = _package("datasets", f"{option}: expected the package datasets for {source}, which is no file")
     try:
         values = datasets.load_dataset(name, parts[1] if len(parts) == 3 else None, split=split)
     except Exception as error:  # datasets has no common base for what can go wrong between here and a hub
         what = f"a file, a directory or a data set on the hub, with a split {split!r}"
-        raise UsageError(f"{option}: want {what}, got {source}: {str(error)[:400]}") from error
+        raise UsageError(f"{option}: expected {what}, got {source}: {str(error)[:400]}") from error
     return (_row(f"{source}, row {number}", option, value) for number, value in enumerate(values, 1))
 
 
@@ -95,13 +95,13 @@ def _text(path: Path, option: str, kind: str) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{option}: want a readable {kind} file, got {path}: {error}") from error
+        raise UsageError(f"{option}: expected a readable {kind} file, got {path}: {error}") from error
     try:
         return content.decode("utf-8-sig")  # Windows programs begin a file with a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(
-            f"{option}: want UTF-8 in {path}, got byte 0x{content[error.start]:02x} in line {line}: {error.reason}"
+            f"{option}: expected UTF-8 in {path}, got byte 0x{content[error.start]:02x} in line {line}: {error.reason}"
         ) from error
 
 
@@ -109,12 +109,12 @@ def _parsed(text: str, wanted: str, option: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{option}: want {wanted}, got {shown(text)} ({error})") from error
+        raise UsageError(f"{option}: expected {wanted}, got {shown(text)} ({error})") from error
 
 
 def _row(location: str, option: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise UsageError(f"{option}: want a JSON object in {location}, got {shown(value)}")
+        raise UsageError(f"{option}: expected a JSON object in {location}, got {shown(value)}")
     return Row(location, value)
 
 

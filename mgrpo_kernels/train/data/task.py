@@ -92,8 +92,8 @@ def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example
             gold = read_gold(answer)
             if needs_gold and gold is None:
                 raise UsageError(
-                    f"answer_field: want an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} of {row.location}, "
-                    f"got {len(answer)} characters with neither: {shown(answer)}"
+                    f"answer_field: expected an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} "
+                    f"of {row.location}, got {len(answer)} characters with neither: {shown(answer)}"
                 )
         examples.append(Example(template.replace("{question}", question), gold))
     unread = sum(row.values.get(answer_field) is not None for row in rows) - sum(
@@ -119,7 +119,7 @@ def find_field(option: str, given: str | None, rows: Sequence[Row], source: str,
     if given is None and usual not in names and alike:
         if len(alike) > 1:
             raise UsageError(
-                f"{option}: want the name of a field of {source}, which has {' and '.join(alike)}, got none"
+                f"{option}: expected the name of a field of {source}, which has {' and '.join(alike)}, got none"
             )
         log_info("%s: %s, since %s has no %s", option, alike[0], source, usual)
         return alike[0]
@@ -132,16 +132,16 @@ def find_field(option: str, given: str | None, rows: Sequence[Row], source: str,
 def _field(row: Row, option: str, name: str) -> str:
     if name not in row.values:
         raise UsageError(
-            f"{option}: want one of the fields {', '.join(sorted(row.values)) or '(none)'} of {row.location}, got {name!r}"
+            f"{option}: expected one of the fields {', '.join(sorted(row.values)) or '(none)'} of {row.location}, got {name!r}"
         )
     value = row.values[name]
     fine = isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip()
     if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        raise UsageError(f"{option}: want a text or a number in {name!r} of {row.location}, got {shown(value)}")
+        raise UsageError(f"{option}: expected a text or a number in {name!r} of {row.location}, got {shown(value)}")
     text = str(value)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(
-            f"{option}: want a text in {name!r} of {row.location}, got half a surrogate pair in {shown(text)}"
+            f"{option}: expected a text in {name!r} of {row.location}, got half a surrogate pair in {shown(text)}"
         )
     return text
 
@@ -162,10 +162,12 @@ def read_template(text_or_file: str) -> str:
         is_file = "{question}" not in text_or_file and "\n" not in text_or_file and Path(text_or_file).is_file()
         template = Path(text_or_file).read_text(encoding="utf-8") if is_file else text_or_file
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompt_template: want a readable text file, got {shown(text_or_file)}: {error}") from error
+        raise UsageError(
+            f"prompt_template: expected a readable text file, got {shown(text_or_file)}: {error}"
+        ) from error
     if "{question}" not in template:
         raise UsageError(
-            f"prompt_template: want a text, or a file that exists, with {{question}} in it, got {shown(template)}"
+            f"prompt_template: expected a text, or a file that exists, with {{question}} in it, got {shown(template)}"
         )
     return template
 
@@ -211,12 +213,12 @@ def fitting(option: str, examples: list[Example], tokenizer: Any, context: int |
     if long and not skip:
         first = min(long)
         raise UsageError(
-            f"{option}: want prompts shorter than the model's context of {context} tokens, or --long-prompts skip, got one of "
+            f"{option}: expected prompts shorter than the model's context of {context} tokens, or --long-prompts skip, got one of "
             f"{lengths[first]}: {shown(examples[first].prompt)}"
         )
     if long and len(long) == len(examples):
         raise UsageError(
-            f"max_response_tokens: want at most {context - min(lengths.values())}, since a prompt and its response share a context of "
+            f"max_response_tokens: expected at most {context - min(lengths.values())}, since a prompt and its response share a context of "
             f"{context}, got {config.rollout.max_response_tokens}, for which every prompt of {option} is too long"
         )
     if long:
@@ -232,7 +234,7 @@ def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | No
     for gold, length in zip(golds, lengths, strict=True):
         if context is not None and length > context:
             raise UsageError(
-                f"answer_field: want answers that fit a context of {context} tokens, got one of {length}: {shown(gold)}"
+                f"answer_field: expected answers that fit a context of {context} tokens, got one of {length}: {shown(gold)}"
             )
     too_long = sum(length > longest for length in lengths)
     if too_long:
@@ -267,10 +269,10 @@ def check_lengths(tokenizer: Any, context: int | None, task: Task, max_response_
     tokens = tokenizer(prompts)["input_ids"]
     for prompt, ids in zip(prompts, tokens, strict=True):
         if not ids:
-            raise UsageError(f"data: want prompts of at least one token, got {prompt!r}")
+            raise UsageError(f"data: expected prompts of at least one token, got {prompt!r}")
         if context is not None and len(ids) + max_response_tokens > context:
             raise UsageError(
-                f"max_response_tokens: want at most {context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
+                f"max_response_tokens: expected at most {context - len(ids)}, since a prompt of {len(ids)} tokens and its response "
                 f"share a context of {context}, got {max_response_tokens} (prompt {prompt[:40]!r} ...); --long-prompts skip leaves such "
                 "prompts out"
             )

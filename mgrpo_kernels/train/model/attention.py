@@ -72,7 +72,9 @@ def attention(
     odd = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     odd += ["dropout"] * (dropout > 0) + ["is_causal=False"] * (is_causal is False)
     if odd:
-        raise UnpackableError(f"attention: want none of the options that a layout does not have, got {', '.join(odd)}")
+        raise UnpackableError(
+            f"attention: expected none of the options that a layout does not have, got {', '.join(odd)}"
+        )
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return layout.attend(module.layer_idx, q, k, v, scale, sliding_window).unsqueeze(0), None

@@ -25,7 +25,9 @@ def wrapper(model: str, tokenizer: Any, mode: str, log: Callable[..., None]) -> 
     if mode == "off" or (mode == "auto" and not tokenizer.chat_template):
         return str
     if not tokenizer.chat_template:
-        raise UsageError(f"chat_template: want a tokenizer with a chat template, got that of {model}, which has none")
+        raise UsageError(
+            f"chat_template: expected a tokenizer with a chat template, got that of {model}, which has none"
+        )
     ends = ends_a_turn(tokenizer, end_tokens(model, tokenizer))
     if mode == "auto":
         why = f"since the model {'ends' if ends else 'does not end'} a response as its chat template ends a turn"
@@ -50,7 +52,7 @@ def render(tokenizer: Any, turns: list[dict[str, str]], *, begin_answer: bool) -
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer)
     except Exception as error:  # a template is a program, and may raise what it likes
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"chat_template: want a template that takes a user's turn, got {reason}") from error
+        raise UsageError(f"chat_template: expected a template that takes a user's turn, got {reason}") from error
 
 
 def ends_a_turn(tokenizer: Any, ends: Collection[int]) -> bool:

@@ -39,7 +39,7 @@ class Adapter:
 
     def __init__(self, model: Any, options: LoraConfig, seed: int) -> None:
         if not installed("peft"):
-            raise UsageError(f"lora_rank: want the package peft, got none: {how_to_install('peft')}")
+            raise UsageError(f"lora_rank: expected the package peft, got none: {how_to_install('peft')}")
         import peft
 
         head = model.get_output_embeddings()
@@ -104,7 +104,7 @@ def check_targets(model: Any, targets: list[str]) -> None:
         for name, each in modules.items()
         if isinstance(each, (nn.Linear, Conv1D)) and each is not head
     }
-    wanted = f"lora_targets: want all-linear, or linear layers out of {', '.join(sorted(there))}"
+    wanted = f"lora_targets: expected all-linear, or linear layers out of {', '.join(sorted(there))}"
     for target in targets:
         found = [each for name, each in modules.items() if name == target or name.endswith(f".{target}")]
         if any(each is head for each in found):

@@ -196,7 +196,7 @@ class Policy:
         worst = (own - logits).abs().max().item()
         if not worst <= 1e-3 * max(1.0, logits.abs().max().item()):
             raise UsageError(
-                f"model: want logits that are the head's product with the last hidden state, got {type(self.model).__name__}, "
+                f"model: expected logits that are the head's product with the last hidden state, got {type(self.model).__name__}, "
                 f"which differs by {worst:.3g}"
             )
 
@@ -208,7 +208,7 @@ def _eos(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     found = sorted({each for each in [*ids, tokenizer.eos_token_id] if each is not None})
     if not found:
         raise UsageError(
-            "model: want a tokenizer or a generation configuration with an end-of-sequence token, got none"
+            "model: expected a tokenizer or a generation configuration with an end-of-sequence token, got none"
         )
     return found
 
@@ -220,7 +220,7 @@ def pick_device(name: str) -> torch.device:
         UsageError: cuda asked for, and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: want auto or cpu on a machine without a GPU, got 'cuda'")
+        raise UsageError("device: expected auto or cpu on a machine without a GPU, got 'cuda'")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
@@ -258,12 +258,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], voca
     )  # tokens added for padding and the like may lie beyond, and are not used
     if largest >= vocabulary:
         raise UsageError(
-            f"model: want a tokenizer whose ids are below the vocabulary of {vocabulary}, got {largest} in {name}"
+            f"model: expected a tokenizer whose ids are below the vocabulary of {vocabulary}, got {largest} in {name}"
         )
     last = tokenizer("1")["input_ids"][-1:]
     if last and last[0] in eos:
         raise UsageError(
-            f"model: want a tokenizer that leaves a prompt open, got one that ends it with token {last[0]} in {name}"
+            f"model: expected a tokenizer that leaves a prompt open, got one that ends it with token {last[0]} in {name}"
         )
 
 
@@ -300,4 +300,4 @@ def context_of(config: PretrainedConfig) -> int | None:
 def unreadable(name: str, error: Exception) -> str:
     what = "a directory with a model" if Path(name).exists() else "an existing directory or a hub name"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"model: want {what} that transformers can load, got {name}: {reason}"
+    return f"model: expected {what} that transformers can load, got {name}: {reason}"

@@ -46,7 +46,7 @@ class Target(NamedTuple):
         number, cross, device = text.lower().partition("x")
         if not number.isdecimal() or int(number) < 1 or (cross and device not in DEVICES):
             raise ArgumentTypeError(
-                f"want a number of ranks N, or NxDEVICE with one of {', '.join(DEVICES)}, got {text!r}"
+                f"expected a number of ranks N, or NxDEVICE with one of {', '.join(DEVICES)}, got {text!r}"
             )
         return cls(int(number), device or None)
 
@@ -94,7 +94,7 @@ def plan(
     ranks = target.ranks
     if config.rollout.prompts_per_step < ranks:
         raise UsageError(
-            f"prompts_per_step: want at least one for each of the {ranks} ranks, got {config.rollout.prompts_per_step}"
+            f"prompts_per_step: expected at least one for each of the {ranks} ranks, got {config.rollout.prompts_per_step}"
         )
     samples = len(task.held_out) * (config.eval.eval_samples + 1) if config.eval.eval_every else 0
     epochs = config.optim.steps * config.rollout.prompts_per_step / len(task.train)

@@ -129,7 +129,7 @@ class TransformersEngine(RolloutEngine):
         found = {name: torch.where(mask, each[:, :width], 0.0) for name, each in found.items()}
         if not bool(torch.isfinite(found["logprob"]).all()):
             raise FloatingPointError(
-                "rollout: want finite log-probs, got NaN or inf: the model's logits are not numbers any more"
+                "rollout: expected finite log-probs, got NaN or inf: the model's logits are not numbers any more"
             )
         return Rollouts(
             tokens, mask, found["logprob"], (is_end[:, :width] & mask).any(-1), found.get("entropy"), found.get("self_certainty")

@@ -42,7 +42,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Mean |trainer - sampler| log-prob that rounding may make, in nats; on small models it was 1e-6 and 2.5e-3."""
 
 
-NOT_FINITE = "rollout: want finite log-probs, got NaN or inf: the model's logits are not numbers any more"
+NOT_FINITE = "rollout: expected finite log-probs, got NaN or inf: the model's logits are not numbers any more"
 
 
 class Completion(NamedTuple):
@@ -99,7 +99,7 @@ class VllmEngine(RolloutEngine):
         self._remember(policy, max_tokens, max_prompt, options)
         self.sleeps = policy.device.type == "cuda" if options.vllm_sleep is None else options.vllm_sleep
         if self.sleeps and policy.device.type != "cuda":
-            raise UsageError("vllm_sleep: want a GPU, whose memory is then given back, got the device cpu")
+            raise UsageError("vllm_sleep: expected a GPU, whose memory is then given back, got the device cpu")
         self._llm = start(policy, self.max_prompt + max_tokens, self.sleeps, options)
         self._asleep = False
         self._untie = unties(policy)
@@ -108,7 +108,7 @@ class VllmEngine(RolloutEngine):
     def _remember(self, policy: Policy, max_tokens: int, max_prompt: int, options: VllmConfig) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(
-                "engine: want transformers under torchrun, since vllm here is one engine of one process, got vllm"
+                "engine: expected transformers under torchrun, since vllm here is one engine of one process, got vllm"
             )
         self.policy = policy
         self.max_tokens = max_tokens
@@ -137,13 +137,13 @@ class VllmEngine(RolloutEngine):
         """
         for prompt in prompts:
             if not 0 < len(prompt) <= self.max_prompt:
-                raise ValueError(f"prompts: want 1 to {self.max_prompt} tokens, got {len(prompt)}")
+                raise ValueError(f"prompts: expected 1 to {self.max_prompt} tokens, got {len(prompt)}")
         if 0 < temperature < LEAST_TEMPERATURE:
-            raise ValueError(f"temperature: want 0 or >= {LEAST_TEMPERATURE} with vllm, got {temperature}")
+            raise ValueError(f"temperature: expected 0 or >= {LEAST_TEMPERATURE} with vllm, got {temperature}")
         if not self._whole:
-            raise EngineError("vllm: want a new engine after an exchange of weights that failed, got the old one")
+            raise EngineError("vllm: expected a new engine after an exchange of weights that failed, got the old one")
         seeds = seeds_of(prompts, first, generator)
-        what = f"vllm: want {len(prompts) * copies} responses within {self.timeout:g} s (vllm_timeout)"
+        what = f"vllm: expected {len(prompts) * copies} responses within {self.timeout:g} s (vllm_timeout)"
         deadline = time.monotonic() + self.timeout
         try:
             with ended_after(self.timeout + GRACE, f"{what}, got a call that does not return"):
@@ -245,7 +245,7 @@ class VllmEngine(RolloutEngine):
             seen = self.sample(prompts, 1, temperature=PROBE_TEMPERATURE, generator=seed)
         except EngineError as error:
             raise UsageError(
-                f"engine: want a model that vLLM runs, with weights that it takes, got {name_of(policy)}: {error}"
+                f"engine: expected a model that vLLM runs, with weights that it takes, got {name_of(policy)}: {error}"
             ) from error
         own = score(
             policy, prompts, seen.tokens, seen.mask, temperature=PROBE_TEMPERATURE, budget=1, stats=("logprob",)
@@ -254,7 +254,7 @@ class VllmEngine(RolloutEngine):
         worst = float((own.logprob - seen.logprobs)[seen.mask].abs().mean())
         if not worst <= PROBE_TOLERANCE[policy.dtype]:
             raise UsageError(
-                f"engine: want a model that vLLM and transformers read alike (mean difference of log-probs at most "
+                f"engine: expected a model that vLLM and transformers read alike (mean difference of log-probs at most "
                 f"{PROBE_TOLERANCE[policy.dtype]:g} in {policy.dtype}), got {name_of(policy)}, which differs by {worst:.3g}"
             )
 
@@ -291,7 +291,7 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
             )  # fmt: skip
     except Exception as error:
         raise UsageError(
-            f"engine: want a model and memory with which vLLM {version} starts, got {name_of(policy)} and "
+            f"engine: expected a model and memory with which vLLM {version} starts, got {name_of(policy)} and "
             f"{type(error).__name__}: {error}"
         ) from error
     finally:
@@ -311,7 +311,7 @@ def import_vllm() -> str:
         from vllm import __version__
     except ImportError as error:
         raise UsageError(
-            f"engine: want the package vllm, got none that can be imported ({error}): {how_to_install('vllm')}"
+            f"engine: expected the package vllm, got none that can be imported ({error}): {how_to_install('vllm')}"
         ) from error
     return __version__
 

@@ -67,10 +67,12 @@ class VllmServers(VllmEngine):
             self._untie, backend = states[0]
             if any(state != states[0] for state in states):
                 kinds = ", ".join(f"{url} {state}" for url, state in zip(self._urls, states, strict=True))
-                raise UsageError(f"vllm_servers: want servers that agree in (on a CPU, weight transfer), got {kinds}")
+                raise UsageError(
+                    f"vllm_servers: expected servers that agree in (on a CPU, weight transfer), got {kinds}"
+                )
             self._transfer = join_transfer(self._control, self._source, backend, policy)
         except (ServerError, RuntimeError) as error:  # of gloo, too
-            raise UsageError(f"vllm_servers: want servers that can be used, got {error}") from error
+            raise UsageError(f"vllm_servers: expected servers that can be used, got {error}") from error
         self._check()
 
     def _send(self, weights: dict[str, Tensor]) -> None:
@@ -209,7 +211,7 @@ class Control:
         for url, answer in zip(self.urls, self.all("weight_info", post=False), strict=True):
             if answer["weight_version"] != self.version:
                 raise ServerError(
-                    f"{url}: want a server for this run alone, got one that another has taken, or a new one"
+                    f"{url}: expected a server for this run alone, got one that another has taken, or a new one"
                 )
 
     def _next_version(self) -> str:
@@ -257,7 +259,7 @@ def check_server(url: str, policy: Policy, version: str, longest: int, control: 
 
     def want(name: str, wanted: Any, got: Any, flag: str, *, met: bool | None = None) -> None:
         if not (got == wanted if met is None else met):
-            raise UsageError(f"vllm_servers: want {name} {wanted} of {url}, got {got}: {flag}")
+            raise UsageError(f"vllm_servers: expected {name} {wanted} of {url}, got {got}: {flag}")
 
     def get(path: str) -> Any:
         return control.one(url, path, post=False, timeout=QUICK)
@@ -268,7 +270,7 @@ def check_server(url: str, policy: Policy, version: str, longest: int, control: 
         server = get("server_info?config_format=json")["vllm_config"]
     except ServerError as error:
         raise UsageError(
-            f"vllm_servers: want VLLM_SERVER_DEV_MODE=1 in the environment of {url}, got {error}: {START}"
+            f"vllm_servers: expected VLLM_SERVER_DEV_MODE=1 in the environment of {url}, got {error}: {START}"
         ) from error
     model, transfer = server["model_config"], str((server["weight_transfer_config"] or {}).get("backend"))
     on_cpu, on_gpus = server["device_config"]["device"] == "cpu", policy.device.type == "cuda"

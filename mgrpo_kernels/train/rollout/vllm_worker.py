@@ -87,7 +87,7 @@ class GlooEngine(NCCLWeightTransferEngine):
         group: Any = self.model_update_group
         model: Any = self.model  # whose load_weights nn.Module does not declare
         if group is None:
-            raise RuntimeError("weights: want a trainer that has made itself known, got none")
+            raise RuntimeError("weights: expected a trainer that has made itself known, got none")
         error: Exception | None = None
         for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
             weight = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")

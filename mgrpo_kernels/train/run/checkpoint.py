@@ -240,9 +240,9 @@ def load(path: Path) -> dict[str, Any]:
         for name, size in facts["files"].items():
             found = (path / name).stat().st_size
             if found != size:
-                raise CheckpointError(f"checkpoint: want {path / name} of {size} bytes, got {found}")
+                raise CheckpointError(f"checkpoint: expected {path / name} of {size} bytes, got {found}")
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"checkpoint: want a complete one in {path}, got {cause(error)}") from error
+        raise CheckpointError(f"checkpoint: expected a complete one in {path}, got {cause(error)}") from error
     return {**facts, "path": path}
 
 
@@ -255,7 +255,7 @@ def restore(facts: dict[str, Any], learner: Learner) -> None:
     """
     if (learner.momentum is None) != (facts["momentum_updates"] is None):
         wanted = "no momentum model" if learner.momentum is None else "a momentum model"
-        raise UsageError(f"resume: want a run with {wanted}, as these options need, got one that differs")
+        raise UsageError(f"resume: expected a run with {wanted}, as these options need, got one that differs")
     state = state_of(learner)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     with reading(facts["path"]):
@@ -263,7 +263,7 @@ def restore(facts: dict[str, Any], learner: Learner) -> None:
     if shapes != there:
         differing = next(each for each in sorted({*shapes, *there}) if shapes.get(each) != there.get(each))
         wanted, got = (str(each.get(differing, "nowhere")) for each in (shapes, there))
-        raise UsageError(f"resume: want a checkpoint of this model, {differing} {wanted}, got {got}")
+        raise UsageError(f"resume: expected a checkpoint of this model, {differing} {wanted}, got {got}")
     with reading(facts["path"]):
         dcp.load(state, storage_reader=dcp.FileSystemReader(facts["path"]), no_dist=parallel.world() == 1)
     if learner.momentum is not None:
@@ -288,7 +288,7 @@ def resume(directory: Path, learner: Learner, write_line: Callable[[str], None])
         except (CheckpointError, RuntimeError) as error:
             write_line(f"warning: {error}. It is left out")
     if paths:
-        raise CheckpointError(f"checkpoint: want one in {directory} that can be read, got {len(paths)} that cannot")
+        raise CheckpointError(f"checkpoint: expected one in {directory} that can be read, got {len(paths)} that cannot")
     return None
 
 
@@ -321,7 +321,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, dcp.api.CheckpointException) as error:  # torch's is no Exception
-        raise CheckpointError(f"checkpoint: want a readable one in {path}, got {cause(error)}") from error
+        raise CheckpointError(f"checkpoint: expected a readable one in {path}, got {cause(error)}") from error
 
 
 def cause(error: BaseException) -> str:

@@ -22,11 +22,11 @@ def check_output(output: Path, *, resume: bool) -> None:
     """Raise UsageError where `output` holds another run, or cannot be resumed."""
     holds_a_run = (output / "config.yaml").exists()
     if output.exists() and not output.is_dir():
-        raise UsageError(f"output: want a directory, got the file {output}")
+        raise UsageError(f"output: expected a directory, got the file {output}")
     if holds_a_run and not resume:
-        raise UsageError(f"output: want a directory without a run, or --resume to go on with it, got {output}")
+        raise UsageError(f"output: expected a directory without a run, or --resume to go on with it, got {output}")
     if resume and not holds_a_run:
-        raise UsageError(f"resume: want a directory with a run (config.yaml), got {output}")
+        raise UsageError(f"resume: expected a directory with a run (config.yaml), got {output}")
 
 
 def check_resume(config: Config, output: Path) -> list[str]:
@@ -38,7 +38,7 @@ def check_resume(config: Config, output: Path) -> list[str]:
     before, now = build(read_yaml(output / "config.yaml")).values(), config.values()
     for name in ("model", "seed", "lora_rank", "lora_alpha", "lora_targets"):
         if now[name] != before[name]:
-            raise UsageError(f"{name}: want {before[name]}, which the run in {output} began with, got {now[name]}")
+            raise UsageError(f"{name}: expected {before[name]}, which the run in {output} began with, got {now[name]}")
     return [f"changed: {name}: {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
 
 

@@ -45,9 +45,9 @@ def log_in(run: RunConfig) -> None:
     try:
         able = not online() or wandb.login() or not online()  # who is asked may choose to be offline
     except (wandb.errors.Error, ValueError) as error:
-        raise UsageError(f"wandb: want a login (wandb login) or WANDB_MODE=offline, got: {error}") from error
+        raise UsageError(f"wandb: expected a login (wandb login) or WANDB_MODE=offline, got: {error}") from error
     if not able:
-        raise UsageError("wandb: want a login (wandb login) or WANDB_MODE=offline, got neither")
+        raise UsageError("wandb: expected a login (wandb login) or WANDB_MODE=offline, got neither")
 
 
 def open_loggers(config: Config, output: Path, past: Iterable[Line]) -> list[Logger]:
@@ -122,7 +122,7 @@ class Once:
         self._file, self._kind = output / "loggers.json", kind
         known = self._read().get(kind, {})
         if known and known["project"] != project:
-            raise UsageError(f"{kind}: want {known['project']}, the project that the run began in, got {project}")
+            raise UsageError(f"{kind}: expected {known['project']}, the project that the run began in, got {project}")
         self._state = known or {"project": project, "run": f"{output.name}-{uuid.uuid4().hex[:8]}", "step": -1}
         self._save()
         self._send, self._end = open_run(project, self._state["run"], config, output)

@@ -64,7 +64,7 @@ class Lines:
         self._file = path.open("ab")
         if self._file.tell() < size:
             raise UsageError(
-                f"{path}: want at least the {size} bytes that the checkpoint knows of, got {self._file.tell()}"
+                f"{path}: expected at least the {size} bytes that the checkpoint knows of, got {self._file.tell()}"
             )
         self._file.truncate(size)
         self._file.seek(size)  # else tell() would go on counting from the old end
