@@ -189,6 +189,7 @@ class NativeCopy(Copy):
         self.built = place.with_name(place.name + "-built")
         shutil.rmtree(self.built, ignore_errors=True)
         shutil.copytree(place / "build", self.built)
+        self.libraries = {path: path.read_bytes() for path in (place / "mgrpo_kernels").glob("_C*.so")}
 
     def build(self) -> str:
         """Build what has changed; return why it cannot be built, empty if it can."""
@@ -202,12 +203,16 @@ class NativeCopy(Copy):
         return f"does not compile: {errors[0]}".replace(str(self.place), ".")[:300]
 
     def judge(self, mutation: Mutation) -> Result:
-        """Apply a mutation, run its tests and undo it, the file's time included."""
+        """Apply a mutation, run its tests and undo it, the file's time and the built library included."""
         path = self.place / mutation.file
         times = path.stat() if path.exists() else None
         try:
             return super().judge(mutation)
         finally:
+            for library, content in self.libraries.items():  # the next baseline must not run with this mutant
+                library.unlink(missing_ok=True)  # a new file: a process may still have the old one mapped
+                library.write_bytes(content)
+                os.utime(library, ns=(0, 0))  # older than any build
             if times is not None:
                 os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 

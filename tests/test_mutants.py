@@ -144,6 +144,36 @@ def test_the_copy_is_what_is_tested(project):
     assert "expected tests to import the package from" in str(stopped.value.__cause__)
 
 
+def test_the_library_of_one_mutant_is_not_the_baseline_of_the_next(project, monkeypatch):
+    """Each of two selections passes without its mutation, though the mutant built before fails both."""
+
+    def build(copy):
+        source = copy.place / "csrc" / "value.cpp"
+        (copy.place / "build").mkdir(exist_ok=True)
+        (copy.place / "mgrpo_kernels" / "_C.so").write_text(source.read_text())
+        return ""
+
+    monkeypatch.setattr(mutants_copies.NativeCopy, "build", build)
+    (project / "csrc").mkdir()
+    (project / "csrc" / "value.cpp").write_text("one two")
+    (project / "tests" / "test_native.py").write_text(
+        "from pathlib import Path\n"
+        "def read():\n    return (Path(__file__).parents[1] / 'mgrpo_kernels' / '_C.so').read_text().split()\n"
+        "def test_first():\n    assert read() == ['one', 'two']\n"
+        "def test_second():\n    assert read() == ['one', 'two']\n"
+    )
+    subprocess.run(["git", "add", "."], cwd=project, check=True)
+    entries = [
+        entry("a", "one", "1", "tests/test_native.py -k first").replace("mgrpo_kernels/__init__.py", "csrc/value.cpp"),
+        entry("b", "two", "2", "tests/test_native.py -k second").replace("mgrpo_kernels/__init__.py", "csrc/value.cpp"),
+    ]
+    status, found = check(project, *entries)
+    assert (status, {name: by for name, (_, by) in found.items()}) == (
+        0,
+        {"a": "tests/test_native.py::test_first", "b": "tests/test_native.py::test_second"},
+    )
+
+
 def test_names_are_different_and_mutations_change_something(project):
     with pytest.raises(ValueError, match="got twice: one"):
         check(project, entry("one", "a", "b"), entry("one", "a", "c"))

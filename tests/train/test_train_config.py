@@ -32,7 +32,10 @@ BAD = {
     "truncated": ("drop", "truncated: expected one of keep, mask"),
     "loss_type": ("ppo", "loss_type: expected one of grpo"),
     "engine": ("sglang", "engine: expected one of transformers, vllm, got 'sglang'"),
-    "top_p": (0.9, "top_p: expected 1.0 for training, got 0.9: a truncated sampler draws tokens from another distribution"),
+    "top_p": (
+        0.9,
+        "top_p: expected 1.0 for training, got 0.9: a truncated sampler draws tokens from another distribution",
+    ),
     "top_k": (50, "top_k: expected 0 for training, got 50"),
     "vllm_memory": (1.5, "vllm_memory: expected a finite number > 0.0 and <= 1.0, got 1.5"),
     "vllm_cache_gib": (0.0, "vllm_cache_gib: expected a finite number > 0.0, got 0.0"),
