@@ -148,13 +148,13 @@ def _serve() -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off: ours holds
 
     @lru_cache(maxsize=4096)
-    def read(answer: str) -> list:
+    def read(answer: str) -> object:
         return parse(f"${answer}$", parsing_timeout=None)
 
     def equal(first: str, second: str) -> bool:
         one, two = read(first), read(second)
         # verify() tells the gold answer from the other one, and may differ by direction: x > 2 and (2, oo).
-        return verify(one, two, timeout_seconds=None) or verify(two, one, timeout_seconds=None)
+        return bool(verify(one, two, timeout_seconds=None) or verify(two, one, timeout_seconds=None))
 
     equal("x + 1", "1 + x")  # the first question loads what the others need: not on its time
     print(_READY, file=replies, flush=True)

@@ -47,6 +47,7 @@ def wrong_torch(extension: Path, version: str) -> str | None:
 def _build_report() -> str | None:
     """Return the reason that setup.py recorded if it did not build the extension."""
     try:
-        return importlib.import_module("mgrpo_kernels._build_report").REASON
+        reason: str | None = importlib.import_module("mgrpo_kernels._build_report").REASON
     except ImportError:
         return None
+    return reason

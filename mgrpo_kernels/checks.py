@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
+
+Choice = TypeVar("Choice", bound=str)
 
 
 def _dtype_names(dtypes: Iterable[torch.dtype]) -> str:
@@ -51,11 +53,12 @@ def check_tensor(
     return value
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
     """Return `value` if it is one of `choices`, else raise ValueError."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
+    choice: Choice = value
+    return choice
 
 
 def check_number(

@@ -160,7 +160,7 @@ def _fused(actor: Any, head: nn.Linear, call: _Call) -> Iterator[None]:
         if before is None:
             del head.forward
         else:
-            head.forward = before  # type: ignore[method-assign, assignment]
+            head.forward = before  # type: ignore[method-assign]
         actor.temperature = call.temperature
         _call.reset(token)
 

@@ -202,7 +202,10 @@ def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
         most = config.get("clip_ratio_c", 3.0)
         if most < 1.0 + high:
             patch.fall_back(LOSS, f"expected clip_ratio_c >= 1 + clip_ratio_high = {1.0 + high:g}, got {most:g}")
-            return own(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
+            plain: tuple[Tensor, dict[str, Any]] = own(
+                old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights
+            )
+            return plain
         mask = response_mask.bool()
         loss_type, normalizer = aggregation(loss_agg_mode, mask, config.global_batch_info)
         # A weight is never negative: it scales the surrogate whichever side of the clip it is on.

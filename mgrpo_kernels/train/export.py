@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import build, read_yaml
-from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.errors import CheckpointError, UsageError
 from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, unreadable
 from mgrpo_kernels.train.run import checkpoint
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"written: {given.to}, the {given.weights} of {found}")

@@ -225,7 +225,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for unit in _units(model):
             unit.reshard()
         model.set_reshard_after_forward(True)
-        model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # the head is used after the decoder
+        model.set_reshard_after_forward(False, recurse=False)  # the head is used after the decoder
 
 
 def _run(model: nn.Module, work: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:

@@ -39,9 +39,10 @@ class FusedHead:
         reason = unsupported(hidden, weight, outputs)
         if reason is not None:
             self._patch.fall_back(NAME, reason)
-            return self._own.apply(
+            plain: tuple[Tensor | None, ...] = self._own.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
+            return plain
         # As TRL: outside autocast the head's parameters are cast to the hidden states' dtype.
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         stats = linear_token_stats(

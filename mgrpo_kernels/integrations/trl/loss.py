@@ -162,8 +162,10 @@ def normalizer(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
     accumulation = trainer.current_gradient_accumulation_steps if training else 1
 
     def share_of(count: Tensor) -> Tensor:  # of the generation batch, for a micro-batch of an accumulation window
-        share = count.clamp(min=1.0) / trainer.accelerator.num_processes
-        return share * accumulation / trainer.args.steps_per_generation if training else share
+        share: Tensor = count.clamp(min=1.0) / trainer.accelerator.num_processes
+        if training:
+            share = share * accumulation / trainer.args.steps_per_generation
+        return share
 
     if loss_type in _OVER_GENERATION_BATCH:
         return share_of(inputs["num_items_in_batch"])
@@ -173,7 +175,8 @@ def normalizer(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
         sequences = share_of(inputs["sequences_in_batch"])
     else:
         sequences = torch.full((), mask.shape[0] * accumulation, device=mask.device)
-    return LOSSES[loss_type].normalizer(None, sequences, trainer.max_completion_length)
+    divisor: Tensor = LOSSES[loss_type].normalizer(None, sequences, trainer.max_completion_length)
+    return divisor
 
 
 def log_ratios(trainer: Any, log: Any, inputs: dict[str, Any], logprobs: Tensor, mask: Tensor) -> None:

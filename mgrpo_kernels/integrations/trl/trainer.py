@@ -85,7 +85,7 @@ class MGRPOTrainer(GRPOTrainer):
             raise ValueError(f"reward_weights: expected None without reward_funcs, got {args.reward_weights}")
         functions: Any = majority_vote_reward if self.uses_method_rewards else reward_funcs
         super().__init__(model, functions, args, **more)
-        self.momentum_rollouts = int(args.momentum_rollouts)  # type: ignore[arg-type]  # filled in when the config was built
+        self.momentum_rollouts = int(args.momentum_rollouts)  # filled in when the config was built
         self.answer_field = self._find_answer_field()
         for name, used in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if used:
@@ -135,7 +135,7 @@ class MGRPOTrainer(GRPOTrainer):
 
     def by_momentum(self, rows: int) -> Tensor:
         """Return which of this process's `rows` rollouts are the momentum model's, ``(rows,)`` bool: the last of each group."""
-        index_in_group = (torch.arange(rows) + self.accelerator.process_index * rows) % self.num_generations
+        index_in_group: Tensor = (torch.arange(rows) + self.accelerator.process_index * rows) % self.num_generations
         return index_in_group >= self.num_generations - self.momentum_rollouts
 
     def _generate_single_turn(
@@ -204,7 +204,9 @@ class MGRPOTrainer(GRPOTrainer):
         return found
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B, functions)
+        per_function: Tensor = super()._calculate_rewards(
+            inputs, prompts, completions, completion_ids_list
+        )  # (B, functions)
         training, device = self.model.training, per_function.device
         own = None
         if not self.uses_method_rewards:
@@ -236,7 +238,8 @@ class MGRPOTrainer(GRPOTrainer):
         gather = self.accelerator.gather
 
         def gathered(values: Tensor) -> Tensor:
-            return gather(nn.functional.pad(values, (0, width - values.shape[1]))).cpu()
+            rows: Tensor = gather(nn.functional.pad(values, (0, width - values.shape[1])))
+            return rows.cpu()
 
         stats = {name: gathered(values) for name, values in self._stats.items()}
         momentum = self.by_momentum(len(ids)) if training else torch.zeros(len(ids), dtype=torch.bool)

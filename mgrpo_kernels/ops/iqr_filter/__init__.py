@@ -102,7 +102,9 @@ def iqr_filter_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return keep ``(B,)``, lower, q1 and q3 ``(P,)``."""
     sequences.check_offset_values("groups", offsets, entropy.shape[0])
-    return backends.implementation(OP, backend).forward(entropy.contiguous(), offsets, mask, k)
+    implementation = backends.implementation(OP, backend)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.forward(entropy.contiguous(), offsets, mask, k)
+    return outputs
 
 
 @iqr_filter_op.register_fake

@@ -12,4 +12,5 @@ __all__ = ["forward", "unsupported"]
 
 def forward(entropy: Tensor, offsets: Tensor, mask: Tensor | None, k: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return keep ``(B,)``, lower, q1, q3 ``(P,)``."""
-    return torch.ops.mgrpo_native.iqr_filter(entropy, offsets, mask, k)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mgrpo_native.iqr_filter(entropy, offsets, mask, k)
+    return outputs

@@ -220,7 +220,7 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
         if rows is not None:
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
     grads = [hidden.new_empty(0) if grad is None else grad.to(hidden.dtype) for grad in (grad_hidden, *others)]
-    return loss.total, loss.metrics, *grads  # type: ignore[return-value]
+    return loss.total, loss.metrics, *grads
 
 
 def _tokens_of(given: dict[str, Any], form: LossOptions, rows: Tensor | None) -> tuple[Tokens, Tensor]:

@@ -55,9 +55,10 @@ def group_advantages(
     """
     checked = check_groups(rewards, groups, mask, "mask", baseline, scale, eps)
     name = backends.choose(OP, backend, rewards.device, rewards.dtype)
-    return group_advantages_op(
+    advantages: Tensor = group_advantages_op(
         checked.rewards, checked.offsets, checked.mask, checked.baseline, checked.scale, checked.eps, name
     )
+    return advantages
 
 
 @takes_options

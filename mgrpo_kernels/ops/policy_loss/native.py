@@ -14,7 +14,7 @@ __all__ = ["forward", "group_advantages", "unsupported"]
 
 def group_advantages(groups: Groups) -> Tensor:
     """Return the advantages ``(B,)``."""
-    return torch.ops.mgrpo_native.group_advantages(
+    advantages: Tensor = torch.ops.mgrpo_native.group_advantages(
         groups.rewards,
         groups.offsets,
         groups.mask,
@@ -22,6 +22,7 @@ def group_advantages(groups: Groups) -> Tensor:
         SCALES.index(groups.scale),
         groups.eps,
     )
+    return advantages
 
 
 def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,7 +31,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     if groups is not None:
         advantages, rollout_mask = group_advantages(groups), groups.mask
     loss = LOSSES[options.loss_type]
-    return torch.ops.mgrpo_native.policy_loss(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mgrpo_native.policy_loss(
         **(tokens._asdict() | {"advantages": advantages}),
         rollout_mask=rollout_mask,
         names={
@@ -44,3 +45,4 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
         numbers=scalars(options),
         flags={"kl_bias_correction": options.kl_bias_correction, "per_sequence": loss.surrogate.per_sequence},
     )
+    return outputs

@@ -99,7 +99,8 @@ def group_advantages_op(
     """Return the advantages ``(B,)``."""
     sequences.check_offset_values("groups", offsets, rewards.shape[0])
     groups = Groups(rewards, offsets, mask, baseline, scale, eps)
-    return backends.implementation(OP, backend).group_advantages(groups)
+    advantages: Tensor = backends.implementation(OP, backend).group_advantages(groups)
+    return advantages
 
 
 @group_advantages_op.register_fake
@@ -115,7 +116,10 @@ def policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences.check_offset_values("cu_seqlens", tokens.offsets, tokens.logprob.shape[0])
     if groups is not None:
         sequences.check_offset_values("groups", groups.offsets, groups.rewards.shape[0])
-    return backends.implementation(OP, given["backend"]).forward(tokens, groups, form)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = backends.implementation(OP, given["backend"]).forward(
+        tokens, groups, form
+    )
+    return outputs
 
 
 @policy_loss_op.register_fake

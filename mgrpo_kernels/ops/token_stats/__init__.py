@@ -127,9 +127,10 @@ def token_stats_op(
     if labels is not None and (debug or logits.device.type == "cpu"):
         checks.check_label_values(labels.squeeze(-1) if labels.shape[-1] == 1 else labels, mask, logits.shape[-1])
     wanted = Wanted(want_logprob, want_entropy, want_self_certainty)
-    return backends.implementation(OP, backend).forward(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = backends.implementation(OP, backend).forward(
         logits, labels, mask, temperature if temperature_per_row is None else temperature_per_row, wanted
     )
+    return outputs
 
 
 @token_stats_op.register_fake

@@ -20,7 +20,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob ``(..., K)``, entropy, self_certainty, logsumexp ``(...)``; those not wanted are empty."""
     per_row, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
-    return torch.ops.mgrpo_native.token_stats_forward(logits, labels, mask, per_row, number, *wanted)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mgrpo_native.token_stats_forward(
+        logits, labels, mask, per_row, number, *wanted
+    )
+    return outputs
 
 
 def backward(

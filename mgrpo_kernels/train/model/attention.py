@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,7 +66,8 @@ def attention(
         UnpackableError: an option of the layer that would change the result and that layouts do not have.
     """
     if layout is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+        sdpa: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **others
         )
     odd = [name for name, given in others.items() if given is not None and name not in HARMLESS]
@@ -311,8 +312,16 @@ class Varlen(NamedTuple):
         """Return the outputs in the order of `queries`. Its causal mask is aligned to the last query and key, which is what is wanted."""
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(  # under autocast the rotation leaves q and k in float32
-            gather_rows(q, self.queries).to(v.dtype), gather_rows(k, self.keys).to(v.dtype), gather_rows(v, self.keys),
-            self.cu_queries, self.cu_keys, *self.longest, softmax_scale=scale, causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0), deterministic=True,
-        ).to(q.dtype)  # fmt: skip
+        outputs: Tensor = flash_attn_varlen_func(
+            gather_rows(q, self.queries).to(v.dtype),  # under autocast the rotary embedding returns q and k in float32
+            gather_rows(k, self.keys).to(v.dtype),
+            gather_rows(v, self.keys),
+            self.cu_queries,
+            self.cu_keys,
+            *self.longest,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            deterministic=True,
+        )
+        return outputs.to(q.dtype)

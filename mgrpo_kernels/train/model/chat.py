@@ -49,10 +49,11 @@ def render(tokenizer: Any, turns: list[dict[str, str]], *, begin_answer: bool) -
         UsageError: the template fails.
     """
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer)
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer)
     except Exception as error:  # a template is a program, and may raise what it likes
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"chat_template: expected a template that takes a user's turn, got {reason}") from error
+    return text
 
 
 def ends_a_turn(tokenizer: Any, ends: Collection[int]) -> bool:

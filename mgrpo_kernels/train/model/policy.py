@@ -78,7 +78,8 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
@@ -90,7 +91,8 @@ class Policy:
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``: causal, so padding reaches nothing before it."""
-        return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return states
 
     def packed_hidden(self, ids: Tensor, positions: Tensor, layout: attention.Layout) -> Tensor:
         """Return hidden states ``(T, H)`` of token ids ``(1, T)`` at `positions`, which see each other as the layout says."""
@@ -101,7 +103,8 @@ class Policy:
         out = self.model.get_decoder()(
             input_ids=ids, position_ids=positions, attention_mask=self._no_mask, use_cache=False, layout=layout
         )
-        return out.last_hidden_state[0]
+        states: Tensor = out.last_hidden_state
+        return states[0]
 
     def how(self) -> str:
         """Say how sequences go through the model."""
@@ -173,10 +176,12 @@ class Policy:
             logits_to_keep=1,
             **{self._cache_name: cache},
         )
-        return out.logits[:, -1]
+        logits: Tensor = out.logits
+        return logits[:, -1]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts))["input_ids"]
+        tokens: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
+        return tokens
 
     def decode(self, tokens: Tensor, mask: Tensor) -> list[str]:
         """Return the texts of ``(B, R)`` responses, without special tokens."""

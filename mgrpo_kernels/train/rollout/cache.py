@@ -124,8 +124,12 @@ class SharedCache:
     def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
         """See :class:`Cache`."""
         U = len(self.lengths)
+
+        def of_prompts(rows: Tensor) -> Tensor:
+            return rows.view(U, -1, *rows.shape[1:])[prompts].flatten(0, 1)
+
         for layer, (keys, values) in enumerate(self.prompt):
-            self.prompt[layer] = tuple(each.unflatten(0, (U, -1))[prompts].flatten(0, 1) for each in (keys, values))  # type: ignore[assignment]
+            self.prompt[layer] = (of_prompts(keys), of_prompts(values))
         for layer, (keys, values) in self.own.items():
             self.own[layer] = chosen(keys, prompts, rollouts), chosen(values, prompts, rollouts)
         self.lengths, self.copies, self._positions = self.lengths[prompts], rollouts.shape[1], None

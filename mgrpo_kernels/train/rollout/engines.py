@@ -40,4 +40,5 @@ ENGINES = {
 def engine_class(config: Config) -> type[RolloutEngine]:
     """Return the class of the engine that the configuration names. Its module is imported, its package is not."""
     info = ENGINES[config.rollout.engine]
-    return getattr(importlib.import_module(info.module), info.class_name)
+    engine: type[RolloutEngine] = getattr(importlib.import_module(info.module), info.class_name)
+    return engine

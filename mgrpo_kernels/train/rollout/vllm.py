@@ -335,7 +335,9 @@ def checkpoint_weights(model: Any, *, untie: bool) -> dict[str, Tensor]:
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=not untie)}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    return revert_weight_conversion(model, {k: v for k, v in merged_weights(model).items() if k not in tied})
+    untied = {name: weight for name, weight in merged_weights(model).items() if name not in tied}
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, untied)
+    return reverted
 
 
 @contextlib.contextmanager

@@ -176,7 +176,8 @@ class Run:
             self._act_on(signs, line)
         for sink in (self.metrics, *self.loggers):
             sink.write(line)
-        return line["guard"]
+        action: str | None = line["guard"]
+        return action
 
     def _act_on(self, signs: list[str], line: dict[str, Any]) -> None:
         """Warn of signs of collapse, enter them in the line, and go back to the best checkpoint where the guard says so."""
