@@ -1,4 +1,4 @@
-"""Builds the extension ``mgrpo_kernels._C`` from csrc/; everything else is in pyproject.toml.
+"""Builds the extension ``mgrpo_kernels._C`` from csrc/, and sets the licence and the description; everything else is in pyproject.toml.
 
 Without torch or a C++ compiler the package installs without the extension, and ``mgrpo_kernels/_build_report.py`` records the reason.
 A source file that is missing, or one that does not compile, is always an error. The environment variable MGRPO_REQUIRE_NATIVE decides
@@ -7,6 +7,7 @@ otherwise: 1 makes a missing torch or compiler an error too, and 0 installs with
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -174,5 +175,20 @@ extension = CppExtension(
         *([] if NO_TORCH else [torch.version.__file__]),
     ],
 )
+
+
+def long_description():
+    """Return README for a package index, which has neither the figures nor the other pages: without its relative links and images."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[([^\]]*)\]\((?!https?:)[^)]*\)", r"*Figure in the repository: \1.*", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 # The licence is given here since setuptools before 77 refuses the SPDX form in pyproject.toml, and later ones deprecate the older form.
-setup(license="Apache-2.0", ext_modules=[extension], cmdclass={"build_ext": BuildNative})
+setup(
+    license="Apache-2.0",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -50,3 +50,23 @@ def test_the_first_example_prints_what_stands_below_it():
     code, output = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL).groups()
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == output
+
+
+def test_the_first_screen_has_what_a_stranger_looks_for():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, *_ = text.partition("\n## ")
+    assert first.count("\n") <= 50
+    for word in ("**Why.**", "**Status.**", "pip install", "```python", "make train"):
+        assert word in first
+
+
+def test_the_description_on_a_package_index_has_no_relative_links():
+    """A package index shows README without the other pages and figures: a relative link would be broken there."""
+    command = [sys.executable, "setup.py", "--quiet", "--long-description"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("# mgrpo_kernels")
+    assert re.findall(r"\]\((?!https?:)[^)]*\)", shown) == []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for alternative in re.findall(r"!\[([^\]]*)\]", readme):
+        assert alternative in shown
+    assert re.findall(r"```.*?```", shown, re.DOTALL) == re.findall(r"```.*?```", readme, re.DOTALL)
