@@ -114,6 +114,20 @@ def test_several_blocks_of_rows(backend, dtype):
 
 
 @each_backend(OP)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_blocks_of_columns(backend, dtype):
+    """The native kernel reads a tile in blocks of 2048 columns, each with its own part of the bias."""
+    *tensors, labels = make(dtype, rows=24, vocab=2 * 2048 + 100, bias=True)
+    weights = torch.randn(3, 24)
+    truth = run(lambda h, w, b: plain(h, w, b, labels), [t.double() for t in tensors], weights)
+    usual = run(lambda h, w, b: plain(h, w, b, labels), tensors, weights)
+    got = run(lambda h, w, b: linear_token_stats(h, w, labels, bias=b, stats=ALL, backend=backend), tensors, weights)
+    for part in (0, 1):
+        for mine, theirs, true in zip(got[part], usual[part], truth[part], strict=True):
+            assert_no_worse_than_plain(mine, theirs, true, floor=1e-5)
+
+
+@each_backend(OP)
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])  # where nobody knows how many rows are kept
 def test_masked_rows_never_leak(backend, as_on_a_gpu, monkeypatch):
     if as_on_a_gpu:

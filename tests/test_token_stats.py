@@ -34,6 +34,31 @@ def ours(logits, labels, backend, **kwargs):
     return token_stats_from_logits(logits, labels, stats=ALL, backend=backend, **kwargs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_several_parts_have_the_same_bits_shared_by_threads_or_not(dtype):
+    """The native kernel sums a row as parts of 4 blocks; few rows share them among threads, many rows take one thread each."""
+    vocab = 2 * 4 * BLOCK + 5
+    logits = (torch.randn(3, vocab) * 4 + torch.linspace(-20, 20, vocab)).to(
+        dtype
+    )  # the maximum grows from part to part
+    labels = torch.tensor([0, vocab - 1, 4 * BLOCK])
+    few = ours(logits, labels, "native")
+    many = ours(logits.repeat(400, 1), labels.repeat(400), "native")  # more than any number of threads shares
+    truth, float32 = plain(logits.double(), labels), plain(logits.float(), labels)
+    for one, each, usual, true in zip(few, many, float32, truth, strict=True):
+        assert torch.equal(one.repeat(400), each)
+        assert_no_worse_than_plain(one, usual, true, floor=2e-6)
+
+
+def test_the_native_exponential_is_exact_to_rounding():
+    logits = torch.zeros(4001, 2)
+    logits[:, 1] = torch.linspace(-2, 0, 4001)
+    logits.requires_grad_()
+    ours(logits, torch.zeros(4001, dtype=torch.long), "native")[0].sum().backward()
+    truth = torch.softmax(logits.detach().double(), -1)[:, 1]
+    assert ((logits.grad[:, 1].double() + truth).abs() / truth).max() < 5e-7
+
+
 @each_backend(OP)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 31, BLOCK - 1, BLOCK, BLOCK + 1, 5000])

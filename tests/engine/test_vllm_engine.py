@@ -250,6 +250,15 @@ def test_an_exchange_that_fails_is_the_end(policy: Policy, monkeypatch: pytest.M
         draw(engine)
 
 
+def test_a_prefix_cache_that_vllm_keeps_is_an_error(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have keys and values of the weights before."""
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(EngineError, match="the prefix cache was in use and kept"):
+        draw(engine)
+    monkeypatch.undo()
+    engine._whole = True  # the exchange itself was whole
+
+
 def small(**changes: Any) -> Policy:
     """Return a small Qwen2 with tied embeddings and biases."""
     torch.manual_seed(0)

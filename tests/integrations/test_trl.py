@@ -21,6 +21,7 @@ from mgrpo_kernels.integrations.trl import patched
 OFF_POLICY = {"steps_per_generation": 4, "num_iterations": 2}
 LOSSES = {
     "grpo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "delta": 1.25, **OFF_POLICY},
+    "grpo, token": {"loss_type": "grpo", "delta": 1.25, **OFF_POLICY},
     "bnpo": {"loss_type": "bnpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.6, **OFF_POLICY},
     "dapo": {"loss_type": "dapo", "beta": 0.2, "use_bias_correction_kl": True, "epsilon_high": 0.28, **OFF_POLICY},
     "dapo, on-policy": {"loss_type": "dapo", "beta": 0.1, "gradient_checkpointing": True, "entropy_coef": 0.01},
