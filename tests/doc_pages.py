@@ -11,6 +11,9 @@ RUN = ("python", "bash")  # what these two hold is run; a transcript or a file's
 SHOWN = ("", "text", "yaml", "json", "toml", "html", "diff")
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 FENCE = re.compile(r"^(\s*)(```+|~~~+)\s*([\w-]*)")
+FENCED = re.compile(r"^(\s*)(```+|~~~+).*?^\s*\2\s*$", re.DOTALL | re.MULTILINE)
+SOURCE = re.compile(r"\.(py|sh|cpp|h|toml)$")
+PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\.|[<>]")
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 
 
@@ -58,6 +61,31 @@ def prose(page: Path) -> str:
             continue
         kept.append(line)
     return re.sub(r"(`+)(?:(?!\1).)+\1", "``", "\n".join(kept))
+
+
+def named_files(page: Path, tracked: set[str]) -> set[str]:
+    """Return the words in a page's code that name a file or folder of the repository: those below a folder of it, and all sources.
+
+    `tracked` are the repository's files. What the page's own commands write is left out, and so are placeholders such as NAME.json and <device>.
+    """
+    text = page.read_text(encoding="utf-8")
+    code = [block.text for block in blocks(page) if block.language in ("bash", "yaml", "toml")]
+    code += [match[2] for match in re.finditer(r"(`+)((?:(?!\1)[^\n])+)\1", FENCED.sub("", text))]
+    written = {match[1] for part in code for match in re.finditer(r"(?:>>?|--out) *([\w./-]+)", part)}
+    folders = {path.partition("/")[0] for path in tracked if "/" in path}
+    found = set()
+    for word in re.findall(r"[\w.*/<>-]+", "\n".join(code)):
+        name = word.rstrip(".")
+        below = "/" in name and name.partition("/")[0] in folders
+        if (below or SOURCE.search(name)) and not PLACEHOLDER.search(name) and name not in written:
+            found.add(name.rstrip("/"))
+    return found
+
+
+def is_tracked(name: str, tracked: set[str]) -> bool:
+    """Return True if a name, which may have leading folders left out or hold a *, is that of a file or folder."""
+    pattern = re.escape(name).replace(r"\*", "[^/]*")
+    return any(re.search(rf"(^|/){pattern}(/|$)", path) for path in tracked)
 
 
 def anchors(page: Path) -> set[str]:

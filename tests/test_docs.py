@@ -7,6 +7,7 @@ line before it says why not: `<!-- not run: needs a GPU -->`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -94,6 +95,46 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert inside or (ROOT / "docs") not in page.parents, f"{name(page)}: {target} is no page of the built docs"
         if anchor:
             assert anchor in doc_pages.anchors(file), f"{name(page)}: {target}; there are {doc_pages.anchors(file)}"
+
+
+@functools.cache
+def tracked() -> set[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return set(listed.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_named_files_exist(page: Path) -> None:
+    missing = [
+        each for each in sorted(doc_pages.named_files(page, tracked())) if not doc_pages.is_tracked(each, tracked())
+    ]
+    assert not missing, f"{name(page)}: expected files of the repository, got {missing}"
+
+
+def test_a_file_that_is_gone_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`tests/test_docs.py` `vote.py` `tests/mutations/*.toml` `csrc/cpu/` `python docs/generate.py` `runs/mine` `NAME.py` vote_of.py\n"
+        "`tests/gone.py` `tests/gone/*.toml` `_votes.py` `python docs/make.py` `csrc/gpu/`\n\n"
+        "```bash\ncat > mine.py < a\npython mine.py\npython benchmarks/recorded.py\n```\n"
+    )
+    found = doc_pages.named_files(page, tracked())
+    missing = {each for each in found if not doc_pages.is_tracked(each, tracked())}
+    assert {
+        "tests/test_docs.py",
+        "vote.py",
+        "tests/mutations/*.toml",
+        "csrc/cpu",
+        "docs/generate.py",
+    } == found - missing
+    assert missing == {
+        "tests/gone.py",
+        "tests/gone/*.toml",
+        "_votes.py",
+        "docs/make.py",
+        "csrc/gpu",
+        "benchmarks/recorded.py",
+    }
 
 
 @pytest.fixture(scope="module")
