@@ -48,19 +48,26 @@ def options() -> str:
 
 {WRITTEN}
 
-An option is `--like-this` on the command line and `like_this:` in the YAML file that `--config` names. The command line wins
-over the file, and the file over the defaults. "none" means: not set.
+On this page you can look up every option of `python -m mgrpo_kernels.train`, with its meaning, unit and default. `--help` prints the
+same texts.
 
-A value that makes no sense, alone or together with others, ends the command with status 2 before anything is written, and says
-which option, what was wanted and what came. `--dry-run` checks everything, prints the plan (every value, what follows from them,
-parameters, memory, time) and stops: [planning.md](planning.md).
+```bash
+python -m mgrpo_kernels.train --steps 100 --learning-rate 1e-4 --dry-run
+```
+
+An option is written `--like-this` on the command line and `like_this:` in the YAML file that `--config` names. The command line overrides
+the file, and the file overrides the defaults. "none" means that the option is not set.
+
+A value that is invalid, by itself or together with other options, ends the command with status 2 before anything is written. The error
+names the option, the expected value and the received value. `--dry-run` checks all options, prints [the plan](planning.md) (every value,
+the values that follow from them, parameters, memory, time) and stops.
 """
     for group in make_parser()._action_groups:
         rows = [(name_of(action), help_of(action)) for action in group._group_actions if action.dest != "help"]
         if rows:
             text += f"\n## {(group.title or '').capitalize()}\n\n{table('option', rows)}"
     changed = [(f"`--{name.replace('_', '-')}`", f"`{value}`") for name, value in OPTIONS.items()]
-    return f"{text}\n## The built-in task\n\nWithout `--model` and `--data` the defaults are these instead:\n\n{table('option', changed)}"
+    return f"{text}\n## The built-in task\n\nWithout `--model` and `--data` these defaults apply instead:\n\n{table('option', changed)}"
 
 
 def name_of(action: argparse.Action) -> str:
@@ -83,7 +90,8 @@ def presets() -> str:
 
 {WRITTEN}
 
-`--config NAME` takes one of these where no file of that name exists. Options on the command line win over it. None names data.
+With this page you can choose a preset to start from. `--config NAME` selects one of these presets, unless a file of that name exists,
+and options on the command line override it. No preset names data: give `--data`, and `--eval-data` for evaluations.
 
 <!-- not run: the model would be downloaded -->
 ```bash
@@ -105,12 +113,22 @@ def metrics() -> str:
 
 {WRITTEN}
 
-`metrics.jsonl` has a line a step, and every line every key of the first table, in this order. A figure that does not exist, or is
-not finite, is `null`, never NaN. A resumed run cuts the file back to its checkpoint: no step stands there twice. Which of the
-figures tell of collapse is said on [the guard's page](guard.md).
+With this page you can interpret every key of `metrics.jsonl`, the file that a run writes one line to after each step.
+
+<!-- not run: reads a run of yours; the page on your own model and data reads one that it makes -->
+```python
+import json
+
+for line in map(json.loads, open("runs/mine/metrics.jsonl")):
+    print(line["step"], line["reward_mean"], line.get("eval_accuracy"))
+```
+
+Every line has every key of the first table, in this order. A value that does not exist or is not finite is `null`, never NaN. A
+resumed run first cuts the file back to its checkpoint, so no step occurs twice. [The page on the guard](guard.md) lists the keys that
+are signs of collapse.
 
 {table("key", every)}
-On steps with an evaluation, step 0 (before the first) included, these as well:
+Lines of steps with an evaluation, including step 0, which is before the first step, also have these keys:
 
 {table("key", evaluation)}"""
 
