@@ -65,7 +65,7 @@ the values that follow from them, parameters, memory, time) and stops.
     for group in make_parser()._action_groups:
         rows = [(name_of(action), help_of(action)) for action in group._group_actions if action.dest != "help"]
         if rows:
-            text += f"\n## {(group.title or '').capitalize()}\n\n{table('option', rows)}"
+            text += f"\n## {(group.title or '')[:1].upper()}{(group.title or '')[1:]}\n\n{table('option', rows)}"
     changed = [(f"`--{name.replace('_', '-')}`", f"`{value}`") for name, value in OPTIONS.items()]
     return f"{text}\n## The built-in task\n\nWithout `--model` and `--data` these defaults apply instead:\n\n{table('option', changed)}"
 

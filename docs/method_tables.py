@@ -6,7 +6,7 @@ import dataclasses
 
 from figures import figure
 
-from mgrpo_kernels.method import METHODS, MOMENTUM_OPTIONS, MethodOptions
+from mgrpo_kernels.method import METHODS, MOMENTUM_OPTIONS, MethodOptions, help_of
 
 
 @figure
@@ -32,5 +32,5 @@ def method_options(prefix: str = "") -> str:
     for each in dataclasses.fields(MethodOptions):
         if not (prefix and each.name in MOMENTUM_OPTIONS):
             default = "none" if each.default is None else f"`{each.default}`"
-            lines.append(f"| `{prefix}{each.name}` | {default} | {each.metadata['help'].replace('<', '&lt;')} |")
+            lines.append(f"| `{prefix}{each.name}` | {default} | {help_of(each).replace('<', '&lt;')} |")
     return "\n".join(["| option | default | |", "|---|---|---|", *lines])

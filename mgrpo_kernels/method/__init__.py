@@ -1,13 +1,14 @@
-"""The method as a library: from what a step's rollouts are to what becomes of them.
+"""The method as a library: the filter, the vote, the rewards and the advantages of a step's rollouts.
 
-:func:`select` is a pure function from entropies, answers, groups and options to labels, rewards, who votes, who trains, advantages and
-metrics. :data:`METHODS` is the table of methods, and :class:`MethodOptions` what can be chosen. The trainer, TRL's MGRPOTrainer and verl's
-call these.
+:func:`select` is a pure function from entropies, answers, groups and options to labels, rewards, voters, trained rollouts, advantages and
+metrics. :data:`METHODS` is the table of methods, and :class:`MethodOptions` holds their options. The trainer, and MGRPOTrainer for TRL and
+for verl, call these.
 """
 
+from mgrpo_kernels.method.fields import Declared, check_fields, fields_of, help_of, option
 from mgrpo_kernels.method.gold import ANSWER_FIELDS, equal_to_gold, read_gold
-from mgrpo_kernels.method.methods import METHODS, Method, Signals
-from mgrpo_kernels.method.options import MOMENTUM_OPTIONS, SCOPES, SCORERS, MethodOptions, option
+from mgrpo_kernels.method.methods import METHODS, Method, MethodName, Signals
+from mgrpo_kernels.method.options import MOMENTUM_OPTIONS, SCOPES, SCORERS, MethodOptions
 from mgrpo_kernels.method.pruning import survivors
 from mgrpo_kernels.method.selection import Selection, select, who_trains
 
@@ -17,11 +18,16 @@ __all__ = [
     "MOMENTUM_OPTIONS",
     "SCOPES",
     "SCORERS",
+    "Declared",
     "Method",
+    "MethodName",
     "MethodOptions",
     "Selection",
     "Signals",
+    "check_fields",
     "equal_to_gold",
+    "fields_of",
+    "help_of",
     "option",
     "read_gold",
     "select",

@@ -1,104 +1,111 @@
-"""The options of the method: one frozen dataclass, which the trainer, TRL's MGRPOConfig and verl's configuration embed."""
+"""Options of the method: one frozen dataclass that the trainer, TRL's MGRPOConfig and verl's configuration embed."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from mgrpo_kernels import checks
-from mgrpo_kernels.method.methods import METHODS, Method
-from mgrpo_kernels.ops.iqr_filter import REDUCTIONS
-from mgrpo_kernels.vote import EQUIVALENCES
+from mgrpo_kernels.method.fields import check_fields, option
+from mgrpo_kernels.method.methods import METHODS, Method, MethodName
 
-SCOPES = ("both", "vote", "penalise")
-"""What becomes of pruned rollouts: they neither vote nor train; they do not vote; they do not vote, and get reward 0."""
-SCORERS = ("sampler", "policy")
-"""Which model's entropy counts for the momentum model's rollouts."""
+Scope = Literal["both", "vote", "penalise"]
+SCOPES: tuple[Scope, ...] = typing.get_args(Scope)
+"""Effects of pruning on a rollout: it neither votes nor trains; it does not vote; it does not vote, and its reward is 0."""
+Scorer = Literal["sampler", "policy"]
+SCORERS: tuple[Scorer, ...] = typing.get_args(Scorer)
+"""Models whose token entropies the filter may use for the momentum model's rollouts."""
+Reduction = Literal["mean", "sum"]
+EquivalenceName = Literal["math", "exact"]
+# A test compares the last two with REDUCTIONS of mgrpo_kernels.ops.iqr_filter and EQUIVALENCES of mgrpo_kernels.vote.
 
 MOMENTUM_OPTIONS = ("momentum_rollouts", "decay", "decay_end", "momentum_scored_by", "train_momentum_rollouts")
 """Options that a trainer without a momentum model cannot have."""
 
 
-def option(default: Any, text: str, *, unit: str = "", choices: Iterable[str] | None = None, **bounds: float) -> Any:
-    """Return a dataclass field with its help text, unit, choices, and bounds as :func:`mgrpo_kernels.checks.check_number` takes them."""
-    return field(default=default, metadata={"help": text, "unit": unit, "choices": choices, "bounds": bounds})
-
-
 @dataclass(frozen=True)
 class MethodOptions:
-    """What a method leaves to choose."""
+    """Options of the method, shared by the trainer and the integrations."""
 
-    method: str = option("mgrpo", "where a rollout's reward comes from", choices=METHODS)
+    method: MethodName = option("mgrpo", "training method, which determines how rollouts are rewarded")
     momentum_rollouts: int | None = option(
         None,
-        "number of each prompt's rollouts that the momentum model samples; none: the method's share, rounded down "
-        "(half for mgrpo and co_rewarding, 0 for the others), but at least 1, and 2 stay with the policy",
+        "number of rollouts per prompt that the momentum model generates",
         unit="rollouts",
+        if_none="half of the rollouts, rounded down, for mgrpo and co_rewarding; 0 for the other methods",
         at_least=0,
     )
     decay: float = option(
         0.99,
-        "decay m of the momentum model, which moves to m x itself + (1 - m) x policy after each step",
+        "decay of the momentum model, which becomes decay x momentum model + (1 - decay) x policy after each step",
         at_least=0.0,
         below=1.0,
     )
     decay_end: float | None = option(
         None,
-        "decay at the last step, reached along a cosine; none: constant, except for co_rewarding, which ends at 0.9999",
+        "decay of the momentum model at the last step, reached along a cosine",
+        if_none="the decay is constant, except for co_rewarding, where it ends at 0.9999",
         at_least=0.0,
         below=1.0,
     )
     iqr_filter: bool | None = option(
-        None, "prune rollouts of unusually low entropy; none: the method's default (on for mgrpo, else off)"
+        None,
+        "prune rollouts whose entropy is unusually low among the rollouts of their prompt (the IQR filter)",
+        if_none="on for mgrpo, off for the other methods",
     )
     iqr_k: float = option(
-        0.75, "prune a rollout if its entropy < Q1 - k (Q3 - Q1) of its prompt's rollouts", at_least=0.0
+        0.75,
+        "factor k of the IQR filter, which prunes a rollout if its entropy is below Q1 - k (Q3 - Q1) of its prompt's rollouts",
+        at_least=0.0,
     )
     iqr_min_spread: float = option(
         0.0,
-        "prune nothing in a prompt's rollouts where Q3 - Q1 < this x their median entropy; 0: always prune, as the paper",
+        "smallest spread at which the IQR filter prunes, as the ratio of Q3 - Q1 to the median of the entropies of a prompt's "
+        "rollouts; 0 always prunes, as in the paper",
         at_least=0.0,
     )
-    filter_scope: str = option(
+    filter_scope: Scope = option(
         "both",
-        "what becomes of a pruned rollout: it neither votes nor trains (both), does not vote (vote), or does not vote and gets "
-        "reward 0 (penalise)",
-        choices=SCOPES,
+        "effect of pruning on a rollout: it neither votes nor trains (both), it does not vote (vote), or it does not vote and "
+        "its reward is 0 (penalise)",
     )
-    entropy_reduction: str = option(
-        "mean", "how the filter reduces the entropy of a rollout's tokens to one number", choices=REDUCTIONS
+    entropy_reduction: Reduction = option(
+        "mean", "how the IQR filter reduces the token entropies of a rollout to one number"
     )
-    momentum_scored_by: str = option(
+    momentum_scored_by: Scorer = option(
         "sampler",
-        "which model's entropy counts for the momentum model's rollouts: the one that sampled them, or the policy",
-        choices=SCORERS,
+        "model whose token entropies the IQR filter uses for the momentum model's rollouts: the momentum model itself (sampler) "
+        "or the policy",
     )
     train_momentum_rollouts: bool = option(
         False,
-        "train on the momentum model's rollouts too, each token weighted by policy / momentum model, at most behaviour_cap",
+        "also train on the momentum model's rollouts, each token weighted by its probability ratio of policy to momentum model, "
+        "which is bounded by behaviour_cap",
     )
     min_share: float = option(
-        0.0, "a prompt gets no label where the majority's share of its answers is below this", at_least=0.0, at_most=1.0
+        0.0,
+        "smallest share of a prompt's answers that the majority answer needs to become the label; below it, the prompt gets no "
+        "label",
+        at_least=0.0,
+        at_most=1.0,
     )
-    equivalence: str = option("math", "which answers are equal: as mathematics, or the same text", choices=EQUIVALENCES)
+    equivalence: EquivalenceName = option(
+        "math", "when two answers count as equal: if they are mathematically equal (math) or the same text (exact)"
+    )
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            value, choices, bounds = getattr(self, each.name), each.metadata["choices"], each.metadata.get("bounds")
-            if value is not None and choices is not None:
-                checks.check_choice(each.name, value, tuple(choices))
-            if value is not None and bounds:
-                checks.check_number(each.name, value, **bounds)
+        check_fields(self)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], section: str) -> MethodOptions:
-        """Return the options of a configuration's section.
+        """Return the options that `values` holds; `section` is the name of the configuration's section, for errors.
 
         Raises:
-            ValueError: no such option, or a value out of range.
+            ValueError: there is no such option, or a value is out of range.
         """
         for name in values:
             checks.check_choice(section, name, [each.name for each in dataclasses.fields(cls)])
@@ -106,42 +113,42 @@ class MethodOptions:
 
     @property
     def row(self) -> Method:
-        """The method's row of the table."""
+        """The method's entry in the table of methods."""
         return METHODS[self.method]
 
     @property
     def filters(self) -> bool:
-        """Whether rollouts are pruned."""
+        """Whether the IQR filter prunes rollouts."""
         return self.row.filters if self.iqr_filter is None else self.iqr_filter
 
     def momentum_count(self, rollouts: int) -> int:
-        """Return how many of a prompt's `rollouts` the momentum model samples: N of G.
+        """Return N, the number of a prompt's G `rollouts` that the momentum model generates.
 
-        The method's share of G is rounded down, to at least 1 and at most G - 2, so that of an odd G the policy has the one more.
+        The method's share of G is rounded down, so that the policy gets one rollout more if G is odd.
 
         Raises:
-            ValueError: fewer than two rollouts are left to the policy, or none to a momentum model that gives the labels.
+            ValueError: the policy would get fewer than two rollouts, or a momentum model that provides the labels none.
         """
         given, share = self.momentum_rollouts, self.row.momentum_share
         if given is None and share and rollouts < 3:
             raise ValueError(
-                f"rollouts: expected at least 3 with method {self.method}, 1 of the momentum model and 2 of the policy, since an advantage "
-                f"takes two, got {rollouts}"
+                f"rollouts: expected at least 3 with method {self.method} (1 of the momentum model, and 2 of the policy to compare with "
+                f"each other), got {rollouts}"
             )
         number = given if given is not None else min(max(1, int(share * rollouts)), rollouts - 2) if share else 0
         if number > rollouts - 2:
             raise ValueError(
-                f"momentum_rollouts: expected at most {rollouts - 2} of {rollouts} rollouts, since an advantage takes two of the policy's, "
-                f"got {number}"
+                f"momentum_rollouts: expected at most {rollouts - 2} of {rollouts} rollouts, because the policy needs 2 to compare with "
+                f"each other, got {number}"
             )
         if self.row.voters == "momentum" and number < 1:
             raise ValueError(
-                f"momentum_rollouts: expected >= 1 with method {self.method}, whose labels they give, got 0"
+                f"momentum_rollouts: expected >= 1 with method {self.method}, which takes its labels from them, got 0"
             )
         return number
 
     def trained_count(self, policy_rollouts: int) -> int:
-        """Return how many of a prompt's rollouts from the policy train: the first so many; the others only vote."""
+        """Return how many of a prompt's policy rollouts train. These are the first ones; the others only vote."""
         return min(policy_rollouts, max(2, round(self.row.train_share * policy_rollouts)))
 
     @property
@@ -150,21 +157,22 @@ class MethodOptions:
         return next(each for each in (self.decay_end, self.row.decay_end, self.decay) if each is not None)
 
     def decay_at(self, step: int, steps: int) -> float:
-        """Return the momentum model's decay at step `step` (from 1) of `steps`: from the first to the last along a cosine."""
+        """Return the momentum model's decay at step `step`, counted from 1, of `steps`. It follows a cosine."""
         start, end = self.decay, self.last_decay
         progress = (step - 1) / max(1, steps - 1)
         return start if start == end else end - (end - start) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def check_use(self, momentum: bool) -> None:
-        """Raise ValueError for an option that was set and can have no effect; `momentum`: whether there is a momentum model.
+        """Check that every option that was set has an effect.
+
+        Args:
+            momentum: whether there is a momentum model.
 
         Raises:
-            ValueError: says which option, and what it wants.
+            ValueError: an option has no effect; the message names it and what it requires.
         """
-        reads, rollouts = (
-            self.row.reads,
-            self.momentum_rollouts != 0 and (self.momentum_rollouts or self.row.momentum_share),
-        )
+        reads = self.row.reads
+        rollouts = self.momentum_rollouts != 0 and (self.momentum_rollouts or self.row.momentum_share)
         for name, is_set, needs, met in (
             ("train_momentum_rollouts", self.train_momentum_rollouts, "momentum rollouts", rollouts),
             ("momentum_scored_by", self.momentum_scored_by == "policy", "momentum rollouts", rollouts),
@@ -180,6 +188,6 @@ class MethodOptions:
                 raise ValueError(f"{name}: expected {needs} with it, without which it has no effect, got {got!r}")
         if self.row.highest <= 0 and self.filters and self.filter_scope == "penalise":
             raise ValueError(
-                f"filter_scope: expected both or vote with method {self.method}, whose rewards are never above the 0 that a pruned rollout "
+                f"filter_scope: expected both or vote with method {self.method}, whose rewards are at most the 0 that a pruned rollout "
                 "would get, got 'penalise'"
             )

@@ -1,4 +1,4 @@
-"""What becomes of a step's rollouts: filter, vote, reward, and who trains with which advantage."""
+"""The filter, the vote, the rewards and the advantages of a step's rollouts, in one pure function."""
 
 from __future__ import annotations
 
@@ -19,36 +19,38 @@ from mgrpo_kernels.vote import Equivalence, Vote, majority_vote
 
 
 class Selection(NamedTuple):
-    """What becomes of B rollouts in P groups; tensors are on the CPU."""
+    """The result of :func:`select` for B rollouts in P groups. All tensors are on the CPU."""
 
-    nonempty: Tensor  # (B,) bool: the response has a token
-    entropy: Tensor | None  # (B,) as the filter saw it, nats; NaN for an empty response; None where none was given
+    nonempty: Tensor  # (B,) bool: the response has at least one token
+    entropy: (
+        Tensor | None
+    )  # (B,) nats, the entropies that the filter compares; NaN for an empty response; None if not given
     survives: Tensor  # (B,) bool: neither empty nor pruned
     voters: Tensor  # (B,) bool
-    vote: Vote | None  # labels, shares, clusters; None where rewards were given in its place
+    vote: Vote | None  # labels, shares and clusters; None if rewards were given instead
     rewards: Tensor  # (B,) float32
-    trains: Tensor  # (B,) bool: the loss sees it
+    trains: Tensor  # (B,) bool: the rollout is part of the loss
     advantages: Tensor  # (B,) float32, 0 for a rollout that does not train
-    label_correct: Tensor  # (P,) float32: 1 where the label equals the true answer, else 0; NaN where that is not known
+    label_correct: Tensor  # (P,) float32: 1 if the label equals the true answer, else 0; NaN if either is unknown
 
     def metrics(self, prompts: int | None = None) -> dict[str, float | None]:
-        """Return the figures that every trainer logs; None for one that does not exist.
+        """Return the metrics that every trainer logs; None for a metric that is undefined.
 
         Args:
-            prompts: number of distinct prompts; None: the groups are of distinct ones.
+            prompts: number of distinct prompts; None if every group has a prompt of its own.
         """
         known = self.label_correct[~self.label_correct.isnan()]
-        figures = {
+        metrics = {
             "reward_mean": _mean(self.rewards[self.trains]),
             "training_fraction": _mean(self.trains),
             "pruned_fraction": _mean(self.nonempty & ~self.survives),
             "label_accuracy": _mean(known),
         }
         if self.vote is None:
-            return figures
+            return metrics
         labels = [label for label in self.vote.labels if label is not None]
         groups = len(self.vote.labels)
-        return figures | {
+        return metrics | {
             "vote_share": _mean(self.vote.share),
             "labelled_fraction": len(labels) / groups if groups else None,
             "distinct_labels": len(set(labels)) / (prompts or groups) if groups else None,
@@ -71,25 +73,25 @@ def select(
     scale: str = "std",
     generator: torch.Generator | None = None,
 ) -> Selection:
-    """Filter, vote, reward and take advantages, in this order, within each group. Nothing but the result changes.
+    """Filter, vote, reward and compute advantages, in this order, within each group. The inputs are not changed.
 
     Args:
-        mask: ``(B, L)`` bool, the tokens of each response. A response without any neither votes nor trains.
-        answers: B answers; None for a response without one.
-        groups: group size G, or ascending int offsets ``(P+1,)``: the rollouts of a prompt are neighbours.
+        mask: ``(B, L)`` bool, the tokens of each response. An empty response neither votes nor trains.
+        answers: B answers; None for a response without an answer.
+        groups: group size G, or ascending int offsets ``(P+1,)``. The rollouts of a prompt are contiguous.
         options: method, filter and vote.
-        by_momentum: ``(B,)`` bool, which rollouts the momentum model sampled; None: none.
-        may_train: ``(B,)`` bool, False for a rollout that votes but must not train, such as one cut at the length limit; None: all may.
-        entropy: ``(B, L)`` of each token, nats. The filter and some methods need it.
-        self_certainty: ``(B, L)`` of each token. Some methods need it.
-        gold: B true answers, the same throughout a group, or None where it is not known. Some methods need it.
-        rewards: ``(B,)`` float, in place of the method's: no vote is held. NaN: the rollout has none, and does not train.
-        equivalence: in place of ``options.equivalence``, which may then be a function.
-        scale: of the advantages, as in :func:`mgrpo_kernels.group_advantages`.
-        generator: for methods that draw random numbers.
+        by_momentum: ``(B,)`` bool, the rollouts that the momentum model generated; None if there are none.
+        may_train: ``(B,)`` bool, False for a rollout that may only vote, such as one cut at the length limit; None if all may train.
+        entropy: ``(B, L)`` entropy of each token, nats. Required by the filter and by some methods.
+        self_certainty: ``(B, L)`` self-certainty of each token. Required by some methods.
+        gold: B true answers, the same within a group, None if unknown. Required by some methods.
+        rewards: ``(B,)`` float, used instead of the method's; there is then no vote. A rollout with reward NaN does not train.
+        equivalence: used instead of ``options.equivalence``; may be a function.
+        scale: scale of the advantages, as in :func:`mgrpo_kernels.group_advantages`.
+        generator: random number generator, required by some methods.
 
     Raises:
-        ValueError: the wrong shape, or without something that the method or the filter needs.
+        ValueError: a shape is wrong, or an input that the method or the filter requires is missing.
     """
     checks.check_tensor("mask", mask, dtypes=(torch.bool,), dim=2)
     B = len(mask)
@@ -98,9 +100,7 @@ def select(
     momentum = _flags("by_momentum", by_momentum, B, False)
     same: Equivalence = options.equivalence if equivalence is None else equivalence
     nonempty = mask.any(-1).cpu()
-    level = (
-        None if entropy is None else trajectory_entropy(entropy, mask=mask, reduction=options.entropy_reduction).cpu()
-    )
+    level = _reduced(entropy, mask, options.entropy_reduction)
 
     survives = nonempty
     if options.filters:
@@ -111,49 +111,29 @@ def select(
     if rewards is None:
         vote = majority_vote(answers, offsets, voters=voters, equivalence=same, min_share=options.min_share)
         correct = equal_to_gold(answers, gold, same) if options.row.needs_gold and gold is not None else None
-        rewards = _rewards(options, vote, offsets, mask, entropy, self_certainty, correct, generator)
+        signals = Signals(
+            vote, offsets, nonempty, _reduced(entropy, mask), _reduced(self_certainty, mask), correct, generator
+        )
+        rewards = options.row.rewards(signals)
     rewards = rewards.float().cpu()
     trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
     trains &= ~rewards.isnan()
     if options.filter_scope == "penalise":
         rewards = torch.where(survives, rewards, 0.0)
     advantages = group_advantages(rewards.nan_to_num(nan=0.0), offsets, mask=trains, scale=scale)
-    correct = _label_correct(vote, offsets, gold, same)
-    return Selection(nonempty, level, survives, voters, vote, rewards, trains, advantages, correct)
-
-
-def _rewards(
-    options: MethodOptions,
-    vote: Vote,
-    offsets: Tensor,
-    mask: Tensor,
-    entropy: Tensor | None,
-    self_certainty: Tensor | None,
-    correct: Tensor | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Return the method's rewards, ``(B,)``."""
-    row = options.row
-    signals = Signals(
-        vote=vote,
-        offsets=offsets,
-        nonempty=mask.any(-1).cpu(),
-        entropy=_token_mean(entropy, mask) if row.needs_entropy else None,
-        self_certainty=_token_mean(self_certainty, mask) if row.needs_self_certainty else None,
-        correct=correct,
-        generator=generator,
-    )
-    return row.rewards(signals)
+    label_correct = _label_correct(vote, offsets, gold, same)
+    return Selection(nonempty, level, survives, voters, vote, rewards, trains, advantages, label_correct)
 
 
 def who_trains(options: MethodOptions, offsets: Tensor, momentum: Tensor, survives: Tensor, nonempty: Tensor) -> Tensor:
-    """Return which rollouts the loss sees, ``(B,)`` bool, as far as filter and method decide it.
+    """Return which rollouts the filter and the method let train, ``(B,)`` bool.
 
-    The first rollouts of the policy's in each group, as many as the method trains on, and the momentum model's only where asked for.
+    In each group these are the policy's first rollouts, as many as the method trains on. The momentum model's rollouts train only with
+    ``options.train_momentum_rollouts``.
     """
     group = sequences.group_index(offsets, len(momentum))
     policy = (~momentum).long()
-    before = torch.cat([policy.new_zeros(1), policy.cumsum(0)])  # (B+1,) rollouts of the policy before each
+    before = torch.cat([policy.new_zeros(1), policy.cumsum(0)])  # (B+1,) number of policy rollouts before each rollout
     most = torch.tensor([options.trained_count(int(each)) for each in before[offsets].diff()], dtype=torch.long)
     trains = ~momentum & (before[:-1] - before[offsets][group] < most[group]) if len(group) else ~momentum
     if options.train_momentum_rollouts:
@@ -172,7 +152,7 @@ def _check(
     gold: Sequence[str | None] | None,
     generator: torch.Generator | None,
 ) -> None:
-    """Raise ValueError where something has another size than the mask, or is needed and absent."""
+    """Raise ValueError for an input whose size differs from the mask's, or that is required and missing."""
     row, method = options.row, f"method {options.method}"
     for name, value, needed, by in (
         ("entropy", entropy, options.filters, "the IQR filter"),
@@ -182,7 +162,7 @@ def _check(
         ("generator", generator, votes and row.needs_generator, method),
     ):
         if needed and value is None:
-            raise ValueError(f"{name}: expected it with {by}, got None")
+            raise ValueError(f"{name}: expected a value, which {by} requires, got None")
     for name, value in (("entropy", entropy), ("self_certainty", self_certainty)):
         if value is not None:
             checks.check_tensor(name, value, shape=mask.shape)
@@ -201,14 +181,15 @@ def _flags(name: str, value: Tensor | None, B: int, default: bool) -> Tensor:
     return checks.check_tensor(name, value, dtypes=(torch.bool,), shape=(B,)).cpu()
 
 
-def _token_mean(values: Tensor | None, mask: Tensor) -> Tensor | None:
-    return None if values is None else trajectory_entropy(values, mask=mask).cpu()
+def _reduced(values: Tensor | None, mask: Tensor, reduction: str = "mean") -> Tensor | None:
+    """Return each rollout's mean or sum of a token statistic, ``(B,)``."""
+    return None if values is None else trajectory_entropy(values, mask=mask, reduction=reduction).cpu()
 
 
 def _label_correct(
     vote: Vote | None, offsets: Tensor, gold: Sequence[str | None] | None, equivalence: Equivalence
 ) -> Tensor:
-    """Return whether each group's label is its true answer, ``(P,)``."""
+    """Return whether each group's label equals its true answer, ``(P,)`` float32."""
     starts, ends = offsets[:-1].tolist(), offsets[1:].tolist()
     if vote is None or gold is None:
         return torch.full((len(starts),), torch.nan)

@@ -12,72 +12,90 @@ from typing import Any
 
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import command_line
-from mgrpo_kernels.train.config import SECTIONS, Config, build, fields_of, read_yaml
+from mgrpo_kernels.train.config import Config, build, preset_descriptions, read_yaml
 from mgrpo_kernels.train.errors import CheckpointError, EngineError, UsageError
 
-EPILOG = """methods:
+FIRST = ("model", "data", "method", "steps", "prompts_per_step", "rollouts", "learning_rate", "engine")
+"""The options that most users need first, besides --config and --output."""
+
+EPILOG = """presets, for --config:
+{presets}
+
+methods, for --method, and the reward of a rollout in each:
 {methods}
 
 examples:
   python -m mgrpo_kernels.train
-      the built-in demonstration: sums, no labels
+      run the built-in demonstration: a small model learns to add
   python -m mgrpo_kernels.train --config paper --model DIR_OR_HUB_NAME \\
       --data FILE.jsonl --eval-data FILE.jsonl --output runs/mine
-      the paper's setting on your model and questions
+      train your model on your questions with the settings of the paper
   python -m mgrpo_kernels.train --output runs/mine --resume
+      continue that run from its latest checkpoint
 
-Command line over --config over the defaults. --output holds report.html,
-curves.png, metrics.jsonl, samples.jsonl, checkpoints/ and final/, the model.
-Exit status: 0 done, 1 not finite, 2 wrong use, 3 stopped by the guard, 130
+Options on the command line override those of --config, which override the
+defaults. The output directory holds report.html, curves.png, metrics.jsonl,
+samples.jsonl, checkpoints/, and the trained model in final/.
+Exit status: 0 finished, 1 loss or gradient not finite, or a checkpoint or the
+rollout engine failed, 2 invalid options, 3 stopped by the guard, 130
 interrupted.
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return a parser with a group for each concern."""
-    width = max(map(len, METHODS))
+    """Return a parser whose first group has the most used options, followed by a group for each section."""
     parser = command_line.make_parser(
         "mgrpo_kernels.train",
         "%(prog)s [options]",
-        "Train a language model by M-GRPO or a relative. Without a model it trains a small built-in one on sums.",
-        EPILOG.format(methods="\n".join(f"  {name:<{width}} {row.text}" for name, row in METHODS.items())),
+        "Train a language model with M-GRPO or a related method, without labels. Without --model and --data, train a small built-in "
+        "model on arithmetic problems.",
+        EPILOG.format(
+            presets=command_line.table(preset_descriptions()),
+            methods=command_line.table({name: row.text for name, row in METHODS.items()}),
+        ),
     )
-    files = parser.add_argument_group("files")
-    command_line.add_config(files)
-    files.add_argument("--output", metavar="DIR", help="where the run goes (default: runs/<method>-<date-time>)")
-    files.add_argument(
+    first = parser.add_argument_group(command_line.MOST_USED)
+    command_line.add_config(first)
+    for name in FIRST[:3]:
+        command_line.add_option(first, name)
+    first.add_argument(
+        "--output", metavar="DIR", help="output directory of the run (default: runs/<method>-<date-time>)"
+    )
+    for name in FIRST[3:]:
+        command_line.add_option(first, name)
+    start = parser.add_argument_group("start of the run")
+    start.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --output, with its own options where none are given",
+        help="continue the run in --output from its latest checkpoint, with the run's own options unless others are given "
+        "(default: off)",
     )
-    files.add_argument(
+    start.add_argument(
         "--dry-run",
         nargs="?",
         const=True,
         type=target,
         metavar="RANKS",
-        help="print the plan, memory and time estimated, and stop; for what there is, for so many ranks (8), or by a device's data "
-        "sheet (8xh100-80gb)",
+        help="check the options, print the plan with estimates of memory and time, and exit; RANKS plans for that many ranks (8), or "
+        "for ranks of another device (8xh100-80gb), instead of those at hand (default: off)",
     )
-    for section in SECTIONS.values():
-        group = parser.add_argument_group((section.__doc__ or "").rstrip("."))
-        for name in fields_of(section):
-            command_line.add_option(group, name)
+    command_line.add_options(parser, (name for name in command_line.OPTIONS if name not in FIRST))
+    command_line.add_help(parser)
     return parser
 
 
 def target(text: str) -> Any:
-    """Return what --dry-run plans for; the module takes seconds to import, and --help shall not wait for it."""
-    from mgrpo_kernels.train.plan.describe import Target
+    """Return the target that the value of --dry-run names."""
+    from mgrpo_kernels.train.plan.describe import Target  # imports transformers, which would slow --help down
 
     return Target.parse(text)
 
 
 def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, Any]:
-    """Return configuration, output directory, resume and dry-run: whether, or for what target.
+    """Return the configuration, the output directory, and the values of --resume and --dry-run.
 
     Raises:
-        UsageError: an option that is unknown, of the wrong type or out of range.
+        UsageError: an option is unknown, has the wrong type or is out of range.
     """
     given = vars(make_parser().parse_args(arguments))
     file, output = given.pop("config", None), given.pop("output", None)
@@ -85,9 +103,9 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
     layers: list[Mapping[str, Any]] = []
     if resume:
         if output is None:
-            raise UsageError("resume: expected --output DIR, the run to go on with, got none")
+            raise UsageError("resume: expected --output DIR, the directory of the run to resume, got none")
         if not (Path(output) / "config.yaml").exists():
-            raise UsageError(f"resume: expected a directory with a run (config.yaml), got {output}")
+            raise UsageError(f"resume: expected the directory of a run, with its config.yaml, got {output}")
         layers.append(read_yaml(Path(output) / "config.yaml"))
     layers += [command_line.read_config(file), given]
     if not any(layer.get(name) is not None for layer in layers for name in ("model", "data")):
@@ -100,28 +118,27 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
 
 
 def is_restart(output: str | None) -> bool:
-    """Return whether torchrun has started this process again, after a failure, and there is a run to go on with.
+    """Return whether torchrun has restarted this process after a failure, and the run in `output` can be resumed.
 
     Raises:
-        UsageError: started again, without a directory to look in.
+        UsageError: this is a restart, and `output` is not given.
     """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
     if output is None:
-        raise UsageError("output: expected --output DIR, where torchrun's restart finds the run, got none")
+        raise UsageError("output: expected --output DIR, in which a restart by torchrun finds the run, got none")
     return (Path(output) / "config.yaml").exists()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trainer; return the exit status: 0, 1 not finite, 2 wrong usage, 3 stopped by the guard, 130 interrupted.
+    """Run the trainer; return the exit status.
 
-    Not finite, or a checkpoint that could not be written: 1.
+    It is 0 if the run finished, 1 if a loss or gradient is not finite or a checkpoint or the rollout engine failed, 2 for invalid
+    options, 3 if the guard stopped the run, and 130 if the run was interrupted.
     """
     try:
         config, output, resume, dry_run = read_command_line(arguments)
-        from mgrpo_kernels.train.run.start import (
-            run,
-        )  # transformers takes seconds to import, and --help shall not wait for it
+        from mgrpo_kernels.train.run.start import run  # imports transformers, which would slow --help down
 
         return run(config, output, resume=resume, dry_run=dry_run)
     except UsageError as error:
@@ -130,14 +147,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         print(
-            f"error: {error}. Nothing was saved after that; --resume goes on from the last checkpoint", file=sys.stderr
+            f"error: {error}. Nothing was saved after it; --resume continues from the last checkpoint", file=sys.stderr
         )
         return 1
     except (CheckpointError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped at once; --resume goes on from the last checkpoint, or from the start", file=sys.stderr)
+        print(
+            "interrupted; --resume continues from the last checkpoint, or from the start if there is none",
+            file=sys.stderr,
+        )
         return 130
 
 

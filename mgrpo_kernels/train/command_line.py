@@ -1,37 +1,57 @@
-"""Options on a command line: what the trainer's and the evaluation's parsers share."""
+"""The parts of a command line that training and evaluation share: the parser, its options, and how a default is written."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mgrpo_kernels.train.config import PAIR, PRESETS, SECTIONS, fields_of, find_config, read_yaml
+from mgrpo_kernels.method.fields import Declared
+from mgrpo_kernels.train.config import PAIR, SECTIONS, fields_of, find_config, preset_files, read_yaml
 from mgrpo_kernels.train.errors import UsageError
 
 LONGEST_CHOICES = 40
-"""Choices that take more characters than this are named in the help text, not in the flag's line."""
+"""Choices that take more characters than this are listed in the help text instead of behind the option's name."""
+WIDTH = 80
+"""Columns that a help text takes at most."""
 
 OPTIONS = {name: found for section in SECTIONS.values() for name, found in fields_of(section).items()}
-"""Every option of the trainer: name -> (dataclass field, types that it may have)."""
+"""Every option of the trainer, by name."""
+MOST_USED = "most used options"
+"""Title of the first group of options."""
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Flags in a narrow column, which leaves the help texts room in 80 columns."""
+    """Writes option names in a narrow column, which leaves the help texts enough room in 80 columns."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=26, **options)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        # the description is one paragraph, the epilog has its lines
+        # The description is one paragraph; the epilog comes with its line breaks.
         return super()._fill_text(text if "\n" in text else textwrap.fill(text, width), width, indent)
 
 
+class ShortHelp(argparse.Action):
+    """``-h``: prints the first group of options only, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        formatter = Formatter(parser.prog)
+        group = next(each for each in parser._action_groups if each.title == MOST_USED)
+        formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups)
+        formatter.add_text(parser.description)
+        formatter.start_section(group.title)
+        formatter.add_arguments(group._group_actions)
+        formatter.end_section()
+        formatter.add_text(f"{parser.prog} --help describes every option, and has examples.")
+        print(formatter.format_help(), end="")
+        parser.exit()
+
+
 def make_parser(program: str, usage: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser without options. One that is not given will be absent from its result."""
+    """Return a parser without options. An option that is not on the command line will be absent from its result."""
     return argparse.ArgumentParser(
         prog=f"python -m {program}",
         usage=usage,
@@ -40,72 +60,117 @@ def make_parser(program: str, usage: str, description: str, epilog: str | None =
         formatter_class=Formatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
+
+
+def add_help(parser: argparse.ArgumentParser) -> None:
+    """Add ``-h``, the most used options, and ``--help``, all options."""
+    group = parser.add_argument_group("help")
+    group.add_argument("-h", action=ShortHelp, nargs=0, help="show the most used options and exit")
+    group.add_argument("--help", action="help", help="show all options and exit")
 
 
 def add_config(group: Any) -> None:
     """Add ``--config``."""
-    presets = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
+    presets = ", ".join(each.stem for each in preset_files())
     group.add_argument(
-        "--config", metavar="FILE", help=f"YAML file of options, such as a run's config.yaml, or a preset: {presets}"
+        "--config",
+        metavar="FILE_OR_PRESET",
+        help=f"YAML file of options, such as the config.yaml of an earlier run, or a preset: {presets} (default: none)",
     )
 
 
-def add_option(group: Any, name: str) -> None:
-    """Add an option of the trainer's configuration."""
-    field, kinds = OPTIONS[name]
-    flag, kind = "--" + name.replace("_", "-"), next(kind for kind in kinds if kind is not type(None))
-    text = help_of(field).replace("%", "%%")
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add options of the trainer's configuration, in a group for each section."""
+    chosen = set(names)
+    for section in SECTIONS.values():
+        own = [name for name in fields_of(section) if name in chosen]
+        if own:
+            group = parser.add_argument_group(title_of(section))
+            for name in own:
+                add_option(group, name)
+
+
+def title_of(section: type) -> str:
+    """Return the title of a section of the configuration."""
+    return (section.__doc__ or "").rstrip(".")
+
+
+def add_option(group: Any, name: str, *, required: bool = False) -> None:
+    """Add an option of the trainer's configuration; for a `required` one, the help text names no default."""
+    option = OPTIONS[name]
+    flag, kind = "--" + name.replace("_", "-"), next(each for each in option.kinds if each is not type(None))
+    text = f"{option.field.metadata['help']} (required)" if required else help_of(option)
+    text = text.replace("%", "%%")
     if kind == PAIR:
         group.add_argument(flag, type=float, nargs=2, metavar=("X", "Y"), help=text)
     elif kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     else:
-        choices = field.metadata["choices"]
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar_of(field, kind), help=text)
+        group.add_argument(flag, type=kind, choices=option.choices, metavar=metavar_of(option, kind), help=text)
 
 
-def help_of(field: dataclasses.Field[Any]) -> str:
-    """Return what an option means, its long list of choices, and its default with the unit."""
-    choices, unit, default = field.metadata["choices"], field.metadata["unit"], field.default
+def help_of(option: Declared) -> str:
+    """Return what an option means, its choices if they are many, and its default with the unit."""
+    named = f"; one of {', '.join(option.choices)}" if option.choices and lists_choices(option) else ""
+    return f"{option.field.metadata['help']}{named} (default: {default_of(option)})"
+
+
+def default_of(option: Declared) -> str:
+    """Return an option's default as it is shown: what happens without a value, or the value with its unit."""
+    default, unit = option.field.default, option.field.metadata["unit"]
     if default is None:
-        default = "none"
-    elif isinstance(default, bool):
-        default = "on" if default else "off"
-    elif isinstance(default, tuple):
-        default = " ".join(map(str, default))
-    elif isinstance(default, str) and "\n" in default:
-        default = repr(default)
-    named = ""
-    if choices and metavar_of(field, str) and field.name != "method":  # the methods have a list of their own
-        named = f"; one of {', '.join(choices)}"
-    return f"{field.metadata['help']}{named} (default: {default}{f', {unit}' if unit else ''})"
+        return option.if_none or "none"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
+    if isinstance(default, str) and "\n" in default:
+        return repr(default)
+    if default == 1:
+        unit = unit.removesuffix("s")
+    return f"{default} {unit}".rstrip()
 
 
-def metavar_of(field: dataclasses.Field[Any], kind: type) -> str | None:
-    """Return what stands for an option's value, None where its choices do."""
-    choices = field.metadata["choices"]
-    if choices:
-        return "NAME" if len(",".join(choices)) > LONGEST_CHOICES else None
-    return {int: "N", float: "X", str: "TEXT"}[kind]
+def lists_choices(option: Declared) -> bool:
+    """Return whether an option's choices are listed in its help text, because they are too long to follow its name."""
+    return len(",".join(option.choices or ())) > LONGEST_CHOICES
+
+
+def metavar_of(option: Declared, kind: type) -> str | None:
+    """Return the placeholder of an option's value; None if the choices take its place."""
+    if option.choices:
+        return "NAME" if lists_choices(option) else None
+    return option.field.metadata.get("metavar") or {int: "N", float: "X", str: "TEXT"}[kind]
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Return names and descriptions as indented lines; a description that is too long continues below its beginning."""
+    width = max(map(len, rows))
+    hanging = " " * (width + 4)
+    return "\n".join(
+        textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{width}}  ", subsequent_indent=hanging)
+        for name, text in rows.items()
+    )
 
 
 def read_config(name: str | None) -> Mapping[str, Any]:
-    """Return the options in the file or preset that ``--config`` names; none for None.
+    """Return the options in the file or preset that ``--config`` names; no options for None.
 
     Raises:
-        UsageError: neither a file nor a preset, or a file that cannot be read.
+        UsageError: there is no such file or preset, or it cannot be read.
     """
     return {} if name is None else read_yaml(find_config(name))
 
 
 def output_directory(given: str | None, default: str) -> Path:
-    """Return the directory that ``--output`` names, or the default under runs/."""
+    """Return the directory that ``--output`` names; without it, the default below runs/."""
     return Path("runs") / default if given is None else Path(given)
 
 
 def require(values: Mapping[str, Any], *names: str) -> None:
-    """Raise UsageError for an option of these that has no value."""
+    """Raise UsageError if one of these options has no value."""
     for name in names:
         if values.get(name) is None:
-            raise UsageError(f"{name}: expected a value, got none")
+            raise UsageError(f"{name}: expected a value, got none: add --{name.replace('_', '-')}")

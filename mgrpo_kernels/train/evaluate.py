@@ -1,4 +1,4 @@
-"""An evaluation by itself: ``python -m mgrpo_kernels.train.evaluate --model DIR_OR_HUB_NAME --eval-data FILE``."""
+"""Evaluates a model on its own: ``python -m mgrpo_kernels.train.evaluate --model DIR_OR_HUB_NAME --eval-data FILE``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 import yaml
 
 from mgrpo_kernels.train import command_line, extras
-from mgrpo_kernels.train.config import SECTIONS, Config, DataConfig, EvalConfig, ModelConfig, build, fields_of
+from mgrpo_kernels.train.config import Config, DataConfig, EvalConfig, ModelConfig, VllmConfig, build, fields_of
 from mgrpo_kernels.train.data.task import check_lengths, load_task
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import load_policy, pick_device, read_tokenizer
@@ -23,51 +23,66 @@ from mgrpo_kernels.train.run.output import check_output, write_text
 from mgrpo_kernels.train.watch.metrics import Lines, metrics_line
 
 UNUSED = ("data", "eval_every", "gradient_checkpointing")
+REQUIRED = ("model", "eval_data")
 OPTIONS = (
     *(name for section in (ModelConfig, DataConfig, EvalConfig) for name in fields_of(section) if name not in UNUSED),
-    *("engine", *fields_of(SECTIONS["vllm"]), "max_response_tokens", "tokens_per_microbatch", "seed"),
-)  # fmt: skip
-"""The trainer's options that an evaluation has; the others in a file or preset are passed over."""
+    "engine",
+    *fields_of(VllmConfig),
+    "max_response_tokens",
+    "tokens_per_microbatch",
+    "seed",
+)
+"""The trainer's options that an evaluation uses; others in a file or a preset are ignored."""
+FIRST = ("eval_samples", "eval_temperature", "max_response_tokens", "engine")
+"""The options that most users need first, besides --config, --model, --eval-data and --output."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return a parser of :data:`OPTIONS`."""
+    """Return a parser of :data:`OPTIONS`, in groups."""
     parser = command_line.make_parser(
         "mgrpo_kernels.train.evaluate",
-        "%(prog)s --model DIR_OR_HUB_NAME --eval-data FILE [options]",
-        "Evaluate a model: avg@k, pass@k, maj@k and greedy accuracy. Writes metrics.jsonl and questions.jsonl.",
+        "%(prog)s --model DIR_OR_HUB_NAME --eval-data FILE_OR_NAME [options]",
+        "Evaluate a language model on held-out questions: avg@k, pass@k, maj@k and greedy accuracy. Writes metrics.jsonl, "
+        "questions.jsonl and config.yaml.",
     )
-    command_line.add_config(parser)
-    parser.add_argument("--output", metavar="DIR", help="where the results go (default: runs/evaluation-<date-time>)")
-    for name in OPTIONS:
-        command_line.add_option(parser, name)
+    first = parser.add_argument_group(command_line.MOST_USED)
+    for name in REQUIRED:
+        command_line.add_option(first, name, required=True)
+    command_line.add_config(first)
+    first.add_argument(
+        "--output", metavar="DIR", help="output directory of the results (default: runs/evaluation-<date-time>)"
+    )
+    for name in FIRST:
+        command_line.add_option(first, name)
+    command_line.add_options(parser, (name for name in OPTIONS if name not in (*REQUIRED, *FIRST)))
+    command_line.add_help(parser)
     return parser
 
 
 def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path]:
-    """Return configuration and output directory.
+    """Return the configuration and the output directory.
 
     Raises:
-        UsageError: an option that is unknown, of the wrong type or out of range, or no model or data.
+        UsageError: an option is unknown, has the wrong type or is out of range, or the model or the data are missing.
     """
     given = vars(make_parser().parse_args(arguments))
     file, output = given.pop("config", None), given.pop("output", None)
     values = {**command_line.read_config(file), **given}
     values = {name: value for name, value in values.items() if name in OPTIONS or name not in command_line.OPTIONS}
-    command_line.require(values, "model", "eval_data")
-    config = build(values, {"data": values["eval_data"]})  # a model comes with data to train on; these are not read
+    command_line.require(values, *REQUIRED)
+    config = build(values, {"data": values["eval_data"]})  # a model requires training data, which are not read here
     return config, command_line.output_directory(output, f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def run(config: Config, output: Path) -> dict[str, float]:
-    """Evaluate the model that the configuration names as a training run does before its first step; write and return the figures.
+    """Evaluate the configured model as a training run does before its first step; write and return the metrics.
 
     Raises:
-        UsageError: something that the user can put right; nothing has been written then.
+        UsageError: an option, a file or a directory is unusable; nothing has been written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
-            f"torchrun: expected one process, got {os.environ['WORLD_SIZE']}: an evaluation by itself is not divided over ranks"
+            f"torchrun: expected one process, got {os.environ['WORLD_SIZE']}: start this evaluation without torchrun"
         )
     check_output(output, resume=False)
     extras.check_packages(config, training=False)
@@ -98,7 +113,7 @@ def run(config: Config, output: Path) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate; return the exit status: 0, or 2 for wrong usage."""
+    """Run the evaluation; return the exit status: 0, or 2 for invalid options."""
     try:
         config, output = read_command_line(arguments)
         found = run(config, output)

@@ -401,12 +401,12 @@ def test_options() -> None:
     given = {"engine": "vllm", "vllm_servers": " http://a:1/ ,https://b:2"}
     assert build(given).vllm.server_urls == ["http://a:1", "https://b:2"]
     for value in ("a:1", "http://a:1,", "http://a:1,http://a:1/", ""):
-        with pytest.raises(UsageError, match="vllm_servers: expected http://HOST:PORT, or several .* none twice, got"):
+        with pytest.raises(UsageError, match="vllm_servers: expected http://HOST:PORT, or several .* commas, got"):
             build({**given, "vllm_servers": value})
     with pytest.raises(UsageError, match="vllm_servers: expected --engine vllm with it"):
         build({**given, "engine": "transformers"})
     with pytest.raises(
-        UsageError, match="vllm_memory: expected it given to the servers in vLLM's own words, .* got 0.3"
+        UsageError, match="vllm_memory: expected no value together with vllm_servers, got 0.3: give vLLM's own"
     ):
         build({**given, "vllm_memory": 0.3})
 

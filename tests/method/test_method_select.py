@@ -142,15 +142,15 @@ def test_no_rollouts_at_all() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"entropy": None}, "entropy: expected it with the IQR filter, got None"),
-        ({"method": "rent", "entropy": None}, "entropy: expected it with method rent"),
-        ({"method": "intuitor"}, "self_certainty: expected it with method intuitor"),
-        ({"method": "gold"}, "gold: expected it with method gold"),
+        ({"entropy": None}, "entropy: expected a value, which the IQR filter requires, got None"),
+        ({"method": "rent", "entropy": None}, "entropy: expected a value, which method rent requires, got None"),
+        ({"method": "intuitor"}, "self_certainty: expected a value, which method intuitor requires, got None"),
+        ({"method": "gold"}, "gold: expected a value, which method gold requires, got None"),
         (
             {"method": "gold", "gold": ["3"] * 8 + [None]},
             "gold: expected a true answer for every rollout with method gold, got None at 8",
         ),
-        ({"method": "random"}, "generator: expected it with method random"),
+        ({"method": "random"}, "generator: expected a value, which method random requires, got None"),
         ({"answers": ANSWERS[:8]}, "answers: expected one for each of the 9 rollouts, got 8"),
         ({"by_momentum": MOMENTUM[:8]}, "by_momentum: expected shape"),
         ({"entropy": ENTROPY[:, :1]}, "entropy: expected shape"),

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import argparse
+import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
 
-from mgrpo_kernels.method import METHODS
+from mgrpo_kernels.method import METHODS, MethodName
+from mgrpo_kernels.method.options import EquivalenceName, Reduction
+from mgrpo_kernels.ops.iqr_filter import REDUCTIONS
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSS_TYPES
 from mgrpo_kernels.train import __main__ as command
-from mgrpo_kernels.train.config import PRESETS, SECTIONS, build, fields_of, find_config, read_yaml
+from mgrpo_kernels.train import evaluate
+from mgrpo_kernels.train.config import (
+    PAIR,
+    PRESETS,
+    SECTIONS,
+    build,
+    fields_of,
+    find_config,
+    preset_descriptions,
+    read_yaml,
+)
+from mgrpo_kernels.train.config.sections import LossName
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
+from mgrpo_kernels.vote import EQUIVALENCES
 
 BAD = {
     "iqr_k": (-0.1, "iqr_k: expected a finite number >= 0.0, got -0.1"),
     "iqr_min_spread": (-0.1, "iqr_min_spread: expected a finite number >= 0.0, got -0.1"),
     "momentum_scored_by": ("teacher", "momentum_scored_by: expected one of sampler, policy, got 'teacher'"),
     "guard": ("on", "guard: expected one of off, warn, stop, rollback, got 'on'"),
-    "guard_rollbacks": (-1, "guard_rollbacks: want"),
+    "guard_rollbacks": (-1, "guard_rollbacks: expected a finite number >= 0, got -1"),
     "decay": (1.0, "decay: expected a finite number >= 0.0 and < 1.0, got 1.0"),
-    "decay_end": (1.5, "decay_end: want"),
+    "decay_end": (1.5, "decay_end: expected a finite number >= 0.0 and < 1.0, got 1.5"),
     "rollouts": (1, "rollouts: expected a finite number >= 2, got 1"),
     "momentum_rollouts": (32, "momentum_rollouts: expected at most 30 of 32 rollouts"),
     "warmup": (1.0, "warmup: expected a finite number >= 0.0 and < 1.0, got 1.0"),
-    "steps": (0, "steps: want"),
-    "temperature": (0.0, "temperature: want"),
-    "learning_rate": (float("nan"), "learning_rate: want"),
+    "steps": (0, "steps: expected a finite number >= 1, got 0"),
+    "temperature": (0.0, "temperature: expected a finite number > 0.0, got 0.0"),
+    "learning_rate": (float("nan"), "learning_rate: expected a finite number > 0.0, got nan"),
     "method": ("grpo", "method: expected one of mgrpo, srt, "),
     "filter_scope": ("all", "filter_scope: expected one of both, vote, penalise, got 'all'"),
     "truncated": ("drop", "truncated: expected one of keep, mask"),
@@ -40,14 +59,14 @@ BAD = {
     "vllm_memory": (1.5, "vllm_memory: expected a finite number > 0.0 and <= 1.0, got 1.5"),
     "vllm_cache_gib": (0.0, "vllm_cache_gib: expected a finite number > 0.0, got 0.0"),
     "vllm_timeout": (0.0, "vllm_timeout: expected a finite number > 0.0, got 0.0"),
-    "prompts_per_step": (0, "prompts_per_step: want"),
-    "tokens_per_microbatch": (0, "tokens_per_microbatch: want"),
-    "clip_low": (-1.0, "clip_low: want"),
-    "kl_coef": (-1.0, "kl_coef: want"),
-    "max_grad_norm": (0.0, "max_grad_norm: want"),
+    "prompts_per_step": (0, "prompts_per_step: expected a finite number >= 1, got 0"),
+    "tokens_per_microbatch": (0, "tokens_per_microbatch: expected a finite number >= 1, got 0"),
+    "clip_low": (-1.0, "clip_low: expected a finite number >= 0.0 and <= 1.0, got -1.0"),
+    "kl_coef": (-1.0, "kl_coef: expected a finite number >= 0.0, got -1.0"),
+    "max_grad_norm": (0.0, "max_grad_norm: expected a finite number > 0.0, got 0.0"),
     "eval_pass_k": (9, "eval_pass_k: expected a finite number >= 1 and <= 8, got 9"),
-    "seed": (-1, "seed: want"),
-    "log_every": (0, "log_every: want"),
+    "seed": (-1, "seed: expected a finite number >= 0 and < 9223372036854775808, got -1"),
+    "log_every": (0, "log_every: expected a finite number >= 1, got 0"),
     "data": ("x.jsonl", "model: expected a value with --data, got none"),
     "model": ("x", "data: expected a value with --model, got none"),
     "eval_data": ("x.jsonl", "eval_data: expected it together with --data"),
@@ -97,7 +116,7 @@ def test_bad_values_name_the_option(name: str) -> None:
         ),
         (
             {"method": "rent", "iqr_filter": True, "filter_scope": "penalise"},
-            "filter_scope: expected both or vote with method rent, whose rewards are never above the 0 that a pruned rollout would get",
+            "filter_scope: expected both or vote with method rent, whose rewards are at most the 0 that a pruned rollout would get",
         ),
         ({"method": "empo", "min_share": 0.5}, "min_share: expected a method whose reward is a label with it"),
         (
@@ -247,19 +266,74 @@ def test_resume_wants_an_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert "resume: expected --output DIR" in capsys.readouterr().err
 
 
-def test_help_shows_every_option_with_its_default() -> None:
+OPTIONS = {name: option for section in SECTIONS.values() for name, option in fields_of(section).items()}
+NUMBERS = [name for name, option in OPTIONS.items() if {int, float, PAIR} & set(option.kinds)]
+DIMENSIONLESS = (
+    "share", "ratio", "factor", "coefficient", "weight", "decay", "rank", "temperature", "learning rate", "norm", "exponents", "rates",
+    "random seed", "threshold", "number",
+)  # fmt: skip
+"""Words that say what a number without a unit is."""
+
+
+def groups(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
+    return {str(group.title): group._group_actions for group in parser._action_groups if group._group_actions}
+
+
+def test_help_describes_every_option_with_its_default() -> None:
     text = " ".join(command.make_parser().format_help().split())
-    for section in SECTIONS.values():
-        for name, (field, _) in fields_of(section).items():
-            assert f"--{name.replace('_', '-')}" in text
-            assert field.metadata["help"][:30] in text
+    for name, option in OPTIONS.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert " ".join(option.field.metadata["help"].split())[:30] in text
     for shown in (
         "(default: 1e-06)",
-        "(default: 0.1, share of the steps)",
-        "(default: 3072, tokens)",
-        "(default: none)",
+        "(default: 3072 tokens)",
+        "(default: 1 step)",
+        "(default: the small built-in model)",
+        "(default: 2.0 3.0)",
+        "(default: on)",
     ):
         assert shown in text
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_help_text_can_be_read_alone(name: str) -> None:
+    option = OPTIONS[name]
+    text, unit = option.field.metadata["help"], option.field.metadata["unit"]
+    assert len(text.split()) >= 4
+    assert not text.endswith(".")
+    assert text.split()[0] not in {"of", "its", "it", "only", "after", "with", "one"}, "continues another sentence"
+    assert option.if_none or option.field.default is not None or "none: " in text, "what happens without a value?"
+    if name in NUMBERS:
+        assert unit or any(word in text for word in DIMENSIONLESS), "which unit, or what kind of number?"
+
+
+@pytest.mark.parametrize("make_parser", [command.make_parser, evaluate.make_parser])
+def test_the_most_used_options_come_first(make_parser: Callable[[], argparse.ArgumentParser]) -> None:
+    (title, first), *others = groups(make_parser()).items()
+    assert title == "most used options"
+    assert all(action.help and "(" in action.help for action in first)  # with a default, or "(required)"
+    assert {action.dest for action in first} >= {"config", "model", "output", "engine"}
+    assert len({action.dest for _, group in others for action in group} & {action.dest for action in first}) == 0
+    assert max(len(group) for _, group in others) <= 20
+
+
+def test_ten_options_of_training_come_first() -> None:
+    first = next(iter(groups(command.make_parser()).values()))
+    assert [action.dest for action in first] == [
+        "config", "model", "data", "method", "output", "steps", "prompts_per_step", "rollouts", "learning_rate", "engine",
+    ]  # fmt: skip
+
+
+def test_short_help_is_the_first_group_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(["-h"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert len(text.splitlines()) <= 50
+    for action in next(iter(groups(command.make_parser()).values())):
+        assert action.option_strings[0] in text
+    assert "--temperature" not in text
+    assert "--help describes every option" in text
 
 
 def test_help_fits_80_columns_and_names_every_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,10 +343,31 @@ def test_help_fits_80_columns_and_names_every_choice(monkeypatch: pytest.MonkeyP
     text = " ".join(" ".join(lines).split())
     for section in SECTIONS.values():
         assert f"{(section.__doc__ or '').rstrip('.')}:" in lines
-        for name, (field, _) in fields_of(section).items():
-            for choice in field.metadata["choices"] or ():
+        for name, option in fields_of(section).items():
+            for choice in option.choices or ():
                 assert choice in text, (name, choice)
-    assert [line.split()[0] for line in lines[lines.index("methods:") + 1 :][: len(METHODS)]] == list(METHODS)
+    start = next(number for number, line in enumerate(lines) if line.startswith("methods, for --method"))
+    assert [line.split()[0] for line in lines[start + 1 :][: len(METHODS)]] == list(METHODS)
+
+
+def test_every_preset_has_a_description() -> None:
+    for name, text in preset_descriptions().items():
+        assert 20 <= len(text) <= 65, name
+        assert not text.endswith("."), name
+
+
+@pytest.mark.parametrize(
+    ("literal", "table"),
+    [
+        (MethodName, METHODS),
+        (EngineName, ENGINES),
+        (LossName, LOSS_TYPES),
+        (Reduction, REDUCTIONS),
+        (EquivalenceName, EQUIVALENCES),
+    ],
+)
+def test_a_literal_type_names_the_entries_of_its_table(literal: object, table: Iterable[str]) -> None:
+    assert typing.get_args(literal) == tuple(table)
 
 
 @pytest.mark.parametrize(("warmup", "steps", "wanted"), [(0.1, 15, 2), (0.1, 500, 50), (0.01, 20, 1), (0.0, 20, 0)])

@@ -179,8 +179,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyte
     assert command.main([*tiny.FLAGS, "--output", str(output), "--dry-run"]) == 0
     text = capsys.readouterr().out
     for shown in (
-        "rollouts of a step: 24 = 3 prompts x (4 policy + 4 momentum)",
-        "KL reference: base",
+        "rollouts per step: 24 = 3 prompts x (4 policy + 4 momentum model)",
+        "KL reference model: base",
         "memory: ",
         "  seed: 0",
     ):

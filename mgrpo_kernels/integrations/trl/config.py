@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mgrpo_kernels import checks
 from mgrpo_kernels.integrations import IntegrationError
 from mgrpo_kernels.integrations.trl import INSTALL
-from mgrpo_kernels.method import MethodOptions
+from mgrpo_kernels.method import MethodOptions, help_of
 
 try:
     from trl import GRPOConfig
@@ -35,7 +35,7 @@ def with_method_options(config: type[T]) -> type[T]:
     types = typing.get_type_hints(MethodOptions)
     for each in dataclasses.fields(MethodOptions):
         config.__annotations__[each.name] = types[each.name]
-        setattr(config, each.name, _option(each.default, each.metadata["help"]))
+        setattr(config, each.name, _option(each.default, help_of(each)))
     return config
 
 

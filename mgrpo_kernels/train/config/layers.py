@@ -1,4 +1,4 @@
-"""A configuration from layers of options: defaults, presets, YAML files and the command line."""
+"""Builds a configuration from layers of options: defaults, presets, YAML files and the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from mgrpo_kernels.train.config.fields import fields_of, typed
+from mgrpo_kernels.method.fields import fields_of
+from mgrpo_kernels.train.config.fields import typed
 from mgrpo_kernels.train.config.whole import SECTIONS, Config
 from mgrpo_kernels.train.errors import UsageError
 
@@ -16,22 +17,20 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
-    """Return the configuration that these layers of option -> value give, later ones over earlier ones, over the defaults.
+    """Return the configuration made from layers of option -> value. Later layers override earlier ones, and all override the defaults.
 
     Raises:
-        UsageError: an unknown option, or a value of the wrong type or out of range.
+        UsageError: an option is unknown, or a value has the wrong type or is out of range.
     """
     values = {name: value for layer in layers for name, value in layer.items()}
     try:
-        # A run's own config.yaml has eval_data: null, which says that no evaluation is meant.
+        # The config.yaml of a run without evaluation has eval_data: null beside the default eval_every.
         if values.get("eval_every") and values.get("data") is not None and "eval_data" not in values:
             raise ValueError(f"eval_every: expected --eval-data with it, got {values['eval_every']!r} alone")
         parts: dict[str, Any] = {}
         for key, section in SECTIONS.items():
-            kinds = {name: kinds for name, (_, kinds) in fields_of(section).items()}
-            parts[key] = section(
-                **{name: typed(name, values.pop(name), of) for name, of in kinds.items() if name in values}
-            )
+            given = {name: each.kinds for name, each in fields_of(section).items() if name in values}
+            parts[key] = section(**{name: typed(name, values.pop(name), kinds) for name, kinds in given.items()})
         if values:
             known = sorted(name for section in SECTIONS.values() for name in fields_of(section))
             raise ValueError(
@@ -43,22 +42,34 @@ def build(*layers: Mapping[str, Any]) -> Config:
 
 
 def find_config(name: str) -> Path:
-    """Return the file that ``--config`` names: that file where there is one, else the preset of that name.
+    """Return the file that ``--config`` names: the file of that name if it exists, else the preset of that name.
 
     Raises:
-        UsageError: neither.
+        UsageError: there is neither.
     """
-    presets = {each.stem: each for each in sorted(PRESETS.glob("*.yaml"))}
+    presets = {each.stem: each for each in preset_files()}
     if not Path(name).is_file() and name not in presets:
         raise UsageError(f"config: expected a YAML file that exists, or a preset ({', '.join(presets)}), got {name!r}")
     return Path(name) if Path(name).is_file() else presets[name]
+
+
+def preset_files() -> list[Path]:
+    """Return the files of the presets, sorted by name."""
+    return sorted(PRESETS.glob("*.yaml"))
+
+
+def preset_descriptions() -> dict[str, str]:
+    """Return what each preset is for: the first line of its file, which is a comment."""
+    return {
+        each.stem: each.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for each in preset_files()
+    }
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the options in a YAML file.
 
     Raises:
-        UsageError: unreadable, or no mapping of option to value.
+        UsageError: the file cannot be read, or is not a mapping of options to values.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -1,59 +1,74 @@
-"""The options, one frozen dataclass per concern."""
+"""The trainer's options, one frozen dataclass per section."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mgrpo_kernels import checks
 from mgrpo_kernels.method import MethodOptions
+from mgrpo_kernels.method.fields import option
 from mgrpo_kernels.ops.policy_loss.inputs import check_behaviour_mode
-from mgrpo_kernels.ops.policy_loss.loss_types import LOSS_TYPES
-from mgrpo_kernels.ops.policy_loss.options import DECLARED, LossForm, check_option
-from mgrpo_kernels.train.config.fields import Section, option
-from mgrpo_kernels.train.rollout.engines import ENGINES
+from mgrpo_kernels.ops.policy_loss.options import LossForm
+from mgrpo_kernels.train.config.fields import Section
+from mgrpo_kernels.train.rollout.engines import EngineName
 
-DTYPES = ("float32", "bfloat16")
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
+LossName = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
+# A test compares these names with the table of loss types.
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """model."""
 
-    model: str | None = option(None, "directory or hub name of a causal language model; none: the built-in one")
-    dtype: str = option(
-        "float32", "what the matrix products run in; weights, optimizer and average stay float32", choices=DTYPES
+    model: str | None = option(
+        None,
+        "directory or Hugging Face Hub name of a causal language model",
+        if_none="the small built-in model",
+        metavar="DIR_OR_HUB_NAME",
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "data type of the matrix products; weights, optimizer state and momentum model are always float32",
     )
     gradient_checkpointing: bool = option(
-        False, "the backward pass computes each layer's activations again: less memory, more time"
+        False, "recompute each layer's activations in the backward pass, which takes less memory but more time"
     )
-    device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "device that holds and runs the model; auto is cuda if a GPU is available, else cpu"
+    )
 
 
 @dataclass(frozen=True)
 class LoraConfig(Section):
-    """LoRA, with --lora-rank."""
+    """LoRA (requires --lora-rank)."""
 
     lora_rank: int | None = option(
-        None, "train an adapter of this rank beside frozen weights; none: all weights train", unit="rank"
+        None,
+        "rank of a LoRA adapter, which is then the only part that trains; the model's own weights are frozen",
+        if_none="no adapter; all weights train",
+        at_least=1,
     )
-    lora_alpha: float = option(32.0, "the adapter's product counts alpha / rank times")
+    lora_alpha: float = option(
+        32.0, "scaling factor alpha of the LoRA adapter, whose output is multiplied by alpha / rank", above=0.0
+    )
     lora_targets: str = option(
-        "all-linear", "layers that get one, as names with commas (q_proj,v_proj); all-linear: each but the head"
+        "all-linear",
+        "linear layers that get a LoRA adapter, as names separated by commas (q_proj,v_proj); all-linear selects all of them "
+        "except the output head",
+        metavar="NAMES",
     )
 
     def check(self) -> None:
-        if self.lora_rank is not None:
-            checks.check_number("lora_rank", self.lora_rank, at_least=1)
-        checks.check_number("lora_alpha", self.lora_alpha, above=0.0)
         if not all(self.targets):
-            raise ValueError(f"lora_targets: expected names with commas between them, got {self.lora_targets!r}")
+            raise ValueError(f"lora_targets: expected names separated by commas, got {self.lora_targets!r}")
 
     @property
     def targets(self) -> list[str]:
+        """The names in `lora_targets`."""
         return [each.strip() for each in self.lora_targets.split(",")]
 
 
@@ -63,33 +78,44 @@ class DataConfig(Section):
 
     data: str | None = option(
         None,
-        "training prompts: FILE.jsonl, FILE.json (a list of objects), FILE.parquet, or a data set, a directory or a hub name, "
-        "as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, where the split is train unless named; none: the built-in sums",
+        "training prompts: a file FILE.jsonl, FILE.json (a list of objects) or FILE.parquet, or a data set (a directory or a Hugging "
+        "Face Hub name) as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the split is train unless it is given",
+        if_none="the built-in arithmetic problems",
+        metavar="FILE_OR_NAME",
     )
     eval_data: str | None = option(
-        None, "held-out prompts with answers, like --data, but the split is test unless named; none: no evaluation"
+        None,
+        "held-out prompts with true answers, in a format of --data; the split is test unless it is given",
+        if_none="no evaluation",
+        metavar="FILE_OR_NAME",
     )
     prompt_field: str | None = option(
-        None, "field that holds the question; none: question, or prompt or problem where the data have one of these"
+        None,
+        "field of the data that holds the question",
+        if_none="question if the data have it, else prompt or problem",
+        metavar="NAME",
     )
     answer_field: str | None = option(
         None,
-        "field that holds the true answer, or a solution that ends in it; training reads it for --method gold and for "
-        "label_accuracy; none: answer, or solution where the data have that alone",
+        "field of the data that holds the true answer, or a solution that ends with it; training uses it only for --method gold and "
+        "for the metric label_accuracy",
+        if_none="answer if the data have it, else solution",
+        metavar="NAME",
     )
     prompt_template: str = option(
-        DEFAULT_TEMPLATE, "text, or a file that holds it, in which {question} stands for the question"
+        DEFAULT_TEMPLATE,
+        "template of the prompt, as text or as the name of a text file, in which {question} is replaced by the question",
+        metavar="TEXT_OR_FILE",
     )
-    chat_template: str = option(
+    chat_template: Literal["auto", "on", "off"] = option(
         "auto",
-        "whether a prompt, so made, is a user's turn in the tokenizer's chat template; auto: where the model ends its response "
-        "as the template ends a turn, which a base model does not",
-        choices=("auto", "on", "off"),
+        "whether the prompt becomes a user message in the tokenizer's chat template; auto decides by whether the model ends a response "
+        "with the template's end-of-turn token, which base models do not",
     )
-    long_prompts: str = option(
+    long_prompts: Literal["stop", "skip"] = option(
         "stop",
-        "where a prompt and the longest response exceed the model's context: stop before the run, or skip such prompts",
-        choices=("stop", "skip"),
+        "what happens if a prompt plus the longest response exceeds the model's context length: an error before the run starts (stop), "
+        "or the prompt is left out (skip)",
     )
 
 
@@ -97,10 +123,10 @@ class DataConfig(Section):
 class MethodConfig(MethodOptions, Section):
     """method."""
 
-    momentum_device: str = option(
+    momentum_device: Literal["auto", "cpu"] = option(
         "auto",
-        "where the momentum model and the KL reference are held: beside the weights, or in the CPU's memory",
-        choices=("auto", "cpu"),
+        "where the momentum model and the reference model of the KL penalty are kept: on the model's device (auto) or in CPU memory "
+        "(cpu)",
     )
 
 
@@ -108,78 +134,99 @@ class MethodConfig(MethodOptions, Section):
 class RolloutConfig(Section):
     """rollouts."""
 
-    engine: str = option("transformers", "what samples", choices=tuple(ENGINES))
-    prompts_per_step: int = option(8, "of one step", unit="prompts")
-    rollouts: int = option(32, "of each prompt, the momentum model's included", unit="rollouts")
-    max_response_tokens: int = option(3072, "longest response", unit="tokens")
-    truncated: str = option(
-        "keep",
-        "one cut at that length trains (keep) or not (mask); it votes either way",
-        choices=("keep", "mask"),
+    engine: EngineName = option("transformers", "rollout engine that generates the responses")
+    prompts_per_step: int = option(8, "number of prompts sampled in each step", unit="prompts", at_least=1)
+    rollouts: int = option(
+        32, "number of rollouts per prompt, including those of the momentum model", unit="rollouts", at_least=2
     )
-    temperature: float = option(1.1, "of sampling; log-probs, entropy and loss are at this temperature too")
-    top_p: float = option(1.0, "only 1: training takes samples of the policy itself")
-    top_k: int = option(0, "only 0, which is off, for the same reason")
-    tokens_per_microbatch: int = option(16384, "most tokens in one forward pass, padding included", unit="tokens")
+    max_response_tokens: int = option(3072, "maximum length of a response", unit="tokens", at_least=1)
+    truncated: Literal["keep", "mask"] = option(
+        "keep", "whether a rollout that was cut at --max-response-tokens trains and votes (keep) or only votes (mask)"
+    )
+    temperature: float = option(
+        1.1,
+        "sampling temperature of the rollouts; log-probabilities, entropy and loss use the same temperature",
+        above=0.0,
+    )
+    top_p: float = option(
+        1.0,
+        "threshold of nucleus sampling; only 1 (off) is supported, because training requires samples of the policy itself",
+    )
+    top_k: int = option(
+        0,
+        "number of tokens of top-k sampling; only 0 (off) is supported, because training requires samples of the policy itself",
+    )
+    tokens_per_microbatch: int = option(
+        16384, "maximum number of tokens in one forward pass, including padding", unit="tokens", at_least=1
+    )
 
     def check(self) -> None:
         for name, off in (("top_p", 1.0), ("top_k", 0)):
             if getattr(self, name) != off:
                 raise ValueError(
-                    f"{name}: expected {off} for training, got {getattr(self, name)}: a truncated sampler draws tokens from "
-                    "another distribution than the policy's, for which log-probs, ratios and entropy would be wrong"
+                    f"{name}: expected {off} for training, got {getattr(self, name)}: a truncated sampler draws tokens from another "
+                    "distribution than the policy's, so log-probs, ratios and entropy would be wrong"
                 )
-        for name, least in (
-            ("prompts_per_step", 1),
-            ("rollouts", 2),
-            ("max_response_tokens", 1),
-            ("tokens_per_microbatch", 1),
-        ):
-            checks.check_number(name, getattr(self, name), at_least=least)
-        checks.check_number("temperature", self.temperature, above=0.0)
 
 
 @dataclass(frozen=True)
 class VllmConfig(Section):
-    """vLLM, with --engine vllm."""
+    """vLLM (requires --engine vllm)."""
 
     vllm_memory: float = option(
-        0.5, "its gpu_memory_utilization: weights, activations and cache", unit="share of the GPU"
+        0.5,
+        "share of the GPU's memory that vLLM may use for weights, activations and key-value cache (its gpu_memory_utilization)",
+        above=0.0,
+        at_most=1.0,
     )
     vllm_cache_gib: float | None = option(
-        None, "its key-value cache; none: what vllm_memory leaves on a GPU, 1 on a CPU", unit="GiB"
+        None,
+        "size of vLLM's key-value cache in GiB",
+        unit="GiB",
+        if_none="what --vllm-memory leaves on a GPU, 1 GiB on a CPU",
+        above=0.0,
     )
     vllm_sleep: bool | None = option(
-        None, "give its GPU memory back between rollouts, weights and cache; none: yes on a GPU"
+        None,
+        "release vLLM's GPU memory, weights and key-value cache, between the rollouts of one step and the next",
+        if_none="on with a GPU, else off",
     )
-    vllm_eager: bool | None = option(None, "no compiled graphs, which take longer to start; none: yes on a CPU")
-    vllm_timeout: float = option(3600.0, "sampling that takes longer ends the run with the reason", unit="s")
+    vllm_eager: bool | None = option(
+        None,
+        "run vLLM without compiled graphs, which starts faster but generates more slowly",
+        if_none="off with a GPU, else on",
+    )
+    vllm_timeout: float = option(
+        3600.0,
+        "time limit of one sampling call to vLLM; a call that takes longer ends the run with an error",
+        unit="seconds",
+        above=0.0,
+    )
     vllm_servers: str | None = option(
         None,
-        "URL[,URL ...] of servers that sample, each started by python -m mgrpo_kernels.train.serve; none: vLLM in this process",
+        "URLs of vLLM servers that generate the responses, separated by commas; each server is started with "
+        "python -m mgrpo_kernels.train.serve",
+        if_none="vLLM runs in the training process",
+        metavar="URL[,URL...]",
     )
 
     @property
     def server_urls(self) -> list[str]:
-        """The servers."""
+        """The URLs in `vllm_servers`."""
         return [] if self.vllm_servers is None else [url.strip().rstrip("/") for url in self.vllm_servers.split(",")]
 
     def check(self) -> None:
-        checks.check_number("vllm_memory", self.vllm_memory, above=0.0, at_most=1.0)
-        checks.check_number("vllm_timeout", self.vllm_timeout, above=0.0)
-        if self.vllm_cache_gib is not None:
-            checks.check_number("vllm_cache_gib", self.vllm_cache_gib, above=0.0)
         urls = self.server_urls
         if len(set(urls)) < len(urls) or not all(re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) for url in urls):
             raise ValueError(
-                f"vllm_servers: expected http://HOST:PORT, or several with commas between, none twice, got {self.vllm_servers!r}"
+                f"vllm_servers: expected http://HOST:PORT, or several different ones separated by commas, got {self.vllm_servers!r}"
             )
         if urls:
             for each in dataclasses.fields(self):
                 if each.name not in ("vllm_servers", "vllm_timeout") and getattr(self, each.name) != each.default:
                     raise ValueError(
-                        f"{each.name}: expected it given to the servers in vLLM's own words, since with vllm_servers it has no effect "
-                        f"here, got {getattr(self, each.name)!r}"
+                        f"{each.name}: expected no value together with vllm_servers, got {getattr(self, each.name)!r}: give vLLM's own "
+                        "option to each server instead"
                     )
 
 
@@ -187,39 +234,36 @@ class VllmConfig(Section):
 class LossConfig(Section, LossForm):
     """loss."""
 
-    # The other options, their defaults and help texts are those of the policy loss.
-    loss_type: str = option(
+    # The other options of the loss, with their defaults and help texts, are inherited from the policy loss.
+    loss_type: LossName = option(
         "dapo",
-        "surrogate and average of the loss, as in the table on the policy loss's page; dapo is the paper's mean over the "
-        "step's tokens",
-        choices=LOSS_TYPES,
+        "policy loss: the surrogate objective and how it is averaged; dapo averages over all tokens of the step, as in the paper",
     )
     kl_coef: float = option(
-        0.005, "weight of the KL penalty; 0 disables it, so that no reference model is kept", bounds={"at_least": 0.0}
+        0.005, "coefficient of the KL penalty; 0 disables the KL penalty, so no reference model is kept", at_least=0.0
     )
-    entropy_coef: float = option(0.0, "weight of the entropy bonus", bounds={"at_least": 0.0})
-    kl_reference: str = option(
-        "base", "the model at the start, the momentum model, or no KL term", choices=("base", "momentum", "none")
+    entropy_coef: float = option(0.0, "coefficient of the entropy bonus", at_least=0.0)
+    kl_reference: Literal["base", "momentum", "none"] = option(
+        "base",
+        "reference model of the KL penalty: the model at the start of the run (base), the momentum model (momentum), or none, which "
+        "disables the KL penalty",
     )
     behaviour_correction: bool | None = option(
         None,
-        "weight each token by trainer / sampler probability, bounded by behaviour_mode and behaviour_cap; none: yes with "
-        "vllm, whose rounding is its own",
+        "weight each token by the ratio of its probabilities in the trainer and in the rollout engine, which --behaviour-mode and "
+        "--behaviour-cap bound",
+        if_none="on for vllm, which rounds differently, off for transformers",
     )
 
     def check(self) -> None:
-        own = {each.name: each for each in dataclasses.fields(self)}
-        for each in DECLARED:
-            if each.name in own:
-                check_option(each._replace(bounds=own[each.name].metadata["bounds"]), getattr(self, each.name))
         check_behaviour_mode(self)
 
     @property
     def behaviour_text(self) -> str:
-        """How tokens are weighted by trainer / sampler probability, for the plan."""
+        """The behaviour correction in words, for the plan."""
         level, _, bound = self.behaviour_mode.partition("_")
-        bounded = "at most" if bound == "truncate" else "0 above"
-        return f"{level} weights trainer / sampler, {bounded} {self.behaviour_cap:g}"
+        bounded = "truncated at" if bound == "truncate" else "set to 0 above"
+        return f"{level} weights (trainer / rollout engine), {bounded} {self.behaviour_cap:g}"
 
     def keywords(self) -> dict[str, Any]:
         """Return the options as keywords of the policy loss."""
@@ -230,19 +274,19 @@ class LossConfig(Section, LossForm):
 class OptimConfig(Section):
     """optimizer (AdamW)."""
 
-    steps: int = option(500, "of the optimizer, one a batch", unit="steps")
-    learning_rate: float = option(1e-6, "peak")
-    lr_schedule: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
-    warmup: float = option(0.1, "linear warm-up", unit="share of the steps")
-    weight_decay: float = option(0.0, "of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-
-    def check(self) -> None:
-        checks.check_number("steps", self.steps, at_least=1)
-        checks.check_number("learning_rate", self.learning_rate, above=0.0)
-        checks.check_number("warmup", self.warmup, at_least=0.0, below=1.0)
-        checks.check_number("weight_decay", self.weight_decay, at_least=0.0)
-        checks.check_number("max_grad_norm", self.max_grad_norm, above=0.0)
+    steps: int = option(500, "number of optimizer steps, each on one batch of new rollouts", unit="steps", at_least=1)
+    learning_rate: float = option(1e-6, "peak learning rate, reached after the warm-up", above=0.0)
+    lr_schedule: Literal["cosine", "constant"] = option(
+        "cosine",
+        "learning rate after the warm-up: it falls to zero along a cosine (cosine) or stays at its peak (constant)",
+    )
+    warmup: float = option(
+        0.1, "share of the steps in which the learning rate rises linearly to its peak", at_least=0.0, below=1.0
+    )
+    weight_decay: float = option(0.0, "coefficient of AdamW's weight decay", at_least=0.0)
+    max_grad_norm: float = option(
+        1.0, "largest L2 norm of the gradient; a larger gradient is scaled down to it", above=0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -250,66 +294,101 @@ class EvalConfig(Section):
     """evaluation."""
 
     eval_every: int = option(
-        20, "evaluate after every so many steps, and before the first and after the last; 0: never", unit="steps"
+        20,
+        "number of steps from one evaluation to the next; there is also one before the first step and one after the last; 0 disables "
+        "evaluation",
+        unit="steps",
+        at_least=0,
     )
-    eval_samples: int = option(8, "of each prompt, for avg@k, pass@k and maj@k; greedy takes one more", unit="samples")
-    eval_pass_k: int | None = option(None, "k of pass@k, at most the samples; none: the samples")
-    eval_temperature: float = option(0.8, "of these samples")
-    eval_prompts: int | None = option(None, "evaluate on the first so many held-out prompts; none: all")
+    eval_samples: int = option(
+        8,
+        "number of responses sampled for each held-out prompt, from which avg@k, pass@k and maj@k are estimated; one greedy response "
+        "is generated in addition",
+        unit="responses",
+        at_least=1,
+    )
+    eval_pass_k: int | None = option(
+        None, "number k of responses in pass@k, at most --eval-samples", if_none="--eval-samples", at_least=1
+    )
+    eval_temperature: float = option(0.8, "sampling temperature of the evaluation", above=0.0)
+    eval_prompts: int | None = option(
+        None, "number of held-out prompts to evaluate on, counted from the first", if_none="all of them", at_least=1
+    )
 
     def check(self) -> None:
-        checks.check_number("eval_every", self.eval_every, at_least=0)
-        checks.check_number("eval_samples", self.eval_samples, at_least=1)
-        checks.check_number("eval_temperature", self.eval_temperature, above=0.0)
         if self.eval_pass_k is not None:
             checks.check_number("eval_pass_k", self.eval_pass_k, at_least=1, at_most=self.eval_samples)
-        if self.eval_prompts is not None:
-            checks.check_number("eval_prompts", self.eval_prompts, at_least=1)
 
 
 @dataclass(frozen=True)
 class RunConfig(Section):
     """run."""
 
-    seed: int = option(0, "of everything random")
-    checkpoint_every: int = option(50, "save after every so many steps, and after the last; 0: only then", unit="steps")
-    keep_checkpoints: int = option(3, "older ones are deleted; 0 keeps all", unit="checkpoints")
-    async_checkpoints: bool = option(True, "go on while a checkpoint is written, from a copy in the CPU's memory")
+    seed: int = option(0, "random seed for sampling, data order and initialisation", at_least=0, below=2**63)
+    checkpoint_every: int = option(
+        50,
+        "number of steps from one checkpoint to the next; there is also one after the last step; 0 saves only that one",
+        unit="steps",
+        at_least=0,
+    )
+    keep_checkpoints: int = option(
+        3, "number of checkpoints that are kept; older ones are deleted; 0 keeps all", unit="checkpoints", at_least=0
+    )
+    async_checkpoints: bool = option(
+        True, "write checkpoints in the background, from a copy in CPU memory, while training continues"
+    )
     max_skipped_steps: int = option(
-        10, "steps whose loss or gradient is not finite are skipped, and their batch saved; after so many the run ends"
+        10,
+        "number of steps that may be skipped because their loss or gradient is not finite; one more ends the run; the batch of each "
+        "such step is saved",
+        unit="steps",
+        at_least=0,
     )
     rank_timeout: float = option(
-        1800.0, "under torchrun: a rank that waits so long for another ends the run", unit="seconds"
+        1800.0,
+        "time limit for a rank that waits for the others under torchrun; after it, the run ends with an error",
+        unit="seconds",
+        above=0.0,
     )
-    samples_per_step: int = option(4, "of one prompt, shown each step and kept in samples.jsonl", unit="rollouts")
-    log_every: int = option(1, "print every so many steps; the live view shows each", unit="steps")
-    plain: bool = option(False, "lines of text on a terminal too, in place of the live view")
-    tensorboard: bool = option(False, "write TensorBoard's event files, to tensorboard/ in --output")
-    wandb: str | None = option(None, "log to this project of Weights & Biases")
-    trackio: str | None = option(None, "log to this project of Trackio")
+    samples_per_step: int = option(
+        4,
+        "number of rollouts, of one prompt, that each step shows and writes to samples.jsonl",
+        unit="rollouts",
+        at_least=0,
+    )
+    log_every: int = option(
+        1,
+        "number of steps from one printed line to the next; the live view is updated in every step",
+        unit="steps",
+        at_least=1,
+    )
+    plain: bool = option(False, "print lines of text instead of the live view, even in a terminal")
+    tensorboard: bool = option(False, "write TensorBoard event files to tensorboard/ in the output directory")
+    wandb: str | None = option(
+        None, "Weights & Biases project to which metrics are logged", if_none="not used", metavar="PROJECT"
+    )
+    trackio: str | None = option(
+        None, "Trackio project to which metrics are logged", if_none="not used", metavar="PROJECT"
+    )
     profile_steps: str | None = option(
-        None, "A:B, write a torch.profiler trace of the steps A to B to trace.json in --output"
+        None,
+        "first and last step, as A:B, of a torch.profiler trace that is written to trace.json in the output directory",
+        if_none="no trace",
+        metavar="A:B",
     )
-    guard: str = option(
+    guard: Literal["off", "warn", "stop", "rollback"] = option(
         "warn",
-        "at signs of collapse: nothing (off), a message (warn), save and end with status 3 (stop), "
-        "or go on from the best checkpoint (rollback)",
-        choices=("off", "warn", "stop", "rollback"),
+        "what happens at signs of collapse: nothing (off), a warning (warn), a checkpoint and the end of the run with exit status 3 "
+        "(stop), or a return to the best checkpoint (rollback)",
     )
-    guard_rollbacks: int = option(1, "with --guard rollback: after so many, stop", unit="rollbacks")
+    guard_rollbacks: int = option(
+        1,
+        "number of returns to the best checkpoint with --guard rollback, after which the guard stops the run",
+        unit="rollbacks",
+        at_least=0,
+    )
 
     def check(self) -> None:
-        checks.check_number("seed", self.seed, at_least=0, below=2**63)
-        checks.check_number("rank_timeout", self.rank_timeout, above=0.0)
-        for name in (
-            "checkpoint_every",
-            "keep_checkpoints",
-            "max_skipped_steps",
-            "samples_per_step",
-            "guard_rollbacks",
-        ):
-            checks.check_number(name, getattr(self, name), at_least=0)
-        checks.check_number("log_every", self.log_every, at_least=1)
         for name in ("wandb", "trackio"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: expected the name of a project, got ''")

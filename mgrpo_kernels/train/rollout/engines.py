@@ -1,12 +1,12 @@
-"""The rollout engines by name. An engine's own class answers for its memory, its share of the plan and how it is built.
+"""The table of rollout engines. An engine's class states its memory, its lines of the plan and how it is built.
 
-Reading the options must not import an engine: what the options need to know of one stands here.
+Reading the options must not import an engine, so this table holds what the options need to know of each.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from mgrpo_kernels.train.config import Config
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
 
 
 class EngineInfo(NamedTuple):
-    """What the options need to know of an engine."""
+    """The properties of an engine that the options depend on."""
 
     module: str
     class_name: str
-    least_temperature: float = 0.0  # below it the engine samples at another temperature than it is asked for
-    rounds_differently: bool = False  # its log-probs are not the trainer's own kernels', so the loss corrects for them
-    section: str | None = None  # the section of the configuration with its own options
-    package: str | None = None  # the optional package that it needs
+    least_temperature: float = 0.0  # below it, the engine does not sample at the requested temperature
+    rounds_differently: bool = False  # its log-probs differ from the trainer's by rounding, which the loss corrects
+    section: str | None = None  # section of the configuration that holds the engine's own options
+    package: str | None = None  # optional package that the engine requires
 
 
-ENGINES = {
+EngineName = Literal["transformers", "vllm"]  # a test compares these names with the table's
+ENGINES: dict[EngineName, EngineInfo] = {
     "transformers": EngineInfo("mgrpo_kernels.train.rollout.transformers", "TransformersEngine"),
     "vllm": EngineInfo(
         "mgrpo_kernels.train.rollout.vllm",
@@ -38,7 +39,7 @@ ENGINES = {
 
 
 def engine_class(config: Config) -> type[RolloutEngine]:
-    """Return the class of the engine that the configuration names. Its module is imported, its package is not."""
+    """Return the class of the configured engine. This imports the engine's module, but not the package that it requires."""
     info = ENGINES[config.rollout.engine]
     engine: type[RolloutEngine] = getattr(importlib.import_module(info.module), info.class_name)
     return engine

@@ -1,0 +1,72 @@
+"""An option as a dataclass field: its default, help text, unit and range. Its choices are those of its Literal type."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, NamedTuple
+
+from mgrpo_kernels import checks
+
+
+def option(default: Any, text: str, *, unit: str = "", if_none: str = "", metavar: str = "", **bounds: float) -> Any:
+    """Return a dataclass field that declares an option.
+
+    Args:
+        default: its default value.
+        text: what the option is or does, worded so that it can be read alone.
+        unit: unit of a number, as it is written after the default.
+        if_none: what happens if the option has no value, for an option whose default is None.
+        metavar: placeholder of the value on a command line; empty: one that follows from the type.
+        bounds: range of a number, as :func:`mgrpo_kernels.checks.check_number` takes it.
+    """
+    metadata = {"help": text, "unit": unit, "if_none": if_none, "metavar": metavar, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Declared(NamedTuple):
+    """An option of a dataclass."""
+
+    field: dataclasses.Field[Any]
+    kinds: tuple[Any, ...]  # the types that a value may have; str for a Literal
+    choices: tuple[str, ...] | None  # the values of its Literal; None: any value of its type
+
+    @property
+    def if_none(self) -> str:
+        """What happens if the option has no value; empty if that is not declared."""
+        return str(self.field.metadata.get("if_none", ""))
+
+
+def fields_of(options: type) -> dict[str, Declared]:
+    """Return the options that a dataclass declares, by name."""
+    hints = typing.get_type_hints(options)
+    return {each.name: _declared(each, hints[each.name]) for each in dataclasses.fields(options)}
+
+
+def _declared(field: dataclasses.Field[Any], hint: Any) -> Declared:
+    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    choices: tuple[str, ...] | None = field.metadata.get("choices")  # the loss's own options list them
+    for each in hints:
+        if typing.get_origin(each) is typing.Literal:
+            choices = typing.get_args(each)
+    return Declared(field, tuple(str if typing.get_origin(each) is typing.Literal else each for each in hints), choices)
+
+
+def check_fields(options: Any) -> None:
+    """Raise ValueError for an option of a dataclass that is not one of its choices or is out of its range."""
+    for name, declared in fields_of(type(options)).items():
+        value, bounds = getattr(options, name), declared.field.metadata["bounds"]
+        if value is None:
+            continue
+        if declared.choices is not None:
+            checks.check_choice(name, value, declared.choices)
+        if bounds:
+            for number in value if isinstance(value, tuple) else (value,):
+                checks.check_number(name, number, **bounds)
+
+
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """Return an option's help text, with what happens if the option has no value."""
+    if_none = field.metadata.get("if_none")
+    return f"{field.metadata['help']} (if none: {if_none})" if if_none else str(field.metadata["help"])
