@@ -1,16 +1,26 @@
-"""An option as a dataclass field: its default, help text, unit and range. Its choices are those of its Literal type."""
+"""An option as a dataclass field: its default, help text, unit and range. Its choices are those of its Literal type, or of a table."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from mgrpo_kernels import checks
 
 
-def option(default: Any, text: str, *, unit: str = "", if_none: str = "", metavar: str = "", **bounds: float) -> Any:
+def option(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    if_none: str = "",
+    metavar: str = "",
+    table: Iterable[str] | None = None,
+    **bounds: float,
+) -> Any:
     """Return a dataclass field that declares an option.
 
     Args:
@@ -19,9 +29,10 @@ def option(default: Any, text: str, *, unit: str = "", if_none: str = "", metava
         unit: unit of a number, as it is written after the default.
         if_none: what happens if the option has no value, for an option whose default is None.
         metavar: placeholder of the value on a command line; empty: one that follows from the type.
+        table: table whose names are the choices, including those that are added to it later; None: the choices are the option's Literal.
         bounds: range of a number, as :func:`mgrpo_kernels.checks.check_number` takes it.
     """
-    metadata = {"help": text, "unit": unit, "if_none": if_none, "metavar": metavar, "bounds": bounds}
+    metadata = {"help": text, "unit": unit, "if_none": if_none, "metavar": metavar, "choices": table, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -30,7 +41,7 @@ class Declared(NamedTuple):
 
     field: dataclasses.Field[Any]
     kinds: tuple[Any, ...]  # the types that a value may have; str for a Literal
-    choices: tuple[str, ...] | None  # the values of its Literal; None: any value of its type
+    choices: tuple[str, ...] | None  # the values that are allowed; None: any value of its type
 
     @property
     def if_none(self) -> str:
@@ -46,11 +57,12 @@ def fields_of(options: type) -> dict[str, Declared]:
 
 def _declared(field: dataclasses.Field[Any], hint: Any) -> Declared:
     hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    choices: tuple[str, ...] | None = field.metadata.get("choices")  # the loss's own options list them
-    for each in hints:
-        if typing.get_origin(each) is typing.Literal:
-            choices = typing.get_args(each)
-    return Declared(field, tuple(str if typing.get_origin(each) is typing.Literal else each for each in hints), choices)
+    literals = [each for each in hints if typing.get_origin(each) is typing.Literal]
+    choices = field.metadata.get("choices")
+    if choices is None and literals:
+        choices = typing.get_args(literals[0])
+    kinds = tuple(str if each in literals else each for each in hints)
+    return Declared(field, kinds, None if choices is None else tuple(choices))
 
 
 def check_fields(options: Any) -> None:

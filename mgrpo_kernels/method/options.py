@@ -31,7 +31,7 @@ MOMENTUM_OPTIONS = ("momentum_rollouts", "decay", "decay_end", "momentum_scored_
 class MethodOptions:
     """Options of the method, shared by the trainer and the integrations."""
 
-    method: MethodName = option("mgrpo", "training method, which determines how rollouts are rewarded")
+    method: MethodName = option("mgrpo", "training method, which determines how rollouts are rewarded", table=METHODS)
     momentum_rollouts: int | None = option(
         None,
         "number of rollouts per prompt that the momentum model generates",

@@ -13,7 +13,7 @@ from mgrpo_kernels.method.fields import option
 from mgrpo_kernels.ops.policy_loss.inputs import check_behaviour_mode
 from mgrpo_kernels.ops.policy_loss.options import LossForm
 from mgrpo_kernels.train.config.fields import Section
-from mgrpo_kernels.train.rollout.engines import EngineName
+from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
 
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
 LossName = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
@@ -134,7 +134,7 @@ class MethodConfig(MethodOptions, Section):
 class RolloutConfig(Section):
     """rollouts."""
 
-    engine: EngineName = option("transformers", "rollout engine that generates the responses")
+    engine: EngineName = option("transformers", "rollout engine that generates the responses", table=ENGINES)
     prompts_per_step: int = option(8, "number of prompts sampled in each step", unit="prompts", at_least=1)
     rollouts: int = option(
         32, "number of rollouts per prompt, including those of the momentum model", unit="rollouts", at_least=2
