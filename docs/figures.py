@@ -322,12 +322,13 @@ def plan_load() -> str:
 
 
 @figure
-def before_after(name: str, what: str = "table") -> str:
-    """Return a table of examples/<name>_before_after.py, or how many times as long as the last run another takes."""
+def before_after(name: str, of: str) -> str:
+    """Return the results of examples/<name>_before_after.py: where, the table, and the times of `of` relative to the patched run."""
     if not (RESULTS / f"{name}-before-after.json").exists():
-        return NO_RUN
+        return "These figures have not been recorded yet."
     data = read_json(f"{name}-before-after")
-    return data["table"] if what == "table" else f"{data['times'][what]:.2f}"
+    times = ", ".join(f"{what} {ratio:.2f}" for what, ratio in data["times"].items())
+    return f"Measured on {stamp(f'{name}-before-after')}:\n\n{data['table']}\n\n{of}, as multiples of the patched run's time: {times}."
 
 
 # The collapse study

@@ -274,6 +274,23 @@ def test_a_run_on_busy_cores_is_not_shown(generate: Any, monkeypatch: pytest.Mon
             assert figures.times("ema", "eager") == "1.49"
 
 
+def test_a_run_before_and_after_is_shown_as_recorded(
+    generate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figures = sys.modules["figures"]
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert figures.before_after("trl", "TRL's times") == "These figures have not been recorded yet."
+    recorded = {
+        "environment": {"CPU": "a CPU", "torch": "2.13.0"},
+        "times": {"step": 1.234},
+        "table": "| a |\n|---|\n| 1 |",
+    }
+    (tmp_path / "trl-before-after.json").write_text(json.dumps(recorded))
+    assert figures.before_after("trl", "TRL's times") == (
+        "Measured on a CPU, torch 2.13.0:\n\n| a |\n|---|\n| 1 |\n\nTRL's times, as multiples of the patched run's time: step 1.23."
+    )
+
+
 def test_every_page_is_in_the_navigation() -> None:
     def leaves(entry: Any) -> list[str]:
         parts = entry.values() if isinstance(entry, dict) else entry
