@@ -1,63 +1,67 @@
-# Each of these does its own set-up, into .venv.
+# Each target creates .venv on first use.
 PY ?= .venv/bin/python
 STAMP := .venv/.ready
 SOURCES := pyproject.toml setup.py scripts/setup.sh scripts/build_backend.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: setup vllm peers train test bench gpu-check gpu-wheels study study-full torture docs lint artifacts clean
-setup: $(STAMP)
+.PHONY: help setup vllm peers train test bench gpu-check gpu-wheels study study-full torture docs lint artifacts clean
+.DEFAULT_GOAL := help
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
+
+setup: $(STAMP)  ## create .venv with torch and everything that training and tests need
 $(STAMP): $(SOURCES)
 	scripts/setup.sh
 	@touch $@
 
-vllm: setup  ## vLLM beside it: its CPU build where there is no GPU
+vllm: setup  ## add vLLM to .venv (its CPU build if there is no GPU)
 	scripts/vllm.sh
 
-peers: setup  ## verl and OpenRLHF for the tests, into a folder of their own
+peers: setup  ## install verl and OpenRLHF for the tests, in a separate folder
 	scripts/peers.sh
 
-train: setup  ## the demonstration; ARGS="--steps 100 ..." passes options on
+train: setup  ## train on the built-in task; ARGS="--steps 100 ..." passes options to the trainer
 	$(PY) -m mgrpo_kernels.train $(ARGS)
 
-test: setup  ## the whole suite, a file at a time in each of two processes
+test: setup  ## run the whole test suite, in two processes that take one file at a time
 	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
-bench: setup  ## every op beside its peers
+bench: setup  ## benchmark every op against its peers
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# With another PY nothing is set up: that interpreter has torch, triton, pytest, pytest-benchmark and hypothesis.
-gpu-check: $(if $(filter .venv/%,$(PY)),setup)  ## tests, benchmarks and tuning on one GPU, in nine minutes: OUT=dir
+# If PY names another interpreter, .venv is not created; that interpreter needs torch, triton, pytest, pytest-benchmark and hypothesis.
+gpu-check: $(if $(filter .venv/%,$(PY)),setup)  ## run tests, benchmarks and tuning on one GPU, in nine minutes; OUT=dir receives the results
 	$(PY) scripts/gpu_check --out $(or $(OUT),gpu-check) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
-gpu-wheels: $(if $(filter .venv/%,$(PY)),setup)  ## the peers' wheels, for a GPU machine without a package index: OUT=dir
+gpu-wheels: $(if $(filter .venv/%,$(PY)),setup)  ## download the peers' wheels to OUT=dir, for a GPU machine without a package index
 	PY=$(PY) scripts/gpu_wheels.sh $(or $(OUT),build/gpu-wheels) $(ARGS)
 
 OF_STUDY := examples/collapse/summary.py --results runs/collapse.jsonl --against examples/collapse/results.jsonl
-study: setup  ## the collapse study's main cells with three seeds: some 20 minutes on two free cores; resumable
+study: setup  ## run the collapse study's main cells with three seeds; resumable; about 20 minutes on two free cores
 	$(PY) examples/collapse/study.py $(ARGS)
 	$(PY) $(OF_STUDY)
 
-study-full: setup  ## every cell of it with five seeds: hours
+study-full: setup  ## run every cell of the collapse study with five seeds; takes hours
 	$(PY) examples/collapse/study.py --all --seeds 5 $(ARGS)
 	$(PY) $(OF_STUDY)
 
 .PHONY: mutants
-mutants: setup  ## the tests against faults of the product, tests/mutations: half an hour on two free cores; resumable
+mutants: setup  ## check that the tests catch the planted faults of tests/mutations; resumable; half an hour on two free cores
 	$(PY) scripts/mutants.py $(ARGS)
 
-torture: setup  ## runs killed at twenty random moments and resumed, to the same bits
+torture: setup  ## kill a run at twenty random moments, resume it, and compare the result bit for bit
 	$(PY) tests/torture.py $(ARGS)
 
-docs: setup  ## the documentation as pages, into build/docs; a dead link is an error
+docs: setup  ## build the documentation into build/docs; a dead link is an error
 	$(PY) -m pip install --quiet 'zensical>=0.0.70' 'mkdocstrings-python>=2'
 	$(PY) -m zensical build --strict --clean -f mkdocs.yml
 
-lint: setup  ## style and types
+lint: setup  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-artifacts: setup  ## sdist, wheel from it, fresh environment, an op on the native backend
+artifacts: setup  ## build the sdist and a wheel from it, and run an op on the native backend in a fresh environment
 	$(PY) scripts/check_artifacts.py $(ARGS)
 
-clean:
+clean:  ## delete build products
 	rm -rf build *.egg-info mgrpo_kernels/*.so mgrpo_kernels/_build_report.py

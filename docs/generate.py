@@ -49,7 +49,7 @@ def options() -> str:
 {WRITTEN}
 
 On this page you can look up every option of `python -m mgrpo_kernels.train`, with its meaning, unit and default. `--help` prints the
-same texts.
+same texts, and `-h` only the most used options.
 
 ```bash
 python -m mgrpo_kernels.train --steps 100 --learning-rate 1e-4 --dry-run

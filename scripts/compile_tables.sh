@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compiles every Triton kernel, with no GPU, by each supported version of Triton: the one in .venv, which CI checks, and 3.6, which comes
-# with torch 2.11. The second one is installed into build/triton-3.6, for these commands alone.
-#   scripts/compile_tables.sh                  runs the compile tests under both
+# Compiles every Triton kernel, without a GPU, with both supported versions of Triton: the one in .venv, which CI checks, and 3.6, which comes
+# with torch 2.11. The second one is installed into build/triton-3.6, and only these commands use it.
+#   scripts/compile_tables.sh                  runs the compile tests with both versions
 #   scripts/compile_tables.sh --write-table    renews both tables in tests/compiled_kernels.json
 set -euo pipefail
 cd "$(dirname "$0")/.."

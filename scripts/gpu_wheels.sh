@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Collects wheels of the peers that benchmarks/ compares with, for a GPU machine that reaches no package index: make gpu-check WHEELS=dir
-# imports from them what that machine lacks. It has torch, triton, transformers, accelerate, pandas, pyarrow and what those need.
+# Downloads wheels of the libraries that the benchmarks compare with, for a GPU machine without access to a package index. There,
+# `make gpu-check WHEELS=dir` imports the missing ones from them. That machine must have torch, triton, transformers, accelerate, pandas and pyarrow.
 #   scripts/gpu_wheels.sh DIR [--quack]
-# Built for Python 3.12 on x86-64 Linux; TARGET_PYTHON=3.13 chooses another version. They take 4.3 MiB, and 19 MiB unpacked.
-# --quack adds QuACK and NVIDIA's CuTe DSL, whose compiler alone is 92 MB: too much where the whole tree may not exceed 64 MiB. Liger
-# uses that compiler on Hopper, too, and plain PyTorch without it.
+# The wheels are for Python 3.12 on x86-64 Linux; TARGET_PYTHON=3.13 chooses another version. They take 4.3 MiB, and 19 MiB unpacked.
+# --quack adds QuACK and NVIDIA's CuTe DSL, whose compiler alone takes 92 MB. Liger uses that compiler on Hopper too, and plain PyTorch
+# without it.
 set -euo pipefail
 
 out=${1:?usage: scripts/gpu_wheels.sh DIR [--quack]}
 python=${TARGET_PYTHON:-3.12}
 packages=(
-  trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19  # the last three: what trl imports
+  trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19  # trl imports the last three
   liger-kernel==0.8.5
   cut-cross-entropy==25.1.1
-  verl==0.9.1  # benchmarks/peers.py imports its kernel without its trainer
+  verl==0.9.1  # benchmarks/peers.py imports its kernel only
 )
 if [ "${2:-}" = --quack ]; then
   packages+=(

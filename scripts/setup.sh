@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes .venv with everything that training, tests, linting and benchmarks need. `make setup` calls it.
-#   PYTHON=python3.12 scripts/setup.sh     another interpreter (3.11 to 3.13)
-#   TORCH=2.12.0 scripts/setup.sh          another version of torch (>= 2.11)
-#   TRITON=3.6.0 TRANSFORMERS=5.16.0 scripts/setup.sh    other versions of these
+# Creates .venv with everything that training, tests, linting and benchmarks need. `make setup` calls it. Environment variables choose versions:
+#   PYTHON=python3.12 scripts/setup.sh                   the Python interpreter (3.11 to 3.13)
+#   TORCH=2.12.0 scripts/setup.sh                        the version of torch (2.11 or later)
+#   TRITON=3.6.0 TRANSFORMERS=5.16.0 scripts/setup.sh    the versions of triton and transformers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 TORCH=${TORCH:-2.13.0}
-export MGRPO_REQUIRE_NATIVE=${MGRPO_REQUIRE_NATIVE:-1}  # here a missing compiler is an error, not a slower library
+export MGRPO_REQUIRE_NATIVE=${MGRPO_REQUIRE_NATIVE:-1}  # a missing compiler is an error here
 
 suitable() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
 
@@ -15,29 +15,32 @@ if [ ! -x .venv/bin/python ]; then
   for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
     if suitable "$candidate"; then python=$candidate; break; fi
   done
-  [ -n "${python:-}" ] || { echo "setup: expected Python 3.11 to 3.13; name it: PYTHON=/path/to/python make setup" >&2; exit 1; }
+  if [ -z "${python:-}" ]; then
+    echo "setup: expected Python 3.11 to 3.13, got none in PATH; name an interpreter: PYTHON=/path/to/python make setup" >&2
+    exit 1
+  fi
   "$python" -m venv .venv
 fi
-export PATH="$PWD/.venv/bin:$PATH"  # ninja, which compiles the extension on all cores
+export PATH="$PWD/.venv/bin:$PATH"  # for ninja, which compiles the extension on all cores
 pip() { .venv/bin/python -m pip --quiet --disable-pip-version-check "$@"; }
 pip install --upgrade pip setuptools wheel ninja numpy
 
-echo "setup: torch $TORCH ..." >&2
-# A build of torch that fits the machine. Without a GPU: the CPU build, an eighth of the size.
+echo "setup: installing torch $TORCH ..." >&2
+# Without a GPU install the CPU build of torch, which has an eighth of the size.
 has_gpu() { nvidia-smi -L >/dev/null 2>&1 || rocm-smi --showid >/dev/null 2>&1; }
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   if [ "$(uname -s)" = Linux ] && ! has_gpu; then
     pip install "torch==$TORCH+cpu" 2>/dev/null ||
       { pip install uv && .venv/bin/uv pip install --python .venv/bin/python --torch-backend cpu "torch==$TORCH" 2>/dev/null; } ||
-      { echo "setup: no CPU build of torch $TORCH to be had; taking the default build, which is several GB" >&2
+      { echo "setup: the CPU build of torch $TORCH is not available; installing the default build, which is several GB" >&2
         pip install "torch==$TORCH"; }
   else
     pip install "torch==$TORCH"
   fi
 fi
 
-echo "setup: the package, and what training and tests need ..." >&2
-# Nothing that follows may replace torch. Its builds for a GPU name their triton; beside the others comes the one that the tests expect.
+echo "setup: installing the package with the extras train and dev ..." >&2
+# The constraints keep the installed torch. Builds of torch for a GPU require a certain triton; for the other builds install the one that the tests expect.
 .venv/bin/python - > .venv/constraints.txt <<'PYTHON'
 import importlib.metadata
 import os
