@@ -23,8 +23,9 @@ import machine
 import torch
 
 from mgrpo_kernels.train.data.demo import LONGEST, RISE
+from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.metrics import VARYING
-from mgrpo_kernels.train.watch.report import environment, read_lines
+from mgrpo_kernels.train.watch.report import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = (*RISE, "eval_maj_at_k", "eval_pass_at_k")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,9 +37,8 @@ def die_at(event: str, number: int) -> None:
     """Let this process kill itself right before the event comes for the n-th time."""
     import torch
 
-    from mgrpo_kernels.train.run import checkpoint
     from mgrpo_kernels.train.run.stopping import Interrupt
-    from mgrpo_kernels.train.watch.metrics import Lines
+    from mgrpo_kernels.train.watch.lines import Lines
 
     left = number
 
@@ -56,7 +56,7 @@ def die_at(event: str, number: int) -> None:
         "rollout": [(Interrupt, ["check"])],
         "line": [(Lines, ["write"])],
         "update": [(torch.optim.AdamW, ["step"])],
-        "checkpoint": [(os, ["fsync"]), (Path, ["mkdir", "rename", "replace", "symlink_to"]), (torch, ["save"]), (checkpoint.shutil, ["rmtree"])],
+        "checkpoint": [(os, ["fsync"]), (Path, ["mkdir", "rename", "replace", "symlink_to"]), (torch, ["save"]), (shutil, ["rmtree"])],
     }[event]  # fmt: skip
     for owner, names in places:
         for name in names:

@@ -13,7 +13,8 @@ from typing import Any
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import command_line
 from mgrpo_kernels.train.config import Config, build, preset_descriptions, read_yaml
-from mgrpo_kernels.train.errors import CheckpointError, EngineError, UsageError
+from mgrpo_kernels.train.ending import exit_status
+from mgrpo_kernels.train.errors import UsageError
 
 FIRST = ("model", "data", "method", "steps", "prompts_per_step", "rollouts", "learning_rate", "engine")
 """The options that most users need first, besides --config and --output."""
@@ -36,9 +37,9 @@ examples:
 Options on the command line override those of --config, which override the
 defaults. The output directory holds report.html, curves.png, metrics.jsonl,
 samples.jsonl, checkpoints/, and the trained model in final/.
-Exit status: 0 finished, 1 loss or gradient not finite, or a checkpoint or the
-rollout engine failed, 2 invalid options, 3 stopped by the guard, 130
-interrupted.
+Exit status: 0 finished, 1 failed (loss, gradient or weights not finite, out of
+memory, a full disk, a rollout engine), 2 invalid options, 3 stopped by the
+guard, 130 interrupted.
 """
 
 
@@ -71,6 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: off)",
     )
     start.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="resume the run although the content of its data, its base model or its tokenizer has changed since it began (default: off)",
+    )
+    start.add_argument(
         "--dry-run",
         nargs="?",
         const=True,
@@ -91,14 +97,15 @@ def target(text: str) -> Any:
     return Target.parse(text)
 
 
-def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, Any]:
-    """Return the configuration, the output directory, and the values of --resume and --dry-run.
+def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, Any, bool]:
+    """Return the configuration, the output directory, and the values of --resume, --dry-run and --allow-changed-data.
 
     Raises:
         UsageError: an option is unknown, has the wrong type or is out of range.
     """
     given = vars(make_parser().parse_args(arguments))
     file, output = given.pop("config", None), given.pop("output", None)
+    allow_changed = given.pop("allow_changed_data", False)
     resume, dry_run = given.pop("resume", False) or is_restart(output), given.pop("dry_run", False)
     layers: list[Mapping[str, Any]] = []
     if resume:
@@ -114,7 +121,7 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
         layers.insert(0, OPTIONS)
     config = build(*layers)
     default = f"{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return config, command_line.output_directory(output, default), resume, dry_run
+    return config, command_line.output_directory(output, default), resume, dry_run, allow_changed
 
 
 def is_restart(output: str | None) -> bool:
@@ -131,34 +138,18 @@ def is_restart(output: str | None) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trainer; return the exit status.
-
-    It is 0 if the run finished, 1 if a loss or gradient is not finite or a checkpoint or the rollout engine failed, 2 for invalid
-    options, 3 if the guard stopped the run, and 130 if the run was interrupted.
-    """
+    """Run the trainer; return the exit status, as the end of ``--help`` lists them."""
     try:
-        config, output, resume, dry_run = read_command_line(arguments)
-        from mgrpo_kernels.train.run.start import run  # imports transformers, which would slow --help down
+        config, output, resume, dry_run, allow_changed = read_command_line(arguments)
+        # transformers takes seconds to import, and --help shall not wait for it
+        from mgrpo_kernels.train.run.start import run
 
-        return run(config, output, resume=resume, dry_run=dry_run)
-    except UsageError as error:
-        if not error.shown_elsewhere:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(
-            f"error: {error}. Nothing was saved after it; --resume continues from the last checkpoint", file=sys.stderr
-        )
-        return 1
-    except (CheckpointError, EngineError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "interrupted; --resume continues from the last checkpoint, or from the start if there is none",
-            file=sys.stderr,
-        )
-        return 130
+        return run(config, output, resume=resume, dry_run=dry_run, allow_changed=allow_changed)
+    except BaseException as error:
+        status = exit_status(error)
+        if status is None:
+            raise
+        return status
 
 
 if __name__ == "__main__":

@@ -10,8 +10,16 @@ class UsageError(ValueError):
 
 
 class EngineError(RuntimeError):
-    """What samples failed or hung. The run ends with the reason, and its last checkpoint stands."""
+    """The rollout engine failed or hung. The run ends with the reason, and its last checkpoint remains."""
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or is damaged. Those before it are as they were."""
+
+
+class OutputError(RuntimeError):
+    """A file of the run, other than a checkpoint, could not be written at its end. The rest has been saved."""
+
+
+class FailedElsewhereError(RuntimeError):
+    """Another rank has failed, and shows why."""

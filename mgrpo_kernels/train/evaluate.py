@@ -15,12 +15,16 @@ import yaml
 from mgrpo_kernels.train import command_line, extras
 from mgrpo_kernels.train.config import Config, DataConfig, EvalConfig, ModelConfig, VllmConfig, build, fields_of
 from mgrpo_kernels.train.data.task import check_lengths, load_task
-from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.ending import exit_status
+from mgrpo_kernels.train.errors import OutputError, UsageError
 from mgrpo_kernels.train.model.policy import load_policy, pick_device, read_tokenizer
 from mgrpo_kernels.train.run.evaluation import examine, figures
+from mgrpo_kernels.train.run.files import write_text
 from mgrpo_kernels.train.run.learner import dtype_of, make_engine
-from mgrpo_kernels.train.run.output import check_output, write_text
-from mgrpo_kernels.train.watch.metrics import Lines, metrics_line
+from mgrpo_kernels.train.run.output import check_output
+from mgrpo_kernels.train.text import print_line
+from mgrpo_kernels.train.watch.lines import Lines
+from mgrpo_kernels.train.watch.metrics import metrics_line
 
 UNUSED = ("data", "eval_every", "gradient_checkpointing")
 REQUIRED = ("model", "eval_data")
@@ -106,6 +110,10 @@ def run(config: Config, output: Path) -> dict[str, float]:
         for line in lines:
             file.write(line)
         file.close()
+        if file.unwritten:
+            raise OutputError(
+                f"output: expected room for {output / name}, of which {len(file.unwritten)} lines could not be written"
+            )
     write_text(
         output / "config.yaml", yaml.safe_dump({name: config.values()[name] for name in OPTIONS}, sort_keys=False)
     )
@@ -113,16 +121,18 @@ def run(config: Config, output: Path) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the evaluation; return the exit status: 0, or 2 for invalid options."""
+    """Run the evaluation; return the exit status: 0, 1 for a failure, or 2 for invalid options."""
     try:
         config, output = read_command_line(arguments)
         found = run(config, output)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except BaseException as error:
+        status = exit_status(error, hint="")
+        if status is None:
+            raise
+        return status
     for name, value in found.items():
-        print(f"{name}: {value:.4f}")
-    print(f"written: {output}/metrics.jsonl, questions.jsonl, config.yaml")
+        print_line(f"{name}: {value:.4f}")
+    print_line(f"written: {output}/metrics.jsonl, questions.jsonl, config.yaml")
     return 0
 
 

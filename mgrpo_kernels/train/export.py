@@ -9,28 +9,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import build, read_yaml
-from mgrpo_kernels.train.errors import CheckpointError, UsageError
+from mgrpo_kernels.train.errors import CheckpointError, OutputError, UsageError
 from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, unreadable
-from mgrpo_kernels.train.run import checkpoint
+from mgrpo_kernels.train.run import checkpoint, files
+from mgrpo_kernels.train.text import print_line
 
 WEIGHTS = {"policy": "model.", "momentum": "momentum."}
 
 
 def save_final(policy: Policy, directory: Path) -> None:
-    """Write the trained model and its tokenizer, whole or not at all. Every rank must call; the first gathers and writes."""
+    """Write the trained model and its tokenizer, whole or not at all. Every rank must call; the first gathers and writes.
+
+    Raises:
+        OutputError: it could not be written; what was there before is as it was.
+    """
     state: dict[str, Tensor] | None = None
     if parallel.world() > 1:
         state = {}
@@ -46,19 +51,30 @@ def save_final(policy: Policy, directory: Path) -> None:
 def write(
     model: Any, tokenizer: Any, directory: Path, state: dict[str, Tensor] | None = None, adapter: Adapter | None = None
 ) -> None:
-    """Write a model, with the weights `state` in place of its own, and a tokenizer to a directory, which is replaced when all is there.
+    """Write a model, with the weights `state` in place of its own, and a tokenizer to a directory.
 
-    With an adapter the model is written as one without, and the adapter beside it.
+    A directory that is there is replaced when the new one is complete and on the disk. With an adapter the model is written as one
+    without, and the adapter beside it.
+
+    Raises:
+        OutputError: it could not be written; what was there before is as it was.
     """
     new = directory.with_name(directory.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    if adapter is not None:
-        state = model.state_dict() if state is None else state
-        adapter.save(new / "adapter", state)
-        state = merged_weights(model, state)
-    model.save_pretrained(new, state_dict=state)
-    tokenizer.save_pretrained(new)
-    checkpoint.replace_directory(new, directory)
+    try:
+        files.discard(new)
+        if adapter is not None:
+            state = model.state_dict() if state is None else state
+            adapter.save(new / "adapter", state)
+            state = merged_weights(model, state)
+        model.save_pretrained(new, state_dict=state)
+        tokenizer.save_pretrained(new)
+        files.replace_directory(new, directory)
+    except (OSError, SafetensorError) as error:
+        files.discard(new)
+        raise OutputError(
+            f"{directory.name}: expected to write the model to {directory}, got {files.reason(error)}; the last checkpoint contains it, "
+            "and python -m mgrpo_kernels.train.export writes it"
+        ) from error
 
 
 def export(run: Path, step: int | None, weights: str, to: Path) -> Path:
@@ -73,6 +89,7 @@ def export(run: Path, step: int | None, weights: str, to: Path) -> Path:
     Raises:
         UsageError: no such run, checkpoint or weights; `to` exists.
         CheckpointError: the checkpoint is damaged.
+        OutputError: the model could not be written.
     """
     if not (run / "config.yaml").exists():
         raise UsageError(f"run: expected a directory with a run (config.yaml), got {run}")
@@ -134,12 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = export(given.run, given.step, given.weights, given.to)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", error=True)
         return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (CheckpointError, OutputError) as error:
+        print_line(f"error: {error}", error=True)
         return 1
-    print(f"written: {given.to}, the {given.weights} of {found}")
+    print_line(f"written: {given.to}, the {given.weights} of {found}")
     return 0
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.errors import FailedElsewhereError, UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.run.stopping import Abandoned
 
@@ -143,7 +143,7 @@ def together() -> Iterator[None]:
 
     Raises:
         UsageError: as the first rank that failed raised it.
-        RuntimeError: any other error of another rank, with its text.
+        FailedElsewhereError: any other error of another rank, with its text.
     """
     if world() == 1:
         yield
@@ -160,7 +160,7 @@ def together() -> Iterator[None]:
     if error is not None and failed == rank():
         raise error
     is_usage, text = errors[failed] or (False, "")
-    raise (ShownElsewhereError if is_usage else RuntimeError)(f"rank {failed}: {text}") from error
+    raise (ShownElsewhereError if is_usage else FailedElsewhereError)(f"rank {failed}: {text}") from error
 
 
 @contextmanager
@@ -315,6 +315,8 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 class Nowhere:
     """A file of a rank that writes none."""
+
+    unwritten: ClassVar[list[str]] = []
 
     def write(self, values: Any) -> None:
         """Leave it to the first rank."""

@@ -188,7 +188,7 @@ def failing_save(base: str, place: Path) -> None:
     assert sorted(each.name for each in place.iterdir()) == ["latest", "step_1"]
     if parallel.is_first():
         assert len(said) == 1
-        assert "rank 1: OSError: no space left; step_1 stands" in said[0]
+        assert "rank 1: OSError: no space left; step_1 is complete" in said[0]
     writer.save(learner, 2, 0, 0, wait=True)
     assert checkpoint.load(place / "latest")["ranks"] == 2
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
-from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.errors import CheckpointError, UsageError
 from mgrpo_kernels.train.model.policy import Policy, load_policy
-from mgrpo_kernels.train.run import checkpoint
+from mgrpo_kernels.train.run import checkpoint, files
 from mgrpo_kernels.train.step import train_step
-from mgrpo_kernels.train.watch.metrics import Lines, metrics_line
+from mgrpo_kernels.train.watch.lines import Lines
+from mgrpo_kernels.train.watch.metrics import metrics_line
 
 
 def test_a_restored_learner_goes_on_with_the_same_bits(policy: Policy, base: Path, tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_leftovers_of_a_killed_save_are_written_again(policy: Policy, tmp_path: 
     assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_4"]
 
 
-@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "Path.rename", "Path.symlink_to", "Path.replace"])
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "Path.rename", "Path.replace"])
 def test_a_save_that_breaks_off_leaves_the_last_one(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -67,7 +70,7 @@ def test_a_save_that_breaks_off_leaves_the_last_one(
 
     where, name = call.split(".")
     monkeypatch.setattr({"torch": torch, "os": os, "Path": Path}[where], name, broken)
-    with pytest.raises(checkpoint.CheckpointError, match="step 4 could not be written .* no space left; step_2 stands"):
+    with pytest.raises(CheckpointError, match="step 4 could not be written .* no space left; step_2 is complete"):
         checkpoint.save(tmp_path, learner, 4, 0, 0, keep=3)
     monkeypatch.undo()
     assert not list(tmp_path.glob(".step*"))  # what was written of it does not fill the disk further
@@ -76,6 +79,53 @@ def test_a_save_that_breaks_off_leaves_the_last_one(
     assert checkpoint.load(latest)["step"] == 2
     checkpoint.save(tmp_path, learner, 4, 0, 0, keep=3)
     assert checkpoint.load(tmp_path / "latest")["step"] == 4
+
+
+@pytest.mark.parametrize("call", ["Path.symlink_to", "shutil.rmtree"])
+def test_a_clean_up_that_fails_is_no_failed_save(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    messages: list[str] = []
+    learner, writer = tiny.learner(policy), checkpoint.Writer(tmp_path, 1, write_line=messages.append)
+    writer.save(learner, 2, 0, 0, wait=True)
+
+    def broken(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    where, name = call.split(".")
+    monkeypatch.setattr({"shutil": shutil, "Path": Path}[where], name, broken)
+    for step in (4, 6):
+        writer.save(learner, step, 0, 0, wait=True)
+        assert checkpoint.latest(tmp_path) == tmp_path / f"step_{step}"
+    monkeypatch.undo()
+    assert len(messages) == 2
+    assert all("Permission denied" in each and "could not be " in each for each in messages)
+    assert not any("step 4 could not be written" in each for each in messages)
+    writer.save(learner, 8, 0, 0, wait=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_8"]
+    assert (tmp_path / "latest").readlink() == Path("step_8")
+
+
+def test_a_file_system_that_does_not_rename_over_a_file(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rename", "replace"):
+        real = getattr(Path, name)
+
+        def only_to_new(self: Path, target: Path, real: Any = real) -> Any:
+            if target.exists() or target.is_symlink():
+                raise FileExistsError(17, "File exists")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, name, only_to_new)
+    learner = tiny.learner(policy)
+    for step in (2, 4):
+        checkpoint.save(tmp_path, learner, step, 0, 0, keep=1)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_4"]
+    assert checkpoint.load(tmp_path / "latest")["step"] == 4
+    for text in ("one", "two"):
+        files.write_text(tmp_path / "config.yaml", text)
+    assert (tmp_path / "config.yaml").read_text() == "two"
 
 
 def test_another_method_is_refused(policy: Policy, tmp_path: Path) -> None:

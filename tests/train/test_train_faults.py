@@ -19,6 +19,7 @@ import torture
 
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import step
+from mgrpo_kernels.train.errors import CheckpointError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.run import checkpoint, loop
 from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
@@ -83,10 +84,10 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stands(policy: Policy, tmp_
     assert text.startswith(
         f"warning: checkpoint: step 4 could not be written to {tmp_path}/step_4: OSError: [Errno 27] "
     )
-    assert text.endswith("; step_2 stands. Training goes on; the next checkpoint is tried again")
+    assert text.endswith("; step_2 is complete. Training continues; the next checkpoint is tried again")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["latest", "step_2"]
     assert checkpoint.load(tmp_path / "latest")["step"] == 2
-    with largest_file(300_000), pytest.raises(checkpoint.CheckpointError, match="step 4 could not be written"):
+    with largest_file(300_000), pytest.raises(CheckpointError, match="step 4 could not be written"):
         writer.save(learner, 4, 0, 0, wait=True)  # nothing else would be left of the run
     writer.save(learner, 4, 0, 0, wait=True)
     assert checkpoint.load(tmp_path / "latest")["step"] == 4
@@ -133,9 +134,7 @@ def test_a_damaged_file_of_the_right_size_is_told(policy: Policy, tmp_path: Path
         file = tmp_path / f"step_{number}" / "__0_0.distcp"
         file.write_bytes(b"\0" * file.stat().st_size)
         if resumed is None:
-            with pytest.raises(
-                checkpoint.CheckpointError, match="expected one in .* that can be read, got 2 that cannot"
-            ):
+            with pytest.raises(CheckpointError, match="expected one in .* that can be read, got 2 that cannot"):
                 checkpoint.resume(tmp_path, learner, said.append)
         else:
             found = checkpoint.resume(tmp_path, learner, said.append)

@@ -19,8 +19,8 @@ from absent import need
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train.run import loop
 from mgrpo_kernels.train.watch import loggers
+from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.loggers import open_loggers, scalars
-from mgrpo_kernels.train.watch.report import read_lines
 
 Logged = dict[str, dict[int, float]]  # tag -> step -> value
 

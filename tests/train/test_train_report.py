@@ -14,7 +14,8 @@ import tiny
 import torch
 
 from mgrpo_kernels.train.watch import report
-from mgrpo_kernels.train.watch.metrics import Lines, metrics_line
+from mgrpo_kernels.train.watch.lines import Lines
+from mgrpo_kernels.train.watch.metrics import metrics_line
 from mgrpo_kernels.train.watch.report import write_report
 
 HEADINGS = ["Curves", "Collapse guard", "Samples", "Time", "Figures", "Environment", "Configuration"]

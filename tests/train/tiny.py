@@ -65,9 +65,11 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 def lines(output: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Return a run's lines, without what varies from run to run."""
-    text = (output / name).read_text(encoding="utf-8")
+    text = (output / name).read_bytes().decode()
     assert "NaN" not in text
-    return [{key: value for key, value in json.loads(line).items() if key not in VARYING} for line in text.splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in VARYING} for line in text.split("\n")[:-1]
+    ]
 
 
 def weights(source: Policy | MomentumModel) -> dict[str, torch.Tensor]:

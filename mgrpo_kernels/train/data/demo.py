@@ -26,7 +26,7 @@ from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
-from mgrpo_kernels.train.run.checkpoint import replace_directory
+from mgrpo_kernels.train.run.files import replace_directory
 from mgrpo_kernels.train.score import response_states
 
 OPTIONS: dict[str, Any] = {

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.data.task import prompts_of_step
+from mgrpo_kernels.train.errors import FailedElsewhereError, OutputError
 from mgrpo_kernels.train.export import save_final
 from mgrpo_kernels.train.rollout.divided import divided
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.run.evaluation import evaluate
-from mgrpo_kernels.train.run.output import closing, lines_of_first, save_batch, with_truth
+from mgrpo_kernels.train.run.files import reason
+from mgrpo_kernels.train.run.output import METRICS, SAMPLES, closing, open_lines, past_lines, save_batch, with_truth
 from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
 from mgrpo_kernels.train.step import Learner, train_step
+from mgrpo_kernels.train.text import print_line
 from mgrpo_kernels.train.update import NotFiniteError
 from mgrpo_kernels.train.watch.guard import Guard, message
 from mgrpo_kernels.train.watch.live import Plain
 from mgrpo_kernels.train.watch.loggers import open_loggers
 from mgrpo_kernels.train.watch.metrics import metrics_line
-from mgrpo_kernels.train.watch.report import read_lines, write_report
+from mgrpo_kernels.train.watch.report import write_report
 from mgrpo_kernels.train.watch.tracing import Trace
 
 COLLAPSED = 3
@@ -37,38 +41,53 @@ StepResult = tuple[dict[str, Any], list[dict[str, Any]]]  # metrics, and samples
 
 
 class Run:
-    """A learner's training in an output directory. Building it resumes from the newest checkpoint, if there is one.
+    """A learner's training in an output directory.
 
     Args:
-        learner: what trains.
+        learner: what trains, as it was at the checkpoint.
         output: the output directory.
         interrupt: says when the user or the machine asks the run to stop.
         view: shows progress.
+        found: the facts of the checkpoint that the learner was restored from; None for a run that begins.
+        fingerprints: of the data, the base model and its tokenizer.
     """
 
-    def __init__(self, learner: Learner, output: Path, interrupt: Interrupt, view: Plain) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        output: Path,
+        interrupt: Interrupt,
+        view: Plain,
+        found: checkpoint.Facts | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
         self.learner, self.output, self.interrupt, self.view = learner, output, interrupt, view
         self.config = config = learner.config
         self.checkpoints = output / "checkpoints"
-        found = checkpoint.resume(self.checkpoints, learner, view.warn)
         self.is_new = found is None
-        found = found or {"step": 0, "metrics_bytes": 0, "samples_bytes": 0, "pending": None}
-        self.start: int = found["step"]
-        self.pending: StepResult | None = found["pending"]  # the last step's, whose evaluation is still to come
-        if not self.is_new:
-            view.write_line(f"resuming after step {self.start}")
+        self.start = 0 if found is None else found["step"]
+        # The last step's result, whose evaluation is still to come.
+        self.pending: StepResult | None = None if found is None else found["pending"]
         self.writer = checkpoint.Writer(
-            self.checkpoints, config.run.keep_checkpoints, background=config.run.async_checkpoints, write_line=view.warn
-        )
+            self.checkpoints, config.run.keep_checkpoints, background=config.run.async_checkpoints, write_line=view.warn,
+            newest=None if found is None else found["path"], fingerprints=fingerprints,
+        )  # fmt: skip
+        self.taken = self.skipped = 0  # steps of this process
+        self.proven: Path | None = None  # the newest checkpoint after which a step has succeeded
         learner.engine.check = interrupt.check
-        self.metrics = lines_of_first(output / "metrics.jsonl", found["metrics_bytes"])
-        self.samples = lines_of_first(output / "samples.jsonl", found["samples_bytes"])
-        past = parallel.from_first(read_lines(output / "metrics.jsonl") if parallel.is_first() else [])
+
+        sizes = (0, 0) if found is None else (found["metrics_bytes"], found["samples_bytes"])
+        unwritten = {} if found is None else found["unwritten"]
+        more, samples = unwritten.get(METRICS, []), unwritten.get(SAMPLES, [])
+        past = parallel.from_first(past_lines(output / METRICS, sizes[0], more) if parallel.is_first() else [])
+        self.loggers = open_loggers(config, output, past, view.warn) if parallel.is_first() else []
+        with parallel.together():
+            self.metrics = open_lines(output / METRICS, sizes[0], more, view.warn)
+            self.samples = open_lines(output / SAMPLES, sizes[1], samples, view.warn)
         learner.skipped = past[-1]["skipped_steps"] or 0 if past else 0
         self.guard = Guard(len(learner.task.held_out), config.eval.eval_samples)
         self.guard.replay(past)
         view.begin(past)
-        self.loggers = open_loggers(config, output, past) if parallel.is_first() else []
         self.trace = Trace(config.profiled, output, parallel.rank(), view.write_line)
 
     def train(self) -> int:
@@ -86,15 +105,58 @@ class Run:
             self.writer.settle()
             for sink in (self.metrics, self.samples, *self.loggers, self.trace):
                 sink.close()
-        if status is not None:
-            return status
+        return self._finish() if status is None else status
+
+    def _finish(self) -> int:
+        """Write final/ and the report; return the exit status 0.
+
+        Raises:
+            FloatingPointError: the weights are not worth it.
+            OutputError: a file could not be written; the others are.
+        """
+        self._check_result()
         self.view.stop()
-        save_final(self.learner.policy, self.output / "final")
+        failure: RuntimeError | None = None
+        try:
+            save_final(self.learner.policy, self.output / "final")
+        except (OutputError, FailedElsewhereError) as error:
+            failure = error
         if parallel.is_first():
-            write_report(self.output, self.learner.policy.device)
-            for line in closing(self.output, self.config):
-                print(line, flush=True)
+            self.writer.prune([self._best()])
+            self.writer.report_failure()
+            self._report()
+        if failure is not None:
+            raise failure
+        with parallel.together():
+            unwritten = len(self.metrics.unwritten) + len(self.samples.unwritten)
+            if unwritten:
+                raise OutputError(
+                    f"output: {unwritten} lines of {METRICS} and {SAMPLES} could not be written; the last checkpoint contains them, and "
+                    "--resume writes them"
+                )
+            if parallel.is_first():
+                for line in closing(self.output, self.config):
+                    print_line(line)
         return 0
+
+    def _report(self) -> None:
+        try:
+            write_report(self.output, self.learner.policy.device)
+        except OSError as error:
+            self.view.warn(f"warning: report.html could not be written: {reason(error)}")
+
+    def _check_result(self) -> None:
+        """Raise FloatingPointError where the weights are not finite, or most steps were skipped: nothing shows that they are good."""
+        bad = checkpoint.not_finite(self.learner)
+        if bad is not None:
+            raise FloatingPointError(f"weights: expected finite ones, got NaN or infinity in {bad}")
+        everything = self.learner.skipped, self.config.optim.steps
+        for skipped, steps, which in ((*everything, ""), (self.skipped, self.taken, " since the run was resumed")):
+            if 2 * skipped > steps:
+                raise FloatingPointError(
+                    f"{skipped} of {steps} steps{which} were skipped, since loss or gradient was not finite: final/ is not written, and "
+                    "the weights of the last step that was taken are not good; a lower --learning-rate may help"
+                )
 
     def _before_first_step(self) -> int | None:
         """Evaluate the model as it is; return an exit status if the run is to end."""
@@ -135,11 +197,28 @@ class Run:
         """Take a step, or skip it where its loss or gradient is not finite."""
         config, train = self.config, self.learner.task.train
         chosen = prompts_of_step(len(train), config.rollout.prompts_per_step, step, config.run.seed)
+        self.taken += 1
         try:
             with self.trace.during(step):
-                return parallel.from_first(train_step(self.learner, [train[each] for each in chosen], step))
+                result: StepResult = parallel.from_first(
+                    train_step(self.learner, [train[each] for each in chosen], step)
+                )
         except NotFiniteError as error:
+            self.skipped += 1
             return self._skip(step, error)
+        self._prove()
+        return result
+
+    def _prove(self) -> None:
+        """Note that the newest checkpoint is good, since a step from its weights succeeded, and delete the one kept in its place."""
+        newest = self.writer.newest
+        if newest != self.proven and self.writer.is_idle:
+            self.proven = newest
+            self.writer.prune([self._best()])
+
+    def _best(self) -> int | None:
+        """Return the step of the checkpoint that the guard would go back to, None without a guard."""
+        return None if self.config.run.guard == "off" else self.guard.best(checkpoint.saved_steps(self.checkpoints))
 
     def _skip(self, step: int, error: NotFiniteError) -> StepResult:
         """Keep the batch of a step that is not finite, and count it.
@@ -147,16 +226,14 @@ class Run:
         Raises:
             FloatingPointError: as many steps as are allowed have been skipped.
         """
-        batch, most = save_batch(self.output / "skipped", step, error.batch), self.config.run.max_skipped_steps
+        saved, most = save_batch(self.output / "skipped", step, error.batch), self.config.run.max_skipped_steps
         if self.learner.skipped == most:
             self._save(step - 1, wait=True)
             raise FloatingPointError(
-                f"{error}, in step {step}, after {most} steps that were skipped (max_skipped_steps); its batch is in {batch}"
+                f"{error}, in step {step}, after {most} steps that were skipped (max_skipped_steps); {saved}"
             ) from error
         self.learner.skipped += 1
-        self.view.warn(
-            f"step {step} is skipped, {self.learner.skipped} of at most {most}: {error}; its batch is in {batch}"
-        )
+        self.view.warn(f"step {step} is skipped, {self.learner.skipped} of at most {most}: {error}; {saved}")
         return {"step": step, "skipped_steps": self.learner.skipped}, []
 
     def _evaluate(self, step: int) -> dict[str, float] | None:
@@ -193,11 +270,23 @@ class Run:
             checkpoint.restore(checkpoint.load(path), self.learner)
 
     def _save(self, step: int, *, wait: bool = False, pending: StepResult | None = None) -> Path:
+        """Save a checkpoint, and keep the newest that is known to be good beside it.
+
+        Raises:
+            FloatingPointError: the weights are not finite, and what has been saved is better.
+        """
+        bad = checkpoint.not_finite(self.learner)
+        if bad is not None:
+            raise FloatingPointError(f"weights: expected finite ones after step {step}, got NaN or infinity in {bad}")
         best = None
         if self.config.run.guard != "off":
             best = self.guard.best([*checkpoint.saved_steps(self.checkpoints), step])
         sizes = self.metrics.sync(), self.samples.sync()
-        return self.writer.save(self.learner, step, *sizes, best, pending=pending, wait=wait)
+        unwritten = {METRICS: self.metrics.unwritten, SAMPLES: self.samples.unwritten}
+        proven = None if self.proven is None else checkpoint.step_of(self.proven)
+        return self.writer.save(
+            self.learner, step, *sizes, best, proven=proven, unwritten=unwritten, pending=pending, wait=wait
+        )
 
     def _save_if_due(self, step: int, action: str | None) -> int | None:
         """Save after a step where that is due; return an exit status if the guard ends the run."""
@@ -205,6 +294,8 @@ class Run:
         new_best = self.config.run.guard == "rollback" and self.guard.is_best(step)
         if not (stopped or last or new_best or (every and step % every == 0)):
             return None
+        if last and not stopped:
+            self._check_result()
         path = self._save(step, wait=stopped or last)
         if not stopped:
             return None
@@ -226,5 +317,5 @@ class Run:
         self.view.stop()
         with parallel.together():  # the others wait: torchrun would end the first as soon as one ends with a status
             if parallel.is_first():
-                write_report(self.output, self.learner.policy.device)
-                print(text, flush=True)
+                self._report()
+                print_line(text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +14,73 @@ from mgrpo_kernels.method import equal_to_gold
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, build, read_yaml
 from mgrpo_kernels.train.data.task import Task
-from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.errors import CheckpointError, UsageError
+from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.update import Batch
-from mgrpo_kernels.train.watch.metrics import Lines
-from mgrpo_kernels.train.watch.report import read_lines
+from mgrpo_kernels.train.watch.lines import Lines, check_size, parse_lines, read_lines
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
-def check_output(output: Path, *, resume: bool) -> None:
-    """Raise UsageError where `output` holds another run, or cannot be resumed."""
-    holds_a_run = (output / "config.yaml").exists()
+def check_output(output: Path, *, resume: bool) -> checkpoint.Facts | None:
+    """Return the newest complete checkpoint of the run in `output` that is to be resumed, None where it starts from its first step.
+
+    Nothing is written. What looks like a run's work is never taken for an empty directory.
+
+    Raises:
+        UsageError: `output` contains another run, or cannot be resumed.
+        CheckpointError: it has checkpoints, and none is complete.
+    """
     if output.exists() and not output.is_dir():
         raise UsageError(f"output: expected a directory, got the file {output}")
-    if holds_a_run and not resume:
-        raise UsageError(f"output: expected a directory without a run, or --resume to go on with it, got {output}")
-    if resume and not holds_a_run:
-        raise UsageError(f"resume: expected a directory with a run (config.yaml), got {output}")
+    directory, configured = output / "checkpoints", (output / "config.yaml").exists()
+    there = checkpoint.candidates(directory)
+    if not resume:
+        work = [] if not output.exists() else work_in(output)
+        if configured or there or work:
+            raise UsageError(
+                f"output: expected a directory without a run, or --resume to go on with it, got {output}"
+                + ("" if configured else f", which contains {', '.join([*(each.name for each in there), *work])}")
+            )
+        return None
+    if not configured:
+        raise UsageError(
+            f"resume: expected a directory with a run (config.yaml), got {output}; a run that has not begun starts without --resume"
+        )
+    found = checkpoint.complete(directory)
+    if found:
+        check_size(output / METRICS, found[0]["metrics_bytes"])
+        check_size(output / SAMPLES, found[0]["samples_bytes"])
+        return found[0]
+    if there:
+        try:
+            checkpoint.load(there[0])
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; none of the {len(there)} in {directory} is complete") from error
+    work = work_in(output)
+    if work and not (directory / checkpoint.NONE_YET).exists():
+        raise UsageError(
+            f"resume: expected a complete checkpoint in {directory}, got none, while the run has written {' and '.join(work)}: copy the "
+            "checkpoints from where the run was, or start again with another --output"
+        )
+    return None
+
+
+def work_in(output: Path) -> list[str]:
+    """Return the names of what a run has written into a directory, other than its configuration, its base model and checkpoints."""
+    names = (METRICS, SAMPLES, "final")
+    return [
+        name
+        for name in names
+        if (output / name).is_dir() or ((output / name).exists() and (output / name).stat().st_size)
+    ]
 
 
 def check_resume(config: Config, output: Path) -> list[str]:
     """Return what has changed since the run in `output` began, a line each.
 
     Raises:
-        UsageError: something that the steps already taken depend on.
+        UsageError: something that the steps already taken depend on has changed.
     """
     before, now = build(read_yaml(output / "config.yaml")).values(), config.values()
     for name in ("model", "seed", "lora_rank", "lora_alpha", "lora_targets"):
@@ -42,25 +89,30 @@ def check_resume(config: Config, output: Path) -> list[str]:
     return [f"changed: {name}: {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
 
 
-def lines_of_first(path: Path, size: int) -> Lines | parallel.Nowhere:
-    """Open a JSONL file, cut back to its first `size` bytes, where this rank writes it."""
-    return Lines(path, size) if parallel.is_first() else parallel.Nowhere()
+def open_lines(path: Path, size: int, unwritten: list[str], warn: Callable[[str], None]) -> Lines | parallel.Nowhere:
+    """Open a JSONL file, cut back to its first `size` bytes, on the rank that writes it."""
+    return Lines(path, size, unwritten=unwritten, warn=warn) if parallel.is_first() else parallel.Nowhere()
 
 
-def save_batch(directory: Path, step: int, batch: Batch) -> Path:
-    """Save the batch of a step that was skipped, each rank its own, for torch.load; return its path."""
-    directory.mkdir(exist_ok=True)
+def past_lines(path: Path, size: int, unwritten: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl that belong to the steps before a checkpoint."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        content = file.read(size)
+    return parse_lines(content) + [json.loads(line) for line in unwritten]
+
+
+def save_batch(directory: Path, step: int, batch: Batch) -> str:
+    """Save the batch of a step that was skipped, each rank its own, for torch.load; return where it is, or why it is not."""
     rank = f"_rank_{parallel.rank()}" if parallel.world() > 1 else ""
     path = directory / f"step_{step}{rank}.pt"
-    torch.save(dict(batch._asdict()), path)
-    return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    try:
+        directory.mkdir(exist_ok=True)
+        torch.save(dict(batch._asdict()), path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the second for a full disk
+        return f"its batch could not be saved: {error}"
+    return f"its batch is in {path}"
 
 
 def with_truth(samples: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
@@ -74,11 +126,11 @@ def with_truth(samples: list[dict[str, Any]], task: Task) -> list[dict[str, Any]
 
 def closing(output: Path, config: Config) -> list[str]:
     """Return the last lines that a run prints: the result, where the files are, and what to try next."""
-    metrics = read_lines(output / "metrics.jsonl")
+    metrics = read_lines(output / METRICS)
     accuracy = [line["eval_accuracy"] for line in metrics if line.get("eval_accuracy") is not None]
-    lines = (
-        [f"held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f} (best {max(accuracy):.3f})"] if accuracy else []
-    )
+    lines = []
+    if accuracy:
+        lines.append(f"held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f} (best {max(accuracy):.3f})")
     lines.append(
         f"written: {output}/report.html, curves.png, metrics.jsonl, samples.jsonl; the model is in {output}/final"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -11,53 +12,90 @@ from mgrpo_kernels.train import extras, parallel
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.data.task import Task, check_lengths, load_task
+from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy, context_of, pick_device, read_tokenizer
 from mgrpo_kernels.train.plan.describe import Target, describe, plan, read_model
+from mgrpo_kernels.train.run import checkpoint, files, fingerprint
 from mgrpo_kernels.train.run.learner import demo_policy, load, make_learner
 from mgrpo_kernels.train.run.loop import Run
-from mgrpo_kernels.train.run.output import check_output, check_resume, write_text
+from mgrpo_kernels.train.run.output import check_output, check_resume
 from mgrpo_kernels.train.run.stopping import interruptible
+from mgrpo_kernels.train.text import print_line
 from mgrpo_kernels.train.watch.live import Plain, make_view
-from mgrpo_kernels.train.watch.loggers import log_in
+from mgrpo_kernels.train.watch.loggers import check_projects, log_in
 
 
-def run(config: Config, output: Path, *, resume: bool = False, dry_run: bool | Target = False) -> int:
+class Start(NamedTuple):
+    """What a run begins with, when its options and files have been checked."""
+
+    task: Task
+    lines: list[str]  # what the run will do, for the user
+    checkpoint: checkpoint.Facts | None  # the newest complete one, where the run is resumed
+    fingerprints: dict[str, str]  # of data and tokenizer, and later of the model
+    allow_changed: bool  # whether they may differ from those of the checkpoint
+
+
+def run(
+    config: Config,
+    output: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool | Target = False,
+    allow_changed: bool = False,
+) -> int:
     """Train; return the exit status: 0, 3 where the guard stopped the run, or 130 where it was interrupted.
 
-    With `dry_run` the plan is printed, and that is all: for the ranks and the device there are, or for a target.
+    With `dry_run` the plan is printed, and that is all: for the ranks and the device there are, or for a target. With `allow_changed` a
+    run is resumed although its data, base model or tokenizer has changed.
 
     Raises:
-        UsageError: something that the user can put right; nothing has been written then.
-        FloatingPointError: the training is no longer finite; the last checkpoint stands.
+        UsageError: something that the user can put right; what a run had written before is as it was.
+        FloatingPointError: the training is no longer finite; the last checkpoint remains.
         CheckpointError: the last checkpoint of the run could not be written, or none can be read.
+        OutputError: final/ or another file could not be written at the end.
     """
     device = pick_device(config.model.device)
     with parallel.processes(device, config.run.rank_timeout):
         output, resume = parallel.from_first(output), parallel.on_any(resume)  # one machine knows of a restart
         with parallel.together():
-            task, lines = check(config, output, resume, device, dry_run)
+            start = check(config, output, resume, device, dry_run, allow_changed)
+        fingerprint.agree(start.fingerprints)
         if parallel.is_first():
-            print(*lines, sep="\n", flush=True)
+            for line in start.lines:
+                print_line(line)
         if dry_run:
             return 0
         with parallel.together():
             policy = None if config.model.model is None else load(config, config.model.model, device)
         with parallel.together():
             if parallel.is_first():
-                open_output(config, output)
+                log_in(config.run)
+                print_line(f"output: {output}")
         title = f"{config.method.method}  {output}"
         with make_view(config, title) if parallel.is_first() else Quiet(config) as view:
             if policy is None:
+                with parallel.together():
+                    if parallel.is_first() and not resume:
+                        open_output(config, output, fresh=True)  # the built-in model is written there
                 policy = demo_policy(config, output / "base", device, view)
-            return train(config, task, policy, output, view)
+            return train(config, start, policy, output, view)
 
 
-def train(config: Config, task: Task, policy: Policy, output: Path, view: Plain) -> int:
-    """Train a policy in an output directory that is ready; return the exit status."""
-    learner = make_learner(config, task, policy)
+def train(config: Config, start: Start, policy: Policy, output: Path, view: Plain) -> int:
+    """Train a policy, from the newest checkpoint where there is one; return the exit status."""
+    check_model(start, policy, view)
+    learner = make_learner(config, start.task, policy)
     view.write_line(f"sequences: {policy.how()}")  # sharded weights go another way
+    found = None
+    if start.checkpoint is not None:
+        found = checkpoint.resume(output / "checkpoints", learner, view.warn)
+        assert found is not None
+        view.write_line(f"resuming after step {found['step']}, from {found['path']}")
+    with parallel.together():
+        if parallel.is_first():
+            open_output(config, output, fresh=found is None)
     with interruptible(view.stopping) as interrupt:
-        return Run(learner, output, interrupt, view).train()
+        return Run(learner, output, interrupt, view, found, start.fingerprints).train()
 
 
 class Quiet(Plain):
@@ -70,32 +108,66 @@ class Quiet(Plain):
         """Leave it to the first rank."""
 
 
-def open_output(config: Config, output: Path) -> None:
-    """Log in where a logger asks for it, then make the output directory and write config.yaml."""
-    log_in(config.run)
-    print(f"output: {output}", flush=True)
-    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_text(output / "config.yaml", config.to_yaml())
+def open_output(config: Config, output: Path, *, fresh: bool) -> None:
+    """Make the output directory, and write config.yaml where it changes. A run that is `fresh` has no checkpoint yet.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    file, text = output / "config.yaml", config.to_yaml()
+    try:
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if fresh:
+            (output / "checkpoints" / checkpoint.NONE_YET).touch()
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            files.write_text(file, text)
+    except OSError as error:
+        raise UsageError(f"output: expected a directory that can be written, got {files.reason(error)}") from error
 
 
 def check(
-    config: Config, output: Path, resume: bool, device: torch.device, dry_run: bool | Target = False
-) -> tuple[Task, list[str]]:
-    """Return the task, and the lines that say what the run will do. Nothing is written.
+    config: Config,
+    output: Path,
+    resume: bool,
+    device: torch.device,
+    dry_run: bool | Target = False,
+    allow_changed: bool = False,
+) -> Start:
+    """Return what the run begins with. Nothing is written.
 
     Raises:
         UsageError: something that the user can put right.
+        CheckpointError: the run is to be resumed, and none of its checkpoints is complete.
     """
-    check_output(output, resume=resume)
+    found = check_output(output, resume=resume)
     changes = check_resume(config, output) if resume else []
+    check_projects(config, output)
     transformers.utils.logging.disable_progress_bar()
     extras.check_packages(config)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
-    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts], equivalence=config.method.equivalence)
-    model = read_model(config.model.model or demo.model_config(), config.lora)
     built_in = demo.make_tokenizer(), context_of(demo.model_config())
     tokenizer, context = built_in if config.model.model is None else read_tokenizer(config.model.model)
+    prints = {**fingerprint.of_task(task), "tokenizer": fingerprint.of_tokenizer(tokenizer)}
+    if found is not None:
+        changes += fingerprint.compare(found["fingerprints"], prints, allowed=allow_changed)
+    elif resume:
+        changes.append("no checkpoint of this run was complete yet: it starts again from its first step")
+    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts], equivalence=config.method.equivalence)
+    model = read_model(config.model.model or demo.model_config(), config.lora)
     longest = check_lengths(tokenizer, context, task, config.rollout.max_response_tokens)
     target = dry_run if isinstance(dry_run, Target) else Target(parallel.world())
     lines = plan(config, task, model, longest, device, target, probe=bool(dry_run) and parallel.is_first())
-    return task, [*describe(config), *lines, *changes]
+    return Start(task, [*describe(config), *lines, *changes], found, prints, allow_changed)
+
+
+def check_model(start: Start, policy: Policy, view: Plain) -> None:
+    """Enter the fingerprint of the base model, and raise UsageError where it is not the one that the run began with."""
+    with parallel.together():
+        start.fingerprints["model"] = model = fingerprint.of_model(policy.model)
+    fingerprint.agree({"model": model})
+    with parallel.together():
+        if start.checkpoint is not None:
+            for line in fingerprint.compare(
+                start.checkpoint["fingerprints"], {"model": model}, allowed=start.allow_changed
+            ):
+                view.write_line(line)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.text import one_line, print_line, printable
 from mgrpo_kernels.train.watch.guard import START, WINDOW
 
 STOPPING = "stopping after this step; once more to stop at once, without a checkpoint"
@@ -50,7 +51,7 @@ class Plain:
         self.stop()
 
     def write_line(self, text: str) -> None:
-        print(text, flush=True)
+        print_line(text)
 
     def warn(self, text: str) -> None:
         """Say what should stay in sight."""
@@ -189,10 +190,10 @@ class Live(Plain):
         self._live.stop()
 
     def write_line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self._warning = text
+        self._warning = one_line(text)
         self.write_line(text)
 
     def stopping(self) -> None:
@@ -303,11 +304,6 @@ def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> list[Any]:
             )
         )
     return rows
-
-
-def one_line(text: str | None) -> str:
-    """Return text from a model or a file as it can be shown in a line: no control character reaches the terminal."""
-    return "none" if text is None else "".join(each if each.isprintable() else " " for each in text)
 
 
 def make_view(config: Config, title: str) -> Plain:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from mgrpo_kernels.train.config import Config, RunConfig
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.run.files import write_text
+from mgrpo_kernels.train.text import print_line
 from mgrpo_kernels.train.watch.metrics import plain
 
 Line = Mapping[str, Any]
@@ -25,6 +27,9 @@ class Logger(Protocol):
     """Takes the lines of metrics.jsonl as they come."""
 
     def write(self, line: Line) -> None: ...
+
+    def catch_up(self) -> None:
+        """Called when the lines of the run so far have been written."""
 
     def close(self) -> None: ...
 
@@ -50,22 +55,85 @@ def log_in(run: RunConfig) -> None:
         raise UsageError("wandb: expected a login (wandb login) or WANDB_MODE=offline, got neither")
 
 
-def open_loggers(config: Config, output: Path, past: Iterable[Line]) -> list[Logger]:
+def open_loggers(
+    config: Config, output: Path, past: Iterable[Line], warn: Callable[[str], None] = print_line
+) -> list[Logger]:
     """Open the loggers that `config` names, for the run in `output`, of which metrics.jsonl holds the lines `past`."""
     made: list[Logger] = []
     past, run = list(past), config.run
     if run.tensorboard:
-        made.append(TensorBoard(config, output / "tensorboard"))
+        made.append(SafeLogger("tensorboard", TensorBoard(config, output / "tensorboard"), warn))
     if run.wandb is not None:
-        made.append(Once(output, "wandb", run.wandb, config, open_wandb))
+        made.append(SafeLogger("wandb", Once(output, "wandb", run.wandb, config, open_wandb), warn))
     if run.trackio is not None:
-        made.append(Once(output, "trackio", run.trackio, config, open_trackio))
+        made.append(SafeLogger("trackio", Once(output, "trackio", run.trackio, config, open_trackio), warn))
     for logger in made:
         for line in past:
             logger.write(line)
-        if isinstance(logger, TensorBoard):
-            logger.empty_older()
+        logger.catch_up()
     return made
+
+
+def check_projects(config: Config, output: Path) -> None:
+    """Raise UsageError where the run in `output` began in another project of a logger, or loggers.json is damaged."""
+    known = read_state(output)
+    for kind, project in (("wandb", config.run.wandb), ("trackio", config.run.trackio)):
+        if project is not None and kind in known and known[kind]["project"] != project:
+            raise UsageError(
+                f"{kind}: expected {known[kind]['project']}, the project that the run began in, got {project}"
+            )
+
+
+def read_state(output: Path) -> dict[str, Any]:
+    """Return what loggers.json holds of each logger: its project, the run's name there, and the last step that it was given.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    file = output / "loggers.json"
+    if not file.exists():
+        return {}
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        fine = isinstance(found, dict) and all(
+            isinstance(each, dict) and each.keys() >= {"project", "run", "step"} for each in found.values()
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"loggers: expected a readable {file}, got {error}; without it the loggers begin a new run"
+        ) from error
+    state: dict[str, Any] = found
+    if not fine:
+        raise UsageError(f"loggers: expected the project, run and step of each logger in {file}, got something else")
+    return state
+
+
+class SafeLogger:
+    """A logger that the run can do without: when it fails, that is reported, and it gets no more lines until the run is resumed."""
+
+    def __init__(self, name: str, logger: Logger, warn: Callable[[str], None]) -> None:
+        self.name, self._logger, self._warn, self._failed = name, logger, warn, False
+
+    def write(self, line: Line) -> None:
+        self._attempt(lambda: self._logger.write(line))
+
+    def catch_up(self) -> None:
+        self._attempt(self._logger.catch_up)
+
+    def close(self) -> None:
+        self._attempt(self._logger.close)
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:  # a disk, a network, a service: no list of their errors would be complete
+            self._failed = True
+            self._warn(
+                f"warning: {self.name} failed and is off from here on: {type(error).__name__}: {error}. metrics.jsonl has every line; "
+                "--resume starts it again"
+            )
 
 
 def scalars(line: Line) -> dict[str, float]:
@@ -99,7 +167,7 @@ class TensorBoard:
             self._writer.add_text("guard", f"{line['guard']}: {line['guard_signs']}", line["step"])
         self._writer.flush()
 
-    def empty_older(self) -> None:
+    def catch_up(self) -> None:
         """Empty the files of earlier parts of the run, now that this one holds their steps.
 
         A TensorBoard that is reading one goes on to the next file; from one that is gone it would not.
@@ -120,20 +188,19 @@ class Once:
 
     def __init__(self, output: Path, kind: str, project: str, config: Config, open_run: Open) -> None:
         self._file, self._kind = output / "loggers.json", kind
-        known = self._read().get(kind, {})
-        if known and known["project"] != project:
-            raise UsageError(f"{kind}: expected {known['project']}, the project that the run began in, got {project}")
-        self._state = known or {"project": project, "run": f"{output.name}-{uuid.uuid4().hex[:8]}", "step": -1}
+        self._state = read_state(output).get(kind) or {
+            "project": project,
+            "run": f"{output.name}-{uuid.uuid4().hex[:8]}",
+            "step": -1,
+        }
         self._save()
         self._send, self._end = open_run(project, self._state["run"], config, output)
 
-    def _read(self) -> dict[str, Any]:
-        return json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
-
     def _save(self) -> None:
-        new = self._file.with_name(self._file.name + ".new")
-        new.write_text(json.dumps({**self._read(), self._kind: self._state}), encoding="utf-8")
-        new.replace(self._file)
+        write_text(self._file, json.dumps({**read_state(self._file.parent), self._kind: self._state}))
+
+    def catch_up(self) -> None:
+        """The service has the lines already."""
 
     def write(self, line: Line) -> None:
         if line["step"] <= self._state["step"]:

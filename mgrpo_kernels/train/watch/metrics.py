@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from mgrpo_kernels.train.errors import UsageError
 
 KEYS = {
     "step": "optimizer steps so far",
@@ -55,32 +50,6 @@ KEYS = {
 EVALUATION = tuple(key for key in KEYS if key.startswith("eval_"))
 VARYING = tuple(key for key in KEYS if key.startswith("time_")) + ("tokens_per_second", "peak_memory_bytes")
 """What differs between two runs of the same bits."""
-
-
-class Lines:
-    """A JSONL file that grows a line at a time, and can be cut back to an earlier size."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self._file = path.open("ab")
-        if self._file.tell() < size:
-            raise UsageError(
-                f"{path}: expected at least the {size} bytes that the checkpoint knows of, got {self._file.tell()}"
-            )
-        self._file.truncate(size)
-        self._file.seek(size)  # else tell() would go on counting from the old end
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        line = json.dumps({key: plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()  # a reader, or a resumed run, finds whole lines
-
-    def sync(self) -> int:
-        """Bring everything to the disk; return the size in bytes."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def metrics_line(values: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mgrpo_kernels.train.config import read_yaml
+from mgrpo_kernels.train.run.files import write_bytes, write_text
 from mgrpo_kernels.train.watch.curves import DARK, PANELS, draw, points_of
+from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.metrics import KEYS
 
 PACKAGES = ("mgrpo_kernels", "torch", "triton", "transformers", "tokenizers", "numpy", "math-verify")
@@ -44,12 +46,8 @@ def write_report(output: Path, device: torch.device) -> None:
         output.resolve().name, read_yaml(file), file.read_text(encoding="utf-8"), read_lines(output / "metrics.jsonl"),
         read_lines(output / "samples.jsonl"), environment(device),
     )  # fmt: skip
-    (output / "curves.png").write_bytes(draw(run.lines, PANELS))
-    (output / "report.html").write_text(page(run), encoding="utf-8")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    write_bytes(output / "curves.png", draw(run.lines, PANELS))
+    write_text(output / "report.html", page(run))
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -73,7 +71,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def cpu_name() -> str:
     """Return the processor's name: Linux alone says it in full."""
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = [line for line in info.read_text().split("\n") if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 

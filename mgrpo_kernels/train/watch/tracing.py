@@ -41,6 +41,10 @@ class Trace:
         """Write what there is, once."""
         if self._profiler is not None:
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self.path))
-            self._profiler = None
+            profiler, self._profiler = self._profiler, None
+            try:
+                profiler.export_chrome_trace(str(self.path))
+            except (OSError, RuntimeError) as error:  # torch's writer raises the second for a full disk
+                self._write_line(f"warning: {self.path} could not be written: {error}")
+                return
             self._write_line(f"profile: {self.path}")
