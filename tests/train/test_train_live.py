@@ -257,7 +257,7 @@ def test_second_interrupt_on_a_terminal(base: Path, tmp_path: Path, monkeypatch:
     text = terminal.text()
     assert status == 130
     assert text.count(HIDE) == text.count(SHOW) == 1
-    assert "stopped at once; --resume goes on" in "".join(last_lines(text, 2))
+    assert "interrupted; --resume continues" in "".join(last_lines(text, 2))
 
 
 def test_an_error_leaves_the_terminal_as_it_was(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

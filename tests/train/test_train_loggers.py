@@ -182,7 +182,7 @@ def test_killed_between_the_mark_and_the_line(tmp_path: Path, monkeypatch: pytes
     def killed(values: Any, step: int) -> None:
         raise KeyboardInterrupt
 
-    logger._send = killed  # type: ignore[attr-defined]
+    logger._logger._send = killed  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
         logger.write(lines[2])
     open_loggers(tiny.config(trackio="sums"), tmp_path, lines)

@@ -146,7 +146,7 @@ def test_second_interrupt_stops_at_once(base: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130, text
-    assert text.splitlines()[-1].startswith("stopped at once; --resume goes on from the last checkpoint")
+    assert text.splitlines()[-1].startswith("interrupted; --resume continues from the last checkpoint")
     assert checkpoint.latest(output / "checkpoints") is None
 
 

@@ -59,6 +59,7 @@ def open_loggers(
     config: Config, output: Path, past: Iterable[Line], warn: Callable[[str], None] = print_line
 ) -> list[Logger]:
     """Open the loggers that `config` names, for the run in `output`, of which metrics.jsonl holds the lines `past`."""
+    check_projects(config, output)
     made: list[Logger] = []
     past, run = list(past), config.run
     if run.tensorboard:
