@@ -139,7 +139,7 @@ def run(case: Case, scratch: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         )
         if done.returncode:
             raise RuntimeError(f"{case}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
-        lines = (place / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (place / "output" / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         return json.loads((place / "estimate.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
 
 

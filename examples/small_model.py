@@ -10,7 +10,6 @@ a ``\\boxed{}``. Two minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.train.config import DataConfig
+from mgrpo_kernels.train.data.files import read_rows
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=2048, metavar="N", help="default: 2048")
     given = parser.parse_args()
 
-    rows = [json.loads(line) for line in given.data.read_text(encoding="utf-8").splitlines()]
+    rows = [row.values for row in read_rows(str(given.data), "data")]
     template = DataConfig().prompt_template
     pairs = [
         (template.replace("{question}", row["question"]), f"\\boxed{{{extract_answer(row['answer'])}}}{EOS}")

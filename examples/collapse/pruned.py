@@ -10,7 +10,6 @@ runs given are taken together; answers are compared as strings.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from mgrpo_kernels import majority_vote
+from mgrpo_kernels.train.watch.lines import read_lines
 
 Rollout = dict[str, Any]
 EDGES = (1, 51, 101, 201, 401)
@@ -27,8 +27,7 @@ EDGES = (1, 51, 101, 201, 401)
 def groups_of(run: Path) -> list[list[Rollout]]:
     """Return the rollouts of each step's first prompt."""
     groups: dict[int, list[Rollout]] = {}
-    for line in (run / "samples.jsonl").read_text().splitlines():
-        rollout = json.loads(line)
+    for rollout in read_lines(run / "samples.jsonl"):
         groups.setdefault(rollout["step"], []).append(rollout)
     return list(groups.values())
 

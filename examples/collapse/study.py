@@ -29,6 +29,7 @@ import torch
 from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
 
 from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.report import cpu_name
 
 KEPT = ("step", "eval_accuracy", "eval_greedy", "eval_maj_at_k")
@@ -103,7 +104,7 @@ def take(cell: str, seed: int, options: dict[str, object], device: str, base: Pa
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"{cell}, seed {seed}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-        lines = [json.loads(line) for line in Path(place, "run", "metrics.jsonl").read_text().splitlines()]
+        lines = read_lines(Path(place, "run", "metrics.jsonl"))
     return {
         "cell": cell, "seed": seed, "options": options, "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "seconds": round(time.perf_counter() - start), "curve": curve_of(lines),
@@ -111,7 +112,7 @@ def take(cell: str, seed: int, options: dict[str, object], device: str, base: Pa
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_lines(path) if path.exists() else []
 
 
 def main() -> None:

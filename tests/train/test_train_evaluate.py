@@ -215,7 +215,7 @@ def test_it_runs_by_itself_as_before_the_first_step_of_training(
     assert command.main([*flags(model), *training, "--output", str(tmp_path / "run")]) == 0
     assert {key: line[key] for key in EVALUATION} == {key: tiny.lines(tmp_path / "run")[0][key] for key in EVALUATION}
 
-    questions = [json.loads(each) for each in (output / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    questions = [json.loads(each) for each in (output / "questions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert [each["gold"] for each in questions] == ["66", "1,080", "1,250,000", "-4", "$1.50"]
     assert all(len(each["responses"]) == len(each["answers"]) == len(each["right"]) == 6 for each in questions)
     assert line["eval_accuracy"] == pytest.approx(sum(sum(each["right"]) for each in questions) / 30)

@@ -48,7 +48,7 @@ def test_killed_and_resumed_gives_the_same_bits(
     output = tiny.output_with(base, tmp_path / "run")
     assert torture.killed(event, number, output)
     assert not (output / "final").exists()
-    assert len((output / "metrics.jsonl").read_text().splitlines()) > 1
+    assert len((output / "metrics.jsonl").read_text().split("\n")[:-1]) > 1
     if event == "checkpoint":  # at the others one may be on its way, too: it is written while training goes on
         assert list((output / "checkpoints").glob(".*.new"))
     assert command.main(["--output", str(output), "--resume"]) == 0

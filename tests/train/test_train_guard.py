@@ -35,7 +35,7 @@ PROMPTS, SAMPLES = 256, 8  # of their evaluations
 
 
 def recorded(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().split("\n")[:-1]]
 
 
 def warnings(

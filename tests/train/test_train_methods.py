@@ -79,7 +79,7 @@ def test_trains(model: Path, output_of: Callable[[str], Path], method: str) -> N
 def test_rewards_of_the_first_step_are_what_the_methods_say(output_of: Callable[[str], Path]) -> None:
     shown = {}
     for method in METHODS:
-        lines = (output_of(method) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (output_of(method) / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         shown[method] = [each for each in map(json.loads, lines) if each["step"] == 1]
         assert len(shown[method]) == ROLLOUTS
     reward = {method: [each["reward"] for each in samples] for method, samples in shown.items()}

@@ -16,6 +16,8 @@ from mgrpo_kernels.train.config.fields import Section
 from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
 
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
+LEAST_TEMPERATURE = 1e-4
+"""Below it, the rounding of the logits, divided by the temperature, is larger than the log-probabilities that are to be compared."""
 LossName = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
 # A test compares these names with the table of loss types.
 
@@ -146,7 +148,7 @@ class RolloutConfig(Section):
     temperature: float = option(
         1.1,
         "sampling temperature of the rollouts; log-probabilities, entropy and loss use the same temperature",
-        above=0.0,
+        at_least=LEAST_TEMPERATURE,
     )
     top_p: float = option(
         1.0,
@@ -310,7 +312,7 @@ class EvalConfig(Section):
     eval_pass_k: int | None = option(
         None, "number k of responses in pass@k, at most --eval-samples", if_none="--eval-samples", at_least=1
     )
-    eval_temperature: float = option(0.8, "sampling temperature of the evaluation", above=0.0)
+    eval_temperature: float = option(0.8, "sampling temperature of the evaluation", at_least=LEAST_TEMPERATURE)
     eval_prompts: int | None = option(
         None, "number of held-out prompts to evaluate on, counted from the first", if_none="all of them", at_least=1
     )

@@ -23,6 +23,7 @@ from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.chat import wrapper
 from mgrpo_kernels.train.model.policy import read_tokenizer
 from mgrpo_kernels.train.rng import generator_for
+from mgrpo_kernels.train.text import printable
 from mgrpo_kernels.vote import Equivalence
 
 logger = logging.getLogger("mgrpo_kernels")
@@ -149,7 +150,7 @@ def _field(row: Row, option: str, name: str) -> str:
 def log_info(text: str, *values: object) -> None:
     """Log what the user should know, once however many ranks there are."""
     if parallel.is_first():
-        logger.warning(text, *values)
+        logger.warning(text, *(printable(each) if isinstance(each, str) else each for each in values))
 
 
 def read_template(text_or_file: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -249,11 +249,19 @@ def load_policy(
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(name, error)) from error
+    check_finite(model, name)
     adapter = None if lora is None or lora.lora_rank is None else Adapter(model, lora, seed)
     policy = Policy(model.to(device), tokenizer, dtype, adapter)
     check_tokenizer(tokenizer, policy.eos, policy.head()[0].shape[0], name)
     policy.check()
     return policy
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise UsageError for a model with weights that are NaN or infinite."""
+    for key, weight in model.state_dict().items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise UsageError(f"model: expected finite weights, got NaN or infinity in {key} of {name}")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], vocabulary: int, name: str) -> None:
@@ -295,6 +303,9 @@ def read_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(name, error)) from error
+    width = getattr(config.get_text_config(), "hidden_size", 1)
+    if width < 1:
+        raise UsageError(f"model: expected a hidden size of at least 1, got {width} in the configuration of {name}")
     return tokenizer, context_of(config)
 
 
@@ -304,5 +315,5 @@ def context_of(config: PretrainedConfig) -> int | None:
 
 def unreadable(name: str, error: Exception) -> str:
     what = "a directory with a model" if Path(name).exists() else "an existing directory or a hub name"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).split("\n")[0] if str(error) else type(error).__name__
     return f"model: expected {what} that transformers can load, got {name}: {reason}"

@@ -20,7 +20,10 @@ def parse_lines(content: bytes) -> list[dict[str, Any]]:
 
     Only a line feed ends a line. ``str.splitlines`` would also split at U+2028, U+2029, U+0085 and others, which JSON keeps as they are.
     """
-    return [json.loads(line) for line in content.split(b"\n")[:-1]]
+    *lines, last = content.split(b"\n")
+    with contextlib.suppress(ValueError):  # no part of an object is one
+        return [json.loads(line) for line in [*lines, *([last] if last else [])]]
+    return [json.loads(line) for line in lines]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -157,7 +157,7 @@ class Live(Plain):
         )
 
         super().__init__(config)
-        self._title, self._console = title, console
+        self._title, self._console = one_line(title), console
         self._curves = {key: Curve(smooth=not key.startswith("eval_")) for key in FIGURES | MORE}
         self._samples: deque[Sequence[Mapping[str, Any]]] = deque(maxlen=4)  # the latest steps' first prompts
         self._warning, self._stopping, self._signal = "", False, signal.SIG_DFL
