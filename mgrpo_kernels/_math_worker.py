@@ -1,8 +1,8 @@
-"""math-verify in a process of its own, so that it can be killed: SymPy may hang, or ask for all the memory there is.
+"""SymPy in a process of its own, limited in CPU time and memory, so that it can be killed.
 
 Both ends of the pipe are here: :class:`MathWorker` asks, and this file, run as a script, answers. It imports nothing of
-the package, so the worker never loads torch. A question is a line of JSON ``[first, second, seconds]``; the answer is
-``true`` or ``false``.
+the package, so the worker never loads torch. A question is a line of JSON ``[formula, cpu_seconds]``, the formula in LaTeX; the answer is a
+closed form in LaTeX as a JSON string, or ``null`` where there is none.
 """
 
 from __future__ import annotations
@@ -13,58 +13,70 @@ import importlib.util
 import json
 import logging
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import threading
-from functools import lru_cache
+import time
 
 logger = logging.getLogger("mgrpo_kernels")
 
 _READY = "ready"
 _START_SECONDS = 120.0  # importing SymPy on a cold, busy machine
-_MEMORY_BYTES = 4 << 30  # address space; an ordinary question needs 0.1 GiB
+_STALL_SECONDS = 10.0  # beyond the CPU time, for a machine that has other things to do
+_MEMORY_BYTES = 2 << 30  # address space; an ordinary question needs 0.1 GiB
 
 
 class MathWorker:
-    """Asks math-verify whether two answers are equal, in one worker process that starts with the first question.
+    """Evaluates formulas in one worker process that starts with the first question.
 
-    A question that takes longer than `limit` seconds is given up: the worker is killed, the two answers count as
-    different, and the next question starts a new worker. An answer too hard on its own is asked about once only.
+    A question that takes more than `limit` seconds of the worker's CPU time ends the worker; the next question starts a new one. The
+    machine's load is not counted. A formula that used up its CPU time is not asked about again; one that got no answer for another
+    reason (a stall, a killed worker) is.
 
     Args:
-        limit: seconds for one question.
+        limit: seconds of CPU time for one question.
     """
 
-    def __init__(self, limit: float = 3.0) -> None:
+    def __init__(self, limit: float = 2.0) -> None:
         self.limit = limit
-        self._process: subprocess.Popen[str] | None = None
-        self._hopeless: set[str] = set()  # answers that no question gets past
+        self._process: subprocess.Popen[bytes] | None = None
+        self._hopeless: set[str] = set()  # formulas that used up their CPU time
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def equal(self, first: str, second: str) -> bool:
-        """Return math-verify's verdict; False, with a warning in the log, where it has none within the limit.
+    def evaluate(self, formula: str, seconds: float | None = None) -> tuple[bool, str | None]:
+        """Return whether there was an answer, and the closed form or None.
+
+        Args:
+            formula: in LaTeX.
+            seconds: to wait at most, the worker's start included; None: the CPU limit and a margin for a busy machine.
 
         Raises:
             ImportError: math-verify is not installed.
             RuntimeError: the worker process does not start.
         """
         with self._lock:
-            if first in self._hopeless or second in self._hopeless:
-                return False
-            verdict = self._ask(first, second)
-            if verdict is not None:
-                return verdict
-            logger.warning(
-                "majority_vote: math-verify gave no verdict within %g s on %r and %r: they count as different",
-                self.limit,
-                first,
-                second,
-            )
-            # Find out whose fault it was, or one bad answer would cost the whole limit once per rollout of its group.
-            self._hopeless.update(answer for answer in (first, second) if self._ask(answer, "0") is None)
-            return False
+            if formula in self._hopeless:
+                return True, None
+            deadline = time.monotonic() + seconds if seconds is not None else None
+            process = self._running(deadline)
+            if process is None:
+                return False, None
+            wait = self.limit + _STALL_SECONDS
+            if deadline is not None:
+                wait = min(wait, deadline - time.monotonic())
+            reply = self._exchange(process, json.dumps([formula, self.limit]), wait)
+            if reply is not None:
+                return True, json.loads(reply)
+            if process.returncode == -signal.SIGPROF:
+                logger.warning(
+                    "majority_vote: %r took over %g s of CPU time: it is compared as a text", formula, self.limit
+                )
+                self._hopeless.add(formula)
+                return True, None
+            return False, None
 
     def close(self) -> None:
         """Kill the worker process, if there is one. The next question starts another."""
@@ -78,57 +90,73 @@ class MathWorker:
             with contextlib.suppress(BrokenPipeError):  # a question that it died before reading
                 pipe.close()
 
-    def _ask(self, first: str, second: str) -> bool | None:
+    def _running(self, deadline: float | None) -> subprocess.Popen[bytes] | None:
+        """Return the worker process, started if need be; None where it did not start in time."""
         process = self._process
-        if (
-            process is None or process.poll() is not None
-        ):  # none yet, died since, or is another process's (after a fork)
-            self.close()
-            process = self._process = self._start()
-        reply = self._exchange(process, json.dumps([first, second, self.limit]), self.limit)
-        return None if reply is None else bool(json.loads(reply))
-
-    def _start(self) -> subprocess.Popen[str]:
+        if process is not None and process.poll() is None:
+            return process
+        self.close()  # none yet, died since, or is another process's (after a fork)
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError(
-                "equivalence='math': expected math-verify, for answers that are not plain numbers, got none installed; "
+                "equivalence='math': expected math-verify, for answers with integrals, sums, products or limits, got none installed; "
                 'pip install "mgrpo_kernels[train]" has it, and equivalence="exact" needs none'
             )
         # -P: the script's own folder must not stand on sys.path, where it would shadow other packages' modules.
-        process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
+        process = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._process = process
-        if self._exchange(process, None, _START_SECONDS) != _READY:
-            raise RuntimeError(
-                f"equivalence='math': the math-verify worker did not start (exit status {process.returncode}); "
-                "its own words are on stderr"
-            )
-        return process
+        wait = _START_SECONDS if deadline is None else min(_START_SECONDS, deadline - time.monotonic())
+        if self._exchange(process, None, wait) == _READY:
+            return process
+        if process.returncode == -signal.SIGKILL:  # by us, for want of time
+            return None
+        raise RuntimeError(
+            f"equivalence='math': expected the math-verify worker to start, got exit status {process.returncode}; "
+            "its own messages are on stderr"
+        )
 
-    def _exchange(self, process: subprocess.Popen[str], line: str | None, seconds: float) -> str | None:
-        """Write a line, if there is one, and return the reply; None, the worker killed, if it dies or is too slow."""
+    def _exchange(self, process: subprocess.Popen[bytes], line: str | None, seconds: float) -> str | None:
+        """Write a line, if there is one, and return the reply; None, the worker killed, if it dies or is too slow.
+
+        Signals are handled while it waits, and an exception from a handler ends the wait.
+        """
         assert process.stdin is not None
         assert process.stdout is not None
-        reply = ""
-        timer = threading.Timer(seconds, process.kill)  # readline then sees the end of the pipe
-        timer.start()
+        reply = b""
         try:
             if line is not None:
-                process.stdin.write(line + "\n")
+                process.stdin.write(line.encode() + b"\n")
                 process.stdin.flush()
-            reply = process.stdout.readline()
+            reply = _read_line(process.stdout.fileno(), time.monotonic() + seconds)
         except BrokenPipeError:
             pass  # it died before it read the question: the same as no reply
         finally:
-            timer.cancel()
-            if not reply.endswith("\n"):  # interrupted (Ctrl-C), too: a late reply must not meet the next question
+            if not reply.endswith(b"\n"):  # interrupted (Ctrl-C), too: a late reply must not meet the next question
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.05)  # one that ends by itself has a status that says why
                 self.close()
-        return reply.strip() if reply.endswith("\n") else None
+        return reply.decode().strip() if reply.endswith(b"\n") else None
+
+
+def _read_line(file: int, deadline: float) -> bytes:
+    """Read to the end of a line, of the file or of the time."""
+    line = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
+        while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
+            if selector.select(left):
+                part = os.read(file, 1 << 16)
+                if not part:
+                    break
+                line += part
+    return line
+
+
+def _limit_memory() -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _serve() -> None:
@@ -136,36 +164,29 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not mix with the replies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's; it closes the pipe in its own time
-    if sys.platform != "win32":
-        import resource
+    _limit_memory()
 
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        soft = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    import sympy
+    from latex2sympy2_extended import latex2sympy
 
-    from math_verify import parse, verify
+    def evaluate(formula: str) -> str | None:
+        try:
+            value = latex2sympy(formula).doit()
+            unfinished = value.atoms(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
+            return None if unfinished else sympy.latex(value)
+        except MemoryError:
+            return None
+        except Exception:
+            return None
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off: ours holds
-
-    @lru_cache(maxsize=4096)
-    def read(answer: str) -> object:
-        return parse(f"${answer}$", parsing_timeout=None)
-
-    def equal(first: str, second: str) -> bool:
-        one, two = read(first), read(second)
-        # verify() tells the gold answer from the other one, and may differ by direction: x > 2 and (2, oo).
-        return bool(verify(one, two, timeout_seconds=None) or verify(two, one, timeout_seconds=None))
-
-    equal("x + 1", "1 + x")  # the first question loads what the others need: not on its time
+    evaluate(r"\int_0^1 x \, dx")  # the first question loads what the others need: not on its time
     print(_READY, file=replies, flush=True)
-    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    for line in sys.stdin:
-        first, second, seconds = json.loads(line)
-        if sys.platform != "win32":  # the asker kills us in time; should it be dead, this ends a hanging question
-            signal.setitimer(signal.ITIMER_REAL, seconds + 1.0)
-        print(json.dumps(equal(first, second)), file=replies, flush=True)
-        if sys.platform != "win32":
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    for line in sys.stdin.buffer:
+        formula, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends the process, whatever SymPy is doing
+        form = evaluate(formula)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        print(json.dumps(form), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mgrpo_kernels.vote import Equivalence, answers_equal, extract_answer
+from mgrpo_kernels.vote import Equivalence, answers_equal
+from mgrpo_kernels.vote.extraction import last_box
+from mgrpo_kernels.vote.normal import without_delimiters
+from mgrpo_kernels.vote.phrases import without_count
 
 ANSWER_FIELDS = ("answer", "solution")
 """What the field with the true answer may be called where no option names it."""
 LONGEST_ANSWER = 256
 """Characters. A longer text in which no answer is marked is a solution that forgot to, not an answer."""
 
+Gold = str | tuple[str, ...]
+"""A true answer, or several of which any will do."""
+
+_HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*([^\n]*\S)")
+_PERCENT = re.compile(r"(.*\d)\s*(?:\\?%|percent)")
+
 
 def read_gold(text: str) -> str | None:
-    """Return the true answer in a field: what a solution marks as its answer, or the text itself, unless that is too long for one."""
-    return extract_answer(text) or (text.strip() if len(text.strip()) <= LONGEST_ANSWER else None)
+    r"""Return the true answer in a field: what ``\boxed{}`` or ``####`` marks in a solution, or the text itself, unless that is too long.
+
+    A true answer is no response: "a: 3, b: 4" is one as it stands.
+    """
+    marked = last_box(text, open_too=False) or next(
+        (without_delimiters(match[1]) for match in reversed(list(_HASHES.finditer(text)))), None
+    )
+    if marked:
+        return marked
+    return text.strip() if 0 < len(text.strip()) <= LONGEST_ANSWER else None
 
 
-def equal_to_gold(answers: Sequence[str | None], gold: Sequence[str | None], equivalence: Equivalence) -> Tensor:
-    """Return 1 where an answer equals the true one, 0 where not, NaN where that is not known: ``(B,)`` float32."""
+def equal_to_gold(answers: Sequence[str | None], gold: Sequence[Gold | None], equivalence: Equivalence) -> Tensor:
+    """Return 1 where an answer is right, 0 where not, NaN where that is not known: ``(B,)`` float32.
+
+    An answer is right if it equals the true one, or one of several. As mathematics, what is counted need not be said ("7 apples"), and
+    a percentage may also be given as its number: where 20 is true, 20% is right, and the other way round, although in a vote 20% is 0.2.
+    """
     pairs = list(zip(answers, gold, strict=True))
-    known = {
-        (a, g): math.nan if g is None else float(answers_equal(a, g, equivalence)) for a, g in dict.fromkeys(pairs)
-    }
+    known = {(a, g): math.nan if g is None else float(_is_right(a, g, equivalence)) for a, g in dict.fromkeys(pairs)}
     return torch.tensor([known[pair] for pair in pairs], dtype=torch.float32)
+
+
+def _is_right(answer: str | None, gold: Gold, equivalence: Equivalence) -> bool:
+    golds = (gold,) if isinstance(gold, str) else gold
+    if answer is None or equivalence != "math":
+        return any(answers_equal(answer, each, equivalence) for each in golds)
+    truths = [spelling for each in golds for spelling in _spellings(each)]
+    return any(answers_equal(a, g) for a in _spellings(answer) for g in truths)
+
+
+def _spellings(answer: str) -> list[str]:
+    """Return an answer as it stands, without what is counted, and a percentage as its number."""
+    found = [answer, without_count(answer)]
+    if match := _PERCENT.fullmatch(answer.strip()):
+        found.append(match[1])
+    return list(dict.fromkeys(found))

@@ -17,7 +17,8 @@ import tiny
 from pyarrow import parquet
 from small_models import make_byte_model
 
-from mgrpo_kernels.method import equal_to_gold
+from mgrpo_kernels import extract_answer
+from mgrpo_kernels.method import equal_to_gold, read_gold
 from mgrpo_kernels.train.config import DEFAULT_TEMPLATE
 from mgrpo_kernels.train.data.files import read_rows
 from mgrpo_kernels.train.data.task import (
@@ -299,9 +300,21 @@ GOLD = {
 @pytest.mark.parametrize("name", GOLD)
 def test_true_answers_as_the_benchmarks_spell_them(name: str) -> None:
     golds = [each.gold for each in read(FIXTURES / name, needs_gold=True)]
-    assert all(answers_equal(gold, gold) for gold in golds)
-    assert [answers_equal(gold, answer) for gold, answer in zip(golds, GOLD[name], strict=True)] == [True] * len(golds)
-    assert not any(answers_equal(gold, other) for gold, other in zip(golds, [*GOLD[name][1:], "-1"], strict=True))
+    assert equal_to_gold(golds, golds, "math").eq(1).all()
+    assert equal_to_gold(GOLD[name], golds, "math").eq(1).all()
+    assert equal_to_gold([*GOLD[name][1:], "-1"], golds, "math").eq(0).all()
+    assert_golds_score_in_a_box(golds)
+
+
+def assert_golds_score_in_a_box(golds: list[Any]) -> None:
+    """A response that gives the true answer in a box is right, and one that gives another's is not."""
+    boxed = [extract_answer(f"So it is $\\boxed{{{gold}}}$.") for gold in golds]
+    wrong = [
+        pair
+        for pair, right in zip(zip(golds, boxed, strict=True), equal_to_gold(boxed, golds, "math"), strict=True)
+        if right != 1
+    ]
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", ["gsm8k/train.jsonl", "gsm8k/test.jsonl", "math-ttt/math.json", "math-ttt/amc.json", "math-ttt/aime.json"])  # fmt: skip
@@ -314,6 +327,7 @@ def test_true_answers_of_the_benchmarks_themselves(name: str) -> None:
         == {"train.jsonl": 7473, "test.jsonl": 1319, "math.json": 500, "amc.json": 83, "aime.json": 30}[Path(name).name]
     )
     assert all(gold is not None and len(gold) <= 100 for gold in golds)
+    assert_golds_score_in_a_box(golds)
     if "math.json" not in name:  # numbers, all of them: the same in another spelling
         assert all(answers_equal(gold, f"{float(gold.replace(',', ''))}") for gold in golds if gold)
 
@@ -419,6 +433,34 @@ def test_steps_go_through_the_data_epoch_by_epoch() -> None:
     assert drawn[:3] == prompts_of_step(7, 3, 1, seed=5)
     assert drawn != [index for step in range(1, 8) for index in prompts_of_step(7, 3, step, seed=6)]
     assert Counter(prompts_of_step(2, 5, 1, seed=0)).total() == 5  # more prompts than there are examples
+
+
+@pytest.mark.parametrize(
+    "text, gold",
+    [
+        ("a: 3, b: 4", "a: 3, b: 4"),
+        ("Vitamin A: 5mg", "Vitamin A: 5mg"),
+        ("A:B = 3:2", "A:B = 3:2"),
+        ("A: (1,2), B: (3,4)", "A: (1,2), B: (3,4)"),
+        ("the answer is 42", "the answer is 42"),
+        ("7 + 11 = 18\n#### 18", "18"),
+        ("#### Paris ", "Paris"),
+        (r"so \boxed{\frac12}.", r"\frac12"),
+        ("x" * 300, None),
+        (" ", None),
+    ],
+)
+def test_a_true_answer_is_no_response(text: str, gold: str | None) -> None:
+    assert read_gold(text) == gold
+    if gold is not None:
+        assert_golds_score_in_a_box([gold])
+
+
+def test_equal_to_gold_in_other_words() -> None:
+    answers = ["7 apples", r"7 \text{ apples}", "7", "20%", "20", "0.2", "0.2", "7", "5", "9"]
+    golds = ["7", "7", "7 apples", "20", r"20\%", r"20\%", "20", ("6", "7.0"), ("6", "7"), "8"]
+    assert equal_to_gold(answers, golds, "math").tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 0, 0]
+    assert equal_to_gold(["7 apples", "7"], ["7", ("6", "7")], "exact").tolist() == [0, 1]
 
 
 def test_equal_to_gold() -> None:
