@@ -148,7 +148,7 @@ def spellings(gold: str) -> list[str]:
         gold.replace("\\$", "$"),
         re.sub(r"\\(text|mbox)\{([^}]*)\}", r"\2", gold),
         re.sub(r"_(\d)$", r"_{\1}", gold),
-        gold.replace(" ", ""),
+        re.sub(r"(?<!\\cot) ", "", gold),
     ]
     if "\\text" not in gold:
         brackets = re.sub(r"\\(left|right) ?", "", gold)

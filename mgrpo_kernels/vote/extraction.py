@@ -45,7 +45,7 @@ _REVERSED = re.compile(
     r"(?:^|(?<=[\s(]))([^\s]{1,80})\s+is\s+(?:the|our|my)\s+(?:\w+\s+)?(?:answer|result|choice|option)(?!\w)",
     re.IGNORECASE,
 )
-_OPTION_B = re.compile(r"(?:^|[\s,;(])[Bb]\s*[:).]")
+_OPTION_B = re.compile(r"(?:^|[\s,;])[Bb]\s*[:).]")
 _FOLLOWS = re.compile(
     r"[*_]{0,3}\s{0,4}(?:(?:as\s+follows|below|given\s+(?:by|below)|the\s+following|in\s+the\s+(?:box|formula)|this|here)\s{0,4})?[:.*_]{0,4}\s*",
     re.IGNORECASE,

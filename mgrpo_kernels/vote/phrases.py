@@ -13,7 +13,7 @@ _FILLERS = re.compile(
     r"option(?=\s)|choice(?=\s)|found\s+to\s+be|U\.S\.(?=\s*\\?\$)|,|=(?!=))\s*",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s|[*_]{1,3}(?:\s|$)|$)(?<!U\.S\.)")
+_SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|[*_]{1,3}(?:\s|$)|$)(?<!U\.S\.)")
 _CHOICE = re.compile(r"[(\[]([A-Ja-j])[)\]](?![\w(])|([B-HJ])(?=[\s.,;:!?)*]|$)|(A|I)(?=[.,;:!?)*]|\s*$)")
 _FORMULA = re.compile(r"(\$\$?)(?=\S)([^$]+)\1|\\\((.*?)\\\)|\\\[(.*?)\\\]|\*\*([^*]+)\*\*|`([^`]+)`")
 _WORD_END = re.compile(r"\s+|(?=,\s)|(?=\s*\()|(?=;)")
@@ -42,6 +42,7 @@ _COUNTED = re.compile(
     r"|(?P<plain>(?<=\s)[a-z]{3,}(?: [a-z]+){0,2}))",
     re.DOTALL,
 )
+_LATEX_WORDS = re.compile(r"\\(?:text|textbf|textrm|mbox|mathrm)\s*\{[^{}]+\}")
 _MAX_CUTS = 12
 _NO_VALUES = ("text", "relation")
 
@@ -143,7 +144,9 @@ def _without_restatement(value: str) -> str:
 
 
 def _words(sentence: str) -> str | None:
-    """Return an answer in words: yes, no, Monday, a name."""
+    r"""Return an answer in words: yes, no, Monday, a name, or ``\text{a phrase}`` in LaTeX."""
+    if len(sentence) <= 80 and _LATEX_WORDS.fullmatch(sentence):
+        return sentence
     if (match := _WORDS.match(sentence)) and len(sentence.split()) <= 4:
         return match[0]
     if _NAME.fullmatch(sentence) and not _NO_NAME.match(sentence):
