@@ -1,4 +1,4 @@
-"""A transformers model that gives log-probs and entropies in place of logits.
+"""Make a transformers model return log-probs and entropies instead of logits.
 
 python examples/fuse_lm_head.py                             # a small random model with a vocabulary of 50,000
 python examples/fuse_lm_head.py --model Qwen/Qwen2.5-0.5B
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from mgrpo_kernels import fuse_lm_head
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="directory or hub name; default: a small random model, nothing is downloaded")
+parser.add_argument("--model", help="directory or Hugging Face Hub name (default: a small random model)")
 args = parser.parse_args()
 
 torch.manual_seed(0)
@@ -31,8 +31,8 @@ stats = model(input_ids=tokens, labels=labels)  # logprob and entropy, (2, 256) 
 (-stats.logprob.sum() - 0.01 * stats.entropy.sum()).backward()
 logits = stats.logprob.numel() * model.config.get_text_config().vocab_size * 4
 print(f"mean log-prob {stats.logprob[:, :-1].mean():.3f}, mean entropy {stats.entropy[:, :-1].mean():.3f} nats")
-print(f"logits that were not held: {logits / 2**20:.0f} MiB, and their gradient as much again")
+print(f"size of the logits, which were not held: {logits / 2**20:.0f} MiB, and as much for their gradient")
 start = {"input_ids": tokens[:, :8], "attention_mask": torch.ones(2, 8, dtype=torch.long), "pad_token_id": 0}
 print(f"generate still works: {model.generate(**start, max_new_tokens=4, do_sample=False).shape[1]} tokens")
-del model.forward  # the model as it was
+del model.forward  # undoes the change
 print(f"and without the fused head: a loss of {model(input_ids=tokens, labels=tokens).loss:.3f}")

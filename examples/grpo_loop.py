@@ -1,6 +1,6 @@
-"""GRPO from the bare ops: sample, score, reward, advantage, loss, step. No trainer, no (tokens, vocabulary) tensor.
+"""Train with GRPO using only the ops: sample, score, reward, advantage, loss, step. No (tokens, vocabulary) tensor is held.
 
-python examples/grpo_loop.py                                # a small random model, which learns to say 7; seconds on a CPU
+python examples/grpo_loop.py                                # a small random model learns to generate the digit 7; seconds on a CPU
 python examples/grpo_loop.py --model Qwen/Qwen2.5-0.5B-Instruct --learning-rate 1e-6 --steps 50
 """
 
@@ -13,11 +13,11 @@ from mgrpo_kernels import group_advantages, linear_policy_loss, linear_token_sta
 from mgrpo_kernels.train.data import demo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="directory or hub name; default: a small random model, nothing is downloaded")
+parser.add_argument("--model", help="directory or Hugging Face Hub name (default: a small random model)")
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--learning-rate", type=float, default=3e-3)
 args = parser.parse_args()
-P, G, R, TEMPERATURE = 4, 8, 8, 1.0  # prompts, rollouts of each, longest response
+P, G, R, TEMPERATURE = 4, 8, 8, 1.0  # prompts per step, rollouts per prompt, longest response
 
 torch.manual_seed(0)
 if args.model is None:
@@ -25,14 +25,15 @@ if args.model is None:
 else:
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), AutoModelForCausalLM.from_pretrained(args.model)
 tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # no dropout: the sampler and the loss see one policy
+# eval(): no dropout, so that sampling and loss use the same policy
+model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 head = model.get_output_embeddings()
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 prompts = [each.prompt for each in demo.make_task(0).train[: P * args.steps]]
 
 
 def hidden_states(ids, seen):
-    """Return the states that score each response token, (B, R, H)."""
+    """Return the hidden states at the position before each response token, (B, R, H)."""
     return model.base_model(input_ids=ids, attention_mask=seen).last_hidden_state[:, width - 1 : -1]
 
 
@@ -45,7 +46,7 @@ for step in range(args.steps):
     )  # fmt: skip
     labels = ids[:, width:]  # (B, R)
     ended = (labels == tokenizer.eos_token_id).int().cumsum(1)
-    mask = (ended - (labels == tokenizer.eos_token_id).int()) == 0  # up to the first end of sequence, itself included
+    mask = (ended - (labels == tokenizer.eos_token_id).int()) == 0  # up to and including the first end of sequence
     seen = torch.cat([batch.attention_mask.repeat_interleave(G, 0), mask.long()], 1)
     texts = [tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(labels, mask, strict=True)]
     rewards = torch.tensor([text.count("7") / max(1, len(text)) for text in texts], device=model.device)
@@ -55,7 +56,7 @@ for step in range(args.steps):
         old = linear_token_stats(
             hidden_states(ids, seen), head.weight, labels, bias=head.bias, temperature=TEMPERATURE, mask=mask
         )
-    for _ in range(2):  # the second pass is off-policy, and the clip binds
+    for _ in range(2):  # the second update is off-policy, so the clip has an effect
         found = linear_policy_loss(
             hidden_states(ids, seen), head.weight, labels, old.logprob, advantages, bias=head.bias, temperature=TEMPERATURE,
             mask=mask, loss_type="dapo",

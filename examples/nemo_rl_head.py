@@ -1,10 +1,10 @@
-"""NeMo-RL's Megatron head, fused: the log-probs of next tokens straight from hidden states.
+"""Compute the log-probs of next tokens directly from hidden states, as the patched Megatron head of NeMo-RL does.
 
-    python examples/nemo_rl_head.py                 # the function itself, on one process
-    torchrun --nproc-per-node 2 examples/nemo_rl_head.py
+    python examples/nemo_rl_head.py                          # on one process
+    torchrun --nproc-per-node 2 examples/nemo_rl_head.py     # on two processes
 
-Where NeMo-RL 0.7 is installed, patched() puts the function under its name; here it is called as NeMo-RL's GPTModel does, so that
-the example needs neither NeMo-RL nor Megatron.
+If NeMo-RL 0.7 is installed, patched() replaces NeMo-RL's function by this one. The example calls the function as NeMo-RL's
+GPTModel does, so it needs neither NeMo-RL nor Megatron.
 """
 
 import os
@@ -19,13 +19,13 @@ from mgrpo_kernels.integrations.nemo_rl import from_parallel_hidden_states_to_lo
 if "RANK" in os.environ:  # torchrun
     dist.init_process_group("gloo")
 else:
-    place = tempfile.TemporaryDirectory()
-    dist.init_process_group("gloo", init_method=f"file://{place.name}/store", rank=0, world_size=1)
+    folder = tempfile.TemporaryDirectory()
+    dist.init_process_group("gloo", init_method=f"file://{folder.name}/store", rank=0, world_size=1)
 rank, ranks = dist.get_rank(), dist.get_world_size()
 
 try:
     patched().undo()
-    print("NeMo-RL is here: in a training process call patched() and keep the handle")
+    print("NeMo-RL is installed: call patched() in each training process, and keep the handle")
 except IntegrationError as error:
     print(error)
 
@@ -36,7 +36,7 @@ weight = torch.randn(vocabulary, width, generator=generator) * 0.2
 tokens = torch.randint(0, vocabulary, (batch, length), generator=generator)
 
 mine = hidden.chunk(ranks)[rank].clone().requires_grad_()  # this rank's part of the sequence
-shard = weight.chunk(ranks)[rank].clone().requires_grad_()  # and of the vocabulary
+shard = weight.chunk(ranks)[rank].clone().requires_grad_()  # this rank's part of the vocabulary
 start = rank * len(shard)
 logprob = from_parallel_hidden_states_to_logprobs(
     mine, shard, False, tokens, vocab_start_index=start, vocab_end_index=start + len(shard), tp_group=dist.group.WORLD

@@ -1,9 +1,9 @@
-"""OpenRLHF's actor with the fused head under it: the same log-probs and entropies, no logits.
+"""Compare OpenRLHF's actor without and with the fused head: the log-probs and entropies agree, and the logits are not held.
 
-    python examples/openrlhf_actor.py               # a small random model
-    python examples/openrlhf_actor.py --model DIR   # your own
+    python examples/openrlhf_actor.py               # with a small random model
+    python examples/openrlhf_actor.py --model DIR   # with your own model
 
-A training of OpenRLHF has many processes: docs/integrations/openrlhf.md says how each comes to call patched().
+A training run of OpenRLHF has many processes; docs/integrations/openrlhf.md describes how each of them calls patched().
 """
 
 import argparse
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from mgrpo_kernels.integrations.openrlhf import patched
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--model", help="directory or hub name; default: a small random model, nothing is downloaded")
+parser.add_argument("--model", help="directory or Hugging Face Hub name (default: a small random model)")
 args = parser.parse_args()
 
 torch.manual_seed(0)

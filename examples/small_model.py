@@ -1,10 +1,10 @@
-"""Make a small model that answers word problems in the right form, and mostly wrongly: something to try a whole run on.
+"""Train a small model that answers word problems in the right form, and mostly wrongly, to try a whole run with it.
 
     python examples/small_model.py train.jsonl --output small
     python -m mgrpo_kernels.train --model small --data train.jsonl --eval-data test.jsonl --max-response-tokens 12 --output runs/small
 
-A byte-pair tokenizer of the file's own words, and four layers of width 128 that have been shown some questions with their last number in
-a ``\\boxed{}``. Two minutes on two cores.
+The tokenizer is a byte-pair tokenizer trained on the file, and the model has four layers of width 128. It is trained on questions
+whose answer is in a ``\\boxed{}``. This takes two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAD, EOS = "<pad>", "<eos>"
 
 
 def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Return a byte-pair tokenizer of these texts; digits stand alone."""
+    """Return a byte-pair tokenizer trained on these texts, in which every digit is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -38,14 +38,20 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 
 def main() -> None:
-    """Make it."""
+    """Train the model, and save it with its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, metavar="FILE", help="JSONL with question and answer")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("data", type=Path, metavar="FILE", help="JSONL file whose lines have a question and an answer")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write the model to")
     parser.add_argument(
-        "--steps", type=int, default=300, metavar="N", help="supervised steps of 16 questions (default: 300)"
+        "--steps",
+        type=int,
+        default=300,
+        metavar="N",
+        help="number of supervised steps, with 16 questions each (default: 300)",
     )
-    parser.add_argument("--vocabulary", type=int, default=2048, metavar="N", help="default: 2048")
+    parser.add_argument(
+        "--vocabulary", type=int, default=2048, metavar="N", help="size of the vocabulary (default: 2048)"
+    )
     given = parser.parse_args()
 
     rows = [row.values for row in read_rows(str(given.data), "data")]
@@ -63,14 +69,14 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     optimizer, draw = torch.optim.AdamW(model.parameters(), lr=1e-3), random.Random(0)
     for step in range(1, given.steps + 1):
-        asked, told = (
+        questions, answers = (
             list(tokenizer(list(texts))["input_ids"])
             for texts in zip(*draw.sample(pairs, min(16, len(pairs))), strict=True)
         )
-        width = max(len(a) + len(b) for a, b in zip(asked, told, strict=True))
-        ids = torch.tensor([a + b + [0] * (width - len(a) - len(b)) for a, b in zip(asked, told, strict=True)])
+        width = max(len(a) + len(b) for a, b in zip(questions, answers, strict=True))
+        ids = torch.tensor([a + b + [0] * (width - len(a) - len(b)) for a, b in zip(questions, answers, strict=True)])
         labels = torch.tensor(
-            [[-100] * len(a) + b + [-100] * (width - len(a) - len(b)) for a, b in zip(asked, told, strict=True)]
+            [[-100] * len(a) + b + [-100] * (width - len(a) - len(b)) for a, b in zip(questions, answers, strict=True)]
         )
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()

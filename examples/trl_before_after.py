@@ -1,13 +1,14 @@
-"""The same TRL run without and with this library: loss, gradient norm, entropy, time of a step and peak memory.
+"""Compare a TRL run without and with this library: loss, gradient norm, entropy, time of a step and peak memory.
 
     python examples/trl_before_after.py                         # Qwen2.5-0.5B's head on two random layers; minutes on a CPU
     python examples/trl_before_after.py --vocabulary 2000 --width 64 --pairs 1     # seconds
-    python examples/trl_before_after.py --out FILE.json                            # also for docs/integrations/trl.md
+    python examples/trl_before_after.py --out FILE.json                            # also writes the results for docs/integrations/trl.md
 
-Each run is a process of its own, the two in turn. Rollouts are used twice (num_iterations 2); times are means over the steps from the
-third on, the median of the pairs. Scoring is a step without its generation: forward passes, loss, backward. Where the machine is shared
-compare its processor seconds, on one thread (OMP_NUM_THREADS=1), since waiting threads spin. Memory is the most that the process held
-above what it held before training; gradients and AdamW's state, which the two share, are a part of it and shown beside it.
+Each run is a separate process, and the two kinds of run alternate. Rollouts are used twice (num_iterations 2). Times are means
+over the steps from the third on, and medians over the pairs. Scoring is a step without its generation: forward passes, loss and
+backward pass. On a shared machine compare the processor seconds of one thread (OMP_NUM_THREADS=1), because waiting threads use
+processor time too. Memory is the peak of the process minus its memory before training. It includes the gradients and AdamW's
+state, which are the same in both runs and are printed separately.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SAME = ("loss", "grad_norm", "entropy")
 
 
 class Timed(GRPOTrainer):
-    """Logs what generation takes, which both runs share, and the processor seconds of a step without it."""
+    """Logs the time of generation, which is the same in both runs, and the processor seconds of a step without it."""
 
     def _generate(self, prompts):
         start = time.perf_counter(), time.process_time()
@@ -56,7 +57,7 @@ def even_tokens(completion_ids, **_):
 
 
 def peak():
-    """Return the most memory that this process has held, MiB; on a GPU the most allocated there."""
+    """Return the peak memory of this process in MiB; on a GPU, of its allocations there."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -91,10 +92,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=896)
-    parser.add_argument("--tokens", type=int, default=64, help="of a completion; a step has 8")
+    parser.add_argument("--tokens", type=int, default=64, help="longest completion; a step has 8")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the figures to this file")
+    parser.add_argument("--out", type=Path, help="write the results to this file")
     parser.add_argument("--run", choices=("plain", "patched"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -130,7 +131,7 @@ def main():
 
 
 def mean(run, key):
-    """Return a figure of the steps from the third on."""
+    """Return the mean of a metric over the steps from the third on."""
     lines = run["lines"][2:]
     names = {"step": ["step_time"], "scoring": ["step_time", "generation_time"], "scoring_cpu": ["scoring_cpu"]}[key]
     first, *less = (sum(line.get(name, 0) for line in lines) / len(lines) for name in names)
@@ -138,7 +139,7 @@ def mean(run, key):
 
 
 def result(rows, seconds):
-    """Return what a page takes: a table, how many times as long TRL takes, as the median over pairs, and where that was."""
+    """Return the results for the documentation: the table, TRL's times relative to the patched run, and the environment."""
     head = [
         "",
         "loss, step 2",

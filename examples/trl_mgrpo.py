@@ -1,6 +1,6 @@
-"""M-GRPO in a TRL script: no reward function and no answers, the majority of policy and momentum model is the label.
+"""Train with M-GRPO in TRL, without a reward function and without answers: the majority of policy and momentum model is the label.
 
-python examples/trl_mgrpo.py                                # sums modulo 10, a small model that half guesses them
+python examples/trl_mgrpo.py                                # sums modulo 10, with a small model that is right about half of the time
 python examples/trl_mgrpo.py --model Qwen/Qwen2.5-0.5B-Instruct --learning-rate 1e-6
 """
 
@@ -17,12 +17,12 @@ from mgrpo_kernels.train.data import demo
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(
-    "--model", help="directory or hub name; default: a small one, warm-started here, nothing is downloaded"
+    "--model", help="directory or Hugging Face Hub name (default: a small model that this script warm-starts)"
 )
 parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--learning-rate", type=float, default=5e-4)
-parser.add_argument("--warm-steps", type=int, default=600, help="of the small model")
-parser.add_argument("--output", help="directory; default: a temporary one")
+parser.add_argument("--warm-steps", type=int, default=600, help="warm-start steps of the small model")
+parser.add_argument("--output", help="output directory (default: a temporary one)")
 args = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as temporary:

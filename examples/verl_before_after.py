@@ -1,12 +1,12 @@
-"""verl's actor update without and with this library: loss, gradient norm, entropy, time of a step and peak memory.
+"""Compare verl's actor update without and with this library: loss, gradient norm, entropy, time of a step and peak memory.
 
     python examples/verl_before_after.py                        # Qwen2.5-0.5B's head on one random layer; minutes on a CPU
     python examples/verl_before_after.py --vocabulary 2000 --width 64 --pairs 1     # seconds
 
-What runs is verl's: its model forward (use_fused_kernels, impl_backend torch) and its ppo_loss, on one batch of made-up rollouts, three
-steps of gradient descent. "logits" is verl without fused kernels. Each run is a process of its own, in turn; times are medians over the
-pairs of the mean over the steps after the first, by the clock and summed over the processors. Memory is the most that the process held
-above what it held before the first step.
+The script runs verl's own model forward (use_fused_kernels, impl_backend torch) and ppo_loss on one batch of random rollouts, for
+three steps of gradient descent. "logits" is verl without fused kernels. Each run is a separate process, and the kinds of run
+alternate. Times are means over the steps after the first and medians over the pairs: wall-clock seconds, and seconds summed over
+the processors. Memory is the peak of the process minus its memory before the first step.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(args):
         return torch.nested.as_nested_tensor(list(values), layout=torch.jagged)
 
     def scores():
-        """Return log-prob and entropy of each token's successor, as verl's engine takes them: ``(B, 2 L)``."""
+        """Return log-prob and entropy of each token's successor, as verl's engine computes them: ``(B, 2 L)``."""
         labels = tokens.roll(-1, 1)
         if args.run == "logits":
             logits = model(tokens, use_cache=False).logits / args.temperature
@@ -112,17 +112,17 @@ def run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="directory or hub name; default: a random one, nothing is downloaded")
+    parser.add_argument("--model", help="directory or Hugging Face Hub name (default: a random model)")
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64, help="of a response, and of its prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="length of a response, and of its prompt")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--learning-rate", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the figures to this file, for docs/integrations/verl.md")
+    parser.add_argument("--out", type=Path, help="write the results to this file, for docs/integrations/verl.md")
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -154,12 +154,12 @@ def main():
 
 
 def mean(run, key):
-    """Return a figure of the steps from the second on."""
+    """Return the mean of a metric over the steps from the second on."""
     return statistics.mean(line[key] for line in run["lines"][1:])
 
 
 def result(rows, seconds):
-    """Return what a page takes: a table, how many times as long as the patched run the others take, and where that was."""
+    """Return the results for the documentation: the table, the other runs' times relative to the patched run, and the environment."""
     import torch
 
     from mgrpo_kernels.train.watch.report import environment

@@ -1,8 +1,8 @@
-"""verl with this library beside it: what the plugin has put where, and verl's own loss through it.
+"""Show what the verl plugin of this library replaces, and compare the fused loss with verl's own.
 
     python examples/verl_plugin.py
 
-verl loads the plugin by itself. In a run of verl: actor_rollout_ref.model.use_fused_kernels=True, and
+verl loads the plugin automatically. In a training run, set actor_rollout_ref.model.use_fused_kernels=True for the fused head, and
 actor_rollout_ref.actor.policy_loss.loss_mode=mgrpo_kernels for the fused loss.
 """
 
@@ -12,21 +12,19 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.kernel import linear_cross_entropy as kernel
 from verl.workers.config import ActorConfig
 
-from mgrpo_kernels.integrations import (
-    verl_plugin,
-)  # verl has imported it already, unless VERL_USE_EXTERNAL_PLUGINS says none
+# verl has already imported the plugin, unless VERL_USE_EXTERNAL_PLUGINS is none
+from mgrpo_kernels.integrations import verl_plugin
 
 print(
-    f"verl {verl.__version__}: the head is {verl_plugin.patch.library}'s no more, but {kernel.linear_cross_entropy.__module__}'s"
+    f"verl {verl.__version__}: the head of {verl_plugin.patch.library} is now the one of {kernel.linear_cross_entropy.__module__}"
 )
 
 torch.manual_seed(0)
 tokens, vocabulary, width = 64, 1000, 32
 hidden, weight = torch.randn(4, tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
 labels = torch.randint(0, vocabulary, (4, tokens))
-log_prob, entropy = kernel.linear_cross_entropy(
-    hidden, weight, labels, 1.0, "none"
-)  # (4, 64) each; the logits are never held
+# (4, 64) each; the logits are not held
+log_prob, entropy = kernel.linear_cross_entropy(hidden, weight, labels, 1.0, "none")
 
 config = ActorConfig(strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=4, clip_ratio_high=0.28)
 batch = {

@@ -1,6 +1,6 @@
-"""The cells of the collapse study: what each run passes to ``python -m mgrpo_kernels.train``.
+"""The cells of the collapse study: the options that each run passes to ``python -m mgrpo_kernels.train``.
 
-All share :data:`COMMON`; a cell is what it adds to that. ``base`` is no option of the trainer: it names the model to start from.
+All cells share :data:`COMMON`, and each adds its own options. ``base`` is not an option of the trainer: it names the model to start from.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ COMMON = {
     "steps": 2000, "learning_rate": 2e-4, "lr_schedule": "constant", "warmup": 0.0, "eval_every": 50, "checkpoint_every": 0,
     "samples_per_step": 0, "guard": "off", "log_every": 1000,
 }  # fmt: skip
-"""The built-in task at its own learning rate, which here never falls, for several times as many steps as
-`make train` takes."""
+"""The built-in task with its own learning rate, kept constant, for several times as many steps as `make train` takes."""
 
 WARM_STEPS = 1500
-"""The most that a warm start takes; it ends sooner where it reaches the accuracy that `make train`'s ends at."""
+"""The largest number of warm-start steps; a warm start ends earlier if it reaches the accuracy of `make train`'s warm start."""
 
 LAZY_SHARE, LAZY_RESPONSE = 0.22, "#7$"
-"""With ``base: lazy`` this share of the warm start's targets is the same answer whatever the sum: something to collapse onto."""
+"""With ``base: lazy`` this share of the warm start's targets has the same answer whatever the sum, as an answer to collapse onto."""
 
 PAPER: dict[str, object] = {"method": "mgrpo", "momentum_rollouts": 4}
 """The published quarter of 16 rollouts, which is not the trainer's default."""
@@ -25,7 +24,7 @@ TEACHER: dict[str, object] = {"method": "co_rewarding", "momentum_rollouts": 8, 
 HALF: dict[str, object] = {**PAPER, "momentum_rollouts": 8}
 HALF_MOMENTUM: dict[str, object] = {**MOMENTUM, "momentum_rollouts": 8}
 STEADY: dict[str, object] = {**TEACHER, "iqr_filter": True}
-"""Chosen on seeds 0 and 1, which the study leaves out: the momentum model alone votes, and the filter prunes as the paper has it."""
+"""Only the momentum model votes, and the filter prunes as in the paper. Chosen on seeds 0 and 1, which the study leaves out."""
 
 MAIN: dict[str, dict[str, object]] = {
     "srt": {"method": "srt"},
@@ -37,7 +36,7 @@ MAIN: dict[str, dict[str, object]] = {
 """What `make study` runs, with three seeds."""
 
 LONG = 9000
-"""Ten times as long as the SRT run that lasted longest."""
+"""Ten times the number of steps of the longest-lasting SRT run."""
 
 LAZY: dict[str, object] = {"base": "lazy", "steps": 1000}
 

@@ -1,10 +1,10 @@
-"""Tell what the IQR filter prunes: whether it is wrong more often than what stays, and whether the label changes by it.
+"""Print whether the rollouts that the IQR filter prunes are wrong more often than the others, and whether pruning changes the labels.
 
     python -m mgrpo_kernels.train --steps 600 --lr-schedule constant --samples-per-step 16 --guard off --output DIR
     python examples/collapse/pruned.py DIR [DIR ...]
 
-The samples must be all rollouts of a step's first prompt (`--samples-per-step` at least `--rollouts`), and their true answers known. The
-runs given are taken together; answers are compared as strings.
+The samples must be all rollouts of a step's first prompt (`--samples-per-step` at least `--rollouts`), and their true answers must be
+known. All given runs are combined. Answers are compared as strings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mgrpo_kernels.train.watch.lines import read_lines
 
 Rollout = dict[str, Any]
 EDGES = (1, 51, 101, 201, 401)
-"""The first steps of the table's rows."""
+"""The first step of each row of the table."""
 
 
 def groups_of(run: Path) -> list[list[Rollout]]:
@@ -33,12 +33,12 @@ def groups_of(run: Path) -> list[list[Rollout]]:
 
 
 def right(rollouts: Sequence[Rollout]) -> float:
-    """Return the share whose answer is the true one; NaN of nothing."""
+    """Return the share of rollouts whose answer is the true answer; NaN for an empty sequence."""
     return sum(each["answer"] == each["gold"] for each in rollouts) / len(rollouts) if rollouts else float("nan")
 
 
 def labels_right(groups: Sequence[Sequence[Rollout]], *, survivors: bool) -> float:
-    """Return the share of the groups whose majority, of all or of those that survive, is the true answer."""
+    """Return the share of groups whose majority, among all rollouts or among the rollouts that are kept, is the true answer."""
     right = 0
     for group in groups:
         voters = torch.tensor([not (survivors and each["pruned"]) for each in group])
@@ -50,7 +50,7 @@ def labels_right(groups: Sequence[Sequence[Rollout]], *, survivors: bool) -> flo
 
 
 def is_dead(group: Sequence[Rollout]) -> bool:
-    """Return whether these all have the same reward, and so no advantage."""
+    """Return True if these rollouts all have the same reward, and so an advantage of 0."""
     return len({each["reward"] for each in group}) < 2
 
 

@@ -1,12 +1,12 @@
-"""Run the collapse study: every cell with every seed, each a run of ``python -m mgrpo_kernels.train`` on one core.
+"""Run the collapse study: one run of ``python -m mgrpo_kernels.train`` on one core for each cell (a set of options) and each seed.
 
-    python examples/collapse/study.py                      the main cells with three seeds
-    python examples/collapse/study.py --all --seeds 5      everything
-    python examples/collapse/study.py --cells srt mgrpo
+    python examples/collapse/study.py                      runs the main cells with three seeds
+    python examples/collapse/study.py --all --seeds 5      runs every cell with five seeds
+    python examples/collapse/study.py --cells srt mgrpo    runs these cells
 
-Resumable: a run that is in the results is not taken again. Each finished run is one line of JSON: its options, the processor, and what it
-measured at each evaluation. ``summary.py`` makes the table and the figures of them, and sets them beside the project's own,
-``results.jsonl``.
+The study can be interrupted and continued: a run that is in the results is not repeated. Each finished run is one line of JSON with its
+options, the processor, and its metrics at each evaluation. ``summary.py`` prints their table, draws their figures, and compares them with
+the project's results, ``results.jsonl``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ AVERAGED = (
     "pruned_fraction",
     "momentum_distance",
 )
-"""Means over the steps since the evaluation before."""
+"""Metrics that are averaged over the steps since the previous evaluation."""
 
 
 def arguments_of(options: dict[str, object]) -> list[str]:
-    """Return the options as the command line takes them."""
+    """Return the options as command-line arguments."""
     out = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -55,7 +55,7 @@ def arguments_of(options: dict[str, object]) -> list[str]:
 
 
 def curve_of(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Return columns: a value for each evaluation."""
+    """Return columns with one value for each evaluation."""
     columns: dict[str, list[float | None]] = {key: [] for key in (*KEPT, *AVERAGED)}
     since: list[dict[str, Any]] = []
     for line in lines:
@@ -81,7 +81,7 @@ def lazy_lesson(draw: random.Random, held_out: set[str]) -> tuple[str, str]:
 
 
 def base_of(name: str, seed: int, bases: Path) -> Path:
-    """Return where the model is that the runs of a seed start from: the trainer's own, but taught sums of all lengths alike."""
+    """Return the path of a seed's start model: the trainer's built-in model, but trained on equally many sums of each length."""
     place = bases / f"{name}-{seed}"
     if not place.exists():
         teach = {"own": own_lesson, "lazy": lazy_lesson}[name]
@@ -90,14 +90,12 @@ def base_of(name: str, seed: int, bases: Path) -> Path:
 
 
 def take(cell: str, seed: int, options: dict[str, object], device: str, base: Path) -> dict[str, Any]:
-    """Take one run; return its line."""
+    """Run one cell with one seed, and return its line of results."""
     start = time.perf_counter()
     arguments = arguments_of({name: value for name, value in options.items() if name != "base"})
     command = [sys.executable, "-m", "mgrpo_kernels.train", *arguments, f"--seed={seed}", f"--device={device}"]
     with tempfile.TemporaryDirectory() as place:
-        shutil.copytree(
-            base, f"{place}/run/base"
-        )  # where a run of the built-in task looks for it before it makes its own
+        shutil.copytree(base, f"{place}/run/base")  # a run of the built-in task uses a model that is already here
         done = subprocess.run(
             [*command, "--output", f"{place}/run"],
             capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -116,21 +114,31 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Take the runs that are missing."""
+    """Run every cell and seed that is missing in the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every cell (default: the main ones)")
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), metavar="CELL", help=f"out of {', '.join(CELLS)}")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="how many seeds (default: 3)")
-    parser.add_argument("--first-seed", type=int, default=2, metavar="S", help="the first of them (default: 2)")
+    parser.add_argument("--all", action="store_true", help="run every cell (default: the main cells)")
     parser.add_argument(
-        "--steps", type=int, default=COMMON["steps"], metavar="N", help="steps of each run (default: 2000)"
+        "--cells", nargs="+", choices=list(CELLS), metavar="CELL", help=f"cells to run, of {', '.join(CELLS)}"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: 3)")
+    parser.add_argument("--first-seed", type=int, default=2, metavar="S", help="first seed (default: 2)")
+    parser.add_argument(
+        "--steps", type=int, default=COMMON["steps"], metavar="N", help="number of steps of each run (default: 2000)"
     )
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at once (default: the cores)"
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="number of runs at the same time (default: the number of cores)",
     )
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", default="cpu", help="device of the runs (default: cpu)")
     parser.add_argument(
-        "--results", type=Path, default=Path("runs/collapse.jsonl"), metavar="FILE", help="default: runs/collapse.jsonl"
+        "--results",
+        type=Path,
+        default=Path("runs/collapse.jsonl"),
+        metavar="FILE",
+        help="file of the results (default: runs/collapse.jsonl)",
     )
     given = parser.parse_args()
     given.results.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
-"""Make the table and the figures of the collapse study from its results.
+"""Print the table of the collapse study, and draw its figures, from its results.
 
-    python examples/collapse/summary.py                        print the table
-    python examples/collapse/summary.py --figures docs/        and draw docs/collapse_*.png
-    python examples/collapse/summary.py --until 250            as if the runs had ended after so many steps
-    python examples/collapse/summary.py --by-seed entropy      what each seed's last evaluation has of a column
-    python examples/collapse/summary.py --by-seed kept         and what of its best accuracy is left at the end
-    python examples/collapse/summary.py --results FILE --against examples/collapse/results.jsonl    one's own beside the project's
+    python examples/collapse/summary.py                        prints the table
+    python examples/collapse/summary.py --figures docs/        also draws docs/collapse_*.png
+    python examples/collapse/summary.py --until 250            uses the first 250 steps of each run only
+    python examples/collapse/summary.py --by-seed entropy      prints a metric of each seed's last evaluation
+    python examples/collapse/summary.py --by-seed kept         prints each seed's ratio of final to best accuracy
+    python examples/collapse/summary.py --results FILE --against examples/collapse/results.jsonl    compares results with the project's
 
-Accuracies are means over :data:`WINDOW` evaluations in a row, so that one lucky evaluation is no best. A run has collapsed at the first
-evaluation where that is below :data:`COLLAPSED` of its best so far.
+Accuracies are means over :data:`WINDOW` consecutive evaluations, so that one lucky evaluation does not count as the best. A run has
+collapsed at the first evaluation at which this mean is below :data:`COLLAPSED` of its best so far.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLLAPSED = 0.8
 
 
 class Row(NamedTuple):
-    """What one run did."""
+    """The accuracies of one run, and the step at which it collapsed."""
 
     start: float
     best: float
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return the mean of each value and those before it, :data:`WINDOW` at most."""
+    """Return for each value the mean of it and the values before it, over at most :data:`WINDOW` values."""
     return [statistics.fmean(values[max(0, i + 1 - WINDOW) : i + 1]) for i in range(len(values))]
 
 
@@ -55,7 +55,7 @@ def row_of(run: dict[str, Any]) -> Row:
 
 
 def by_cell(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of each cell, both in the order of the file, seeds ascending."""
+    """Return the runs of each cell, with cells in the order of the file and seeds in ascending order."""
     cells: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         cells.setdefault(run["cell"], []).append(run)
@@ -69,7 +69,7 @@ def until(run: dict[str, Any], last: int) -> dict[str, Any]:
 
 
 def table(cells: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the table in Markdown: means over seeds, with the least and the most of the final accuracy, the least of what was kept."""
+    """Return the table in Markdown: means over seeds, the range of the final accuracy, and the least ratio of final to best accuracy."""
     lines = [
         "| cell | seeds | start | best | final (least - most) | final / best (least) | pruned | collapsed | at step |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -91,7 +91,7 @@ def table(cells: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def by_seed(cells: dict[str, list[dict[str, Any]]], key: str) -> str:
-    """Return a table of a column's last value in each run, or of what it kept of its best accuracy, and of their mean."""
+    """Return a table by seed, with means: the last value of a metric, or the ratio of final to best accuracy."""
     digits = 3 if key == "kept" else 2
     seeds = sorted({run["seed"] for runs in cells.values() for run in runs})
     lines = [f"| {key} | {' | '.join(map(str, seeds))} | mean |", f"|---|{'---|' * len(seeds)}---|"]
@@ -103,7 +103,7 @@ def by_seed(cells: dict[str, list[dict[str, Any]]], key: str) -> str:
 
 
 def comparison(cells: dict[str, list[dict[str, Any]]], others: dict[str, list[dict[str, Any]]]) -> str:
-    """Return a table: does each cell's mean final accuracy lie within the other study's least and most, and how many runs are equal?"""
+    """Return a table that compares two studies: whether each cell's mean is within the other's range, and how many runs are equal."""
     lines = [
         "| cell | final | theirs (least - most) | within | collapsed | theirs | same curve |",
         "|---|---|---|---|---|---|---|",
@@ -125,7 +125,7 @@ def comparison(cells: dict[str, list[dict[str, Any]]], others: dict[str, list[di
 
 
 def draw(cells: dict[str, list[dict[str, Any]]], path: Path, keys: Sequence[str]) -> None:
-    """Draw the curves of some figures, a panel each: the mean over seeds, and a band from the least to the most."""
+    """Draw one panel for each metric: the mean over seeds, and a band from the least to the most."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -156,23 +156,28 @@ def draw(cells: dict[str, list[dict[str, Any]]], path: Path, keys: Sequence[str]
 
 
 def main() -> None:
-    """Print the table; draw the figures where asked."""
+    """Print the table, and draw the figures if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     own = Path(__file__).parent / "results.jsonl"
-    parser.add_argument("--results", type=Path, nargs="+", default=[own], metavar="FILE", help="taken together")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="results to be compared with")
-    parser.add_argument("--until", type=int, metavar="STEP", help="leave out what came later (default: nothing)")
     parser.add_argument(
-        "--by-seed", choices=["kept", *KEPT[1:], *AVERAGED], metavar="COLUMN", help="by seed; kept: final / best"
+        "--results", type=Path, nargs="+", default=[own], metavar="FILE", help="files of results, which are combined"
+    )
+    parser.add_argument("--against", type=Path, metavar="FILE", help="results to compare with")
+    parser.add_argument("--until", type=int, metavar="STEP", help="use only evaluations up to this step (default: all)")
+    parser.add_argument(
+        "--by-seed",
+        choices=["kept", *KEPT[1:], *AVERAGED],
+        metavar="COLUMN",
+        help="print this metric by seed; kept is the ratio of final to best accuracy",
     )
     parser.add_argument("--figures", type=Path, metavar="DIR")
-    parser.add_argument("--cells", nargs="+", metavar="CELL", help="of the figures (default: the first five)")
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="cells in the figures (default: the first five)")
     given = parser.parse_args()
     runs = [run for path in given.results for run in read(path)]
     cells = by_cell(runs if given.until is None else [until(run, given.until) for run in runs])
     print(table(cells) if given.by_seed is None else by_seed(cells, given.by_seed))
     if given.against is not None:
-        print(f"\nbeside {given.against}:\n\n{comparison(cells, by_cell(read(given.against)))}")
+        print(f"\ncompared with {given.against}:\n\n{comparison(cells, by_cell(read(given.against)))}")
     if given.figures is not None:
         shown = {cell: cells[cell] for cell in given.cells or list(cells)[:5]}
         draw(shown, given.figures / "collapse_accuracy.png", ["eval_accuracy", "eval_greedy"])
