@@ -85,7 +85,7 @@ def test_the_view_says_start_best_and_now() -> None:
     assert rows["vote share"][:2] == ["0.530", "0.755"]  # means of the first 5 and the last 10, as the guard's
     assert rows["tokens/s"][:2] == ["12,346", "12,346"]
     assert rows["held-out accuracy"][3] == "▁█▂▅"
-    assert "labels right" in rows
+    assert "label accuracy" in rows
     assert "held-out, greedy" not in rows  # nothing is known of it
 
 

@@ -1,1 +1,1 @@
-"""The plan of a run before it starts: memory and time, estimated from options and shapes; docs/planning.md explains the formulas."""
+"""The plan of a run: estimates of its memory and time from options and shapes. docs/planning.md explains the formulas."""

@@ -1,4 +1,4 @@
-"""What a run is going to do, in words and numbers, before it does it."""
+"""The text of the plan: every option, and the estimates of memory and time."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from mgrpo_kernels.train.rollout.engines import engine_class
 
 
 class Target(NamedTuple):
-    """What a plan is for, where it is not what the run finds."""
+    """The ranks and the device that a plan is for."""
 
     ranks: int
-    device: str | None = None  # a key of DEVICES; None: the one at hand
+    device: str | None = None  # a key of DEVICES; None: the device of this machine
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read N or NxDEVICE.
+        """Return the target that `text` names, as N or NxDEVICE.
 
         Raises:
-            ArgumentTypeError: neither.
+            ArgumentTypeError: the text has another form, or the device is unknown.
         """
         number, cross, device = text.lower().partition("x")
         if not number.isdecimal() or int(number) < 1 or (cross and device not in DEVICES):
@@ -52,7 +52,7 @@ class Target(NamedTuple):
 
 
 def describe(config: Config) -> list[str]:
-    """Return every option, and what follows from them, a line each."""
+    """Return a line for every option and every value derived from them."""
     lines = []
     for title, options in config.sections():
         lines += [f"{title}:", *(f"  {name}: {_text(value)}" for name, value in options.items())]
@@ -60,10 +60,10 @@ def describe(config: Config) -> list[str]:
 
 
 def read_model(model: str | PretrainedConfig, lora: LoraConfig | None = None) -> Model:
-    """Return a model's shape, from its configuration or its name, without its weights; with LoRA, its adapter in it.
+    """Return a model's shape from its configuration or its name, without loading weights; with LoRA, the adapter is included.
 
     Raises:
-        UsageError: it cannot be read, or does not take the adapter.
+        UsageError: the configuration cannot be read, or the adapter does not fit the model.
     """
     try:
         config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model
@@ -79,22 +79,24 @@ def read_model(model: str | PretrainedConfig, lora: LoraConfig | None = None) ->
 def plan(
     config: Config, task: Task, model: Model, prompt_tokens: int, device: torch.device, target: Target, *, probe: bool
 ) -> list[str]:
-    """Return what a run takes, a line each.
+    """Return the lines that describe the size, the memory and the time of a run.
 
     Args:
-        config, task, model: of the run.
-        prompt_tokens: of the longest prompt.
-        device: the one at hand.
-        target: ranks, and another device than that one.
-        probe: measure the device's rates, which takes a second, where it is in no table.
+        config: options of the run.
+        task: data of the run.
+        model: shape of the model.
+        prompt_tokens: length of the longest prompt.
+        device: device of this machine.
+        target: number of ranks, and optionally another device.
+        probe: measure the rates of a device that is not in the table, which takes about a second.
 
     Raises:
-        UsageError: fewer prompts in a step than ranks.
+        UsageError: there are fewer prompts in a step than ranks.
     """
     ranks = target.ranks
     if config.rollout.prompts_per_step < ranks:
         raise UsageError(
-            f"prompts_per_step: expected at least one for each of the {ranks} ranks, got {config.rollout.prompts_per_step}"
+            f"prompts_per_step: expected at least {ranks}, one for each rank, got {config.rollout.prompts_per_step}"
         )
     samples = len(task.held_out) * (config.eval.eval_samples + 1) if config.eval.eval_every else 0
     epochs = config.optim.steps * config.rollout.prompts_per_step / len(task.train)
@@ -105,26 +107,21 @@ def plan(
     known = target.device or known_device(device)
     name = str(device) if target.device is None else target.device
     largest, trained = max(work.micro, key=work.tokens), count([model.trained])
+    adapter = f"  trained parameters: {trained:,} of the adapter, {trained / model.parameters:.2%} of all"
     lines = [
-        "plan:",
-        f"  device: {name}" if ranks == 1 else f"  devices: {ranks} x {name}, one a rank",
+        "plan (upper bounds: every response has the maximum length):",
+        f"  device: {name}" if ranks == 1 else f"  devices: {ranks} x {name}, one per rank",
         f"  parameters: {model.parameters:,}",
-        *(
-            []
-            if model.whole
-            else [f"  trained: {trained:,} parameters of the adapter, {trained / model.parameters:.2%} of all"]
-        ),
-        f"  prompts: {len(task.train):,} to train on ({epochs:.2g} epochs), {len(task.held_out):,} held out",
-        f"  responses of one evaluation: {samples:,}",
-        f"  micro-batches of a step: {len(work.micro)} a rank, the largest of {work.tokens(largest):,} tokens, at the longest responses",
+        *([] if model.whole else [adapter]),
+        f"  prompts: {len(task.train):,} for training ({epochs:.2g} epochs), {len(task.held_out):,} held out",
+        f"  responses per evaluation: {samples:,}",
+        f"  micro-batches per step and rank: {len(work.micro)}, with at most {work.tokens(largest):,} tokens",
         *memory_lines(memory, room_of(device) if target.device is None else round(DEVICES[target.device].memory * 1e9)),
     ]
     if config.run.async_checkpoints:
-        weights = memory.held["AdamW"] // 2  # those that train: with LoRA a checkpoint has no others
+        weights = memory.held["AdamW"] // 2  # of the trained parameters only: with LoRA, a checkpoint holds no others
         copies = weights + sum(memory.held.get(name, 0) for name in ("AdamW", "momentum model", "KL reference"))
-        lines.append(
-            f"  a checkpoint that is written in the background: {size(copies)} more of the CPU's memory, meanwhile"
-        )
+        lines.append(f"  additional CPU memory while a checkpoint is written in the background: {size(copies)}")
     lines += engine_class(config).plan_lines(config, kind)
     if known is not None or probe:
         rates = measure(device, config.model.dtype, model) if known is None else rates_of(DEVICES[known], config)
@@ -133,36 +130,36 @@ def plan(
 
 
 def memory_lines(memory: Memory, room: int | None) -> list[str]:
-    """Return a rank's memory, the held parts and then each moment's."""
+    """Return lines for a rank's memory: the total, the parts that are always held, and those of each phase."""
 
     def parts(sizes: dict[str, int]) -> str:
         return " + ".join(f"{name} {size(each)}" for name, each in sizes.items())
 
-    lines = [f"  memory: {size(memory.total)} a rank (estimate), the most in {memory.moment}"]
-    if room is not None:
-        lines[0] += f"; there are {size(room)}" + (", which is TOO LITTLE" if room < memory.total else "")
-    lines.append(f"    held: {size(sum(memory.held.values()))} = {parts(memory.held)}")
-    lines += [
-        f"    {name}: {size(sum(each.values()))} = {parts(each)}" for name, each in memory.moments.items() if each
-    ]
+    available = "" if room is None else f"; available: {size(room)}"
+    if room is not None and room < memory.total:
+        available += ", which is TOO LITTLE (try --gradient-checkpointing, a smaller --tokens-per-microbatch, or more ranks)"
+    lines = [f"  memory per rank (estimate): {size(memory.total)} at its peak, in the phase {memory.moment}{available}"]
+    for name, each in {"always": memory.held, **memory.moments}.items():
+        if each:
+            lines.append(f"    {name}: {size(sum(each.values()))} = {parts(each)}")
     return lines
 
 
 def time_lines(config: Config, model: Model, work: Work, ranks: int, rates: Rates, known: str | None) -> list[str]:
-    """Return the seconds of a step, and what they rest on."""
+    """Return lines for the time of a step and of the run, and the source of the rates behind them."""
     found = seconds(config, model, work, ranks, rates)
     phases = " + ".join(f"{name} {value:.3g}" for name, value in found.items() if value)
     total = sum(found.values())
     hours = config.optim.steps * total / 3600
     if known is None:
-        probed = f"{rates.matmul / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s, {rates.operation * 1e6:.2g} us an operation"
-        base = f"a probe of this device: {probed}"
+        probed = f"{rates.matmul / 1e9:,.0f} GFLOP/s, {rates.bandwidth / 1e9:,.0f} GB/s, {rates.operation * 1e6:.2g} us per operation"
+        base = f"computed from a probe of this device: {probed}"
     else:
         shares = f"{MATMUL_SHARE:.0%} of its FLOP/s and {BANDWIDTH_SHARE:.0%} of its bytes/s"
-        base = f"the data sheet of {known}, of which {shares} are assumed; not measured"
+        base = f"computed from the data sheet of {known}, assuming {shares}; not measured"
     return [
-        f"  time of a step: {total:.3g} s (estimate, at the longest responses) = {phases}",
-        f"    {config.optim.steps} steps: {hours:.3g} h, without evaluations; from {base}",
+        f"  time per step (estimate): {total:.3g} s = {phases}",
+        f"    {config.optim.steps} steps without evaluations: {hours:.3g} h; {base}",
     ]
 
 
@@ -176,4 +173,8 @@ def size(number: int) -> str:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return "none" if value is None else repr(value) if isinstance(value, str) and "\n" in value else str(value)

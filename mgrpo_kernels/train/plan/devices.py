@@ -1,4 +1,4 @@
-"""What devices do in a second: by the vendors' data sheets, or measured on the device at hand."""
+"""The rates of devices, from the vendors' data sheets or measured on the device of this machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from mgrpo_kernels.train.plan.shape import Model, width_of
 
 
 class Rates(NamedTuple):
-    """What a device does in a second."""
+    """Rates of a device, per second."""
 
     matmul: float  # floating-point operations of matrix products
-    bandwidth: float  # bytes of memory
-    operation: float  # seconds that an operation takes at least
+    bandwidth: float  # bytes read from or written to memory
+    operation: float  # shortest duration of an operation, in seconds
     draws: float  # random numbers
-    link: float  # bytes to other ranks
-    passes: int = 1  # over its weight, of a product of few rows: a CPU's library reads it, writes it in its own order, and reads that
+    link: float  # bytes sent to other ranks
+    passes: int = (
+        1  # over the weight in a product of few rows: a CPU library reads it, writes a reordered copy, and reads that
+    )
 
 
 class Device(NamedTuple):
-    """A data sheet: dense peaks, as the vendor gives them."""
+    """The data sheet of a device, with the vendor's peak rates without sparsity."""
 
     bfloat16: float  # TFLOP/s
     float32: float  # TFLOP/s, outside tensor cores
@@ -46,21 +48,21 @@ DEVICES = {
     "rtx-4090": Device(165, 82.6, 1008, 32, 24),
     "mi300x": Device(1307, 163, 5300, 448, 192),
 }
-"""From the vendors' public specifications (SXM and OAM boards where there are several)."""
+"""Rates from the vendors' public specifications, of SXM or OAM boards if there are several variants."""
 MATMUL_SHARE, BANDWIDTH_SHARE, LINK_SHARE, LAUNCH = 0.4, 0.7, 0.7, 10e-6
-"""Assumed: what of a peak is reached, and seconds from one launch to the next in eager PyTorch."""
-NOISE_BYTES = 24  # of memory a random number costs a GPU: drawn, then bounded, logarithm and sign in place
+"""Assumptions: fractions of the peaks that are reached, and seconds between two launches in eager PyTorch."""
+NOISE_BYTES = 24  # memory traffic of a random number on a GPU: drawn, then clamped, logarithm and sign in place
 
 
 def rates_of(device: Device, config: Config) -> Rates:
-    """Return what a data sheet lets one expect."""
+    """Return the rates that are assumed for a device with this data sheet."""
     peak = 1e12 * (device.bfloat16 if width_of(config) == 2 else device.float32)
     bandwidth = 1e9 * BANDWIDTH_SHARE * device.bandwidth
     return Rates(MATMUL_SHARE * peak, bandwidth, LAUNCH, bandwidth / NOISE_BYTES, 1e9 * LINK_SHARE * device.link)
 
 
 def known_device(device: torch.device) -> str | None:
-    """Return the name in the table of the device at hand, or None."""
+    """Return the name in the table of the device of this machine, or None if it is not in the table."""
     if device.type != "cuda":
         return None
     words = set(re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower()))
@@ -68,7 +70,7 @@ def known_device(device: torch.device) -> str | None:
 
 
 def room_of(device: torch.device) -> int | None:
-    """Return the bytes of memory that the device has, where the system says so."""
+    """Return the memory of the device in bytes, or None if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -78,9 +80,9 @@ def room_of(device: torch.device) -> int | None:
 
 
 def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], float] = time.perf_counter) -> Rates:
-    """Return what a device does in a second, with products of the model's width; the median of a few tries, about a second in all.
+    """Return measured rates of a device, with matrix products of the model's width. Each is the median of a few tries, about 1 s in all.
 
-    Where ranks share a machine's memory a byte goes to another through it, and is read and written some eight times: gloo's rate.
+    Ranks on one machine communicate through its memory. gloo reads and writes each byte about eight times.
     """
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     on_gpu = device.type == "cuda"
@@ -96,7 +98,7 @@ def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], 
                 torch.cuda.synchronize(device)
             return clock() - begin
 
-        until = time.perf_counter() + 0.2  # where others take the cores, few must do
+        until = time.perf_counter() + 0.2  # on a busy machine, a few tries must suffice
         found = [once(), once()]  # the first warms up
         while len(found) <= tries and time.perf_counter() < until:
             found.append(once())
@@ -115,7 +117,7 @@ def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], 
 
 
 def _operations(x: Tensor, w: Tensor) -> Tensor:
-    """Run eight operations of a decoder's layer on a few tokens."""
+    """Run eight operations that are typical of a decoder layer, on a few tokens."""
     y = torch.mm(x, w)
     y = torch.nn.functional.silu(y) * x
     y = torch.cat([y[:, :32], y[:, 32:]], dim=-1)

@@ -1,4 +1,4 @@
-"""The memory of a run, from its options and its model's shape: formulas, and nothing that runs. docs/planning.md explains them."""
+"""Formulas for the memory of a run, from its options and its model's shape. docs/planning.md explains them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Parts = dict[str, int]  # what holds memory -> bytes
 
 
 class Memory(NamedTuple):
-    """Bytes of a rank, by what holds them."""
+    """The memory of a rank in bytes, by what holds it."""
 
-    held: Parts  # from the first step on
-    moments: dict[str, Parts]  # beside that, at the moments that hold most
+    held: Parts  # always, from the first step on
+    moments: dict[str, Parts]  # additionally, in the phases that need most
 
     @property
     def moment(self) -> str:
-        """The moment that decides."""
+        """The phase with the largest memory."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def total(self) -> int:
-        """The bytes held at the moment that decides."""
+        """The memory in that phase, in bytes."""
         return sum(self.held.values()) + sum(self.moments[self.moment].values())
 
 
@@ -37,10 +37,12 @@ def memory_of(config: Config, model: Model, work: Work, ranks: int, device: str,
     """Return a rank's memory.
 
     Args:
-        config, model, work: what runs.
-        ranks: among how many the weights are sharded.
+        config: options of the run.
+        model: shape of the model.
+        work: work of the rank in a step.
+        ranks: number of ranks among which the weights are sharded.
         device: cpu or cuda.
-        flash: flash-attn attends, which needs no mask.
+        flash: whether flash-attn computes the attention, which needs no mask.
     """
     engine = engine_class(config)
     engine_held, sampling = engine.memory(config, model, work, device)
@@ -76,7 +78,7 @@ def held(config: Config, model: Model, ranks: int, device: str) -> Parts:
 
 
 def sampling_weights(config: Config, model: Model, ranks: int, *, with_momentum: bool) -> Parts:
-    """Return the copies of the weights while the model samples or scores; with other weights in place of its own, one more."""
+    """Return the copies of the weights during sampling or scoring. There is one more if other weights are swapped in."""
     c = width_of(config)
     gathered = c * model.parameters if ranks > 1 else 0
     return {
@@ -86,13 +88,13 @@ def sampling_weights(config: Config, model: Model, ranks: int, *, with_momentum:
 
 
 def cast_bytes(config: Config, model: Model, ranks: int) -> int:
-    """Return the copy of the weights that autocast keeps."""
+    """Return the size of the copy of the weights that autocast keeps."""
     c = width_of(config)
     return c * model.parameters if c < 4 and ranks == 1 else 0
 
 
 def scoring(config: Config, model: Model, work: Work, ranks: int) -> Parts:
-    """Return what scoring under the KL reference takes."""
+    """Return the memory of scoring with the KL reference model."""
     c, T = width_of(config), max(map(work.tokens, work.micro))
     return sampling_weights(config, model, ranks, with_momentum=model.whole) | {
         "activations": T * (8 * model.width + 3 * model.inner * c + 3 * model.queries * c),
@@ -100,7 +102,7 @@ def scoring(config: Config, model: Model, work: Work, ranks: int) -> Parts:
 
 
 def updating(config: Config, model: Model, work: Work, ranks: int, device: str, *, flash: bool) -> dict[str, Parts]:
-    """Return what the update takes at its two fullest moments: in the backward pass, and at its end."""
+    """Return the memory of the update at its two peaks: in the backward pass, and at the end of it."""
     c, largest = width_of(config), max(work.micro, key=work.tokens)
     T, N = work.tokens(largest), largest.responses * work.response_tokens
     workspace, weight = head_bytes(config, model, N, device)
@@ -109,43 +111,42 @@ def updating(config: Config, model: Model, work: Work, ranks: int, device: str, 
     again = layer if config.model.gradient_checkpointing else 0
     kept = 4 * T * model.width * model.layers if config.model.gradient_checkpointing else layer * model.layers
     kept += 8 * T * model.width  # of the last norm
-    passing = T * (4 * model.inner * c + 8 * model.width)  # gradients of a layer's activations, on their way
+    passing = T * (4 * model.inner * c + 8 * model.width)  # gradients of a layer's activations
     at_head = workspace + N * model.width * (8 + (c if c < 4 else 0))
     weights = {
         "16-bit weights": cast_bytes(config, model, ranks),
         "gathered weights": unit_bytes(config, model) if ranks > 1 else 0,
     }
-    return {
-        "update": weights | {
-            "gradients": gradients if several else 0,
-            "activations": kept,
-            "head and backward": weight + max(at_head, again + passing),
-        },
-        "end of backward": weights | {
-            "gradients": gradients,
-            "head and backward": (weight if several else 0) + 4 * model.vocabulary * model.width * model.whole,
-        },
-    }  # fmt: skip
+    in_backward = {
+        "gradients": gradients if several else 0,
+        "activations": kept,
+        "head and backward": weight + max(at_head, again + passing),
+    }
+    at_end = {
+        "gradients": gradients,
+        "head and backward": (weight if several else 0) + 4 * model.vocabulary * model.width * model.whole,
+    }
+    return {"update": weights | in_backward, "end of backward": weights | at_end}
 
 
 def layer_bytes(config: Config, model: Model, work: Work, micro: Micro, *, flash: bool = False) -> int:
-    """Return what backward keeps of a layer. Norms compute in float32 and keep input and normalised; products keep inputs in c bytes."""
+    """Return what is kept of a layer for backward. Norms keep input and output in float32; matrix products keep inputs in c bytes."""
     T, c = work.tokens(micro), width_of(config)
     U, B, rest, P = micro.prompts, micro.responses, work.response_tokens - 1, work.prompt_tokens
-    # A prompt and its response in one piece; else a response's queries see the prompt's keys, copied for each.
+    # A prompt with one response is one sequence. With several, each response has its own copy of the prompt's keys.
     alone = U == B
     keys = T if alone else U * P + B * (P + rest) * (rest > 0)
     mask = 0 if alone or flash else B * rest * (P + rest)
-    inputs = 2 if c == 4 else 4 + model.gated  # autocast casts for each product anew what a norm gives to several
+    inputs = 2 if c == 4 else 4 + model.gated  # autocast casts a norm's output again for each product
     norms = T * (model.width * (2 * 8 + inputs * c) + 8 * (model.queries + model.keys) * model.normed)
     attention = c * (3 * T * model.queries + 2 * keys * model.keys + mask) + 4 * T * model.heads
     return norms + attention + T * (4 if model.gated else 2) * model.inner * c
 
 
 def head_bytes(config: Config, model: Model, tokens: int, device: str) -> tuple[int, int]:
-    """Return the fused head's workspace, and the gradient of its weight before it is added to what is there."""
+    """Return the fused head's workspace, and the size of its weight's gradient before that is accumulated."""
     c, V = width_of(config), model.vocabulary
-    weight = V * model.width * (4 if c == 4 else 6) * model.whole  # of 16 bits a float32 one beside it
+    weight = V * model.width * (4 if c == 4 else 6) * model.whole  # with 16 bits, a float32 copy beside it
     most = Tuning().workspace_bytes
     if device == "cpu":
         dtype = torch.float32 if c == 4 else torch.bfloat16
@@ -158,7 +159,7 @@ def head_bytes(config: Config, model: Model, tokens: int, device: str) -> tuple[
 
 
 def unit_bytes(config: Config, model: Model) -> int:
-    """Return what FSDP2 gathers in an update: the rest's weights all along, two layers' at a time; and a layer's whole gradient."""
+    """Return what FSDP2 gathers in an update: always the weights outside the layers, those of two layers, and one layer's gradient."""
     c, rest = width_of(config), count(model.groups[:1])
     layer = max((count([group]) for group in model.groups[1:]), default=0)
     return c * (rest + 2 * layer) + (c + 4) * max(rest, layer)

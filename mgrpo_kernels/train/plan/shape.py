@@ -1,8 +1,8 @@
-"""The shape of a model and of a step's work, from which the plan computes memory and time.
+"""The shape of a model and the work of a step, from which the plan computes memory and time.
 
-Letters: T tokens of the largest micro-batch, N response tokens of it, P tokens of a prompt, R of a response, U prompts, B responses,
-c bytes of a number in the matrix products. Sizes are those of the Llama family's layers, which other decoders resemble, and of packed
-sequences. Responses are taken as long as they may get.
+Symbols: T tokens of the largest micro-batch, N response tokens in it, P tokens of a prompt, R of a response, U prompts, B responses,
+c bytes of a number in the matrix products. Sizes are those of the layers of the Llama family, which other decoders resemble, and of packed
+sequences. Every response is assumed to have the maximum length.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ Shape = tuple[int, ...]
 
 
 class Model(NamedTuple):
-    """A model's shape."""
+    """The shape of a model."""
 
-    groups: tuple[tuple[Shape, ...], ...]  # parameters that FSDP2 gathers together: the rest, then each layer's
-    trained: tuple[Shape, ...]  # of these, what trains: all, or an adapter
+    groups: tuple[
+        tuple[Shape, ...], ...
+    ]  # parameters that FSDP2 gathers together: those outside the layers, then each layer's
+    trained: tuple[Shape, ...]  # the parameters that train: all, or those of an adapter
     layers: int
     width: int
     inner: int
@@ -29,8 +31,8 @@ class Model(NamedTuple):
     keys: int
     heads: int
     vocabulary: int
-    gated: bool  # two products lead into the inner width
-    normed: bool  # queries and keys are
+    gated: bool  # whether the MLP has a gate, hence two products from `width` to `inner`
+    normed: bool  # whether queries and keys are normalised
 
     @property
     def parameters(self) -> int:
@@ -38,7 +40,7 @@ class Model(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether all weights train."""
+        """Whether all parameters train."""
         return count([self.trained]) == self.parameters
 
     @property
@@ -47,12 +49,12 @@ class Model(NamedTuple):
 
 
 def count(groups: Sequence[Sequence[Sequence[int]]], ranks: int = 1) -> int:
-    """Return the parameters of some groups that the first rank holds, of which each is cut along its first dimension."""
+    """Return how many parameters of some groups the first rank holds if each parameter is sharded along its first dimension."""
     return sum(prod([-(-shape[0] // ranks), *shape[1:]]) if shape else 1 for group in groups for shape in group)
 
 
 def model_of(empty: Any) -> Model:
-    """Return the shape of a transformers causal language model, which may be on the meta device and have an adapter in it."""
+    """Return the shape of a transformers causal language model, which may be on the meta device and may have an adapter."""
     config = empty.config.get_text_config()
     names = set(getattr(empty, "_no_split_modules", None) or ())
     layers = [module for module in empty.modules() if type(module).__name__ in names]
@@ -65,9 +67,18 @@ def model_of(empty: Any) -> Model:
     parts = {part for name, _ in empty.named_parameters() for part in name.split(".")}
     inner, kv_heads = (getattr(config, name, None) for name in ("intermediate_size", "num_key_value_heads"))
     return Model(
-        (rest, *inside), trained, config.num_hidden_layers, width, inner or 4 * width, heads * head, (kv_heads or heads) * head, heads,
-        config.vocab_size, bool(parts & {"gate_proj", "gate_up_proj"}), "q_norm" in parts,
-    )  # fmt: skip
+        groups=(rest, *inside),
+        trained=trained,
+        layers=config.num_hidden_layers,
+        width=width,
+        inner=inner or 4 * width,
+        queries=heads * head,
+        keys=(kv_heads or heads) * head,
+        heads=heads,
+        vocabulary=config.vocab_size,
+        gated=bool(parts & {"gate_proj", "gate_up_proj"}),
+        normed="q_norm" in parts,
+    )
 
 
 class Micro(NamedTuple):
@@ -78,29 +89,29 @@ class Micro(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a rank, that with the most to do, has in a step."""
+    """The work of a step for the rank that has the most."""
 
     prompts: int
-    prompt_tokens: int  # of the longest
-    response_tokens: int
-    policy: int  # rollouts of a prompt
-    momentum: int
+    prompt_tokens: int  # of the longest prompt
+    response_tokens: int  # of a response of maximum length
+    policy: int  # rollouts per prompt of the policy
+    momentum: int  # rollouts per prompt of the momentum model
     evaluated: int  # prompts of an evaluation
-    samples: int  # of each of these
+    samples: int  # responses to each of these prompts
     micro: tuple[Micro, ...]
 
     def tokens(self, micro: Micro) -> int:
-        """Return T: a response's last token is not asked for what follows it."""
+        """Return T, the tokens of a micro-batch. The last token of a response does not pass through the model."""
         return micro.prompts * self.prompt_tokens + micro.responses * (self.response_tokens - 1)
 
     @property
     def trained(self) -> int:
-        """Response tokens that train."""
+        """The number of response tokens that train."""
         return self.response_tokens * sum(each.responses for each in self.micro)
 
 
 def work_of(config: Config, prompt_tokens: int, held_out: int, ranks: int) -> Work:
-    """Return a rank's work where every prompt is that long."""
+    """Return a rank's work if every prompt has `prompt_tokens` tokens and `held_out` prompts are evaluated."""
     rollout = config.rollout
     prompts, response = -(-rollout.prompts_per_step // ranks), rollout.max_response_tokens
     train = config.method.trained_count(config.policy_rollouts)
@@ -110,17 +121,24 @@ def work_of(config: Config, prompt_tokens: int, held_out: int, ranks: int) -> Wo
     micro = tuple(Micro(len({row // train for row in each}), len(each)) for each in rows)
     evaluated = -(-held_out // ranks) if config.eval.eval_every else 0
     return Work(
-        prompts, prompt_tokens, response, config.policy_rollouts, config.momentum_rollouts, evaluated, config.eval.eval_samples, micro
-    )  # fmt: skip
+        prompts=prompts,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response,
+        policy=config.policy_rollouts,
+        momentum=config.momentum_rollouts,
+        evaluated=evaluated,
+        samples=config.eval.eval_samples,
+        micro=micro,
+    )
 
 
 def width_of(config: Config) -> int:
-    """Return c, the bytes of a number in the matrix products."""
+    """Return c, the size in bytes of a number in the matrix products."""
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
 def samplings(work: Work) -> list[tuple[int, int]]:
-    """Return (prompts, rollouts of each) of every call of the sampler."""
+    """Return the number of prompts and of responses to each, for every sampling call of a step or an evaluation."""
     calls = [
         (work.prompts, work.policy),
         (work.prompts, work.momentum),

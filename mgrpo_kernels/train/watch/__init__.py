@@ -1,1 +1,1 @@
-"""What a run tells its user: metrics, the collapse guard, the live view, the report and loggers."""
+"""The output of a run: metrics, the collapse guard, the live view, the report and loggers."""

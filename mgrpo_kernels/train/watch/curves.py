@@ -1,4 +1,4 @@
-"""A run's figures over its steps, drawn."""
+"""Plots of a run's metrics over its steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ PANELS = (
     ("held-out accuracy", ("eval_accuracy", "eval_greedy", "eval_maj_at_k", "eval_pass_at_k")),
     ("the vote", ("vote_share", "label_accuracy", "reward_mean")),
     ("signs of collapse", ("distinct_labels", "top_answer_share", "pruned_fraction")),
-    ("entropy, nats a token", ("entropy",)),
-    ("KL, nats a token", ("kl",)),
+    ("entropy, nats per token", ("entropy",)),
+    ("KL, nats per token", ("kl",)),
     ("distance of the momentum model", ("momentum_distance",)),
 )
-SMOOTHING = 20  # steps of the running mean drawn over the single steps
+SMOOTHING = 20  # steps of the running mean, which is drawn over the values of the single steps
 DARK = "#16181d"  # the page's background on a dark screen
 
 
 def draw(lines: list[dict[str, Any]], panels: Sequence[tuple[str, tuple[str, ...]]], dark: bool = False) -> bytes:
-    """Return curves as a PNG: all panels, or a single one."""
+    """Return a PNG with one plot for each panel."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -37,7 +37,7 @@ def draw(lines: list[dict[str, Any]], panels: Sequence[tuple[str, tuple[str, ...
                 if not points:
                     continue
                 steps, values = zip(*points, strict=True)
-                # A curve of one point is no line.
+                # A single point is visible only with a marker.
                 marker: dict[str, Any] = (
                     {"marker": "o", "markersize": 3} if key.startswith("eval_") or len(points) == 1 else {}
                 )
@@ -47,10 +47,10 @@ def draw(lines: list[dict[str, Any]], panels: Sequence[tuple[str, tuple[str, ...
                     (drawn,) = axes.plot(steps, values, linewidth=0.5, alpha=0.35)
                     axes.plot(steps, running_mean(list(values)), color=drawn.get_color(), label=key, **marker)
             if axes.get_lines():
-                # below the curves: to find a place among those of a long run takes seconds
+                # Below the curves, because matplotlib takes seconds to find a free place among those of a long run.
                 axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
             else:
-                axes.text(0.5, 0.5, "no figures", ha="center", va="center", transform=axes.transAxes)
+                axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -61,7 +61,7 @@ def points_of(lines: Iterable[dict[str, Any]], key: str) -> list[tuple[int, floa
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """Return the mean of each value and those before it, at most SMOOTHING."""
+    """Return the mean of each value and the ones before it, SMOOTHING values at most."""
     means = []
     for end in range(1, len(values) + 1):
         window = values[max(0, end - SMOOTHING) : end]

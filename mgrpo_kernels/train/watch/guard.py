@@ -1,12 +1,12 @@
-"""The collapse guard: reads a run's metrics as they are written, and says when they look like collapse.
+"""The collapse guard: reads a run's metrics as they are written, and warns if they show signs of collapse.
 
-Self-supervised training collapses in two ways, and the signs differ. The policy may agree on one answer whatever the prompt: the vote
-grows while labels become alike, long before anything else is known. Or it may agree on wrong answers that still depend on the
-prompt: then only held-out prompts tell, and their majority falls before the mean accuracy does, because sharpening lifts the mean.
+Self-supervised training collapses in two ways with different signs. The policy may converge to one answer for all prompts: the vote share
+rises while the labels become alike, long before other metrics change. Or it may converge to wrong answers that still depend on the prompt.
+Only held-out prompts reveal that, and their majority accuracy falls before the mean accuracy does, because sharpening raises the mean.
 
-It sees no more than there is to see: a fall between two evaluations is told at the second, so evaluate as often as a fall may take.
+A fall between two evaluations is detected at the second one, so the interval between evaluations bounds the delay of a warning.
 
-A guard's state follows from the lines of metrics.jsonl alone, so resuming replays them.
+The state of a guard depends only on the lines of metrics.jsonl, so a resumed run replays them.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from itertools import pairwise
 from typing import Any
 
 WINDOW = 10
-"""Steps of the moving averages: one odd step is no sign."""
+"""Steps of the moving averages, so that a single unusual step is not a sign."""
 START = 5
-"""Steps whose mean is the start that they are compared with. Collapse on a planted answer takes some tens of steps."""
+"""Steps whose mean is the initial value for comparisons. Collapse to a planted answer takes a few tens of steps."""
 LEAST_FALL = 0.03
-"""Fall of a held-out figure below its best, in accuracy, that is a sign where there are many held-out samples."""
+"""Fall of a held-out accuracy below its best value that is a sign if there are many held-out samples."""
 ACCURACY_SIGMAS, MAJORITY_SIGMAS = 3.7, 2.0
-"""With few samples: the fall in standard errors of one evaluation. 3.7 are 3 of the difference between one and the mean of two. The
-majority's error is bounded as if each evaluation drew its prompts anew, which it does not, so 2 of it are more than 2 real ones."""
+"""With few samples: the fall that is a sign, in standard errors of one evaluation. 3.7 standard errors of one evaluation are 3 of the
+difference between one evaluation and the mean of two. The majority's error is bounded as if each evaluation drew new prompts, although the
+prompts stay the same, so 2 of these errors are more than 2 actual ones."""
 VOTE_RISE, LABELS_LEFT = 0.1, 0.7
-"""Vote share above its start, while distinct labels are below this share of theirs."""
+"""Rise of the vote share above its initial value, and the fraction of their initial number below which distinct labels fall."""
 TOP_ANSWER_RISE = 0.2
-"""Share of the most frequent answer above its start."""
+"""Rise of the share of the most frequent answer above its initial value."""
 ENTROPY_LEFT = 0.1
-"""Entropy below this share of its start. Healthy runs come down to a fifth, and alone this is no warning."""
+"""Fraction of its initial value below which the entropy falls. Healthy runs fall to a fifth; this sign alone causes no warning."""
 PRUNED_RISE = 0.1
-"""Pruned share above its start."""
+"""Rise of the pruned fraction above its initial value."""
 STEP_KEYS = ("vote_share", "distinct_labels", "top_answer_share", "entropy", "pruned_fraction")
 ACCURACY, MAJORITY = "held-out accuracy", "held-out majority"
 
 
 class Guard:
-    """Watches one run.
+    """Watches the metrics of one run.
 
     Args:
-        prompts: held-out prompts of an evaluation; 0 where there is none.
-        samples: samples of each.
+        prompts: number of held-out prompts in an evaluation; 0 without evaluation.
+        samples: number of responses sampled for each of these prompts.
     """
 
     def __init__(self, prompts: int, samples: int) -> None:
@@ -55,13 +56,13 @@ class Guard:
         self._held_out: dict[str, list[float]] = {ACCURACY: [], MAJORITY: []}
         self._fell: dict[str, str] = {}  # held-out signs of the latest evaluation
         self._up: dict[str, str] = {}
-        self._told: set[str] = set()
-        self._calm = 0  # the last step without a sign
+        self._reported: set[str] = set()
+        self._calm = 0  # the latest step without a sign
 
     def look(self, line: Mapping[str, Any]) -> list[str]:
-        """Take the next line of metrics.jsonl; return the signs with their figures where there is something new to warn of, else [].
+        """Read the next line of metrics.jsonl; return the signs with their values if there is a new warning, else [].
 
-        A warning takes two signs, or one of the held-out ones, and is given once for each sign that joins.
+        One held-out sign is enough for a warning; of the others, two are needed. There is one warning for each new sign.
         """
         for key in STEP_KEYS:
             value = line.get(key)
@@ -75,38 +76,38 @@ class Guard:
         if not self._up:
             self._calm = line["step"]
         serious = bool(self._fell) or len(self._up) >= 2
-        return list(self._up.values()) if serious and self._up.keys() - self._told else []
+        return list(self._up.values()) if serious and self._up.keys() - self._reported else []
 
     def decide(self, mode: str, allowed: int, best: int | None) -> str:
-        """Return what to do about a warning: warn, stop or rollback, of which there are at most `allowed`, and none without a `best`."""
+        """Return the action for a warning: warn, stop or rollback. There are at most `allowed` rollbacks, each to a `best` checkpoint."""
         if mode != "rollback":
             return mode
         return "rollback" if self.rollbacks < allowed and best is not None else "stop"
 
     def record(self, action: str) -> None:
-        """Take note of what was done: the signs have been told; after a rollback the averages begin anew, their start stays."""
-        self._told |= self._up.keys()
+        """Record the action that was taken. After a rollback, the moving averages start again; the initial values are kept."""
+        self._reported |= self._up.keys()
         if action == "rollback":
             self.rollbacks += 1
-            self._told, self._fell, self._up = set(), {}, {}
+            self._reported, self._fell, self._up = set(), {}, {}
             for values in self._recent.values():
                 values.clear()
 
     def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Take a run's lines up to where it goes on; their "guard" says what was done."""
+        """Read the lines of a run that is resumed; their key "guard" holds the actions that were taken."""
         for line in lines:
             self.look(line)
             if line.get("guard") is not None:
                 self.record(line["guard"])
 
     def is_best(self, step: int) -> bool:
-        """Return whether there was an evaluation after `step`, none was better, and nothing looks like collapse."""
+        """Return True if step `step` was evaluated, no evaluation was better, and there is no held-out sign of collapse."""
         return step in self._accuracy and not self._fell and self._accuracy[step] >= max(self._accuracy.values())
 
     def best(self, saved: Collection[int]) -> int | None:
-        """Return which of these checkpoints is the best, or None.
+        """Return the step of the best of these checkpoints, or None.
 
-        By held-out accuracy at the first evaluation that is no earlier; before there is one, the last without a sign of collapse.
+        The best has the highest held-out accuracy at the next evaluation. Before there is one, it is the latest without a sign of collapse.
         """
         scored = []
         for step in saved:
@@ -129,7 +130,7 @@ class Guard:
                 continue
             seen = self._held_out[name]
             seen.append(value)
-            # The best of the means of two evaluations in a row: the best of many single ones is mostly luck.
+            # Means of two consecutive evaluations, because the best of many single evaluations is mostly luck.
             reference = max([seen[0], *(0.5 * (a + b) for a, b in pairwise(seen))])
             error = math.sqrt(reference * (1.0 - reference) / max(1, draws[name]))
             if reference - value > max(LEAST_FALL, sigmas[name] * error):
@@ -167,5 +168,5 @@ class Guard:
 
 
 def message(step: int, signs: Collection[str], best: str, then: str) -> str:
-    """Return a warning as a line of text."""
+    """Return a warning of the guard as a line of text."""
     return f"collapse guard, step {step}: {'; '.join(signs)}. Best checkpoint: {best}. {then}"

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a live view on a terminal, else lines of text."""
+"""The display of a running training: a live view in a terminal, else lines of text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.text import one_line, print_line, printable
 from mgrpo_kernels.train.watch.guard import START, WINDOW
 
-STOPPING = "stopping after this step; once more to stop at once, without a checkpoint"
+STOPPING = "stopping after this step; interrupt again to stop at once, without a checkpoint"
 POINTS = 256
-"""Points of a figure that are kept at most; beyond that, two neighbours become their mean."""
+"""Largest number of points of a curve; beyond it, two neighbours are replaced by their mean."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 FIGURES = {
     "eval_accuracy": "held-out accuracy",
     "eval_greedy": "held-out, greedy",
     "eval_maj_at_k": "held-out, majority",
     "vote_share": "vote share",
-    "label_accuracy": "labels right",
+    "label_accuracy": "label accuracy",
     "distinct_labels": "distinct labels",
     "top_answer_share": "top answer's share",
     "entropy": "entropy, nats",
@@ -33,11 +33,11 @@ FIGURES = {
 }
 DIGITS = {"tokens_per_second": 0, "momentum_distance": 4, "kl": 4}
 MORE = {"reward_mean": "reward", "kl": "KL, nats", "response_tokens": "length, tokens", "grad_norm": "gradient norm"}
-"""Shown where the terminal is high enough."""
+"""Metrics that are shown if the terminal is high enough."""
 
 
 class Plain:
-    """Lines of text, for a pipe, a file, or whoever asks for them."""
+    """Prints lines of text: for a pipe, a file, or --plain."""
 
     def __init__(self, config: Config) -> None:
         self.steps, self.log_every = config.optim.steps, config.run.log_every
@@ -54,36 +54,41 @@ class Plain:
         print_line(text)
 
     def warn(self, text: str) -> None:
-        """Say what should stay in sight."""
+        """Print a warning; the live view keeps it visible."""
         self.write_line(text)
 
     def warm_start(self, step: int, steps: int, accuracy: float, goal: float) -> None:
-        """Show how far the built-in model's warm start is."""
+        """Show the progress of the built-in model's warm start."""
 
     def begin(self, past: Iterable[Mapping[str, Any]]) -> None:
-        """Start on the steps, after those of a resumed run."""
+        """Prepare for the steps; `past` are the lines of the steps that a resumed run has done."""
 
     def step(
         self, values: Mapping[str, Any], evaluation: Mapping[str, float] | None, samples: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Show a step, or step 0: the evaluation before the first."""
+        """Show a step, or the evaluation before the first step, which is step 0."""
         if evaluation is not None or values["step"] % self.log_every == 0:
             self.write_line(progress(values, evaluation, self.steps))
 
     def stopping(self) -> None:
-        """Say that the run will stop; safe in a signal handler, hence no print(), which it may be interrupting."""
+        """Announce that the run will stop. This is called in a signal handler, which may interrupt print() and must not call it."""
         os.write(2, STOPPING.encode() + b"\n")
 
     def stop(self) -> None:
-        """Leave the terminal as it was; what is said from here on are plain lines."""
+        """Restore the terminal; later messages are plain lines."""
 
 
 def progress(values: Mapping[str, Any], evaluation: Mapping[str, float] | None, steps: int) -> str:
     """Return a step as a line of text."""
     names = {
-        "reward_mean": "reward", "vote_share": "vote", "label_accuracy": "labels right", "entropy": "entropy",
-        "pruned_fraction": "pruned", "response_tokens": "length", "tokens_per_second": "tokens/s",
-    }  # fmt: skip
+        "reward_mean": "reward",
+        "vote_share": "vote share",
+        "label_accuracy": "label accuracy",
+        "entropy": "entropy",
+        "pruned_fraction": "pruned",
+        "response_tokens": "length",
+        "tokens_per_second": "tokens/s",
+    }
     parts = [f"{text} {values[key]:.3g}" for key, text in names.items() if values.get(key) is not None]
     if evaluation is not None:
         parts.append(f"| held-out accuracy {evaluation['eval_accuracy']:.3f} greedy {evaluation['eval_greedy']:.3f}")
@@ -91,14 +96,14 @@ def progress(values: Mapping[str, Any], evaluation: Mapping[str, float] | None, 
 
 
 class Curve:
-    """One figure of a run: its start, its best, where it is now, and the way there.
+    """One metric over a run: its initial, best and current value, and the curve between them.
 
-    With `smooth`, for a figure of single steps, start and now are means, as the guard has them.
+    With `smooth`, for a metric of single steps, the initial and the current value are means over steps, as in the guard.
     """
 
     def __init__(self, smooth: bool) -> None:
         self._points: list[float] = []
-        self._each, self._sum, self._count = 1, 0.0, 0  # values in a point; those of the point that is not full yet
+        self._each, self._sum, self._count = 1, 0.0, 0  # values per point; sum and count of the incomplete point
         self._first: list[float] = []
         self._recent: deque[float] = deque(maxlen=WINDOW if smooth else 1)
         self._starts = START if smooth else 1
@@ -129,7 +134,7 @@ class Curve:
         return sum(self._recent) / len(self._recent)
 
     def drawn(self, width: int) -> str:
-        """Return the way as at most `width` characters, the lowest value at the bottom and the highest at the top."""
+        """Return the curve as at most `width` block characters, scaled to its lowest and highest value."""
         points = list(self._points)
         size = min(width, len(points))
         means = []
@@ -143,7 +148,7 @@ class Curve:
 
 
 class Live(Plain):
-    """A view that stays in place below the messages: progress, the monitor's figures, the latest samples, the guard's last word."""
+    """A display below the messages: progress, metrics, the latest samples, and the guard's latest warning."""
 
     def __init__(self, config: Config, title: str, console: Any) -> None:
         from rich import live
@@ -162,9 +167,17 @@ class Live(Plain):
         self._samples: deque[Sequence[Mapping[str, Any]]] = deque(maxlen=4)  # the latest steps' first prompts
         self._warning, self._stopping, self._signal = "", False, signal.SIG_DFL
         self._bar = Progress(
-            TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, auto_refresh=False, expand=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            auto_refresh=False,
+            expand=True,
+        )
         self._task: Any = None
         self._live = live.Live(
             get_renderable=self._view,
@@ -175,7 +188,7 @@ class Live(Plain):
         )
 
     def __enter__(self) -> Self:
-        # Outside the steps nothing answers SIGTERM, and its default would leave the cursor hidden.
+        # Outside the steps there is no handler for SIGTERM, and its default would leave the cursor hidden.
         self._signal = signal.signal(signal.SIGTERM, signal.default_int_handler)  # type: ignore[assignment]
         self._live.start()
         return self
@@ -228,7 +241,7 @@ class Live(Plain):
                 curve.add(float(value))
 
     def _view(self) -> Any:
-        """Return what is shown, no higher than the terminal."""
+        """Return the renderable of the display, which is no higher than the terminal."""
         from rich.console import Group
         from rich.rule import Rule
         from rich.text import Text
@@ -239,7 +252,7 @@ class Live(Plain):
             notes.append(Text(self._warning, style="bold red", no_wrap=True, overflow="ellipsis"))
         if self._stopping:
             notes.append(Text(STOPPING, style="bold yellow", no_wrap=True, overflow="ellipsis"))
-        room = self._console.height - len(parts) - len(notes) - 2  # the cursor's line, and one for what was typed
+        room = self._console.height - len(parts) - len(notes) - 2  # the cursor's line, and one for typed characters
         figures = {key: name for key, name in FIGURES.items() if self._curves[key]}
         samples = [_sample_rows(each) for each in list(self._samples)]
         first = 1 + len(samples[0]) if samples else 0
@@ -273,7 +286,7 @@ class Live(Plain):
 
 
 def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return a step's samples, a row each, below their prompt: right or wrong by the true answer where it is known, else by the label."""
+    """Return a row for a step's prompt and one for each sample, marked correct by the true answer if it is known, else by the label."""
     from rich.text import Text
 
     def row(*parts: tuple[str, str]) -> Text:
@@ -307,7 +320,7 @@ def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def make_view(config: Config, title: str) -> Plain:
-    """Return the live view where standard output is a terminal that can show it and --plain was not given, else plain lines."""
+    """Return the live view if standard output is a terminal that can show it and --plain was not given, else plain lines."""
     if config.run.plain or not sys.stdout.isatty():
         return Plain(config)
     from rich.console import Console

@@ -1,8 +1,8 @@
-"""Other places that a run's metrics go to, beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
+"""Loggers of a run's metrics besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
 
-metrics.jsonl is the truth. A resumed run repeats the steps since its last checkpoint, but no logger gets a step twice: TensorBoard's
-files are made anew from metrics.jsonl, and for the two others ``loggers.json`` holds the last step that they were given. It is
-written before the step is: one killed between the two is missing there, and only there.
+metrics.jsonl is the reference. A resumed run repeats the steps since its last checkpoint, but no logger gets a step twice: TensorBoard's
+files are rewritten from metrics.jsonl, and for the two others ``loggers.json`` holds the last step that was sent. That file is written
+before the step is sent, so a step is missing from the logger if the run is killed in between.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
 class Logger(Protocol):
-    """Takes the lines of metrics.jsonl as they come."""
+    """Receives each line of metrics.jsonl."""
 
     def write(self, line: Line) -> None: ...
 
@@ -35,10 +35,10 @@ class Logger(Protocol):
 
 
 def log_in(run: RunConfig) -> None:
-    """Have Weights & Biases check its key, or ask for one, before anything is written and while the terminal is free.
+    """Let Weights & Biases check its key, or ask for one, before anything is written and before the live view starts.
 
     Raises:
-        UsageError: no key, and no terminal to ask for one; or one that the server does not take.
+        UsageError: there is no key and no terminal to ask for it, or the server rejects the key.
     """
     if run.wandb is None:
         return
@@ -48,7 +48,7 @@ def log_in(run: RunConfig) -> None:
         return wandb.setup().settings.mode in ("online", "shared", "run")
 
     try:
-        able = not online() or wandb.login() or not online()  # who is asked may choose to be offline
+        able = not online() or wandb.login() or not online()  # the user may choose offline mode when asked
     except (wandb.errors.Error, ValueError) as error:
         raise UsageError(f"wandb: expected a login (wandb login) or WANDB_MODE=offline, got: {error}") from error
     if not able:
@@ -138,7 +138,7 @@ class SafeLogger:
 
 
 def scalars(line: Line) -> dict[str, float]:
-    """Return a line's numbers as loggers group them: eval/accuracy, time/rollout, train/loss, guard/warn. What is null is absent."""
+    """Return a line's numbers under grouped names: eval/accuracy, time/rollout, train/loss, guard/warn. Null values are omitted."""
     named = {}
     for key, raw in line.items():
         value = plain(raw)
@@ -151,13 +151,13 @@ def scalars(line: Line) -> dict[str, float]:
 
 
 class TensorBoard:
-    """TensorBoard's event files, all of a run's steps in the newest."""
+    """Writes TensorBoard event files; the newest file holds all steps of the run."""
 
     def __init__(self, config: Config, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._older = list(directory.glob("events.out.tfevents.*"))
-        # purge_step: a TensorBoard that has read the older file forgets it
+        # With purge_step, a TensorBoard that has read the older file discards its steps.
         self._writer = SummaryWriter(str(directory), purge_step=0)
         self._writer.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
 
@@ -171,7 +171,7 @@ class TensorBoard:
     def catch_up(self) -> None:
         """Empty the files of earlier parts of the run, now that this one holds their steps.
 
-        A TensorBoard that is reading one goes on to the next file; from one that is gone it would not.
+        A TensorBoard that is reading a truncated file continues with the next one; it would not if the file were deleted.
         """
         for each in self._older:
             each.write_bytes(b"")
@@ -185,7 +185,7 @@ Open = Callable[[str, str, Config, Path], tuple[Send, Callable[[], None]]]
 
 
 class Once:
-    """A logger that keeps its own copy of the steps, and so must not get one twice. Takes and keeps the run's name in loggers.json."""
+    """A logger with its own storage, which must not get a step twice. The run's name and last step are kept in loggers.json."""
 
     def __init__(self, output: Path, kind: str, project: str, config: Config, open_run: Open) -> None:
         self._file, self._kind = output / "loggers.json", kind
@@ -215,18 +215,23 @@ class Once:
 
 
 def open_wandb(project: str, name: str, config: Config, output: Path) -> tuple[Send, Callable[[], None]]:
-    """Start, or go on with, a run of Weights & Biases; its files go to ``wandb/`` in `output`."""
+    """Start or resume a run of Weights & Biases, whose files are written to ``wandb/`` in `output`."""
     import wandb
 
     run = wandb.init(
-        project=project, id=name, name=name, resume="allow", config=config.values(), dir=str(output),
-        settings=wandb.Settings(console="off"),  # the terminal is the live view's
-    )  # fmt: skip
+        project=project,
+        id=name,
+        name=name,
+        resume="allow",
+        config=config.values(),
+        dir=str(output),
+        settings=wandb.Settings(console="off"),  # the live view owns the terminal
+    )
     return lambda values, step: run.log(values, step=step), run.finish
 
 
 def open_trackio(project: str, name: str, config: Config, output: Path) -> tuple[Send, Callable[[], None]]:
-    """Start, or go on with, a run of Trackio, which keeps it where TRACKIO_DIR says."""
+    """Start or resume a run of Trackio, which stores it in TRACKIO_DIR."""
     import trackio
 
     run = trackio.init(project=project, name=name, resume="allow", config=config.values())

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: a line a step, never NaN, and what their keys mean."""
+"""metrics.jsonl and samples.jsonl: one line per step without NaN, and the meaning of every key."""
 
 from __future__ import annotations
 
@@ -13,47 +13,49 @@ from typing import Any
 import torch
 
 KEYS = {
-    "step": "optimizer steps so far",
-    "loss": "of the step, before it",
-    "grad_norm": "L2 norm of the gradient, before it is scaled down",
-    "learning_rate": "of the step",
-    "skipped_steps": "steps of the run so far that were skipped, since their loss or gradient was not finite",
+    "step": "number of the optimizer step, counted from 1; 0 is the evaluation before the first step",
+    "loss": "loss of the step's batch, computed before the weights change",
+    "grad_norm": "L2 norm of the gradient, before it is scaled down to --max-grad-norm",
+    "learning_rate": "learning rate of the step",
+    "skipped_steps": "number of steps skipped so far in the run because their loss or gradient was not finite",
     "reward_mean": "mean reward of the rollouts that train",
-    "training_fraction": "share of the rollouts that train",
-    "vote_share": "mean share of the winning answer among the voters",
-    "labelled_fraction": "share of the prompts' groups that got a label",
-    "label_accuracy": "share of the labels that equal the true answer, where that is known",
-    "distinct_labels": "distinct labels per distinct prompt",
-    "top_answer_share": "share of the step's most frequent answer among all its answers",
-    "pruned_fraction": "share of the rollouts that the filter pruned",
-    "entropy": "mean token entropy of the policy's rollouts, nats",
-    "kl": "mean KL term per trained token, against the reference, nats",
-    "clip_fraction": "share of the trained tokens whose ratio was clipped",
-    "behaviour_mismatch": "mean |log-prob of the trainer - log-prob of the sampler| per token of the first micro-batch that trains, nats",
-    "momentum_distance": "||policy - momentum model|| / ||policy||, after the step",
-    "response_tokens": "mean length of a response, tokens",
-    "tokens_per_second": "response tokens of the step per second of it",
-    "peak_memory_bytes": "most memory held so far: of the GPU where there is one, else of the process",
-    "time_rollout": "seconds of sampling",
-    "time_score": "seconds of scoring: of the reference alone where the sampler tells its statistics with the tokens",
-    "time_vote": "seconds of filter, vote and advantages",
-    "time_update": "seconds of the forward and backward passes and the optimizer",
-    "time_ema": "seconds of the momentum update",
-    "time_sync": "seconds of bringing weights to the sampler; null where it samples from the model in place",
-    "guard": "what the collapse guard did after the step: warn, stop or rollback; null: nothing",
-    "guard_signs": "the signs of collapse that made it, with their figures",
-    "eval_accuracy": "avg@k: mean accuracy of k samples a held-out prompt",
-    "eval_greedy": "accuracy of the greedy answer",
-    "eval_pass_at_k": "unbiased estimate that one of k samples is right",
-    "eval_maj_at_k": "accuracy of the samples' majority",
+    "training_fraction": "fraction of the rollouts that train",
+    "vote_share": "fraction of the votes that the winning answer got, averaged over the prompts",
+    "labelled_fraction": "fraction of the prompts that got a label",
+    "label_accuracy": "fraction of the labels that equal the true answer, among prompts with a known answer",
+    "distinct_labels": "number of distinct labels divided by the number of distinct prompts",
+    "top_answer_share": "fraction of all answers of the step that equal the most frequent one",
+    "pruned_fraction": "fraction of the rollouts that the IQR filter pruned",
+    "entropy": "mean token entropy of the policy's rollouts, in nats",
+    "kl": "mean KL divergence from the reference model per trained token, in nats",
+    "clip_fraction": "fraction of the trained tokens whose importance ratio was clipped",
+    "behaviour_mismatch": "mean absolute difference between the log-probabilities of the trainer and of the rollout engine, in nats per "
+    "token; measured on the first micro-batch if the engine's own statistics are used",
+    "momentum_distance": "||policy - momentum model|| / ||policy||, L2 norms of all trained weights, after the step",
+    "response_tokens": "mean length of a response, in tokens",
+    "tokens_per_second": "response tokens generated in the step, divided by the duration of the step in seconds",
+    "peak_memory_bytes": "largest memory use so far in bytes: memory allocated on the GPU, or the process's resident memory without a GPU",
+    "time_rollout": "time spent generating the responses, in seconds",
+    "time_score": "time spent computing log-probabilities and entropies, in seconds; if the rollout engine returns them, only those of the "
+    "reference model are computed",
+    "time_vote": "time spent on the filter, the vote and the advantages, in seconds",
+    "time_update": "time spent on the forward and backward passes and the optimizer, in seconds",
+    "time_ema": "time spent updating the momentum model, in seconds",
+    "time_sync": "time spent copying weights to the rollout engine, in seconds; null if the engine uses the model's own weights",
+    "guard": "action of the collapse guard after the step: warn, stop or rollback; null if it found no new signs",
+    "guard_signs": "signs of collapse that caused the guard's action, with their values; null without an action",
+    "eval_accuracy": "avg@k: fraction of the sampled responses to held-out prompts that are correct",
+    "eval_greedy": "fraction of the greedy responses to held-out prompts that are correct",
+    "eval_pass_at_k": "pass@k: unbiased estimate of the probability that at least one of k sampled responses is correct",
+    "eval_maj_at_k": "maj@k: fraction of the held-out prompts whose most frequent sampled answer is correct",
 }
 EVALUATION = tuple(key for key in KEYS if key.startswith("eval_"))
 VARYING = tuple(key for key in KEYS if key.startswith("time_")) + ("tokens_per_second", "peak_memory_bytes")
-"""What differs between two runs of the same bits."""
+"""Keys whose values differ between two otherwise identical runs."""
 
 
 def metrics_line(values: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a line with every key in its order; the evaluation's keys only where there was one."""
+    """Return a line with every key, in order; the keys of the evaluation only if there was one."""
     unknown = values.keys() - KEYS.keys()
     assert not unknown, f"metrics: {unknown} are not in KEYS"
     line = {key: values.get(key) for key in KEYS if key not in EVALUATION}
@@ -61,14 +63,14 @@ def metrics_line(values: Mapping[str, Any], evaluation: Mapping[str, Any] | None
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON has: NaN and infinity become None."""
+    """Return a value that JSON can represent: NaN and infinity become None."""
     if isinstance(value, torch.Tensor):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:
-    """Seconds by name. On a GPU the device's work counts for where it was asked for."""
+    """Measures durations by name. On a GPU, it waits for the device, so that work counts where it was launched."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -77,7 +79,7 @@ class Clock:
 
     def _now(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # copies on streams of their own go on
+            torch.cuda.current_stream(self.device).synchronize()  # copies on other streams may continue
         return time.perf_counter()
 
     @contextmanager
@@ -87,15 +89,15 @@ class Clock:
         self.seconds[f"time_{name}"] = self.seconds.get(f"time_{name}", 0.0) + self._now() - start
 
     def metrics(self, tokens: int) -> dict[str, Any]:
-        """Return what a step took, in which `tokens` were sampled."""
+        """Return the durations, the peak memory, and the rate of a step that generated `tokens` tokens."""
         rate = tokens / (self._now() - self._start)
         return {"tokens_per_second": rate, "peak_memory_bytes": peak_memory_bytes(self.device), **self.seconds}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: the GPU's allocations, or the process's resident set."""
+    """Return the largest memory use so far: the GPU's allocations, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # kilobytes, but on macOS bytes
+    # ru_maxrss is in kilobytes, except on macOS, where it is in bytes.
     return peak if sys.platform == "darwin" else peak * 1024

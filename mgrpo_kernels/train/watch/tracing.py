@@ -1,4 +1,4 @@
-"""A trace of some steps by torch.profiler, for chrome://tracing or ui.perfetto.dev."""
+"""Traces of steps by torch.profiler, for chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Trace:
-    """Writes ``trace.json`` of some steps into `directory`, or ``trace_rankN.json`` for a rank that is not the first.
+    """Writes a trace of some steps to ``trace.json`` in `directory`; every rank N but the first writes ``trace_rankN.json``.
 
     Args:
-        steps: which; empty: none.
-        directory: where the file goes.
-        rank: of this process.
-        write_line: prints where the file is.
+        steps: steps to trace; may be empty.
+        directory: directory of the file.
+        rank: rank of this process.
+        write_line: prints the path of the file.
     """
 
     def __init__(self, steps: range, directory: Path, rank: int, write_line: Callable[[str], None]) -> None:
@@ -28,7 +28,7 @@ class Trace:
 
     @contextmanager
     def during(self, step: int) -> Iterator[None]:
-        """Trace the block if `step` is one of these. A run that is resumed in their midst is traced from there."""
+        """Trace the block if `step` is one of the steps. A run that is resumed between them is traced from there on."""
         if step in self.steps and self._profiler is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profiler = profile(activities=activities, record_shapes=True)
@@ -38,7 +38,7 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """Write what there is, once."""
+        """Write the trace, unless that has been done or nothing has been traced."""
         if self._profiler is not None:
             self._profiler.stop()
             profiler, self._profiler = self._profiler, None
