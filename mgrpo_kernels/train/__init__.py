@@ -1,4 +1,4 @@
-"""A lean M-GRPO trainer: ``python -m mgrpo_kernels.train``."""
+"""The M-GRPO trainer: ``python -m mgrpo_kernels.train``."""
 
 from mgrpo_kernels.train import extras
 

@@ -1,4 +1,4 @@
-"""The command line of the trainer."""
+"""The command line of the trainer: ``python -m mgrpo_kernels.train``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""What ends a run with one line in place of a traceback."""
+"""Errors that end a run with one line instead of a traceback."""
 
 from __future__ import annotations
 
 
 class UsageError(ValueError):
-    """What a user can put right: an option, a file, a directory. Shown without a traceback."""
+    """An option, a file or a directory is unusable. The message says how to fix it, and is shown without a traceback."""
 
-    shown_elsewhere = False  # whether another rank has shown it
+    shown_elsewhere = False  # whether another rank has shown the message
 
 
 class EngineError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Log-prob and entropy of every response token, from hidden states: the logits workspace is bounded, whatever N."""
+"""Log-prob and entropy of every response token, computed from hidden states with a bounded workspace for the logits."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mgrpo_kernels.train.model.policy import Policy
 
 
 class ResponseStates(NamedTuple):
-    """The N response tokens of some sequences, one sequence after the other."""
+    """The N response tokens of some sequences, one sequence after another."""
 
-    hidden: Tensor  # (N, H), of the position before each token
+    hidden: Tensor  # (N, H), state at the position before each token
     labels: Tensor  # (N,)
     cu_seqlens: Tensor  # (B+1,) int32
 
@@ -24,16 +24,16 @@ class ResponseStates(NamedTuple):
 def micro_batches(
     prompts: Sequence[Sequence[int]], lengths: Sequence[int], budget: int, *, packed: bool
 ) -> list[list[int]]:
-    """Split sequences into batches of at most `budget` tokens; one that is longer goes alone.
+    """Split sequences into batches of at most `budget` tokens. A longer sequence is a batch by itself.
 
     Args:
-        prompts: of each sequence.
-        lengths: of the responses.
-        budget: in tokens that go through the model.
-        packed: those of :class:`mgrpo_kernels.train.model.attention.Sequences`, for which responses to the same prompt stay together. Else
-            padding counts, and like goes with like: within and across batches, lengths fall.
+        prompts: prompt of each sequence.
+        lengths: lengths of the responses.
+        budget: largest number of tokens that pass through the model in one batch.
+        packed: whether sequences are packed as in :class:`mgrpo_kernels.train.model.attention.Sequences`; responses to the same prompt then
+            stay together. Otherwise padding counts, and sequences are sorted by decreasing length.
     """
-    rest = [max(length - 1, 0) for length in lengths]  # what follows the last token is not asked for
+    rest = [max(length - 1, 0) for length in lengths]  # the last token of a response does not pass through the model
     whole = [len(prompt) + length for prompt, length in zip(prompts, rest, strict=True)]
     rows: Iterable[int] = range(len(whole))
     if packed:
@@ -57,7 +57,7 @@ def micro_batches(
 
 
 def response_states(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor, mask: Tensor) -> ResponseStates:
-    """Run the decoder on prompts followed by their responses ``(B, R)``; return its states at the response tokens alone."""
+    """Run the decoder on prompts followed by their responses ``(B, R)``; return the states from which response tokens are predicted."""
     lengths, labels = mask.sum(-1), tokens[mask]
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     if policy.unpackable is None:
@@ -65,7 +65,7 @@ def response_states(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Te
         hidden = policy.packed_hidden(layout.ids, layout.positions, layout)
         return ResponseStates(gather_rows(hidden, layout.states), labels, cu_seqlens)
     before = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-    width = max(int((before + lengths).max()) - 1, 1)  # what follows the last token is not asked for
+    width = max(int((before + lengths).max()) - 1, 1)  # the last token does not pass through the model
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     for row, (prompt, response, length) in enumerate(zip(prompts, tokens.cpu(), lengths.tolist(), strict=True)):
         sequence = torch.cat([torch.tensor(prompt), response[:length]])[:width]
@@ -86,24 +86,24 @@ def score(
     budget: int,
     stats: Sequence[str] = ("logprob", "entropy"),
 ) -> TokenStats:
-    """Score responses under the model as it stands.
+    """Score responses with the model's current weights.
 
     Args:
-        policy: the model.
+        policy: model that scores.
         prompts: B prompts, as token ids.
-        tokens: ``(B, R)``.
-        mask: ``(B, R)`` bool.
-        temperature: divides the logits.
-        budget: most tokens in one forward pass.
-        stats: out of logprob, entropy, self_certainty.
+        tokens: ``(B, R)`` tokens of the responses.
+        mask: ``(B, R)`` bool, True for tokens.
+        temperature: divisor of the logits.
+        budget: largest number of tokens in one forward pass.
+        stats: statistics to compute, out of logprob, entropy and self_certainty.
 
     Returns:
-        TokenStats, ``(B, R)`` float32 in nats, 0 beyond the end; None where it was not asked for.
+        TokenStats, ``(B, R)`` float32 in nats, 0 beyond the end of a response; None for statistics that are not in `stats`.
 
     Raises:
-        FloatingPointError: the model gives NaN.
+        FloatingPointError: the model returned NaN.
     """
-    rows = torch.nonzero(mask.any(-1)).squeeze(-1).tolist()  # an empty response has nothing to score
+    rows = torch.nonzero(mask.any(-1)).squeeze(-1).tolist()  # without empty responses
     lengths = mask.sum(-1).tolist()
     out = {name: torch.zeros(tokens.shape, device=tokens.device) for name in stats}
     weight, bias = policy.head()
@@ -113,9 +113,14 @@ def score(
         with policy.autocast():
             packed = response_states(policy, [prompts[row] for row in chosen.tolist()], tokens[chosen], mask[chosen])
             result = linear_token_stats(
-                packed.hidden, weight, packed.labels, bias=bias, stats=tuple(stats), temperature=temperature,
+                packed.hidden,
+                weight,
+                packed.labels,
+                bias=bias,
+                stats=tuple(stats),
+                temperature=temperature,
                 **policy.head_options._asdict(),
-            )  # fmt: skip
+            )
         for name, values in out.items():
             part = torch.zeros(len(batch), tokens.shape[1], device=tokens.device)
             part[mask[chosen]] = getattr(result, name)

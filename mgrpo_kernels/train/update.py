@@ -1,4 +1,4 @@
-"""One optimizer step on a whole batch, in micro-batches."""
+"""One optimizer step on a batch, in micro-batches."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.config import Config, LossConfig
+from mgrpo_kernels.train.config import Config, LossConfig, OptimConfig
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.score import ResponseStates, micro_batches, response_states
 
 
 class Batch(NamedTuple):
-    """The B rollouts that train; none may be empty."""
+    """The B rollouts that train. None of them may be empty."""
 
     prompts: Sequence[Sequence[int]]
     tokens: Tensor  # (B, R)
     mask: Tensor  # (B, R) bool
-    old_logprobs: Tensor | None  # (B, R); None: those of the policy as it stands, which this very pass gives
+    old_logprobs: Tensor | None  # (B, R); None: those of the current policy, which the same forward pass computes
     ref_logprobs: Tensor | None  # (B, R)
     advantages: Tensor  # (B,)
-    behaviour_logprobs: Tensor | None = None  # (B, R), of the model that sampled, where that is not always the policy
-    sampled_logprobs: Tensor | None = None  # (B, R), what the sampler said, to be compared
+    behaviour_logprobs: Tensor | None = None  # (B, R), of the model that generated the rollout, for weights of the loss
+    sampled_logprobs: Tensor | None = None  # (B, R), of the rollout engine, for the metric behaviour_mismatch
 
 
 class NotFiniteError(FloatingPointError):
-    """A step's loss or gradient is not finite. It can be left out: the weights are as before it."""
+    """The loss or gradient of a step is not finite. The weights are unchanged, so the step can be skipped."""
 
     def __init__(self, text: str, batch: Batch) -> None:
         super().__init__(text)
@@ -39,7 +39,7 @@ class NotFiniteError(FloatingPointError):
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Return the learning rate of step `step`, from 1: a function of the step alone, so that resuming needs no state of it."""
+    """Return the learning rate of step `step`, counted from 1. It depends only on the step, so resuming needs no saved state."""
     peak, warmup, steps = config.optim.learning_rate, config.warmup_steps, config.optim.steps
     if step <= warmup:
         return peak * step / warmup
@@ -48,11 +48,12 @@ def learning_rate(config: Config, step: int) -> float:
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
 
-def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(policy: Policy, options: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW for the parameters of the policy that train."""
     return torch.optim.AdamW(
         [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
-        lr=config.optim.learning_rate,
-        weight_decay=config.optim.weight_decay,
+        lr=options.learning_rate,
+        weight_decay=options.weight_decay,
         fused=True,
     )
 
@@ -62,25 +63,25 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """Add the gradient of the batch's loss to the parameters; return the loss and the sums of its metrics.
 
-    Every micro-batch is divided by the whole batch's count: how the batch is split changes rounding only.
+    The loss of every micro-batch is divided by the count of the whole batch, so the split into micro-batches changes only rounding.
 
     Args:
-        policy: the model.
-        batch: what trains.
-        loss: its options.
-        max_tokens: longest response allowed, which dr_grpo divides by.
-        temperature: divides the logits.
-        budget: most tokens in one forward pass.
+        policy: model that trains.
+        batch: rollouts that train.
+        loss: options of the loss.
+        max_tokens: maximum length of a response, by which dr_grpo divides.
+        temperature: divisor of the logits.
+        budget: largest number of tokens in one forward pass.
     """
     lengths = batch.mask.sum(-1).tolist()
     tokens, sequences = map(int, parallel.total(sum(lengths), len(lengths)))
     normalizer = LOSSES[loss.loss_type].normalizer(tokens, sequences, max_tokens)
-    options = loss.keywords()
+    options = loss.keywords() if batch.ref_logprobs is not None else loss.keywords() | {"kl_coef": 0.0}
     sums: dict[str, Tensor] = {}
     mismatch: dict[str, Tensor] = {}
     batches = micro_batches(batch.prompts, lengths, budget, packed=policy.unpackable is None)
     for rows in [*batches, *([[]] * (int(parallel.largest(len(batches))) - len(batches)))]:
-        if not rows:  # another rank has more
+        if not rows:  # another rank has more micro-batches
             parallel.idle_pass(policy)
             continue
         chosen = torch.tensor(rows, device=batch.tokens.device)
@@ -93,17 +94,25 @@ def accumulate_gradient(
             packed = response_states(policy, [batch.prompts[row] for row in rows], batch.tokens[chosen], mask)
             weight, bias = policy.head()
             result = linear_policy_loss(
-                packed.hidden, weight, packed.labels, part(batch.old_logprobs), batch.advantages[chosen],
-                bias=bias, cu_seqlens=packed.cu_seqlens, temperature=temperature, **policy.head_options._asdict(),
-                ref_logprobs=part(batch.ref_logprobs), behaviour_logprobs=part(batch.behaviour_logprobs),
-                normalizer=normalizer, entropy_normalizer=tokens,
-                **(options if batch.ref_logprobs is not None else options | {"kl_coef": 0.0}),
-            )  # fmt: skip
-            if (
-                batch.sampled_logprobs is not None and not mismatch
-            ):  # of the first: a look at the head again is a quarter of its work
-                apart = differences(policy, packed, batch.sampled_logprobs[chosen][mask], temperature)
-                mismatch = {"mismatch_sum": apart.sum(), "mismatch_tokens": torch.ones_like(apart).sum()}
+                packed.hidden,
+                weight,
+                packed.labels,
+                part(batch.old_logprobs),
+                batch.advantages[chosen],
+                bias=bias,
+                cu_seqlens=packed.cu_seqlens,
+                temperature=temperature,
+                ref_logprobs=part(batch.ref_logprobs),
+                behaviour_logprobs=part(batch.behaviour_logprobs),
+                normalizer=normalizer,
+                entropy_normalizer=tokens,
+                **policy.head_options._asdict(),
+                **options,
+            )
+            # Only for the first micro-batch, because another pass of the head costs a quarter of its work.
+            if batch.sampled_logprobs is not None and not mismatch:
+                difference = differences(policy, packed, batch.sampled_logprobs[chosen][mask], temperature)
+                mismatch = {"mismatch_sum": difference.sum(), "mismatch_tokens": torch.ones_like(difference).sum()}
         result.loss.backward()
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
             sums[name] = sums[name] + value if name in sums else value
@@ -114,29 +123,38 @@ def accumulate_gradient(
 
 @torch.no_grad()
 def differences(policy: Policy, packed: ResponseStates, sampled: Tensor, temperature: float) -> Tensor:
-    """Return |log-prob of the policy - log-prob of the sampler| of response tokens, ``(N,)``, from states that are there already."""
+    """Return |log-prob of the policy - log-prob of the engine| of response tokens, ``(N,)``, from hidden states already computed."""
     weight, bias = policy.head()
     own = linear_token_stats(
-        packed.hidden, weight, packed.labels, bias=bias, stats=("logprob",), temperature=temperature,
+        packed.hidden,
+        weight,
+        packed.labels,
+        bias=bias,
+        stats=("logprob",),
+        temperature=temperature,
         **policy.head_options._asdict(),
-    ).logprob  # fmt: skip
-    assert own is not None
-    return (own - sampled).abs()
+    )
+    assert own.logprob is not None
+    return (own.logprob - sampled).abs()
 
 
 def take_step(
     policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, step: int
 ) -> dict[str, Any]:
-    """Take one optimizer step; return its share of the metrics.
+    """Take one optimizer step; return the metrics of the update.
 
     Raises:
-        NotFiniteError: the loss or the gradient is not finite. The weights are then as before.
+        NotFiniteError: the loss or the gradient is not finite. The weights are then unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = accumulate_gradient(
-        policy, batch, config.loss, max_tokens=config.rollout.max_response_tokens, temperature=config.rollout.temperature,
+        policy,
+        batch,
+        config.loss,
+        max_tokens=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
         budget=config.rollout.tokens_per_microbatch,
-    )  # fmt: skip
+    )
     norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optim.max_grad_norm)))
     if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
@@ -147,14 +165,12 @@ def take_step(
         group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {
+    metrics = {
         "loss": sums["loss"],
         "grad_norm": norm,
         "kl": None if batch.ref_logprobs is None else sums["kl_sum"] / sums["tokens"],
         "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
-        **(
-            {}
-            if batch.sampled_logprobs is None
-            else {"behaviour_mismatch": sums["mismatch_sum"] / sums["mismatch_tokens"]}
-        ),
     }
+    if batch.sampled_logprobs is not None:
+        metrics["behaviour_mismatch"] = sums["mismatch_sum"] / sums["mismatch_tokens"]
+    return metrics

@@ -168,7 +168,7 @@ def test_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
     state = json.loads((output / "loggers.json").read_text())
     assert state == {name: {"project": "sums", "run": recorder.opened[0]["name"], "step": 7}}
     with pytest.raises(
-        loggers.UsageError, match=f"{name}: expected sums, the project that the run began in, got other"
+        loggers.UsageError, match=f"{name}: expected sums, the project in which the run was started, got other"
     ):
         open_loggers(tiny.config(**{name: "other"}), output, [])
 

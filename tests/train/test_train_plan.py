@@ -288,19 +288,30 @@ def test_the_plan_names_every_part(capsys: pytest.CaptureFixture[str], tmp_path:
     assert command.main([*flags, "3xh100-80gb"]) == 0
     text = capsys.readouterr().out
     for part in (
-        "devices: 3 x h100-80gb", "weights ", "AdamW ", "momentum model ", "KL reference ", "gradients ", "activations ", "gathered weights ",
-        "key-value cache ", "head and backward ", "there are 74.5 GiB", "data sheet of h100-80gb", "not measured",
-    ):  # fmt: skip
+        "devices: 3 x h100-80gb",
+        "weights ",
+        "AdamW ",
+        "momentum model ",
+        "KL reference ",
+        "gradients ",
+        "activations ",
+        "gathered weights ",
+        "key-value cache ",
+        "head and backward ",
+        "available: 74.5 GiB",
+        "data sheet of h100-80gb",
+        "not measured",
+    ):
         assert part in text, part
     assert command.main([*flags, "4"]) == 2
-    assert "prompts_per_step: expected at least one for each of the 4 ranks, got 3" in capsys.readouterr().err
+    assert "prompts_per_step: expected at least 4, one for each rank, got 3" in capsys.readouterr().err
 
 
 def test_rates_are_measured_for_a_dry_run_alone() -> None:
     config = tiny.config()
-    assert "time of a step" not in lines_of(config, Target(1))
+    assert "time per step" not in lines_of(config, Target(1))
     assert "a probe of this device: " in lines_of(config, Target(1), probe=True)
-    assert "a checkpoint that is written in the background" in lines_of(config, Target(1))
+    assert "while a checkpoint is written in the background" in lines_of(config, Target(1))
 
 
 def test_too_little_memory_is_said() -> None:

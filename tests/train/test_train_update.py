@@ -183,7 +183,7 @@ def test_a_step_moves_the_weights_against_the_gradient(policy: Policy) -> None:
     part = batch(policy)
     config = tiny.config()
     before, (sums, grad) = tiny.weights(policy), gradient(policy, part, 10**6, kl_coef=0.05)
-    updated = take_step(policy, make_optimizer(policy, config), part, config, step=1)
+    updated = take_step(policy, make_optimizer(policy, config.optim), part, config, step=1)
     assert updated["loss"] == pytest.approx(sums["loss"])
     assert updated["grad_norm"] == pytest.approx(float(grad.norm()), rel=1e-4)
     moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in policy.model.named_parameters()])
@@ -216,7 +216,7 @@ def test_every_option_is_passed_to_the_loss(policy: Policy, monkeypatch: pytest.
 
 
 def test_the_optimizer_has_its_options(policy: Policy) -> None:
-    (group,) = make_optimizer(policy, tiny.config(learning_rate=0.3, weight_decay=0.2)).param_groups
+    (group,) = make_optimizer(policy, tiny.config(learning_rate=0.3, weight_decay=0.2).optim).param_groups
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
     assert len(group["params"]) == len(list(policy.model.parameters()))
 
@@ -236,7 +236,7 @@ def test_clipped_tokens_of_both_sides_are_counted(policy: Policy) -> None:
     sums, _ = gradient(policy, part, 10**6, clip_low=0.02, clip_high=0.05)
     assert sums["clip_low_count"] > 0
     assert sums["clip_high_count"] > 0
-    updated = take_step(policy, make_optimizer(policy, config), part, config, step=1)
+    updated = take_step(policy, make_optimizer(policy, config.optim), part, config, step=1)
     assert updated["clip_fraction"] == (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"]
     assert updated["kl"] == pytest.approx(sums["kl_sum"] / sums["tokens"])
 
@@ -244,7 +244,7 @@ def test_clipped_tokens_of_both_sides_are_counted(policy: Policy) -> None:
 def test_nothing_moves_where_the_gradient_alone_is_not_finite(policy: Policy) -> None:
     part = batch(policy)
     part = part._replace(advantages=part.advantages * 1e30)  # the square of such a gradient overflows
-    before, optimizer = tiny.weights(policy), make_optimizer(policy, tiny.config())
+    before, optimizer = tiny.weights(policy), make_optimizer(policy, tiny.config().optim)
     with pytest.raises(FloatingPointError, match=r"got loss -?\d\S* and gradient norm inf"):
         take_step(policy, optimizer, part, tiny.config(), step=1)
     assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
@@ -255,7 +255,7 @@ def test_nothing_moves_where_the_gradient_alone_is_not_finite(policy: Policy) ->
 def test_nothing_moves_where_the_loss_is_not_finite(policy: Policy, where: str) -> None:
     part = batch(policy)
     broken = part._replace(**{where: torch.full_like(getattr(part, where), torch.nan)})
-    before, optimizer = tiny.weights(policy), make_optimizer(policy, tiny.config())
+    before, optimizer = tiny.weights(policy), make_optimizer(policy, tiny.config().optim)
     with pytest.raises(FloatingPointError, match="update: expected a finite loss and gradient, got loss nan"):
         take_step(policy, optimizer, broken, tiny.config(), step=1)
     assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())

@@ -137,7 +137,9 @@ def memory_lines(memory: Memory, room: int | None) -> list[str]:
 
     available = "" if room is None else f"; available: {size(room)}"
     if room is not None and room < memory.total:
-        available += ", which is TOO LITTLE (try --gradient-checkpointing, a smaller --tokens-per-microbatch, or more ranks)"
+        available += (
+            ", which is TOO LITTLE (try --gradient-checkpointing, a smaller --tokens-per-microbatch, or more ranks)"
+        )
     lines = [f"  memory per rank (estimate): {size(memory.total)} at its peak, in the phase {memory.moment}{available}"]
     for name, each in {"always": memory.held, **memory.moments}.items():
         if each:

@@ -61,4 +61,4 @@ def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
     if config.needs_reference is not None:
         reference = momentum if config.needs_reference == "momentum" else policy.adapter
         reference = reference or MomentumModel(policy.model, 1.0, device=device)
-    return Learner(config, task, policy, engine, make_optimizer(policy, config), momentum, reference)
+    return Learner(config, task, policy, engine, make_optimizer(policy, config.optim), momentum, reference)
