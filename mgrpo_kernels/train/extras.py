@@ -1,4 +1,4 @@
-"""The optional packages of the command lines, and the extra of pyproject.toml that installs each."""
+"""The optional packages of the commands, and the extra of pyproject.toml that installs each."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ EXTRAS = {
     "loggers": ("tensorboard", "wandb", "trackio"),
     "flash-attn": ("flash_attn",),
 }
-"""Packages by extra, under the names that Python imports."""
+"""Packages of each extra, under their import names."""
 NO_TRAINING = ("mgrpo_kernels.train.serve",)
-"""The modules of this package for ``python -m`` that import nothing of the extra train."""
+"""Commands of this package, for ``python -m``, that do not import packages of the extra train."""
 
 
 def installed(package: str) -> bool:
-    """Return whether Python finds the package; it is not imported."""
+    """Return whether the package is installed, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # a module that refuses, or one without a specification, in its place
+    except (ImportError, ValueError):  # a module that raises, or one without a specification, has its name
         return False
 
 
 def how_to_install(package: str) -> str:
-    """Return the command that installs the package, as an extra of this library."""
+    """Return the command that installs the package through an extra of this library."""
     extra = next(extra for extra, packages in EXTRAS.items() if package in packages)
     command = f"pip install 'mgrpo_kernels[{extra}]'"
-    # The package vllm is for GPUs; make vllm installs its CPU build where there is none.
+    # The package on PyPI requires a GPU; make vllm installs the CPU build if there is none.
     return f"{command}, or make vllm in a checkout" if package == "vllm" else command
 
 
 def check_packages(config: Config, *, training: bool = True) -> None:
-    """Check the optional packages that the options need.
+    """Check that the optional packages that the options require are installed.
 
     Raises:
-        UsageError: one is not installed; names the option and the command that installs it.
+        UsageError: a package is missing; the message names the option and the command that installs the package.
     """
-    from mgrpo_kernels.train.errors import UsageError  # late: it imports yaml, which may be what is missing
+    from mgrpo_kernels.train.errors import (
+        UsageError,
+    )  # imported here, because the package's import may need what is missing
     from mgrpo_kernels.train.rollout.engines import ENGINES
 
     needed = {"report": "matplotlib"} if training else {}
@@ -62,10 +64,10 @@ def check_packages(config: Config, *, training: bool = True) -> None:
 
 
 def check_command() -> None:
-    """End ``python -m`` of a module of this package with one line if the extra train is incomplete.
+    """End a command of this package with one line if a package of the extra train is missing.
 
-    The modules import its packages at their top, so this runs before, while the package itself is imported: ``sys.argv[0]`` is then
-    "-m". An import from Python is left alone.
+    The commands import these packages at their top, so this check runs earlier, while the package itself is imported and ``sys.argv[0]`` is
+    "-m". It does nothing if Python code imports the package.
     """
     if sys.argv[:1] != ["-m"]:
         return
@@ -73,6 +75,6 @@ def check_command() -> None:
     module = next((name for name in names if name.startswith(__package__)), __package__)
     missing = [] if module in NO_TRAINING else [package for package in EXTRAS["train"] if not installed(package)]
     if missing:
-        told = f"python -m {module}: expected {', '.join(missing)}, got none installed: {how_to_install(missing[0])}"
-        print(f"error: {told}", file=sys.stderr)
+        error = f"python -m {module}: expected {', '.join(missing)}, got none installed: {how_to_install(missing[0])}"
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)

@@ -1,10 +1,10 @@
-"""Many processes, as torchrun starts them: FSDP2 shards the weights, and each rank takes its share of a step's prompts.
+"""Training with several processes started by torchrun: FSDP2 shards the weights, and each rank processes its share of a step's prompts.
 
-The trainer calls these functions whether there are many processes or one; with one they do nothing, or hand back what they were given.
+The trainer calls these functions with one process too. They then do nothing, or return their argument.
 
-Sampling and scoring run on whole weights, gathered once for both, so that ranks may take as many tokens as their prompts need. The
-update runs on shards, a layer gathered at a time. Random numbers follow from a prompt's place in the step, and every count in the loss is
-the step's: how many ranks share the work changes rounding only.
+Sampling and scoring use the whole weights, which are gathered once for both, because ranks generate different numbers of tokens. The update
+runs on shards and gathers one layer at a time. Random numbers depend on a prompt's position in the step, and counts in the loss are those
+of the whole step, so the number of ranks changes only rounding.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ T = TypeVar("T")
 
 
 class ShownElsewhereError(UsageError):
-    """Another rank has shown the message."""
+    """A UsageError of another rank, which has shown the message."""
 
     shown_elsewhere = True
 
 
 @contextmanager
 def processes(device: torch.device, timeout: float) -> Iterator[None]:
-    """Join the other processes that torchrun has started, if any, inside the block.
+    """Run the block as one rank of the processes that torchrun has started, if any.
 
     Args:
-        device: where this run computes; each process of a machine takes a GPU of its own.
-        timeout: seconds that a rank waits for the others before it ends with an error.
+        device: device of this run; with cuda, each process on a machine uses the GPU of its local rank.
+        timeout: seconds that a rank waits for the others before it raises an error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The CPU's backend too: small facts travel by it, and checkpoints are agreed on by it in the background.
+    # gloo as well, for small values, and for the agreement on checkpoints in the background.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(seconds=timeout)
     store, number, size = next(rendezvous("env://", timeout=wait))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # torchrun keeps its store when it starts the ranks again, and in it where those before could be reached. (Of many machines, only
-        # that of the failure counts the restart; docs/long_runs.md has the variable that gives each round a store of its own.)
+        # When torchrun restarts the ranks, it keeps its store with the addresses of the previous ranks. (With several machines,
+        # only the one with the failure counts the restart; docs/long_runs.md names a variable that gives each restart a new store.)
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=wait)
     try:
@@ -68,29 +68,30 @@ def processes(device: torch.device, timeout: float) -> Iterator[None]:
 
 
 def world() -> int:
-    """Return how many ranks there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """Return whether this rank writes and prints."""
+    """Return True for the rank that writes files and prints."""
     return rank() == 0
 
 
 def my_share(size: int) -> range:
-    """Return which of `size` things are this rank's: neighbours, as many as the others have, or one less."""
+    """Return which of `size` items belong to this rank: a contiguous range. The sizes of all ranks differ by at most one."""
     return range(size * rank() // world(), size * (rank() + 1) // world())
 
 
-# --- Agreeing
+# --- Exchange of values
 
 
 def all_gather(value: T) -> list[T]:
-    """Return every rank's value, in the ranks' order, on all ranks. Tensors should be on the CPU."""
+    """Return the values of all ranks in order, on every rank. Tensors should be on the CPU."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -99,7 +100,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """Return the first rank's value on all ranks."""
+    """Return the first rank's value on every rank."""
     if world() == 1:
         return value
     values = [value]
@@ -108,17 +109,17 @@ def from_first(value: T) -> T:
 
 
 def total(*numbers: float) -> list[float]:
-    """Return the sum over the ranks of each number."""
+    """Return the sum of each number over the ranks."""
     return _reduced(numbers, dist.ReduceOp.SUM)
 
 
 def largest(number: float) -> float:
-    """Return the largest of the ranks' numbers."""
+    """Return the largest number of all ranks."""
     return _reduced([number], dist.ReduceOp.MAX)[0]
 
 
 def on_any(flag: bool) -> bool:
-    """Return whether it is so on any rank."""
+    """Return whether the flag is set on any rank."""
     return bool(largest(float(flag)))
 
 
@@ -131,7 +132,7 @@ def _reduced(numbers: Sequence[float], operation: Any) -> list[float]:
 
 
 def added(values: dict[str, float]) -> dict[str, float]:
-    """Return the sum over the ranks of each value, of which a rank may lack some."""
+    """Return the sum of each value over the ranks; a value that a rank does not have counts as 0."""
     parts = all_gather(values)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
@@ -139,7 +140,7 @@ def added(values: dict[str, float]) -> dict[str, float]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run the block, without collectives in it, on every rank, and wait for all: an error on one is raised on all.
+    """Run the block, which must not communicate, on every rank, and wait for all. An error on one rank is raised on all.
 
     Raises:
         UsageError: as the first rank that failed raised it.
@@ -165,10 +166,10 @@ def together() -> Iterator[None]:
 
 @contextmanager
 def sampling() -> Iterator[None]:
-    """Run the block on every rank; where one was abandoned, because its process is to end, all are.
+    """Run the block on every rank. If it is abandoned on one, because that process is asked to end, it is abandoned on all.
 
     Raises:
-        Abandoned: on all ranks.
+        Abandoned: the block was abandoned on some rank; raised on all of them.
     """
     abandoned = False
     try:
@@ -183,13 +184,13 @@ def sampling() -> Iterator[None]:
 
 
 def shard(policy: Policy) -> None:
-    """Shard a policy's weights over the ranks, in place: a group for each decoder layer, and one for the rest (head, embeddings, norm).
+    """Shard a policy's weights over the ranks, in place: one group per decoder layer, and one for head, embeddings and norm.
 
-    Weights must be the same on every rank. They stay in float32; where the policy computes in bfloat16, they are gathered in bfloat16, and
-    gradients summed in float32. Gradients are summed over the ranks, not averaged: a loss is divided by the count of all ranks.
+    The weights must be the same on every rank. They stay in float32. If the policy computes in bfloat16, they are gathered in bfloat16, and
+    gradients are summed in float32. Gradients are summed over the ranks, not averaged, because a loss is divided by the count of all ranks.
 
     Raises:
-        UsageError: a model whose layers transformers does not name.
+        UsageError: transformers does not name the model's layers.
     """
     if world() == 1:
         return
@@ -202,8 +203,8 @@ def shard(policy: Policy) -> None:
         fully_shard(module, mesh=mesh, mp_policy=precision)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)  # gloo has no product in a sum
-    # The decoder runs without the head, which the loss takes as a weight: the root's hooks must run around that, not around forward().
+        unit.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply within a sum
+    # The loss uses the head as a weight, so the decoder runs without it: the root's hooks must wrap that run instead of forward().
     model.run = MethodType(_run, model)
     register_fsdp_forward_method(model, "run")
     policy.hidden = partial(model.run, policy.hidden)  # type: ignore[method-assign]
@@ -212,7 +213,7 @@ def shard(policy: Policy) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold the whole weights on every rank inside the block, which may run the model as often as it likes, without gradients."""
+    """Keep the whole weights on every rank inside the block, which may run the model any number of times, without gradients."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -230,22 +231,22 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def _run(model: nn.Module, work: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
     out = work(*args, **options)
-    return out.clone() if out._is_view() else out  # FSDP's hook on a view would be lost if that were written to
+    return out.clone() if out._is_view() else out  # FSDP's hook on a view would be lost if the view were written to
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let the backward pass compute each decoder layer's activations again, from the layer's input, which alone is kept."""
+    """Keep only the input of each decoder layer, and let the backward pass recompute its activations."""
     for layer in _layers(model):
         inner = layer.forward
 
         def forward(*args: Any, inner: Any = inner, **options: Any) -> Any:
-            if not torch.is_grad_enabled():  # sampling and scoring keep nothing, and sampling fills a cache, once
+            if not torch.is_grad_enabled():  # sampling and scoring have no backward pass
                 return inner(*args, **options)
-            # Nothing in a layer is random.
+            # No layer draws random numbers.
             return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
         layer.forward = forward
-        # Who would run the layers in another way must know. (transformers' own checkpointing takes training mode too.)
+        # The lean decoder reads this. (transformers' own checkpointing would also require training mode.)
         layer.gradient_checkpointing = True
 
 
@@ -253,7 +254,7 @@ def _layers(model: Any) -> list[Any]:
     """Return the decoder's layers.
 
     Raises:
-        UsageError: transformers does not name them.
+        UsageError: transformers does not name the layers.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -263,12 +264,12 @@ def _layers(model: Any) -> list[Any]:
 
 
 def idle_pass(policy: Policy) -> None:
-    """Take part in the other ranks' forward and backward pass with nothing of one's own: the gradient is 0."""
+    """Take part in the forward and backward pass of the other ranks with a gradient of 0."""
     with policy.autocast():
         hidden = policy.hidden(torch.zeros(1, 1, dtype=torch.int64, device=policy.device))
         weight, bias = policy.head()
-        nothing = nn.functional.linear(hidden, weight, bias).sum() * 0.0
-    nothing.backward()
+        zero = nn.functional.linear(hidden, weight, bias).sum() * 0.0
+    zero.backward()
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:
@@ -276,23 +277,23 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor of which this rank may hold a shard. Every rank must ask."""
+    """Return the whole tensor if this rank holds a shard of it. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# --- Results
+# --- Results of all ranks
 
 
 def from_all(value: T) -> T:
-    """Return the ranks' values, one after the other, on all ranks and on the CPU.
+    """Return the concatenated values of all ranks, on every rank and on the CPU.
 
-    A value is a named tuple of such values, a list, None, or a tensor: ``(B,)``, or ``(B, R)``, which is padded to the longest.
+    A value is a tensor ``(B,)`` or ``(B, R)``, which is padded to the longest R, or a list, None, or a named tuple of such values.
     """
     return value if world() == 1 else _joined(all_gather(on_cpu(value)))
 
 
 def on_cpu(value: Any) -> Any:
-    """Return a tensor, or a named tuple's tensors, on the CPU; anything else as it is."""
+    """Return a tensor, or the tensors of a named tuple, on the CPU; return anything else unchanged."""
     if isinstance(value, Tensor):
         return value.cpu()
     return type(value)(*map(on_cpu, value)) if hasattr(value, "_fields") else value
@@ -314,15 +315,15 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 
 class Nowhere:
-    """A file of a rank that writes none."""
+    """Replaces the files of a rank that writes none."""
 
     unwritten: ClassVar[list[str]] = []
 
     def write(self, values: Any) -> None:
-        """Leave it to the first rank."""
+        """Do nothing; the first rank writes."""
 
     def sync(self) -> int:
-        return 0  # the first rank's number counts
+        return 0  # only the first rank's value is used
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""

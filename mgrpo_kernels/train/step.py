@@ -1,4 +1,4 @@
-"""One step of the method: rollout, score, filter, vote, advantage, loss, step, momentum."""
+"""One training step: rollouts, scores, filter, vote, advantages, loss, optimizer step, momentum update."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mgrpo_kernels.train.watch.step_metrics import Trajectories, sample_lines, s
 
 @dataclass
 class Learner:
-    """Everything that a step works on. What changes is the policy's weights, the optimizer and the momentum model."""
+    """Everything that a step uses. It changes the policy's weights, the optimizer and the momentum model."""
 
     config: Config
     task: Task
@@ -35,20 +35,20 @@ class Learner:
     engine: RolloutEngine
     optimizer: torch.optim.Optimizer
     momentum: MomentumModel | None
-    reference: MomentumModel | Adapter | None  # of the KL term: the weights at the start, or the momentum model
-    skipped: int = 0  # steps whose loss or gradient was not finite
+    reference: MomentumModel | Adapter | None  # of the KL penalty: the initial weights or the momentum model
+    skipped: int = 0  # number of steps skipped because their loss or gradient was not finite
 
 
 def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Take step `step` (from 1) on these prompts; return its metrics, and a few samples.
+    """Take step `step`, counted from 1, on these prompts; return its metrics and a few samples.
 
     Raises:
-        FloatingPointError: something is not finite; the weights are then as before the step.
+        FloatingPointError: a value is not finite; the weights are then unchanged.
     """
     config, policy = learner.config, learner.policy
     clock = Clock(policy.device)
 
-    mine = parallel.my_share(len(examples))  # all, where there is one rank
+    mine = parallel.my_share(len(examples))  # all of them if there is one rank
     with parallel.gathered(policy.model):
         synced = learner.engine.sync_seconds
         with clock("rollout"), record_function("rollout"):
@@ -70,11 +70,11 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         updated = take_step(policy, learner.optimizer, batch, config, step) if any_trains else {}
     with clock("ema"), record_function("ema"):
         if learner.momentum is not None:
-            # Nothing writes to the weights before the average is read, for the distance below.
+            # The weights do not change before the distance below is computed, so the update may overlap.
             learner.momentum.update(config.method.decay_at(step, config.optim.steps), overlap=True)
 
     seen, stats, selection = parallel.from_all(seen), parallel.from_all(stats), parallel.from_all(selection)
-    # Where the scores are the engine's own, the update compares them with its forward pass.
+    # If the engine computed the scores, the update compares them with its own forward pass.
     uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
     metrics = {
         "step": step,
@@ -92,9 +92,9 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
 
 
 def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: int = 0) -> Trajectories:
-    """Sample every prompt's rollouts, the policy's and then the momentum model's, and read their answers.
+    """Generate every prompt's rollouts, first the policy's and then the momentum model's, and extract their answers.
 
-    Other ranks have the step's prompts before `first`.
+    `first` is the number of the first of these prompts in the step; earlier prompts belong to other ranks.
     """
     config, policy = learner.config, learner.policy
     prompts = policy.encode([example.prompt for example in examples])
@@ -127,10 +127,10 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
 
 
 def score_by_sampler(learner: Learner, seen: Trajectories) -> TokenStats:
-    """Score every trajectory under the model that sampled it: ``(B, R)`` each.
+    """Return the statistics of every rollout under the model that generated it, ``(B, R)`` each.
 
-    An engine that samples from these very weights has had the logits that the statistics are of, and tells them with the tokens; scoring
-    would only compute them again, to other roundings. It is done for an engine that does not.
+    An engine that generates from the model's own weights computes the statistics from the logits and returns them with the tokens. Scoring
+    would compute them again, with different rounding, so it runs only for other engines.
     """
     rollouts = seen.rollouts
     if engine_scores(learner, seen):
@@ -146,19 +146,19 @@ def score_by_sampler(learner: Learner, seen: Trajectories) -> TokenStats:
 def engine_scores(learner: Learner, seen: Trajectories) -> bool:
     """Return True if the engine's own statistics are used instead of a scoring pass.
 
-    They are not where momentum rollouts train: their weights are ratios of two scores.
+    They are not used if the momentum model's rollouts train, because their weights are ratios of two scores.
     """
     has = {"logprob", *(name for name in ("entropy", "self_certainty") if getattr(seen.rollouts, name) is not None)}
     return has >= set(learner.config.statistics) and not learner.config.method.train_momentum_rollouts
 
 
 def score_by_policy(learner: Learner, seen: Trajectories, stats: TokenStats) -> TokenStats:
-    """Score the momentum model's trajectories under the policy, whose own have their scores already: ``(B, R)`` each."""
+    """Return `stats` with the momentum model's rollouts scored under the policy, ``(B, R)`` each."""
     return score_rows(learner, seen, ~seen.by_policy, stats)
 
 
 def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: TokenStats) -> TokenStats:
-    """Return `stats` with the `chosen` trajectories, ``(B,)`` bool, scored under the model as it stands."""
+    """Return `stats` with the `chosen` rollouts, ``(B,)`` bool, scored with the model's current weights."""
     rows = chosen.nonzero().squeeze(-1)
     prompts = [seen.prompts[row] for row in rows.tolist()]
     tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
@@ -168,18 +168,18 @@ def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: Toke
 
 
 def blank(learner: Learner, seen: Trajectories) -> TokenStats:
-    """Return zeros for what the method looks at: ``(B, R)`` each."""
+    """Return zeros for the statistics that the method needs, ``(B, R)`` each."""
     zeros = torch.zeros(seen.rollouts.mask.shape, device=learner.policy.device)
     wanted = learner.config.statistics
     return TokenStats(*(zeros if name in wanted else None for name in TokenStats._fields))
 
 
 def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, step: int) -> Selection:
-    """Filter, vote, reward and take advantages, on this rank's prompts; `stats` are those that the method looks at."""
+    """Return the result of filter, vote and rewards for this rank's prompts; `stats` are the statistics that the method uses."""
     config = learner.config
     group, generator = config.rollout.rollouts, generator_for(config.run.seed, "rewards", step)
     before = parallel.my_share(config.rollout.prompts_per_step).start * group
-    torch.randint(0, 2, (before,), generator=generator)  # what the ranks before this one draw
+    torch.randint(0, 2, (before,), generator=generator)  # skip the random numbers of the ranks before this one
     return select(
         seen.rollouts.mask,
         seen.answers,
@@ -198,16 +198,16 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
 def training_batch(
     learner: Learner, seen: Trajectories, stats: TokenStats, own: TokenStats, selection: Selection
 ) -> Batch:
-    """Return the trajectories that train, scored under the reference too where there is a KL term.
+    """Return the rollouts that train, with the reference model's scores if there is a KL penalty.
 
-    The momentum model's, where they train, are off-policy. Ratio and clip range stay around the policy at the start of the step, as for
-    its own rollouts, and the loss weights each token by policy / momentum model, truncated (decoupled objective: Hilton et al., arXiv
-    2110.00641; truncation: IMPALA, arXiv 1802.01561). Were the momentum model's log-probs the old ones, the clip range would lie around
-    a model that lags by some 1 / (1 - m) steps: of the tokens that have moved since, it would drop the gradient. A token of the
-    policy's own has weight 1.
+    Rollouts of the momentum model are off-policy. For them, too, the importance ratio and the clip range are relative to the policy at the
+    start of the step, and the loss weights each token by policy / momentum model, truncated (decoupled objective: Hilton et al., arXiv
+    2110.00641; truncation: IMPALA, arXiv 1802.01561). With the momentum model's log-probs as the old ones, the clip range would be around
+    a model that lags by about 1 / (1 - m) steps, and tokens that have changed since would get no gradient. A token that the policy
+    generated has weight 1.
 
-    A batch takes one optimizer step, so the old log-probs are those that the step's own forward pass gives, bit for bit: they are not
-    computed apart but where the weights above need them.
+    A batch gets one optimizer step, so its own forward pass computes the old log-probs, bit for bit. They are computed separately only if
+    the weights above need them.
     """
     rows = selection.trains.nonzero().squeeze(-1).to(learner.policy.device)
     prompts = [seen.prompts[row] for row in rows.tolist()]
@@ -220,7 +220,7 @@ def training_batch(
     assert own.logprob is not None
     weighted = learner.config.method.train_momentum_rollouts
     behaviour = stats.logprob[rows] if weighted else None
-    if learner.config.corrects_behaviour:  # what the sampler itself said, which is another's rounding
+    if learner.config.corrects_behaviour:  # the log-probs of the engine, which rounds differently
         behaviour = seen.rollouts.logprobs[rows]
     old = own.logprob[rows] if weighted else None
     sampled = seen.rollouts.logprobs[rows] if engine_scores(learner, seen) else None
@@ -229,4 +229,5 @@ def training_batch(
 
 
 def scoring(config: Config) -> dict[str, Any]:
+    """Return the options of a scoring pass."""
     return {"temperature": config.rollout.temperature, "budget": config.rollout.tokens_per_microbatch}

@@ -32,15 +32,15 @@ def make(place: Path, template: str | None, **options: Any) -> tuple[str, Any]:
 @pytest.mark.parametrize(
     ("template", "mode", "prompt", "said"),
     [
-        (CHAT, "auto", "user: 1+1<end>\nassistant: ", ["chat_template: on, since the model ends a response as its chat template ends a turn"]),
+        (CHAT, "auto", "user: 1+1<end>\nassistant: ", ["chat_template: on, because the model ends its responses with the template's end-of-turn token"]),
         (CHAT, "on", "user: 1+1<end>\nassistant: ", []),
         (CHAT, "off", "1+1", []),
-        (BASE, "auto", "1+1", ["chat_template: off, since the model does not end a response as its chat template ends a turn"]),
+        (BASE, "auto", "1+1", ["chat_template: off, because the model does not end its responses with the template's end-of-turn token"]),
         (
             BASE,
             "on",
             "user: 1+1<turn>\nassistant: ",
-            ["chat_template: no end-of-sequence token ends a turn: responses may run on to the longest length"],
+            ["chat_template: the end-of-turn token does not end a response, so responses may reach the maximum length"],
         ),
         (None, "auto", "1+1", []),
         (None, "off", "1+1", []),
@@ -73,12 +73,12 @@ def test_a_text_begins_once(tmp_path: Path) -> None:
 
 def test_on_without_a_template_or_with_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="chat_template: expected a tokenizer with a chat template, got that of .*, which has none"
+        UsageError, match="chat_template: expected a tokenizer with a chat template, got .*, whose tokenizer has none"
     ):
         wrapper(*make(tmp_path / "none", None), "on", ignore)
     broken = "{{ raise_exception('expected a system turn') }}"
     with pytest.raises(
-        UsageError, match="chat_template: expected a template that takes .*, got TemplateError: expected a system turn"
+        UsageError, match="chat_template: expected a template that accepts .*, got TemplateError: expected a system turn"
     ):
         wrapper(*make(tmp_path / "broken", broken), "on", ignore)
 

@@ -175,8 +175,8 @@ def test_layers_run_by_their_own_modules(base: Path) -> None:
     for targets in ("all-linear", "down_proj"):
         policy = load(base, targets=targets)
         assert policy.unpackable is None
-        assert "layers in few calls" not in policy.how()
-    assert "layers in few calls" in load_policy(str(base), CPU, torch.float32).how()
+        assert "lean decoder" not in policy.how()
+    assert "lean decoder" in load_policy(str(base), CPU, torch.float32).how()
 
 
 def test_the_first_adapter_follows_from_the_seed(base: Path) -> None:

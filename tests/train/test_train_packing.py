@@ -228,7 +228,10 @@ def test_a_part_of_the_prompts_gets_what_the_whole_gives() -> None:
 
 UNPACKABLE = {
     "gemma2": (Gemma2Config(**GROUPED), "softcap"),
-    "bloom": (BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, **ENDS), "its attention is its own"),
+    "bloom": (
+        BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, **ENDS),
+        "its attention cannot be replaced",
+    ),
 }
 
 

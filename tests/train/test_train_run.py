@@ -274,7 +274,7 @@ def test_gsm8k(tmp_path: Path, method: str) -> None:
         ),
         (
             {"ends_prompts": True},
-            "model: expected a tokenizer that leaves a prompt open, got one that ends it with token 0 in ",
+            "model: expected a tokenizer that does not end a prompt, got one that appends the end token 0 in ",
         ),
         ({"vocabulary": 100}, "model: expected a tokenizer whose ids are below the vocabulary of 100, got 258 in "),
     ],

@@ -147,7 +147,7 @@ def test_every_token_of_the_tokenizer_is_in_the_vocabulary() -> None:
 def test_a_head_that_is_not_understood_is_refused() -> None:
     policy = Policy(AutoModelForCausalLM.from_config(FAMILIES["granite"]), make_tokenizer())
     policy.head_options = policy.head_options._replace(logit_scale=1.0)
-    with pytest.raises(UsageError, match="model: expected logits that are the head's product"):
+    with pytest.raises(UsageError, match="model: expected logits that are the product of the head"):
         policy.check()
 
 

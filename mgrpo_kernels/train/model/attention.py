@@ -1,8 +1,8 @@
-"""Attention without padding: sequences lie one after another, and a prompt is there once for all its responses.
+"""Attention without padding: sequences are concatenated, and a prompt occurs once for all its responses.
 
-transformers hands the queries, keys and values of every layer to a function that is registered by name. This one finds in the keyword
-``layout`` which token belongs to what; everything else in the model sees a single row of tokens. Without a layout it is PyTorch's
-scaled dot-product attention, as transformers calls it.
+transformers passes the queries, keys and values of every layer to a function that is registered by name. The function in this module reads
+from the keyword ``layout`` to which sequence each token belongs; the rest of the model processes a single row of tokens. Without a layout
+it is PyTorch's scaled dot-product attention, as transformers calls it.
 """
 
 from __future__ import annotations
@@ -19,29 +19,38 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 NAME = "mgrpo_kernels"
-HARMLESS = frozenset({
-    "position_ids", "use_cache", "cache_position", "position_embeddings", "output_attentions", "output_hidden_states",
-    "output_router_logits", "return_dict", "logits_to_keep",
-})  # fmt: skip
-"""Keywords that models pass along and that say nothing about who sees whom."""
+HARMLESS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+    }
+)
+"""Keywords that models pass on and that do not change which tokens attend to which."""
 
 
 class UnpackableError(ValueError):
-    """A model asks for an attention that a layout does not have."""
+    """A model requires a kind of attention that layouts do not support."""
 
 
 class Layout(Protocol):
-    """Which token belongs to what."""
+    """States to which sequence each token belongs, and computes the attention."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Return the outputs ``(T, H, D)`` of queries ``(T, H, D)`` over keys and values ``(T, K, D)``, where K divides H.
 
-        A token sees itself and what comes before it in its sequence; with a window only the last `window` of these.
+        A token attends to itself and to the tokens before it in its sequence; with a window, only to the last `window` of these.
         """
 
 
 def register() -> None:
-    """Make the function known to transformers."""
+    """Register the attention function with transformers."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
@@ -63,7 +72,7 @@ def attention(
     """Return the layout's attention, ``(1, T, H, D)``, for ``(1, H, T, D)``, as transformers calls it.
 
     Raises:
-        UnpackableError: an option of the layer that would change the result and that layouts do not have.
+        UnpackableError: the layer has an option that would change the result and that layouts do not support.
     """
     if layout is None:
         sdpa: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -73,58 +82,54 @@ def attention(
     odd = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     odd += ["dropout"] * (dropout > 0) + ["is_causal=False"] * (is_causal is False)
     if odd:
-        raise UnpackableError(
-            f"attention: expected none of the options that a layout does not have, got {', '.join(odd)}"
-        )
+        raise UnpackableError(f"attention: expected only options that layouts support, got {', '.join(odd)}")
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return layout.attend(module.layer_idx, q, k, v, scale, sliding_window).unsqueeze(0), None
 
 
 class Rows(NamedTuple):
-    """Sequences of similar length, padded for attention alone: where the queries and keys of each lie among the T tokens."""
+    """Sequences of similar length, padded only for attention: the indices of their queries and keys among the T tokens."""
 
     queries: Tensor  # (r, Q) int64, -1 beyond the end
     keys: Tensor  # (r, L) int64, -1 beyond the end
-    begin: Tensor  # (r,) the place in its sequence of each first query
-    whole: bool  # the queries are all tokens of each sequence
+    begin: Tensor  # (r,) position of the first query in its sequence
+    whole: bool  # whether the queries are all tokens of each sequence
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Return which keys each query sees, ``(r, 1, Q, L)`` bool; None: those before it. Keys beyond the end come after all queries."""
+        """Return which keys each query attends to, ``(r, 1, Q, L)`` bool; None for plain causal attention, which excludes padding."""
         if self.whole and (window is None or window >= self.keys.shape[1]):
             return None
         keys = torch.arange(self.keys.shape[1], device=self.keys.device)
         places = self.begin[:, None] + torch.arange(self.queries.shape[1], device=self.keys.device)  # (r, Q)
-        places = places.clamp_max(
-            self.keys.shape[1] - 1
-        )  # beyond the end too a query sees something, or it would be NaN
-        places = places[:, None, :, None]
+        # Padding queries attend to a key too, or their outputs would be NaN.
+        places = places.clamp_max(self.keys.shape[1] - 1)[:, None, :, None]
         return keys <= places if window is None else (keys <= places) & (keys > places - window)
 
 
 class Sequences:
-    """The layout of prompts and their responses: every different prompt once, then of each response all but its last token.
+    """The layout of prompts and their responses: each distinct prompt once, then all tokens but the last of each response.
 
-    What follows a response's last token is not asked for. T is the number of tokens, N that of response tokens.
+    The last token of a response does not pass through the model. There are T tokens in all, and N response tokens.
 
     Args:
         prompts: B prompts, as token ids, none of them empty.
-        lengths: of the B responses.
-        tokens: the responses' tokens, one response after the other, ``(N,)``.
-        keep: keep the keys and values of every layer.
+        lengths: lengths of the B responses.
+        tokens: ``(N,)`` tokens of the responses, one response after another.
+        keep: whether to keep the keys and values of every layer.
 
     Attributes:
-        ids, positions: ``(1, T)``.
-        states: ``(N,)``, whose state each response token follows from.
-        prompts: ``(B, L)``, where each prompt's tokens lie; -1 beyond its end.
-        kept: keys and values of each layer, ``(T, K, D)``, once the model has run.
+        ids, positions: ``(1, T)`` token ids and positions.
+        states: ``(N,)`` index of the state that predicts each response token.
+        prompts: ``(B, L)`` indices of each prompt's tokens; -1 beyond its end.
+        kept: keys and values of each layer, ``(T, K, D)``, after the model has run.
     """
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], tokens: Tensor, *, keep: bool = False
     ) -> None:
         device = tokens.device
-        number: dict[tuple[int, ...], int] = {}  # of each different prompt
+        number: dict[tuple[int, ...], int] = {}  # of each distinct prompt
         of = torch.tensor([number.setdefault(tuple(prompt), len(number)) for prompt in prompts])  # (B,)
         before = torch.tensor([len(prompt) for prompt in number])  # (U,)
         length = torch.tensor(lengths)
@@ -145,7 +150,7 @@ class Sequences:
         prompts_at = torch.where(position < before[of][:, None], prompt_start[of][:, None] + position, -1)
         self.prompts = prompts_at.to(device)
 
-        if len(number) == len(of):  # nothing is shared: each prompt and its response in one piece
+        if len(number) == len(of):  # no prompt is shared: each prompt and its response are one piece
             pieces = [(prompt_start, before, start, torch.zeros_like(before), before + rest)]
         else:
             longer = rest.nonzero().squeeze(-1)
@@ -160,7 +165,7 @@ class Sequences:
         back = torch.empty(len(places), dtype=torch.int64)
         back[flat[inside]] = inside
         self.rows = [Rows(row.queries.to(device), row.keys.to(device), row.begin.to(device), row.whole) for row in rows]
-        self.back = back.to(device)  # (T,): where a token's output lies in the rows' outputs, one after another
+        self.back = back.to(device)  # (T,) index of each token's output in the concatenated outputs of the rows
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._keep = keep
         self._masks: dict[int | None, list[Tensor | None]] = {}
@@ -174,23 +179,28 @@ class Sequences:
             self._varlen = Varlen.of(self.rows) if self._varlen is None else self._varlen
             return gather_rows(self._varlen.attend(q, k, v, scale, window), self._varlen.back)
         outputs = []
-        if window not in self._masks:  # the same in many layers
+        if window not in self._masks:  # many layers have the same window
             self._masks[window] = [rows.mask(window) for rows in self.rows]
         for rows, mask in zip(self.rows, self._masks[window], strict=True):
             out = scaled_dot_product_attention(
-                padded(q, rows.queries), padded(k, rows.keys), padded(v, rows.keys),
-                attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
+                padded(q, rows.queries),
+                padded(k, rows.keys),
+                padded(v, rows.keys),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
             outputs.append(out.transpose(1, 2).flatten(0, 1))  # (r Q, H, D)
         return gather_rows(torch.cat(outputs), self.back)
 
 
 class Probe(Sequences):
-    """A layout that finds out whether a model can do with layouts: prompts alone."""
+    """A layout of prompts that tests whether a model supports layouts."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> None:
         super().__init__(prompts, [1] * len(prompts), tokens)
-        self.windows: dict[int, int | None] = {}  # of each layer that asked
+        self.windows: dict[int, int | None] = {}  # of each layer that has called attend()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """See :class:`Layout`."""
@@ -198,34 +208,37 @@ class Probe(Sequences):
         return super().attend(layer, q, k, v, scale, window)
 
     def why_not(self, apart: Tensor, together: Tensor, sliding: Sequence[bool]) -> str | None:
-        """Return None if all is well, or what is wrong.
+        """Return None if the model supports layouts, or the reason why it does not.
 
         Args:
-            apart: hidden states ``(T, H)``, each prompt by itself.
-            together: the same by this layout.
-            sliding: whether each layer's attention has a window, by the model's configuration.
+            apart: hidden states ``(T, H)`` of each prompt processed by itself.
+            together: hidden states with this layout.
+            sliding: whether each layer's attention has a window, according to the model's configuration.
         """
         if len(self.windows) != len(sliding):
-            return f"{len(self.windows)} of its {len(sliding)} layers attend by the function that they are given"
+            return f"only {len(self.windows)} of its {len(sliding)} layers call the attention function"
         for layer, slides in enumerate(sliding):
             if slides != (self.windows[layer] is not None):
-                return f"layer {layer} {'does not say' if slides else 'has'} its sliding window"
+                return f"layer {layer} {'does not pass' if slides else 'passes'} a sliding window"
         return self.difference(apart, together)
 
     def difference(self, apart: Tensor, together: Tensor) -> str | None:
-        """Return None if the hidden states are equal to rounding, or by how much they are not."""
+        """Return None if the hidden states are equal up to rounding, or a text with their difference."""
         worst = (apart - together).abs().max().item()
         if worst <= 1e-4 * max(1.0, apart.abs().max().item()):
             return None
-        return f"hidden states of sequences in one row differ by {worst:.2g} from each by itself"
+        return f"hidden states of sequences in one row differ by {worst:.2g} from those of single sequences"
 
 
 def make_rows(prompt_start: Tensor, before: Tensor, start: Tensor, begin: Tensor, end: Tensor) -> Rows:
-    """Return sequences whose queries are their tokens from `begin` to `end`; all ``(r,)``.
+    """Return sequences whose queries are their tokens from `begin` to `end`. All arguments are ``(r,)``.
 
     Args:
-        prompt_start, before: where a sequence's prompt lies, and how long it is.
-        start: where what follows the prompt lies.
+        prompt_start: index of the first token of each sequence's prompt.
+        before: length of the prompt.
+        start: index of the first token after the prompt.
+        begin: position of the first query in its sequence.
+        end: length of the sequence.
     """
 
     def tokens(places: Tensor) -> Tensor:
@@ -237,7 +250,7 @@ def make_rows(prompt_start: Tensor, before: Tensor, start: Tensor, begin: Tensor
 
 
 def buckets(lengths: Tensor) -> list[Tensor]:
-    """Return the numbers of sequences in groups of similar length, where one more call costs less than the padding that it spares."""
+    """Group sequences of similar length; return their numbers. A new group starts if its call costs less than the padding it avoids."""
     order = lengths.argsort(descending=True, stable=True).tolist()
     groups: list[list[int]] = []
     longest = 0  # of the last group
@@ -252,54 +265,55 @@ def buckets(lengths: Tensor) -> list[Tensor]:
 
 
 SMALL = 2**20
-"""Scores of attention (rows x queries x keys) that one more call costs as much as."""
+"""Number of attention scores (rows x queries x keys) that cost as much as one more call."""
 
 
 def padded(values: Tensor, index: Tensor) -> Tensor:
-    """Return rows of ``(T, H, D)`` as attention takes them, ``(r, H, Q, D)``; beyond the end those of token 0."""
+    """Return rows of ``(T, H, D)`` in the shape for attention, ``(r, H, Q, D)``; padding has the values of token 0."""
     found = gather_rows(values, index.clamp_min(0).flatten())
     return found.view(*index.shape, *values.shape[1:]).transpose(1, 2)
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Return rows of ``(T, ...)``. Backward adds up what a row gets from several places in the same order every time."""
+    """Return rows of ``(T, ...)``. Backward accumulates the gradient of a repeated row in a deterministic order."""
     return values.index_select(0, index) if values.device.type == "cpu" else values[index]
 
 
 def starts(lengths: Tensor) -> Tensor:
-    """Return where each of some sequences begins that lie one after another."""
+    """Return the start of each sequence in the concatenation of sequences with these lengths."""
     return lengths.cumsum(0) - lengths
 
 
 def spread(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for every token of some sequences the sequence's number and the place in it."""
+    """Return the sequence number and the position of every token in the concatenation of sequences with these lengths."""
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     return sequence, torch.arange(len(sequence)) - starts(lengths)[sequence]
 
 
 @functools.cache
 def has_flash_attention() -> bool:
+    """Return whether flash-attn is installed."""
     return importlib.util.find_spec("flash_attn") is not None
 
 
 def flash_attention(values: Tensor) -> bool:
-    """Return whether flash-attn takes these: it has no float32."""
+    """Return whether flash-attn supports these values: they are on a GPU and not in float32."""
     return values.device.type == "cuda" and values.dtype != torch.float32 and has_flash_attention()
 
 
 class Varlen(NamedTuple):
-    """What flash-attn needs: queries and keys of all sequences, one after another."""
+    """The arguments of flash-attn: queries and keys of all sequences, concatenated."""
 
-    queries: Tensor  # index into the T tokens
+    queries: Tensor  # indices into the T tokens
     keys: Tensor
-    back: Tensor  # (T,): where a token's output lies
+    back: Tensor  # (T,) index of each token's output
     cu_queries: Tensor  # (r+1,) int32
     cu_keys: Tensor
-    longest: tuple[int, int]  # queries and keys of a sequence
+    longest: tuple[int, int]  # largest number of queries and of keys in a sequence
 
     @classmethod
     def of(cls, rows: Sequence[Rows]) -> Varlen:
-        """Return the same sequences."""
+        """Return the sequences in these rows, without their padding."""
         columns = [[each.queries for each in rows], [each.keys for each in rows]]
         queries, keys = (torch.cat([index[index >= 0] for index in column]) for column in columns)
         lengths = [torch.cat([(index >= 0).sum(-1) for index in column]) for column in columns]
@@ -309,7 +323,7 @@ class Varlen(NamedTuple):
         return cls(queries, keys, back, cu[0], cu[1], (int(lengths[0].max()), int(lengths[1].max())))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        """Return the outputs in the order of `queries`. Its causal mask is aligned to the last query and key, which is what is wanted."""
+        """Return the outputs in the order of `queries`. flash-attn aligns its causal mask with the last query and key, as required."""
         from flash_attn import flash_attn_varlen_func
 
         outputs: Tensor = flash_attn_varlen_func(

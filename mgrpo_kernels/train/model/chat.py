@@ -1,4 +1,4 @@
-"""Prompts for a chat model: a user's turn in its tokenizer's chat template."""
+"""Prompts for a chat model: a user message in its tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from mgrpo_kernels.train.model.policy import end_tokens
 
 
 def wrapper(model: str, tokenizer: Any, mode: str, log: Callable[..., None]) -> Callable[[str], str]:
-    """Return what makes a prompt of a text: a user's turn in the chat template, or the text as it is.
+    """Return a function from a text to a prompt: a user message in the chat template, or the text itself.
 
     Args:
-        model: directory or hub name.
-        tokenizer: its tokenizer.
-        mode: on, off, or auto: on where the model ends a response as the template ends a turn. A base model often comes with a template
-            whose end of turn it has never learnt to give.
-        log: gets what auto decides, and why, as a logger would.
+        model: directory or Hugging Face Hub name of the model.
+        tokenizer: tokenizer of the model.
+        mode: on, off, or auto, which is on if the model ends a response with the template's end-of-turn token. Base models often have a
+            template, but have never learnt to generate that token.
+        log: called like a method of a logger, with the decision of auto and its reason.
 
     Raises:
-        UsageError: on, and there is no template; or the template fails.
+        UsageError: the mode is on and there is no template, or the template fails.
     """
     if mode == "off" or (mode == "auto" and not tokenizer.chat_template):
         return str
     if not tokenizer.chat_template:
         raise UsageError(
-            f"chat_template: expected a tokenizer with a chat template, got that of {model}, which has none"
+            f"chat_template: expected a tokenizer with a chat template, got {model}, whose tokenizer has none"
         )
     ends = ends_a_turn(tokenizer, end_tokens(model, tokenizer))
     if mode == "auto":
-        why = f"since the model {'ends' if ends else 'does not end'} a response as its chat template ends a turn"
+        why = f"because the model {'ends' if ends else 'does not end'} its responses with the template's end-of-turn token"
         log("chat_template: %s, %s", "on" if ends else "off", why)
         if not ends:
             return str
     elif not ends:
-        log("chat_template: no end-of-sequence token ends a turn: responses may run on to the longest length")
-    # From the template a prompt has its beginning of the text, before which the tokenizer would put another.
+        log("chat_template: the end-of-turn token does not end a response, so responses may reach the maximum length")
+    # The template begins with the beginning-of-text token, and the tokenizer would add another one.
     twice = tokenizer.bos_token is not None and tokenizer("1")["input_ids"][:1] == [tokenizer.bos_token_id]
     begin = tokenizer.bos_token if twice else ""
     return lambda text: render(tokenizer, [{"role": "user", "content": text}], begin_answer=True).removeprefix(begin)
 
 
 def render(tokenizer: Any, turns: list[dict[str, str]], *, begin_answer: bool) -> str:
-    """Return a conversation as a text, with the beginning of the assistant's next turn where that is asked for.
+    """Return a conversation as text; with `begin_answer`, it ends with the beginning of the assistant's message.
 
     Raises:
         UsageError: the template fails.
     """
     try:
         text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begin_answer)
-    except Exception as error:  # a template is a program, and may raise what it likes
+    except Exception as error:  # a template is a program that may raise any error
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"chat_template: expected a template that takes a user's turn, got {reason}") from error
+        raise UsageError(
+            f"chat_template: expected a template that accepts a user message, got {reason}; use --chat-template off"
+        ) from error
     return text
 
 
 def ends_a_turn(tokenizer: Any, ends: Collection[int]) -> bool:
-    """Return whether what the template puts behind a response begins with one of the tokens `ends`."""
+    """Return whether the template continues a response with one of the tokens `ends`."""
     response = "RESPONSE"
     turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": response}]
     behind = render(tokenizer, turns, begin_answer=False).rpartition(response)[2]

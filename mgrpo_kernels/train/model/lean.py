@@ -1,8 +1,8 @@
-"""The decoder of the Llama family in as few calls as it takes.
+"""The decoder of the Llama family with few PyTorch calls.
 
-A small model spends more time between PyTorch's operations than in them, above all while it samples a token at a time. This runs the
-layers of a transformers model from its own weights without its modules' calls; the attention is a layout's. Which models it takes is
-decided by their class and then by their hidden states (:meth:`mgrpo_kernels.train.model.policy.Policy.packed_hidden`).
+A small model spends more time between PyTorch's operations than in them, especially when it generates one token at a time. This decoder
+uses the weights of a transformers model without calling its modules; a layout computes the attention. It is used for models of certain
+classes whose hidden states it reproduces (:meth:`mgrpo_kernels.train.model.policy.Policy.packed_hidden`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 
 class Layer(NamedTuple):
-    """The modules of a layer, of which only the weights are used."""
+    """The modules of a layer. Only their weights are used."""
 
     number: int
     before: Any  # RMSNorm
@@ -41,11 +41,11 @@ class Layer(NamedTuple):
 
 
 class LeanDecoder:
-    """Runs a decoder for a single row of tokens.
+    """Runs a decoder on a single row of tokens.
 
     Args:
-        decoder: of one of the classes in :data:`FAMILY`.
-        windows: of each layer's attention.
+        decoder: model of one of the classes in :data:`FAMILY`.
+        windows: attention window of each layer; None for full attention.
     """
 
     def __init__(self, decoder: Any, windows: Mapping[int, int | None]) -> None:
@@ -54,32 +54,42 @@ class LeanDecoder:
         self.layers = []
         for index, layer in enumerate(decoder.layers):
             a, mlp = layer.self_attn, layer.mlp
-            norms = getattr(a, "q_norm", None), getattr(a, "k_norm", None)
             self.layers.append(
                 Layer(
-                    index, layer.input_layernorm, a.q_proj, a.k_proj, a.v_proj, *norms, a.o_proj,
-                    layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn, a.scaling, windows[index],
+                    number=index,
+                    before=layer.input_layernorm,
+                    q=a.q_proj,
+                    k=a.k_proj,
+                    v=a.v_proj,
+                    q_norm=getattr(a, "q_norm", None),
+                    k_norm=getattr(a, "k_norm", None),
+                    o=a.o_proj,
+                    between=layer.post_attention_layernorm,
+                    gate=mlp.gate_proj,
+                    up=mlp.up_proj,
+                    down=mlp.down_proj,
+                    act=mlp.act_fn,
+                    scale=a.scaling,
+                    window=windows[index],
                 )
-            )  # fmt: skip
+            )
         self._kinds = [type(each) for each in self._modules()]
 
     def _modules(self) -> list[Any]:
         return [self.decoder, *self.decoder.layers]
 
     def applies(self) -> bool:
-        """Return whether the modules are still what they were: not wrapped by FSDP2, and nothing to recompute in backward."""
+        """Return whether the modules are unchanged: not wrapped by FSDP2, and without gradient checkpointing."""
         plain = all(type(each) is kind for each, kind in zip(self._modules(), self._kinds, strict=True))
         return plain and not self.decoder.layers[0].gradient_checkpointing
 
     def __call__(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Return hidden states ``(T, H)`` of token ids ``(T,)`` at `positions`, ``(1, T)``."""
-        x = self.decoder.embed_tokens(ids)  # (T, H); it gives the padding token no gradient
+        x = self.decoder.embed_tokens(ids)  # (T, H); without a gradient for the padding token
         cos, sin = self.decoder.rotary_emb(x, positions)
         half = self.head_dim // 2
         cos = cos[0].unsqueeze(1)  # (T, 1, D)
-        sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1).unsqueeze(
-            1
-        )  # its sign is that of the half it meets
+        sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1).unsqueeze(1)  # negative for the first half
         for layer in self.layers:
             y = normalized(x, layer.before)
             q, k, v = (project(y, each).view(len(x), -1, self.head_dim) for each in (layer.q, layer.k, layer.v))
@@ -97,7 +107,7 @@ class LeanDecoder:
 
 
 def lean_decoder(decoder: Any, windows: Mapping[int, int | None]) -> LeanDecoder | None:
-    """Return the decoder in few calls, or None where it is of another class or has adapters in its place."""
+    """Return the lean decoder, or None if the model has another class or layers that are not plain linear ones."""
     if type(decoder) not in FAMILY:
         return None
     lean = LeanDecoder(decoder, windows)

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685): beside a linear layer W, which is frozen, two thin ones train: ``W x + alpha / rank * B A x``.
+"""LoRA (arXiv 2106.09685): a linear layer W is frozen, and two small matrices beside it train: ``W x + alpha / rank * B A x``.
 
-The layers are the library peft's, put into the transformers model in place of its own; what the trainer sees is the same model, of which
-little trains. B starts at 0: the model at the start, and the base of the KL term, is the model with the adapter off.
+The library peft replaces layers of the transformers model by its own. The trainer sees the same model with most weights frozen.
+B starts at 0, so the initial model, which the KL penalty uses as its reference, is the model with the adapter disabled.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.extras import how_to_install, installed
 from mgrpo_kernels.train.rng import generator_for
 
-NAME = "default"  # peft's, of a model's only adapter
-WHOLE = "base_model.model."  # what peft puts before a weight's name
+NAME = "default"  # peft's name of a model's only adapter
+WHOLE = "base_model.model."  # peft's prefix of the names of weights
 
 
 class Adapter:
     """The LoRA layers of a model.
 
     Args:
-        model: a transformers model in evaluation mode, which gets them in place.
+        model: transformers model in evaluation mode, which is changed in place.
         options: rank, alpha and targets.
-        seed: of A's first values.
+        seed: random seed of the initial values of A.
 
     Raises:
-        UsageError: peft is not installed; a target that matches nothing, is no linear layer or is the head.
+        UsageError: peft is not installed, or a target matches no layer, is not a linear layer or is the head.
     """
 
     def __init__(self, model: Any, options: LoraConfig, seed: int) -> None:
@@ -44,39 +44,39 @@ class Adapter:
 
         head = model.get_output_embeddings()
         check_targets(model, options.targets)
-        wanted = peft.LoraConfig(
-            r=options.lora_rank, lora_alpha=options.lora_alpha, task_type="CAUSAL_LM",  # type: ignore[arg-type]
-            target_modules=options.targets[0] if options.targets == ["all-linear"] else options.targets,
-        )  # fmt: skip
+        targets: Any = "all-linear" if options.targets == ["all-linear"] else options.targets
+        rank: Any = options.lora_rank
+        alpha: Any = options.lora_alpha  # peft declares an integer, but accepts any number
+        settings = peft.LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", target_modules=targets)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft's talk with transformers
-            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # it sees to transposed weights itself
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # peft handles transposed weights
             torch.manual_seed(generator_for(seed, "LoRA", 0).initial_seed())
             self._wrapped: Any = peft.get_peft_model(
-                model, wanted, low_cpu_mem_usage=any(each.is_meta for each in model.parameters())
+                model, settings, low_cpu_mem_usage=any(each.is_meta for each in model.parameters())
             )
         assert model.get_output_embeddings() is head, "peft has wrapped the head"
         self.model = model.eval()
 
     @contextlib.contextmanager
     def swapped_into(self, model: Any) -> Iterator[Any]:
-        """Run the block with the adapter off, as :meth:`mgrpo_kernels.MomentumModel.swapped_into` does with other weights: the base."""
+        """Run the block with the adapter disabled. It is the counterpart of :meth:`mgrpo_kernels.MomentumModel.swapped_into`."""
         assert model is self.model
         with self._wrapped.disable_adapter():
             yield model
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the adapter as peft reads it; `state` as in :func:`merged_weights`."""
+        """Write the adapter in peft's format; `state` is that of :func:`merged_weights`."""
         named = {WHOLE + name: tensor for name, tensor in state.items() if ".lora_" in name}
         self._wrapped.save_pretrained(directory, state_dict=named, save_embedding_layers=False)
 
 
 def merged_weights(model: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return a model's weights by the names that it has without LoRA: ``W + alpha / rank * B A`` where there is an adapter, in new tensors.
+    """Return a model's weights under their names without LoRA. Where there is an adapter, they are new tensors ``W + alpha / rank * B A``.
 
     Args:
-        model: with an adapter or without.
-        state: whole tensors in place of its state dict's.
+        model: model with or without an adapter.
+        state: whole tensors to use instead of the model's state dict.
     """
     state = model.state_dict() if state is None else state
     weights = {}
@@ -95,7 +95,7 @@ def merged_weights(model: Any, state: Mapping[str, Tensor] | None = None) -> dic
 
 
 def check_targets(model: Any, targets: list[str]) -> None:
-    """Raise UsageError for a target of LoRA that is none. peft would pass over it where another one matches."""
+    """Raise UsageError for an unusable LoRA target. peft would ignore it if another target matches."""
     if targets == ["all-linear"]:
         return
     modules, head = dict(model.named_modules()), model.get_output_embeddings()

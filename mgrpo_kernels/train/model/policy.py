@@ -1,4 +1,4 @@
-"""The language model as the trainer sees it: token ids in; hidden states, logits and the head out."""
+"""The language model of the trainer: computes hidden states, logits and the head from token ids."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from mgrpo_kernels.train.model.lean import LeanDecoder, lean_decoder
 from mgrpo_kernels.train.model.lora import Adapter
 
 PROBE = [[1, 2, 3, 0], [2, 1]]
-"""Prompts that show whether a model keeps sequences in one row apart."""
+"""Prompts that test whether a model separates the sequences in one row."""
 log = logging.getLogger(__name__)
 
 
 class HeadOptions(NamedTuple):
-    """What lies between hidden states and logits besides the weight."""
+    """The operations of the head besides the matrix product."""
 
     logit_scale: float
     softcap: float | None
 
 
 class Policy:
-    """A causal language model with its tokenizer. Always in evaluation mode: dropout would make log-probs disagree with the sampler.
+    """A causal language model with its tokenizer. It is in evaluation mode, because dropout would change the log-probs.
 
     Args:
-        model: a transformers causal language model, in float32.
-        tokenizer: its tokenizer.
-        dtype: what matrix products run in; other than float32 by autocast.
-        adapter: the model's, where that alone trains.
+        model: transformers causal language model, in float32.
+        tokenizer: tokenizer of the model.
+        dtype: data type of the matrix products; autocast is used if it is not float32.
+        adapter: LoRA adapter of the model, if only that trains.
     """
 
     def __init__(
@@ -66,22 +66,25 @@ class Policy:
         except TypeError as error:
             raise UsageError(str(error)) from error
         self.head_options = HeadOptions(head.logit_scale, head.softcap)
-        # transformers 5 renamed the cache's keyword on the way.
+        # Releases of transformers 5 differ in the name of this keyword.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # four dimensions: transformers takes it as it is
+        self._no_mask = torch.ones(
+            1, 1, 1, 1, dtype=torch.bool
+        )  # transformers does not change a mask with four dimensions
         self._lean: LeanDecoder | None = None
         self.unpackable = self._why_unpackable()
         if self.unpackable is not None:
-            log.warning(
-                "%s: prompts and responses are padded, which takes more time and memory: %s", type(model).__name__, self.unpackable
-            )  # fmt: skip
+            name = type(model).__name__
+            log.warning("%s: sequences are padded, which takes more time and memory: %s", name, self.unpackable)
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         device: torch.device = self.model.device
         return device
 
     def autocast(self) -> torch.autocast:
+        """Return the context in which matrix products use the policy's data type."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -90,12 +93,12 @@ class Policy:
         return head.weight, head.bias
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``: causal, so padding reaches nothing before it."""
+        """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``. Attention is causal, so tokens do not see padding."""
         states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         return states
 
     def packed_hidden(self, ids: Tensor, positions: Tensor, layout: attention.Layout) -> Tensor:
-        """Return hidden states ``(T, H)`` of token ids ``(1, T)`` at `positions`, which see each other as the layout says."""
+        """Return hidden states ``(T, H)`` of token ids ``(1, T)`` at `positions`; the layout computes the attention."""
         if self._lean is not None and self._lean.applies():
             return self._lean(ids[0], positions, layout)
         if self._no_mask.device != ids.device:
@@ -107,13 +110,13 @@ class Policy:
         return states[0]
 
     def how(self) -> str:
-        """Say how sequences go through the model."""
+        """Return a description of how sequences are batched and which attention is used."""
         if self.unpackable is not None:
             return f"padded: {self.unpackable}"
         fast = attention.has_flash_attention() and self.device.type == "cuda" and self.dtype != torch.float32
-        kernel = "flash-attn" if fast else "PyTorch, padded in attention alone"
-        calls = "; layers in few calls" if self._lean is not None and self._lean.applies() else ""
-        return f"without padding, a prompt once for its responses; attention by {kernel}{calls}"
+        kernel = "flash-attn" if fast else "PyTorch (padded within attention only)"
+        calls = "; lean decoder" if self._lean is not None and self._lean.applies() else ""
+        return f"packed without padding, each prompt once for all its responses; attention: {kernel}{calls}"
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``(N, V)`` of hidden states ``(N, H)``."""
@@ -126,21 +129,21 @@ class Policy:
 
     @torch.no_grad()
     def _why_unpackable(self) -> str | None:
-        """Let the model attend by layouts; return None, or why it cannot, and then leave it as it was."""
+        """Let layouts compute the model's attention and return None; if it does not support that, restore it and return the reason."""
         config = self.model.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or []
         if odd := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-            return f"it has layers of the kind {', '.join(odd)}"
+            return f"its layers have the unsupported type {', '.join(odd)}"
         apart = torch.cat([self.hidden(torch.tensor([row], device=self.device))[0] for row in PROBE])
         before = config._attn_implementation
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
         if config._attn_implementation != attention.NAME:
-            return "its attention is its own, and takes no other"
+            return "its attention cannot be replaced"
         layout = attention.Probe(PROBE, torch.zeros(len(PROBE), dtype=torch.int64, device=self.device))
         try:
             together = self.packed_hidden(layout.ids, layout.positions, layout)
-        except Exception as error:  # whatever a model does with a keyword and a mask that it does not know
+        except Exception as error:  # a model may raise any error for a keyword or a mask that it does not know
             why: str | None = f"{type(error).__name__}: {error}"
         else:
             sliding = ["sliding_attention" in kind for kind in kinds] or [bool(getattr(config, "sliding_window", None))]
@@ -152,7 +155,9 @@ class Policy:
         if self._lean is not None:
             differs = layout.difference(apart, self.packed_hidden(layout.ids, layout.positions, layout))
             if differs is not None:
-                log.warning("%s: runs by its own modules, not in few calls: %s", type(self.model).__name__, differs)
+                log.warning(
+                    "%s: runs its own modules instead of the lean decoder: %s", type(self.model).__name__, differs
+                )
                 self._lean = None
         return None
 
@@ -160,13 +165,13 @@ class Policy:
         return DynamicCache(config=self.model.config)
 
     def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Extend `cache` by ids ``(B, L)``; return the logits ``(B, V)`` of the token after the last.
+        """Extend `cache` by ids ``(B, L)``; return the logits ``(B, V)`` of the next token.
 
         Args:
-            ids: left-padded.
+            ids: left-padded token ids.
             mask: ``(B, cached + L)`` bool, True for tokens.
-            positions: ``(B, L)``.
-            cache: grows in place.
+            positions: ``(B, L)`` positions of the tokens.
+            cache: key-value cache, which is extended in place.
         """
         out = self.model(
             input_ids=ids,
@@ -180,6 +185,7 @@ class Policy:
         return logits[:, -1]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
         tokens: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
         return tokens
 
@@ -191,7 +197,7 @@ class Policy:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise UsageError for a model whose logits are not the ones that its head gives for its hidden states."""
+        """Raise UsageError if the model's logits are not those that its head computes from its hidden states."""
         ids = torch.tensor([[1, 2, 3, 0]], device=self.device)
         weight, bias = self.head()
         own = torch.nn.functional.linear(self.hidden(ids)[0, -1], weight, bias).float() * self.head_options.logit_scale
@@ -201,13 +207,13 @@ class Policy:
         worst = (own - logits).abs().max().item()
         if not worst <= 1e-3 * max(1.0, logits.abs().max().item()):
             raise UsageError(
-                f"model: expected logits that are the head's product with the last hidden state, got {type(self.model).__name__}, "
-                f"which differs by {worst:.3g}"
+                f"model: expected logits that are the product of the head and the last hidden state, got {type(self.model).__name__}, "
+                f"which differs by {worst:.3g}: choose a model of another architecture"
             )
 
 
 def _eos(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a response, by the model's generation configuration and its tokenizer."""
+    """Return the tokens that end a response, from the model's generation configuration and its tokenizer."""
     of_model = getattr(generation, "eos_token_id", None)
     ids = of_model if isinstance(of_model, list) else [of_model]
     found = sorted({each for each in [*ids, tokenizer.eos_token_id] if each is not None})
@@ -219,10 +225,10 @@ def _eos(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that the option names.
+    """Return the device for the value of --device.
 
     Raises:
-        UsageError: cuda asked for, and there is none.
+        UsageError: the value is cuda, and there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device: expected auto or cpu on a machine without a GPU, got 'cuda'")
@@ -235,14 +241,14 @@ def load_policy(
     """Load a model and its tokenizer from a directory or a hub name, weights in float32.
 
     Args:
-        name: of the model.
-        device: where it goes.
-        dtype: of its matrix products.
-        lora: with a rank: an adapter is put in, which alone trains.
-        seed: of the adapter.
+        name: name of the model.
+        device: device to which it is moved.
+        dtype: data type of its matrix products.
+        lora: LoRA options; if they have a rank, an adapter is added, and only that trains.
+        seed: random seed of the adapter.
 
     Raises:
-        UsageError: it cannot be loaded, or does not take the adapter.
+        UsageError: the model cannot be loaded, or the adapter does not fit it.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -265,10 +271,8 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], vocabulary: int, name: str) -> None:
-    """Raise UsageError for a tokenizer that is another model's, or that ends every prompt. It needs no token for padding."""
-    largest = max(
-        tokenizer.vocab_size - 1, *eos
-    )  # tokens added for padding and the like may lie beyond, and are not used
+    """Raise UsageError for a tokenizer of another model, or one that ends every prompt. It needs no padding token."""
+    largest = max(tokenizer.vocab_size - 1, *eos)  # added tokens, such as padding, may be larger, and are not used
     if largest >= vocabulary:
         raise UsageError(
             f"model: expected a tokenizer whose ids are below the vocabulary of {vocabulary}, got {largest} in {name}"
@@ -276,27 +280,27 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], voca
     last = tokenizer("1")["input_ids"][-1:]
     if last and last[0] in eos:
         raise UsageError(
-            f"model: expected a tokenizer that leaves a prompt open, got one that ends it with token {last[0]} in {name}"
+            f"model: expected a tokenizer that does not end a prompt, got one that appends the end token {last[0]} in {name}"
         )
 
 
 def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a response of a model, without its weights.
+    """Return the tokens that end a response of a model, without loading its weights.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are no such tokens.
     """
     try:
         return _eos(GenerationConfig.from_pretrained(name), tokenizer)
-    except OSError:  # the model comes without that file, and goes by its configuration
+    except OSError:  # without that file, the model's configuration names them
         return _eos(AutoConfig.from_pretrained(name).get_text_config(), tokenizer)
 
 
 def read_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Return a model's tokenizer and the length of its context, where it has one, without its weights.
+    """Return a model's tokenizer and its context length, if there is one, without loading its weights.
 
     Raises:
-        UsageError: they cannot be read.
+        UsageError: the tokenizer or the configuration cannot be read.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -310,10 +314,12 @@ def read_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
 
 
 def context_of(config: PretrainedConfig) -> int | None:
+    """Return the context length of a model, or None if it has none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def unreadable(name: str, error: Exception) -> str:
+    """Return the message for a model that cannot be loaded."""
     what = "a directory with a model" if Path(name).exists() else "an existing directory or a hub name"
     reason = str(error).split("\n")[0] if str(error) else type(error).__name__
     return f"model: expected {what} that transformers can load, got {name}: {reason}"

@@ -1,4 +1,4 @@
-"""Sampling responses: what every rollout engine offers, and the tensors that rollouts are."""
+"""The interface of rollout engines, and the tensors of rollouts."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ if TYPE_CHECKING:
 
 
 class Rollouts(NamedTuple):
-    """B responses, padded to R tokens, as long as the longest: on the model's device."""
+    """B responses, padded to the length R of the longest. All tensors are on the model's device."""
 
     tokens: Tensor  # (B, R) int64, 0 beyond the end; an end-of-sequence token is part of the response
     mask: Tensor  # (B, R) bool
-    logprobs: Tensor  # (B, R) float32, what the sampler gave each token, at its temperature; 0 beyond the end
-    finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the longest length
+    logprobs: Tensor  # (B, R) float32, log-probs of the engine at the sampling temperature; 0 beyond the end
+    finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the maximum length
     entropy: Tensor | None = (
-        None  # (B, R) float32, of what the token was drawn from, if the engine gives it; 0 beyond the end
+        None  # (B, R) float32, of each token's distribution; 0 beyond the end; None if not computed
     )
-    self_certainty: Tensor | None = None  # the same
+    self_certainty: Tensor | None = None  # (B, R) float32, likewise
 
 
 class Batch(NamedTuple):
-    """How many prompts, and responses of each, an engine samples at once."""
+    """The number of prompts, and of responses to each, that an engine processes at once."""
 
     prompts: int
     copies: int
 
 
 class RolloutEngine:
-    """Samples responses. Its class answers for what the engine needs, so that nothing else asks which engine it is."""
+    """Generates responses. The class also states the engine's memory and batches, so other code does not depend on the engine."""
 
     samples_in_place: ClassVar[bool] = True
-    """Whether it samples from the policy's own weights, and not from a copy."""
+    """Whether the engine generates from the policy's own weights, not from a copy."""
 
     sync_seconds: float | None = None
-    """Seconds that bringing weights to the engine has taken so far; None where it samples in place."""
+    """Seconds spent so far copying weights to the engine; None if it generates in place."""
 
     check: Callable[[], None] = staticmethod(lambda: None)
-    """Called before every token; may raise."""
+    """Function that is called before every token and may raise an error."""
 
     @classmethod
     def build(cls, config: Config, policy: Policy, longest_prompt: int) -> RolloutEngine:
-        """Return the engine that the configuration describes, for prompts of at most `longest_prompt` tokens."""
+        """Return the configured engine for prompts of at most `longest_prompt` tokens."""
         raise NotImplementedError
 
     @classmethod
     def batch_of(cls, config: Config, work: Work, prompts: int, copies: int) -> Batch:
-        """Return how much of `copies` responses to each of `prompts` prompts is sampled at once; the plan counts calls by it."""
+        """Return the part of `copies` responses to each of `prompts` prompts that is generated at once, for the plan."""
         return Batch(prompts, copies)
 
     @classmethod
     def memory(cls, config: Config, model: Model, work: Work, device: str) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the bytes that the engine holds all along, and those while it samples, by what holds them; weights in place left out."""
+        """Return the engine's memory in bytes, by purpose: what it always holds, and what it holds while it generates."""
         return {}, {}
 
     @classmethod
     def plan_lines(cls, config: Config, device: str) -> list[str]:
-        """Return what the plan says of the engine beside its memory."""
+        """Return further lines of the plan about the engine."""
         return []
 
     def sample(
@@ -78,36 +78,35 @@ class RolloutEngine:
         momentum: MomentumModel | None = None,
         first: int = 0,
     ) -> Rollouts:
-        """Sample `copies` responses to each prompt, those of one prompt together; from the momentum model where one is given.
+        """Generate `copies` responses to each prompt, grouped by prompt; from the momentum model if one is given.
 
-        Random numbers depend on `generator` and a prompt's number, which is `first` for the first of these: who samples a part of the
-        prompts gets what the whole would give. A temperature of 0 is greedy; log-probs are then at temperature 1.
+        Random numbers depend on `generator` and on a prompt's number, which is `first` for the first of `prompts`, so a part of the prompts
+        gets the same responses as all of them together. Temperature 0 is greedy decoding; log-probs are then at temperature 1.
         """
         raise NotImplementedError
 
 
 def seeds_of(prompts: Sequence[Sequence[int]], first: int, generator: torch.Generator) -> list[int]:
-    """Return a seed for each prompt; its copies add their number to it."""
+    """Return a random seed for each prompt. The seed of a response is this seed plus the response's number."""
     return torch.randint(2**62, (first + len(prompts),), generator=generator, device=generator.device)[first:].tolist()
 
 
 def join(parts: Sequence[Rollouts]) -> Rollouts:
-    """Return all rows of some rollouts, padded to the longest."""
+    """Return the concatenation of some rollouts, padded to the longest."""
     width = max(part.tokens.shape[1] for part in parts)
 
     def joined(values: Sequence[Tensor | None]) -> Tensor | None:
         there = [each for each in values if each is not None]
         if len(there) < len(values):
             return None
-        return torch.cat([
-            each if each.dim() == 1 else torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in there
-        ])  # fmt: skip
+        pad = torch.nn.functional.pad
+        return torch.cat([each if each.dim() == 1 else pad(each, (0, width - each.shape[1])) for each in there])
 
     return parts[0] if len(parts) == 1 else Rollouts(*(joined(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
 def interleave(policy: Rollouts, momentum: Rollouts | None, prompts: int) -> Rollouts:
-    """Return the rollouts prompt by prompt: first the policy's, then the momentum model's."""
+    """Return the rollouts grouped by prompt, in each group first the policy's and then the momentum model's."""
     if momentum is None:
         return policy
     first = policy.finished.shape[0]

@@ -1,4 +1,4 @@
-"""A model in the midst of sampling: the keys and values of the tokens so far, those of a prompt once for all its rollouts."""
+"""Key-value caches for generation. The keys and values of a prompt are stored once for all its rollouts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mgrpo_kernels.train.model.attention import Sequences, padded
 from mgrpo_kernels.train.model.policy import Policy
 
 ROOM = 64
-"""Tokens of a rollout that there is room for at first; the room doubles when it is used up."""
+"""Initial capacity for the tokens of a rollout. It doubles when it is used up."""
 
 
 def room_for(tokens: int, most: int) -> int:
-    """Return for how many tokens of a rollout the cache has room once it holds `tokens`: it doubles, up to `most`."""
+    """Return the capacity, in tokens per rollout, of a cache that holds `tokens`. It doubles, up to `most`."""
     room = min(most, ROOM)
     while room < tokens:
         room = min(most, 2 * room)
@@ -24,22 +24,22 @@ def room_for(tokens: int, most: int) -> int:
 
 
 class Cache(Protocol):
-    """U prompts with c rollouts each, those of a prompt together."""
+    """The cache of U prompts with c rollouts each, grouped by prompt."""
 
     def start(self) -> Tensor:
-        """Read the prompts; return the logits of the first tokens, ``(U c, V)``."""
+        """Process the prompts; return the logits of the first tokens, ``(U c, V)``."""
 
     def extend(self, tokens: Tensor) -> Tensor:
-        """Append a token to each rollout, ``(U c,)``; return the logits of the next, ``(U c, V)``."""
+        """Append a token to each rollout, ``(U c,)``; return the logits of the next tokens, ``(U c, V)``."""
 
     def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
-        """Go on with some of the rollouts alone: of each of `prompts`, ``(u,)``, those that `rollouts` names, ``(u, k)``."""
+        """Keep only some rollouts: those in `rollouts`, ``(u, k)``, of each prompt in `prompts`, ``(u,)``."""
 
 
 class SharedCache:
-    """Holds and reads the keys and values of a prompt once for all its rollouts.
+    """Stores and reads the keys and values of a prompt once for all its rollouts.
 
-    It is a layout (:class:`mgrpo_kernels.train.model.attention.Layout`) of one token of each rollout: T = U c.
+    It is also the layout (:class:`mgrpo_kernels.train.model.attention.Layout`) of one token per rollout: T = U c.
     """
 
     def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
@@ -49,7 +49,7 @@ class SharedCache:
         self.length = 0  # of each rollout
         self.prompt: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, (U K, L, D)
         self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (U, K, c, room, D)
-        self._positions: Tensor | None = None  # (1, T), of the tokens to come
+        self._positions: Tensor | None = None  # (1, T), of the next tokens
         self._bias: dict[int | None, Tensor] = {}
 
     def start(self) -> Tensor:
@@ -58,7 +58,9 @@ class SharedCache:
         hidden = self.policy.packed_hidden(layout.ids, layout.positions, layout)[layout.states]  # (U, H)
         for layer in range(len(layout.kept)):
             keys, values = (padded(each, layout.prompts).flatten(0, 1) for each in layout.kept[layer])
-            self.prompt.append((keys.to(values.dtype), values))  # under autocast the rotation leaves keys in float32
+            self.prompt.append(
+                (keys.to(values.dtype), values)
+            )  # under autocast the rotary embedding returns keys in float32
         return self.policy.logits(hidden).repeat_interleave(self.copies, 0)
 
     def extend(self, tokens: Tensor) -> Tensor:
@@ -77,12 +79,9 @@ class SharedCache:
         own_keys, own_values = self._append(layer, k, v)
         keys, values = self.prompt[layer]
         q = q.to(values.dtype).view(U, c, K, repeat, D).transpose(1, 2).reshape(U * K, c * repeat, D)
-        first = (
-            0 if window is None else max(0, self.length + 1 - window)
-        )  # of its own tokens, that a rollout still sees
-        own_keys, own_values = (
-            each[:, :, :, first : self.length + 1].flatten(0, 2) for each in (own_keys, own_values)
-        )  # (U K c, n, D)
+        # The n tokens of each rollout within the window: (U K c, n, D).
+        first = 0 if window is None else max(0, self.length + 1 - window)
+        own_keys, own_values = (each[:, :, :, first : self.length + 1].flatten(0, 2) for each in (own_keys, own_values))
         with_prompt = torch.baddbmm(self._seen(window, K, q.dtype), q, keys.transpose(1, 2), alpha=scale)
         alone = torch.baddbmm(
             q.new_zeros(1), q.reshape(U * K * c, repeat, D), own_keys.transpose(1, 2), beta=0, alpha=scale
@@ -109,7 +108,7 @@ class SharedCache:
         return held
 
     def _seen(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
-        """Return 0 where a rollout's newest token sees a token of the prompt, else -inf: ``(U K, 1, L)``."""
+        """Return 0 where a rollout's newest token attends to a token of the prompt, else -inf, ``(U K, 1, L)``."""
         if window is not None and self.longest + self.length < window:
             window = None
         if window is not None or None not in self._bias:
@@ -137,7 +136,7 @@ class SharedCache:
 
 
 class PaddedCache:
-    """The model's own cache, for models that take no layout: rollouts are padded on the left, each with its prompt's keys and values."""
+    """The model's own cache, for models without layouts. Rollouts are left-padded, each with its prompt's keys and values."""
 
     def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
         self.policy, self.ids, self.copies = policy, prompts, copies
@@ -149,7 +148,7 @@ class PaddedCache:
         logits = self.policy.next_logits(ids, mask, positions(mask), self.cache)
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(self.copies)
         self.cache.batch_select_indices(rows)
-        self.mask, self.position = mask[rows], mask.sum(-1)[rows]  # the position is that of the next token
+        self.mask, self.position = mask[rows], mask.sum(-1)[rows]  # of the next token
         return logits[rows]
 
     def extend(self, tokens: Tensor) -> Tensor:
@@ -167,12 +166,12 @@ class PaddedCache:
 
 
 def chosen(held: Tensor, prompts: Tensor, rollouts: Tensor) -> Tensor:
-    """Return some rollouts, ``(u, k)``, of some prompts, ``(u,)``, from ``(U, K, c, room, D)``."""
+    """Select some rollouts, ``(u, k)``, of some prompts, ``(u,)``, from ``(U, K, c, room, D)``."""
     return held.transpose(1, 2)[prompts[:, None], rollouts].transpose(1, 2).contiguous()
 
 
 def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids ``(B, L)``, 0 before the start, and their mask."""
+    """Return left-padded token ids ``(B, L)`` and their mask."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     starts = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
@@ -180,5 +179,5 @@ def left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Return each token's place in its sequence, as if it stood alone: ``(B, L)``."""
+    """Return each token's position in its sequence without padding, ``(B, L)``."""
     return (mask.long().cumsum(-1) - 1).clamp_min(0)

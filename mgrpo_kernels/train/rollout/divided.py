@@ -1,4 +1,4 @@
-"""Sampling by many ranks: each samples a share of the prompts, and every rank gets all responses."""
+"""Generation by several ranks: each processes a share of the prompts, and all ranks get all responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, join
 
 
 class DividedEngine(RolloutEngine):
-    """An engine that divides the prompts over the ranks and hands every response to every rank."""
+    """Divides the prompts among the ranks, and returns all responses on every rank."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
@@ -38,5 +38,5 @@ class DividedEngine(RolloutEngine):
 
 
 def divided(engine: RolloutEngine) -> RolloutEngine:
-    """Return an engine that spreads its work over the ranks."""
+    """Return an engine that divides its work among the ranks."""
     return engine if parallel.world() == 1 else DividedEngine(engine)

@@ -1,4 +1,4 @@
-"""Batched sampling from a transformers model, with a key-value cache."""
+"""The rollout engine that generates from the transformers model itself, in batches and with a key-value cache."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from mgrpo_kernels.train.rollout import Batch, RolloutEngine, Rollouts, join, se
 from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache, room_for
 
 NOISE_NUMBERS = 2**18
-"""Random numbers of a prompt that are drawn at once, at least those of one token."""
+"""Random numbers per prompt that are drawn at once; at least those of one token."""
 LOGITS_BYTES = 2**25
-"""Logits that wait for their statistics, at least those of one token: a launch for many tokens instead of one for each."""
+"""Bytes of logits that are collected before their statistics are computed in one launch; at least those of one token."""
 CACHE_SHARE = 16
-"""Tokens in the cache for each token of a micro-batch: a cached token holds only keys and values, a trained one all activations of all
-layers, which is more than 16 times as much in the usual shapes."""
+"""Tokens in the cache for each token of a micro-batch. A cached token has only keys and values; a trained token has all activations of all
+layers, which take more than 16 times as much memory in common models."""
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
-"""Tokens from one look at which rollouts have ended to the next: on a GPU the host waits for it."""
+"""Interval, in tokens, between two checks of which rollouts have ended. On a GPU, each check makes the host wait."""
 
 
 class TransformersEngine(RolloutEngine):
-    """Samples from the policy in place; for the momentum model its weights are swapped in, and nothing is copied.
+    """Generates from the policy in place. To generate from the momentum model, its weights are swapped in without a copy.
 
     Args:
-        policy: the model.
-        max_tokens: longest response.
-        cache_tokens: most tokens (prompts, and responses of the longest length) in the cache at once; at least one rollout always runs.
-        stats: what rollouts come with, "logprob" at least, "entropy", "self_certainty": from the logits that a token is drawn from.
+        policy: model that generates.
+        max_tokens: maximum length of a response.
+        cache_tokens: largest number of tokens in the cache, with responses of maximum length; at least one rollout always runs.
+        stats: token statistics of the rollouts: "logprob", and optionally "entropy" and "self_certainty".
     """
 
     def __init__(self, policy: Policy, max_tokens: int, cache_tokens: int, stats: Sequence[str] = ("logprob",)) -> None:
@@ -72,18 +72,18 @@ class TransformersEngine(RolloutEngine):
         momentum: MomentumModel | None = None,
         first: int = 0,
     ) -> Rollouts:
-        """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
+        """Generate `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
         together, at_once = fitting(len(prompts), copies, max(map(len, prompts)), self.max_tokens, self.cache_tokens)
         seeds = seeds_of(prompts, first, generator)
         weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
+        parts = []
         with weights, self.policy.autocast():
-            return join([
-                self._sample(
-                    prompts[start : start + together], min(at_once, copies - copy), temperature,
-                    [generator_of(seed + copy, self.policy.device) for seed in seeds[start : start + together]],
-                )
-                for start in range(0, len(prompts), together) for copy in range(0, copies, at_once)
-            ])  # fmt: skip
+            for start in range(0, len(prompts), together):
+                rows = slice(start, start + together)
+                for copy in range(0, copies, at_once):
+                    generators = [generator_of(seed + copy, self.policy.device) for seed in seeds[rows]]
+                    parts.append(self._sample(prompts[rows], min(at_once, copies - copy), temperature, generators))
+        return join(parts)
 
     def _sample(
         self, prompts: Sequence[Sequence[int]], copies: int, temperature: float, generators: Sequence[torch.Generator]
@@ -111,7 +111,7 @@ class TransformersEngine(RolloutEngine):
                 if not any(number):
                     break
                 kept, most = [prompt for prompt, n in enumerate(number) if n], max(number)
-                if 2 * len(kept) * most <= len(rows):  # fewer than half have work to do: carry on with a smaller block
+                if 2 * len(kept) * most <= len(rows):  # fewer than half have not ended: continue with a smaller block
                     prompt = torch.tensor(kept, device=device)
                     slots = live[prompt].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
                     cache.keep(prompt, slots)
@@ -129,38 +129,43 @@ class TransformersEngine(RolloutEngine):
         found = {name: torch.where(mask, each[:, :width], 0.0) for name, each in found.items()}
         if not bool(torch.isfinite(found["logprob"]).all()):
             raise FloatingPointError(
-                "rollout: expected finite log-probs, got NaN or inf: the model's logits are not numbers any more"
+                "rollout: expected finite log-probs, got NaN or inf: the model's logits are no longer finite"
             )
         return Rollouts(
-            tokens, mask, found["logprob"], (is_end[:, :width] & mask).any(-1), found.get("entropy"), found.get("self_certainty")
-        )  # fmt: skip
+            tokens=tokens,
+            mask=mask,
+            logprobs=found["logprob"],
+            finished=(is_end[:, :width] & mask).any(-1),
+            entropy=found.get("entropy"),
+            self_certainty=found.get("self_certainty"),
+        )
 
 
 def cache_tokens_of(config: Config) -> int:
-    """Return the tokens that the cache of a run may hold."""
+    """Return the largest number of tokens in the cache of a run."""
     return CACHE_SHARE * config.rollout.tokens_per_microbatch
 
 
 def fitting(prompts: int, copies: int, prompt_tokens: int, response_tokens: int, cache_tokens: int) -> Batch:
-    """Return how many prompts, and responses of each, fit into the cache at once; at least one of one."""
+    """Return how many prompts, and responses to each, fit into the cache at once; at least one response to one prompt."""
     together = cache_tokens // (prompt_tokens + copies * response_tokens)
     of_each = (cache_tokens - prompt_tokens) // response_tokens
     return Batch(min(prompts, max(1, together)), max(1, min(copies, of_each)))
 
 
 def cache_bytes(config: Config, model: Model, work: Work, batch: Batch) -> int:
-    """Return the keys and values of a batch: those of a prompt once, and room for each rollout's own.
+    """Return the size of the keys and values of a batch: once for each prompt, and the capacity for each rollout.
 
-    While a layer's room doubles, it has the old one too; what attention reads it copies, a layer at a time.
+    While the capacity of a layer doubles, the old keys and values exist too, and attention copies what it reads, one layer at a time.
     """
-    last = work.response_tokens - 1  # is drawn, and not read
+    last = work.response_tokens - 1  # the last token is generated, but not processed
     of_rollout = room_for(last, work.response_tokens)
     tokens = batch.prompts * (work.prompt_tokens + batch.copies * of_rollout)
     return 2 * model.keys * width_of(config) * tokens * model.layers if last else 0
 
 
 def logits_bytes(config: Config, model: Model, work: Work, batch: Batch) -> int:
-    """Return the logits that wait for their statistics, once more while they are joined; a token's own; and the noise."""
+    """Return the size of the collected logits, twice while they are concatenated, of a token's logits, and of the noise."""
     U, copies, c = batch.prompts, batch.copies, width_of(config)
     one = U * copies * model.vocabulary
     waiting = min(one * c * work.response_tokens, LOGITS_BYTES + one * c)
@@ -175,11 +180,12 @@ def noise_steps(copies: int, vocabulary: int, tokens: int) -> int:
 
 
 def generator_of(seed: int, device: torch.device) -> torch.Generator:
+    """Return a generator with this seed."""
     return torch.Generator(device=device).manual_seed(seed)
 
 
 class Noise:
-    """Gumbel noise, of each prompt from a stream of its own: what is drawn does not depend on the other prompts."""
+    """Gumbel noise. Each prompt has its own generator, so its random numbers do not depend on the other prompts."""
 
     def __init__(self, generators: Sequence[torch.Generator], copies: int, vocabulary: int, tokens: int) -> None:
         self.generators = generators
@@ -188,7 +194,7 @@ class Noise:
         self.block = torch.empty(shape, device=generators[0].device)
 
     def of(self, t: int, rows: Tensor) -> Tensor:
-        """Return the noise of token `t` of some rollouts, ``(rows, V)``; `t` from 0, one after the other."""
+        """Return the noise of token `t` of some rollouts, ``(rows, V)``. Tokens must be requested in order, from 0."""
         if t % self.steps == 0:
             for prompt, generator in enumerate(self.generators):
                 drawn = torch.empty_like(self.block[:, prompt], memory_format=torch.contiguous_format)
@@ -199,12 +205,12 @@ class Noise:
 
 
 def choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
-    """Return a token for each row of ``(B, V)``: drawn by Gumbel noise of that shape, without a host sync; the likeliest without noise."""
+    """Return a token for each row of ``(B, V)``: sampled with Gumbel noise of that shape, or the most likely one without noise."""
     return (logits if noise is None else torch.add(noise, logits, alpha=1 / temperature)).argmax(-1)
 
 
 class Scores:
-    """The tokens that are drawn, and their statistics from the logits that they are drawn from."""
+    """Collects the generated tokens, and their statistics from the logits that they were sampled from."""
 
     def __init__(self, batch: int, tokens: int, stats: Sequence[str], temperature: float, device: torch.device) -> None:
         self.temperature = temperature
@@ -214,7 +220,7 @@ class Scores:
         self._bytes = 0
 
     def add(self, rows: Tensor, t: int, logits: Tensor, tokens: Tensor) -> None:
-        """Take token `t` of some rollouts, and its logits ``(rows, V)``."""
+        """Add token `t` of some rollouts, with its logits ``(rows, V)``."""
         self._waiting.append((rows * self.tokens.shape[1] + t, logits, tokens))
         self._bytes += logits.nbytes
         if self._bytes >= LOGITS_BYTES:
