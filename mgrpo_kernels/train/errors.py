@@ -14,12 +14,12 @@ class EngineError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is damaged. Those before it are as they were."""
+    """A checkpoint could not be written, or is damaged. Earlier checkpoints are unchanged."""
 
 
 class OutputError(RuntimeError):
-    """A file of the run, other than a checkpoint, could not be written at its end. The rest has been saved."""
+    """A file other than a checkpoint could not be written at the end of the run. Everything else has been saved."""
 
 
 class FailedElsewhereError(RuntimeError):
-    """Another rank has failed, and shows why."""
+    """Another rank has failed, and shows the reason."""

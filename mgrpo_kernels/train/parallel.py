@@ -143,8 +143,8 @@ def together() -> Iterator[None]:
     """Run the block, which must not communicate, on every rank, and wait for all. An error on one rank is raised on all.
 
     Raises:
-        UsageError: as the first rank that failed raised it.
-        FailedElsewhereError: any other error of another rank, with its text.
+        UsageError: the first rank that failed raised a UsageError.
+        FailedElsewhereError: another rank raised any other error, whose text is in the message.
     """
     if world() == 1:
         yield

@@ -78,7 +78,8 @@ def test_on_without_a_template_or_with_a_broken_one(tmp_path: Path) -> None:
         wrapper(*make(tmp_path / "none", None), "on", ignore)
     broken = "{{ raise_exception('expected a system turn') }}"
     with pytest.raises(
-        UsageError, match="chat_template: expected a template that accepts .*, got TemplateError: expected a system turn"
+        UsageError,
+        match="chat_template: expected a template that accepts .*, got TemplateError: expected a system turn",
     ):
         wrapper(*make(tmp_path / "broken", broken), "on", ignore)
 

@@ -115,7 +115,7 @@ def test_a_report_and_a_logger_that_fail_end_no_run(
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", broken)
     assert command.main([*FLAGS, "--steps", "2", "--tensorboard", "--output", str(place)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("warning: tensorboard failed and is off from here on: OSError") == 1
+    assert shown.count("warning: tensorboard failed and is now disabled: OSError") == 1
     assert "warning: report.html could not be written: OSError: [Errno 28]" in shown
     assert (place / "final" / "model.safetensors").exists()
 

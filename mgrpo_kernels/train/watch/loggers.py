@@ -58,7 +58,7 @@ def log_in(run: RunConfig) -> None:
 def open_loggers(
     config: Config, output: Path, past: Iterable[Line], warn: Callable[[str], None] = print_line
 ) -> list[Logger]:
-    """Open the loggers that `config` names, for the run in `output`, of which metrics.jsonl holds the lines `past`."""
+    """Open the configured loggers for the run in `output`; `past` are the lines in its metrics.jsonl, and `warn` reports failures."""
     check_projects(config, output)
     made: list[Logger] = []
     past, run = list(past), config.run
@@ -76,20 +76,20 @@ def open_loggers(
 
 
 def check_projects(config: Config, output: Path) -> None:
-    """Raise UsageError where the run in `output` began in another project of a logger, or loggers.json is damaged."""
+    """Raise UsageError if the run in `output` was started in another project of a logger, or if loggers.json is damaged."""
     known = read_state(output)
     for kind, project in (("wandb", config.run.wandb), ("trackio", config.run.trackio)):
         if project is not None and kind in known and known[kind]["project"] != project:
             raise UsageError(
-                f"{kind}: expected {known[kind]['project']}, the project that the run began in, got {project}"
+                f"{kind}: expected {known[kind]['project']}, the project in which the run was started, got {project}"
             )
 
 
 def read_state(output: Path) -> dict[str, Any]:
-    """Return what loggers.json holds of each logger: its project, the run's name there, and the last step that it was given.
+    """Return the content of loggers.json: for each logger, its project, the name of the run, and the last step that was sent.
 
     Raises:
-        UsageError: it is damaged.
+        UsageError: the file is damaged.
     """
     file = output / "loggers.json"
     if not file.exists():
@@ -101,7 +101,7 @@ def read_state(output: Path) -> dict[str, Any]:
         )
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"loggers: expected a readable {file}, got {error}; without it the loggers begin a new run"
+            f"loggers: expected a readable {file}, got {error}: delete it to let the loggers start a new run"
         ) from error
     state: dict[str, Any] = found
     if not fine:
@@ -110,7 +110,7 @@ def read_state(output: Path) -> dict[str, Any]:
 
 
 class SafeLogger:
-    """A logger that the run can do without: when it fails, that is reported, and it gets no more lines until the run is resumed."""
+    """A logger whose failure does not end the run: it is reported, and the logger gets no more lines until the run is resumed."""
 
     def __init__(self, name: str, logger: Logger, warn: Callable[[str], None]) -> None:
         self.name, self._logger, self._warn, self._failed = name, logger, warn, False
@@ -129,11 +129,11 @@ class SafeLogger:
             return
         try:
             call()
-        except Exception as error:  # a disk, a network, a service: no list of their errors would be complete
+        except Exception as error:  # a disk, a network or a service may raise any error
             self._failed = True
             self._warn(
-                f"warning: {self.name} failed and is off from here on: {type(error).__name__}: {error}. metrics.jsonl has every line; "
-                "--resume starts it again"
+                f"warning: {self.name} failed and is now disabled: {type(error).__name__}: {error}. metrics.jsonl has all lines; "
+                "--resume enables it again"
             )
 
 
@@ -169,7 +169,7 @@ class TensorBoard:
         self._writer.flush()
 
     def catch_up(self) -> None:
-        """Empty the files of earlier parts of the run, now that this one holds their steps.
+        """Truncate the files of earlier parts of the run, whose steps the newest file holds too.
 
         A TensorBoard that is reading a truncated file continues with the next one; it would not if the file were deleted.
         """
