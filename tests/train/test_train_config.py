@@ -44,7 +44,7 @@ BAD = {
     "momentum_rollouts": (32, "momentum_rollouts: expected at most 30 of 32 rollouts"),
     "warmup": (1.0, "warmup: expected a finite number >= 0.0 and < 1.0, got 1.0"),
     "steps": (0, "steps: expected a finite number >= 1, got 0"),
-    "temperature": (0.0, "temperature: expected a finite number > 0.0, got 0.0"),
+    "temperature": (0.0, "temperature: expected a finite number >= 0.0001, got 0.0"),
     "learning_rate": (float("nan"), "learning_rate: expected a finite number > 0.0, got nan"),
     "method": ("grpo", "method: expected one of mgrpo, srt, "),
     "filter_scope": ("all", "filter_scope: expected one of both, vote, penalise, got 'all'"),
@@ -208,7 +208,7 @@ def test_files_that_are_no_options(tmp_path: Path, text: str) -> None:
 def test_command_line_over_yaml_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"steps": 7, "seed": 3, "method": "srt"}))
-    config, output, resume, dry_run = command.read_command_line(["--config", str(file), "--seed", "4", "--dry-run"])
+    config, output, resume, dry_run, _ = command.read_command_line(["--config", str(file), "--seed", "4", "--dry-run"])
     assert (config.optim.steps, config.run.seed, config.method.method) == (7, 4, "srt")
     assert output.parent == Path("runs")
     assert output.name.startswith("srt-")
