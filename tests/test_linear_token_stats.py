@@ -369,7 +369,7 @@ GOOD = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torc
         ({"logit_scale": float("inf")}, ValueError, "logit_scale: expected a finite number, got inf"),
         ({"workspace_bytes": 10}, ValueError, "workspace_bytes: expected a finite number >= 65536, got 10"),
         ({"vocab_start": 3}, ValueError, "vocab_start: expected None or 0 without a tp_group, got 3"),
-        ({"stats": ("x",)}, ValueError, "stats: want"),
+        ({"stats": ("x",)}, ValueError, "stats: expected"),
         ({"temperature": -1}, ValueError, "temperature: expected a finite number > 0"),
         ({"mask": torch.ones(2, 1, dtype=torch.bool)}, ValueError, r"mask: expected shape \(2,\), got \(2, 1\)"),
     ],

@@ -107,7 +107,7 @@ def test_bad_models():
         TypeError, match="model: expected a transformers causal language model with a linear head, got Linear"
     ):
         fuse_lm_head(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="stats: want"):
+    with pytest.raises(ValueError, match="stats: expected"):
         fuse_lm_head(make("llama"), stats=("perplexity",))
     model = make("llama")
     model.config.logit_scale = 3.0  # a scale that the model itself does not apply

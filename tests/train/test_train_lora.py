@@ -287,7 +287,7 @@ def test_what_the_plan_says_trains(base: Path, tmp_path: Path, capsys: pytest.Ca
         output = tmp_path / targets
         assert command.main([*tiny.FLAGS, *FLAGS, "--lora-targets", targets, "--output", str(output), "--dry-run"]) == 0
         trained = sum(value.numel() for value in load(base, targets=targets).model.parameters() if value.requires_grad)
-        assert f"  trained: {trained:,} parameters of the adapter" in capsys.readouterr().out
+        assert f"  trained parameters: {trained:,} of the adapter" in capsys.readouterr().out
         assert not output.exists()
 
 

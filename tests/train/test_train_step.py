@@ -95,7 +95,7 @@ def test_every_method_in_every_scope(policy: Policy, method: str, scope: str) ->
         "seed": 2,
     }  # a seed by which each has two rewards
     if (scope, method) in REFUSED:
-        with pytest.raises(UsageError, match="filter_scope: want"):
+        with pytest.raises(UsageError, match="filter_scope: expected"):
             tiny.config(**changes)
         return
     line, _, change = run(tiny.learner(policy, **changes), **changes)

@@ -42,6 +42,6 @@ def test_a_run_that_ends_before_leaves_what_there_is(
 
 @pytest.mark.parametrize("steps", ["3", "0:2", "3:2", "a:b", ":", "-1:2", "1:5"])
 def test_steps_that_are_none(steps: str) -> None:
-    with pytest.raises(UsageError, match="profile_steps: want"):
+    with pytest.raises(UsageError, match="profile_steps: expected"):
         tiny.config(profile_steps=steps, steps=4)
     assert list(tiny.config(profile_steps="2:4", steps=4).profiled) == [2, 3, 4]
