@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="run every cell (default: the main cells)")
     parser.add_argument(
-        "--cells", nargs="+", choices=list(CELLS), metavar="CELL", help=f"cells to run, of {', '.join(CELLS)}"
+        "--cells", nargs="+", choices=list(CELLS), metavar="CELL", help=f"cells to run, of: {'; '.join(CELLS)}"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: 3)")
     parser.add_argument("--first-seed", type=int, default=2, metavar="S", help="first seed (default: 2)")
