@@ -1,5 +1,7 @@
 """Kill -9 at chosen moments of a run, resume, and compare every bit with the run left alone: ``make torture`` does it 20 times.
 
+Then it does the faults of torture_faults.py, and writes the table of both to docs/torture.json, which docs/generate.py reads.
+
 The trainer runs in a process that kills itself, by SIGKILL, at the n-th event of a kind: a token sampled, a step's line written, the
 optimizer's step, or anything that a checkpoint does to the disk. What is left on the disk is what a kill from outside leaves there.
 """
@@ -7,6 +9,7 @@ optimizer's step, or anything that a checkpoint does to the disk. What is left o
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -14,17 +17,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "train")]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "train")]
+
+import torture_faults  # noqa: E402 - it lies beside this file
 
 STEPS = 10
 EVENTS = {"rollout": (20, 100), "checkpoint": (1, 36), "line": (2, 5 * STEPS), "update": (1, STEPS - 1)}
 """Kinds of event, and the range that the n-th is drawn from: of tokens, disk operations, lines of metrics.jsonl
 and samples.jsonl, optimizer steps."""
+MOMENTS = {
+    "rollout": "a random token", "checkpoint": "a random disk operation of a checkpoint", "line": "a random line of metrics or samples",
+    "update": "a random optimizer step",
+}  # fmt: skip
 
 
 def flags() -> list[str]:
@@ -106,40 +115,59 @@ def bits_equal(one: Any, two: Any) -> bool:
     return one is not None and two is not None and torch.equal(one, two)
 
 
-def main(times: int, seed: int) -> int:
-    """Kill and resume; return the exit status: 0 where every bit was the same."""
+def kills(root: Path, times: int, seed: int) -> Iterator[torture_faults.Row]:
+    """Kill and resume; yield a row for each kind of event."""
     import tiny
-    import torch
 
-    from mgrpo_kernels.train import __main__ as command
+    chance, kinds = random.Random(seed), list(EVENTS)
+    whole = tiny.output_with(root / "base", root / "whole")
+    process = torture_faults.started(torture_faults.alone(whole, *flags()))
+    assert torture_faults.ended(process)[0] == 0
+    failed: dict[str, list[bool]] = {event: [] for event in kinds}
+    for turn in range(times):
+        event = kinds[turn % len(kinds)]
+        number = chance.randint(*EVENTS[event])
+        output = tiny.output_with(root / "base", root / f"run_{turn}")
+        assert killed(event, number, output), f"{event} {number}: the run ended before"
+        there = sorted(each.name for each in (output / "checkpoints").iterdir())
+        status, text = torture_faults.ended(torture_faults.started(torture_faults.alone(output, "--resume")))
+        different = differences(whole, output) if status == 0 else [text[-2000:]]
+        failed[event].append(bool(different))
+        print(f"torture: killed at {event} {number}, left {there}: {different or 'the same bits'}", flush=True)
+    for event, results in failed.items():
+        yield torture_faults.Row(f"kill -9 at {MOMENTS[event]}", len(results), sum(results), 0, 0)
 
-    torch.set_num_threads(1)
-    chance, failed = random.Random(seed), 0
+
+def main(times: int, seed: int, chosen: str, out: Path | None) -> int:
+    """Do every fault; return the exit status: 0 where nothing was lost, hung or misleading."""
+    import tiny
+
+    table: list[torture_faults.Row] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         tiny.make_base(root / "base")
-        whole = tiny.output_with(root / "base", root / "whole")
-        assert command.main([*flags(), "--output", str(whole)]) == 0
-        kinds = list(EVENTS)
-        for turn in range(times):
-            event = kinds[turn % len(kinds)]
-            number = chance.randint(*EVENTS[event])
-            output = tiny.output_with(root / "base", root / f"run_{turn}")
-            assert killed(event, number, output), f"{event} {number}: the run ended before"
-            there = sorted(each.name for each in (output / "checkpoints").iterdir())
-            assert command.main(["--output", str(output), "--resume"]) == 0
-            different = differences(whole, output)
-            failed += bool(different)
-            print(f"torture: killed at {event} {number}, left {there}: {different or 'the same bits'}", flush=True)
-    print(f"torture: {times - failed} of {times} runs resumed to the same bits")
-    return 1 if failed else 0
+        bench = torture_faults.Bench(root, flags())
+        for row in (
+            (*kills(root, times, seed), *torture_faults.rows(bench, chosen))
+            if times
+            else torture_faults.rows(bench, chosen)
+        ):
+            table.append(row)
+            print(f"torture: {row}", flush=True)
+    if out is not None:
+        known = {each["fault"]: each for each in json.loads(out.read_text(encoding="utf-8"))} if out.exists() else {}
+        known |= {row.fault: row._asdict() for row in table if row.tried}
+        out.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+    return 1 if any(row.lost or row.hung or row.misleading for row in table) else 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["child"]:
         sys.exit(child(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--times", type=int, default=20, help="runs that are killed (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments (default: 0)")
+    parser.add_argument("--faults", default="", metavar="TEXT", help="only the other faults whose name contains this")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="table to write, or to replace these rows of")
     given = parser.parse_args()
-    sys.exit(main(given.times, given.seed))
+    sys.exit(main(given.times, given.seed, given.faults, given.out))

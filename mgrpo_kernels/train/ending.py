@@ -25,6 +25,11 @@ def exit_status(error: BaseException, hint: str = f"; {RESUME}") -> int | None:
             f"out of memory: {first_line(error)}. Lower --tokens-per-microbatch, --rollouts or --max-response-tokens, or see "
             f"--dry-run for what takes the memory{hint}"
         )
+    elif is_lost_contact(error):
+        text = (
+            f"lost contact with another rank: {first_line(error)}. It ended, hangs, or took longer than --rank-timeout; its own output, or "
+            f"torchrun's summary, says which{hint}"
+        )
     elif isinstance(error, OSError):
         text = f"{type(error).__name__}: {text}{hint}"
     elif isinstance(error, KeyboardInterrupt):
@@ -42,6 +47,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Return whether a collective failed because another rank did not take part. Gloo raises plain RuntimeErrors for that."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or "/gloo/" in str(error)
     )
 
 

@@ -28,12 +28,15 @@ from mgrpo_kernels.train.config import VllmConfig, build
 from mgrpo_kernels.train.errors import EngineError, UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import vllm as engine_module
-from mgrpo_kernels.train.rollout import vllm_server as module
+from mgrpo_kernels.train.rollout import vllm_batch
+from mgrpo_kernels.train.rollout import vllm_control as module
 from mgrpo_kernels.train.rollout.vllm import VllmEngine
 from mgrpo_kernels.train.rollout.vllm_server import VllmServers
 from mgrpo_kernels.train.run.stopping import Abandoned
 
 ROOT = Path(__file__).resolve().parents[2]
+KEY = "a-key-of-the-tests"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 START = 240.0  # seconds that a server may take on a busy machine; alone it is 20
 
 
@@ -51,7 +54,7 @@ def started(
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith("VLLM_")
     }  # the engine here has set some
-    clean |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    clean |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_API_KEY": KEY}
     clean["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     servers, logs = [], tmp_path_factory.mktemp("servers")
     for _ in range(2):
@@ -89,6 +92,11 @@ def started(
 @pytest.fixture
 def urls(started: list[tuple[str, subprocess.Popen[bytes]]]) -> list[str]:
     return [url for url, _ in started]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
 
 
 def connect(policy: Policy, urls: list[str], timeout: float = 60.0, longest: int = 12) -> VllmServers:
@@ -193,7 +201,7 @@ def test_nan_weights_stop_the_rollout(servers: VllmServers, policy: Policy) -> N
 
 def busy(url: str) -> float:
     """Return how many requests a server has."""
-    text = httpx.get(f"{url}/metrics", timeout=30).text
+    text = httpx.get(f"{url}/metrics", timeout=30, headers=HEADERS).text
     rows = [
         row for row in text.splitlines() if row.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
     ]
@@ -236,7 +244,7 @@ def test_requests_are_given_up(servers: VllmServers, urls: list[str], reason: st
 
 def test_after_a_trainer_that_was_killed_in_an_exchange(policy: Policy, urls: list[str]) -> None:
     want = draw(connect(policy, urls))
-    httpx.post(f"{urls[0]}/start_weight_update", timeout=30).raise_for_status()
+    httpx.post(f"{urls[0]}/start_weight_update", timeout=30, headers=HEADERS).raise_for_status()
     assert equal(draw(connect(policy, urls)), want)
 
 
@@ -339,6 +347,16 @@ def test_weights_that_do_not_load_or_go_astray_are_noticed(
             with pytest.raises(UsageError, match=message):
                 connect(policy, urls)
     assert equal(draw(connect(policy, urls)), want)  # the servers took no harm
+
+
+def test_without_the_key_only_health_answers(policy: Policy, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("v1/models", "weight_info", "server_info", "metrics"):
+        assert httpx.get(f"{urls[0]}/{path}", timeout=30).status_code == 401
+    assert httpx.post(f"{urls[0]}/collective_rpc", json={"method": "mgrpo_model"}, timeout=30).status_code == 401
+    assert httpx.get(f"{urls[0]}/health", timeout=30).status_code == 200
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    with pytest.raises(UsageError, match=f"{urls[0]}/version: 401: expected the key, got none or another"):
+        connect(policy, urls)
 
 
 class Bare(BaseHTTPRequestHandler):
@@ -456,28 +474,51 @@ def test_a_run_trains(base: Path, urls: list[str], tmp_path: Path) -> None:
     assert any(not before[name].equal(value) for name, value in after.items())
 
 
-def test_z_a_server_that_dies_ends_the_run(
-    servers: VllmServers, started: list[tuple[str, subprocess.Popen[bytes]]]
-) -> None:
-    """The last of this file: one of the two is no more after it."""
-    url, process = started[1]
+def disturbed(servers: VllmServers, act: Callable[[], None]) -> Any:
+    """Sample while `act` is done to a server whose requests are on their way."""
     first = servers.check
 
-    def kill() -> None:
+    def check() -> None:
         servers.check = first
-        time.sleep(0.2)  # the requests are on their way
-        os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.3)
+        act()
 
-    servers.check = kill
-    prompts = servers.policy.encode(PROMPTS)
+    servers.check = check
+    return servers.sample(
+        servers.policy.encode(PROMPTS), 300, temperature=1.1, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def test_y_a_server_that_hangs_is_left_out(
+    servers: VllmServers, started: list[tuple[str, subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_batch, "SLOWEST", 1.0)
+    want = draw(servers)
+    url, process = started[1]
+    try:
+        got = disturbed(servers, lambda: os.killpg(process.pid, signal.SIGSTOP))
+        assert got.tokens.shape[0] == 300 * len(PROMPTS)
+        assert f"{url}: no answer to " in servers._lost[url]
+        assert equal(draw(servers), want)
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+    assert equal(draw(connect(servers.policy, [each for each, _ in started])), want)  # it took no harm
+
+
+def test_z_a_server_that_dies_is_left_out_and_the_last_one_ends_the_run(
+    servers: VllmServers, started: list[tuple[str, subprocess.Popen[bytes]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last of this file: neither server is left after it."""
+    want, (url, process) = draw(servers), started[1]
+    got = disturbed(servers, lambda: os.killpg(process.pid, signal.SIGKILL))
+    assert got.tokens.shape[0] == 300 * len(PROMPTS)
+    assert f"{url}/v1/completions: " in servers._lost[url]
+    assert f"It is used no more; {started[0][0]} remain" in caplog.text
+    assert equal(draw(servers), want)  # the weights go to the other alone
+    os.killpg(started[0][1].pid, signal.SIGKILL)
     start = time.monotonic()
-    with pytest.raises(EngineError, match=rf"vllm: expected 16000 responses .* got ServerError: {url}: "):
-        servers.sample(prompts, 4000, temperature=1.1, generator=torch.Generator())
-    process.wait(20)
     with pytest.raises(
-        EngineError, match=rf"vllm: expected 24 responses .* got ServerError: {url}/weight_info: ConnectError"
+        EngineError, match=rf"vllm: expected 24 responses .* got ServerError: {url}.*{started[0][0]}.*no server is left"
     ):
         draw(servers)
-    assert time.monotonic() - start < 10
-    alone = connect(servers.policy, [started[0][0]])  # what a new run, with --resume, has
-    assert draw(alone).tokens.shape[0] == len(PROMPTS) * COPIES
+    assert time.monotonic() - start < 20

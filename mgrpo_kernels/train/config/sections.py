@@ -219,9 +219,15 @@ class VllmConfig(Section):
 
     def check(self) -> None:
         urls = self.server_urls
+        shown = "" if self.vllm_servers is None else re.sub(r"//[^,\s]*@", "//***@", self.vllm_servers)
+        if any(re.search(r"[@?#]", url) for url in urls):
+            raise ValueError(
+                f"vllm_servers: expected URLs without user, password or query, since they are written to files and logs, got {shown!r}: "
+                "put the servers' key into VLLM_API_KEY, or the name of a file that contains it into VLLM_API_KEY_FILE"
+            )
         if len(set(urls)) < len(urls) or not all(re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) for url in urls):
             raise ValueError(
-                f"vllm_servers: expected http://HOST:PORT, or several different ones separated by commas, got {self.vllm_servers!r}"
+                f"vllm_servers: expected http://HOST:PORT, or several different ones separated by commas, got {shown!r}"
             )
         if urls:
             for each in dataclasses.fields(self):
