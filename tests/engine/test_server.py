@@ -354,7 +354,7 @@ def test_without_the_key_only_health_answers(policy: Policy, urls: list[str], mo
         assert httpx.get(f"{urls[0]}/{path}", timeout=30).status_code == 401
     assert httpx.post(f"{urls[0]}/collective_rpc", json={"method": "mgrpo_model"}, timeout=30).status_code == 401
     assert httpx.get(f"{urls[0]}/health", timeout=30).status_code == 200
-    monkeypatch.setenv("VLLM_API_KEY", "another")
+    monkeypatch.setenv("VLLM_API_KEY", "wrong-key")
     with pytest.raises(UsageError, match=f"{urls[0]}/version: 401: expected the key, got none or another"):
         connect(policy, urls)
 

@@ -16,6 +16,7 @@ from mgrpo_kernels.train.errors import UsageError
 
 VARIABLE, FILE_VARIABLE = "VLLM_API_KEY", "VLLM_API_KEY_FILE"
 MIDDLEWARE = f"{__name__}.RequireKey"
+SHORTEST = 8
 
 
 def read_key() -> str | None:
@@ -31,9 +32,9 @@ def read_key() -> str | None:
             key = Path(file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{FILE_VARIABLE}: expected a readable file, got {file}: {error}") from None
-    if key is not None and not (key and all("!" <= character <= "~" for character in key)):
+    if key is not None and not (len(key) >= SHORTEST and all("!" <= character <= "~" for character in key)):
         raise UsageError(
-            f"{source}: expected a key of visible ASCII characters without spaces, got one with others, or none"
+            f"{source}: expected a key of at least {SHORTEST} visible ASCII characters, without spaces, got {len(key)} characters"
         )
     return key
 
