@@ -101,20 +101,14 @@ def select(
     same: Equivalence = options.equivalence if equivalence is None else equivalence
     nonempty = mask.any(-1).cpu()
     level = _reduced(entropy, mask, options.entropy_reduction)
-
-    survives = nonempty
-    if options.filters:
-        assert level is not None
-        survives = survivors(level, offsets, k=options.iqr_k, min_spread=options.iqr_min_spread)
+    survives = _survives(options, level, offsets, nonempty)
     voters = survives & momentum if options.row.voters == "momentum" else survives
     vote = None
     if rewards is None:
         vote = majority_vote(answers, offsets, voters=voters, equivalence=same, min_share=options.min_share)
         correct = equal_to_gold(answers, gold, same) if options.row.needs_gold and gold is not None else None
-        signals = Signals(
-            vote, offsets, nonempty, _reduced(entropy, mask), _reduced(self_certainty, mask), correct, generator
-        )
-        rewards = options.row.rewards(signals)
+        means = _reduced(entropy, mask), _reduced(self_certainty, mask)
+        rewards = options.row.rewards(Signals(vote, offsets, nonempty, *means, correct, generator))
     rewards = rewards.float().cpu()
     trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
     trains &= ~rewards.isnan()
@@ -173,6 +167,14 @@ def _check(
         raise ValueError(
             f"gold: expected a true answer for every rollout with {method}, got None at {list(gold).index(None)}"
         )
+
+
+def _survives(options: MethodOptions, level: Tensor | None, offsets: Tensor, nonempty: Tensor) -> Tensor:
+    """Return which rollouts are neither empty nor pruned, ``(B,)`` bool."""
+    if not options.filters:
+        return nonempty
+    assert level is not None
+    return survivors(level, offsets, k=options.iqr_k, min_spread=options.iqr_min_spread)
 
 
 def _flags(name: str, value: Tensor | None, B: int, default: bool) -> Tensor:

@@ -98,10 +98,10 @@ def title_of(section: type) -> str:
 
 
 def add_option(group: Any, name: str, *, required: bool = False) -> None:
-    """Add an option of the trainer's configuration; for a `required` one, the help text names no default."""
+    """Add an option of the trainer's configuration; for a `required` one, the help text has no default."""
     option = OPTIONS[name]
     flag, kind = "--" + name.replace("_", "-"), next(each for each in option.kinds if each is not type(None))
-    text = f"{option.field.metadata['help']} (required)" if required else help_of(option)
+    text = f"{option.field.metadata['help']} (required, unless --config has it)" if required else help_of(option)
     text = text.replace("%", "%%")
     if kind == PAIR:
         group.add_argument(flag, type=float, nargs=2, metavar=("X", "Y"), help=text)

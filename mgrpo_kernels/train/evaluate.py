@@ -40,6 +40,16 @@ OPTIONS = (
 FIRST = ("eval_samples", "eval_temperature", "max_response_tokens", "engine")
 """The options that most users need first, besides --config, --model, --eval-data and --output."""
 
+EPILOG = """examples:
+  python -m mgrpo_kernels.train.evaluate --model DIR_OR_HUB_NAME \\
+      --eval-data FILE.jsonl
+      evaluate a model on the questions of a file
+  python -m mgrpo_kernels.train.evaluate --config runs/mine/config.yaml \\
+      --model runs/mine/final
+      evaluate the model of a training run on that run's held-out questions
+
+Exit status: 0 finished, 1 failed, 2 invalid options, 130 interrupted."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return a parser of :data:`OPTIONS`, in groups."""
@@ -48,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "%(prog)s --model DIR_OR_HUB_NAME --eval-data FILE_OR_NAME [options]",
         "Evaluate a language model on held-out questions: avg@k, pass@k, maj@k and greedy accuracy. Writes metrics.jsonl, "
         "questions.jsonl and config.yaml.",
+        EPILOG,
     )
     first = parser.add_argument_group(command_line.MOST_USED)
     for name in REQUIRED:

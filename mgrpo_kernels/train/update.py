@@ -111,8 +111,7 @@ def accumulate_gradient(
             )
             # Only for the first micro-batch, because another pass of the head costs a quarter of its work.
             if batch.sampled_logprobs is not None and not mismatch:
-                difference = differences(policy, packed, batch.sampled_logprobs[chosen][mask], temperature)
-                mismatch = {"mismatch_sum": difference.sum(), "mismatch_tokens": torch.ones_like(difference).sum()}
+                mismatch = compare(policy, packed, batch.sampled_logprobs[chosen][mask], temperature)
         result.loss.backward()
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
             sums[name] = sums[name] + value if name in sums else value
@@ -122,8 +121,8 @@ def accumulate_gradient(
 
 
 @torch.no_grad()
-def differences(policy: Policy, packed: ResponseStates, sampled: Tensor, temperature: float) -> Tensor:
-    """Return |log-prob of the policy - log-prob of the engine| of response tokens, ``(N,)``, from hidden states already computed."""
+def compare(policy: Policy, packed: ResponseStates, sampled: Tensor, temperature: float) -> dict[str, Tensor]:
+    """Compare the policy's log-probs with those of the engine, ``(N,)``; return the sum of |differences| and their number."""
     weight, bias = policy.head()
     own = linear_token_stats(
         packed.hidden,
@@ -135,7 +134,8 @@ def differences(policy: Policy, packed: ResponseStates, sampled: Tensor, tempera
         **policy.head_options._asdict(),
     )
     assert own.logprob is not None
-    return (own.logprob - sampled).abs()
+    difference = (own.logprob - sampled).abs()
+    return {"mismatch_sum": difference.sum(), "mismatch_tokens": torch.ones_like(difference).sum()}
 
 
 def take_step(

@@ -336,6 +336,13 @@ def test_short_help_is_the_first_group_alone(capsys: pytest.CaptureFixture[str])
     assert "--help describes every option" in text
 
 
+def test_help_of_the_evaluation_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = evaluate.make_parser().format_help().splitlines()
+    assert max(map(len, lines[2:])) <= 80, [line for line in lines[2:] if len(line) > 80]
+    assert "examples:" in lines
+
+
 def test_help_fits_80_columns_and_names_every_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     lines = command.make_parser().format_help().splitlines()

@@ -87,7 +87,8 @@ class DataConfig(Section):
     )
     eval_data: str | None = option(
         None,
-        "held-out prompts with true answers, in a format of --data; the split is test unless it is given",
+        "held-out prompts with true answers: a file FILE.jsonl, FILE.json or FILE.parquet, or a data set as NAME, NAME:SPLIT or "
+        "NAME:CONFIG:SPLIT; the split is test unless it is given",
         if_none="no evaluation",
         metavar="FILE_OR_NAME",
     )
