@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from mgrpo_kernels import MomentumModel, TokenStats
 from mgrpo_kernels.method import Selection, select
 from mgrpo_kernels.train import parallel
-from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.config import Config, RolloutConfig
 from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.lora import Adapter
 from mgrpo_kernels.train.model.policy import Policy
@@ -78,7 +78,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
     metrics = {
         "step": step,
-        "learning_rate": learning_rate(config, step),
+        "learning_rate": learning_rate(config.optim, step),
         "skipped_steps": learner.skipped,
         **step_metrics(examples, seen, stats, selection),
         **uncompared,
@@ -163,7 +163,7 @@ def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: Toke
     prompts = [seen.prompts[row] for row in rows.tolist()]
     tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
     wanted = tuple(name for name, values in stats._asdict().items() if values is not None)
-    scored = score(learner.policy, prompts, tokens, mask, **scoring(learner.config), stats=wanted)
+    scored = score(learner.policy, prompts, tokens, mask, **scoring(learner.config.rollout), stats=wanted)
     return stats._replace(**{name: getattr(stats, name).index_copy(0, rows, getattr(scored, name)) for name in wanted})
 
 
@@ -215,7 +215,9 @@ def training_batch(
     ref = None
     if learner.reference is not None:
         with learner.reference.swapped_into(learner.policy.model):
-            ref = score(learner.policy, prompts, tokens, mask, **scoring(learner.config), stats=("logprob",)).logprob
+            ref = score(
+                learner.policy, prompts, tokens, mask, **scoring(learner.config.rollout), stats=("logprob",)
+            ).logprob
     assert stats.logprob is not None
     assert own.logprob is not None
     weighted = learner.config.method.train_momentum_rollouts
@@ -228,6 +230,6 @@ def training_batch(
     return Batch(prompts, tokens, mask, old, ref, advantages, behaviour, sampled)
 
 
-def scoring(config: Config) -> dict[str, Any]:
+def scoring(options: RolloutConfig) -> dict[str, Any]:
     """Return the options of a scoring pass."""
-    return {"temperature": config.rollout.temperature, "budget": config.rollout.tokens_per_microbatch}
+    return {"temperature": options.temperature, "budget": options.tokens_per_microbatch}

@@ -38,12 +38,12 @@ class NotFiniteError(FloatingPointError):
         self.batch = batch
 
 
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate(options: OptimConfig, step: int) -> float:
     """Return the learning rate of step `step`, counted from 1. It depends only on the step, so resuming needs no saved state."""
-    peak, warmup, steps = config.optim.learning_rate, config.warmup_steps, config.optim.steps
+    peak, warmup, steps = options.learning_rate, options.warmup_steps, options.steps
     if step <= warmup:
         return peak * step / warmup
-    if config.optim.lr_schedule == "constant":
+    if options.lr_schedule == "constant":
         return peak
     return peak * 0.5 * (1.0 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
@@ -162,7 +162,7 @@ def take_step(
             f"update: expected a finite loss and gradient, got loss {sums['loss']} and gradient norm {norm}", batch
         )
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = learning_rate(config.optim, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     metrics = {

@@ -153,7 +153,7 @@ def test_defaults_are_the_papers_but_for_the_momentum_models_share() -> None:
     config = build()
     assert (config.rollout.prompts_per_step, config.rollout.rollouts, config.momentum_rollouts) == (8, 32, 16)
     assert (config.method.decay, config.method.iqr_k, config.filters) == (0.99, 0.75, True)
-    assert (config.optim.learning_rate, config.optim.warmup, config.warmup_steps) == (1e-6, 0.1, 50)
+    assert (config.optim.learning_rate, config.optim.warmup, config.optim.warmup_steps) == (1e-6, 0.1, 50)
     assert (config.loss.loss_type, config.loss.kl_coef, config.loss.clip_low, config.loss.clip_high) == (
         "dapo",
         0.005,
@@ -379,4 +379,4 @@ def test_a_literal_type_names_the_entries_of_its_table(literal: object, table: I
 
 @pytest.mark.parametrize(("warmup", "steps", "wanted"), [(0.1, 15, 2), (0.1, 500, 50), (0.01, 20, 1), (0.0, 20, 0)])
 def test_a_part_of_a_step_of_warm_up_is_a_whole_one(warmup, steps, wanted):
-    assert build({"warmup": warmup, "steps": steps}).warmup_steps == wanted
+    assert build({"warmup": warmup, "steps": steps}).optim.warmup_steps == wanted

@@ -118,7 +118,7 @@ def test_cache_bytes_are_those_of_the_cache(qwen: Policy, response: int, dtype: 
     assert {each.dtype for each in tensors} == {kind}
     least = work(2, 3)._replace(response_tokens=response)
     batch = TransformersEngine.batch_of(config, least, 2, 3)
-    assert cache_bytes(config, model_of(qwen.model), least, batch) == nbytes(tensors)
+    assert cache_bytes(config.model, model_of(qwen.model), least, batch) == nbytes(tensors)
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -131,7 +131,7 @@ def test_activations_are_those_that_backward_keeps(
     model, micro = model_of(qwen.model), Micro(2, 2 * group)
     assert model.normed
     assert model.gated
-    found = layer_bytes(config, model, work(2, group), micro) * model.layers
+    found = layer_bytes(config.model, model, work(2, group), micro) * model.layers
     found += 8 * work(2, group).tokens(micro) * model.width
     real = kept(qwen, 2, group)
     assert abs(found / real - 1) < ACTIVATIONS_WITHIN, f"{found} for {real}"
@@ -152,7 +152,7 @@ def test_operations_are_those_of_the_products(qwen: Policy) -> None:
         packed(qwen, 2, 4)
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     model, one = model_of(qwen.model), work(2, 4)
-    layers, head = forward_seconds(tiny.config(), model, one, one.micro[0], 1, IDEAL)
+    layers, head = forward_seconds(tiny.config().model, model, one, one.micro[0], 1, IDEAL)
     tokens = one.tokens(one.micro[0])
     attention = 4 * tokens * (PROMPT + RESPONSE / 2) * model.queries * model.layers
     assert abs((layers - attention) / counted - 1) < 0.02  # the norms' weights are no products

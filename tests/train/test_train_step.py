@@ -269,7 +269,9 @@ def test_who_scores_the_momentum_rollouts(
 
 
 def score_all(policy: Policy, seen: Any, learner: Learner) -> Tensor:
-    stats = steps.score(policy, seen.prompts, seen.rollouts.tokens, seen.rollouts.mask, **steps.scoring(learner.config))
+    stats = steps.score(
+        policy, seen.prompts, seen.rollouts.tokens, seen.rollouts.mask, **steps.scoring(learner.config.rollout)
+    )
     return trajectory_entropy(stats.entropy, mask=seen.rollouts.mask)
 
 

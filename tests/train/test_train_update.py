@@ -228,7 +228,7 @@ def test_a_gradient_that_is_too_large_is_scaled_down_to_the_norm(policy: Policy,
     updated = take_step(policy, torch.optim.SGD(policy.model.parameters(), lr=9.0), batch(policy), config, step=step)
     moved = torch.cat([(p.detach() - before[name]).flatten() for name, p in policy.model.named_parameters()])
     assert updated["grad_norm"] > 0.1
-    assert float(moved.double().norm()) == pytest.approx(0.01 * learning_rate(config, step), rel=1e-2)
+    assert float(moved.double().norm()) == pytest.approx(0.01 * learning_rate(config.optim, step), rel=1e-2)
 
 
 def test_clipped_tokens_of_both_sides_are_counted(policy: Policy) -> None:
@@ -264,9 +264,9 @@ def test_nothing_moves_where_the_loss_is_not_finite(policy: Policy, where: str) 
 
 def test_learning_rate() -> None:
     config = tiny.config(steps=100, warmup=0.1, learning_rate=1.0, lr_schedule="cosine")
-    rates = [learning_rate(config, step) for step in range(1, 101)]
+    rates = [learning_rate(config.optim, step) for step in range(1, 101)]
     assert rates[:11] == pytest.approx([0.1 * step for step in range(1, 11)] + [1.0])
     assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
     assert 0 < rates[-1] < 1e-3
     constant = tiny.config(steps=100, warmup=0.0, learning_rate=1.0, lr_schedule="constant")
-    assert {learning_rate(constant, step) for step in range(1, 101)} == {1.0}
+    assert {learning_rate(constant.optim, step) for step in range(1, 101)} == {1.0}

@@ -297,6 +297,11 @@ class OptimConfig(Section):
         1.0, "largest L2 norm of the gradient; a larger gradient is scaled down to it", above=0.0
     )
 
+    @property
+    def warmup_steps(self) -> int:
+        """The number of steps of the warm-up, rounded up."""
+        return -int(-self.warmup * self.steps // 1)
+
 
 @dataclass(frozen=True)
 class EvalConfig(Section):

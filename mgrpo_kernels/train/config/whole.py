@@ -160,11 +160,6 @@ class Config:
         return self.needs_reference == "base" and self.lora.lora_rank is None
 
     @property
-    def warmup_steps(self) -> int:
-        """The number of steps of the warm-up."""
-        return -int(-self.optim.warmup * self.optim.steps // 1)  # rounded up
-
-    @property
     def pass_k(self) -> int:
         """The k of pass@k."""
         return self.eval.eval_samples if self.eval.eval_pass_k is None else self.eval.eval_pass_k
@@ -184,7 +179,7 @@ class Config:
             "KL reference model": self.needs_reference or "off",
             "LoRA": "off, all weights train" if lora.lora_rank is None else adapter,
             "behaviour correction": self.loss.behaviour_text if self.corrects_behaviour else "off",
-            "warm-up": f"{self.warmup_steps} of {self.optim.steps} steps",
+            "warm-up": f"{self.optim.warmup_steps} of {self.optim.steps} steps",
         }
 
     def values(self) -> dict[str, Any]:

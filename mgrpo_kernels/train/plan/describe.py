@@ -124,7 +124,7 @@ def plan(
         lines.append(f"  additional CPU memory while a checkpoint is written in the background: {size(copies)}")
     lines += engine_class(config).plan_lines(config, kind)
     if known is not None or probe:
-        rates = measure(device, config.model.dtype, model) if known is None else rates_of(DEVICES[known], config)
+        rates = measure(device, config.model.dtype, model) if known is None else rates_of(DEVICES[known], config.model)
         lines += time_lines(config, model, work, ranks, rates, known)
     return lines
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.config import ModelConfig
 from mgrpo_kernels.train.plan.shape import Model, width_of
 
 
@@ -54,9 +54,9 @@ MATMUL_SHARE, BANDWIDTH_SHARE, LINK_SHARE, LAUNCH = 0.4, 0.7, 0.7, 10e-6
 NOISE_BYTES = 24  # memory traffic of a random number on a GPU: drawn, then clamped, logarithm and sign in place
 
 
-def rates_of(device: Device, config: Config) -> Rates:
+def rates_of(device: Device, options: ModelConfig) -> Rates:
     """Return the rates that are assumed for a device with this data sheet."""
-    peak = 1e12 * (device.bfloat16 if width_of(config) == 2 else device.float32)
+    peak = 1e12 * (device.bfloat16 if width_of(options) == 2 else device.float32)
     bandwidth = 1e9 * BANDWIDTH_SHARE * device.bandwidth
     return Rates(MATMUL_SHARE * peak, bandwidth, LAUNCH, bandwidth / NOISE_BYTES, 1e9 * LINK_SHARE * device.link)
 

@@ -9,7 +9,7 @@ import torch
 from mgrpo_kernels.ops._triton.tuning import Tuning
 from mgrpo_kernels.ops.linear_policy_loss import native as fused_on_cpu
 from mgrpo_kernels.ops.linear_token_stats import native as composed_on_cpu
-from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.config import Config, ModelConfig
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, width_of
 from mgrpo_kernels.train.rollout.engines import engine_class
 
@@ -46,13 +46,13 @@ def memory_of(config: Config, model: Model, work: Work, ranks: int, device: str,
     """
     engine = engine_class(config)
     engine_held, sampling = engine.memory(config, model, work, device)
-    weights = sampling_weights(config, model, ranks, with_momentum=config.momentum_rollouts > 0)
+    weights = sampling_weights(config.model, model, ranks, with_momentum=config.momentum_rollouts > 0)
     if not engine.samples_in_place:
         del weights["16-bit weights"]
     moments = {
         "rollout": weights | sampling,
-        **({"score": scoring(config, model, work, ranks)} if config.needs_reference is not None else {}),
-        **updating(config, model, work, ranks, device, flash=flash),
+        **({"score": scoring(config.model, model, work, ranks)} if config.needs_reference is not None else {}),
+        **updating(config.model, model, work, ranks, device, flash=flash),
     }
     return Memory(
         nonzero(held(config, model, ranks, device) | engine_held),
@@ -77,45 +77,47 @@ def held(config: Config, model: Model, ranks: int, device: str) -> Parts:
     }
 
 
-def sampling_weights(config: Config, model: Model, ranks: int, *, with_momentum: bool) -> Parts:
+def sampling_weights(options: ModelConfig, model: Model, ranks: int, *, with_momentum: bool) -> Parts:
     """Return the copies of the weights during sampling or scoring. There is one more if other weights are swapped in."""
-    c = width_of(config)
+    c = width_of(options)
     gathered = c * model.parameters if ranks > 1 else 0
     return {
-        "16-bit weights": cast_bytes(config, model, ranks),
+        "16-bit weights": cast_bytes(options, model, ranks),
         "gathered weights": gathered * (2 if with_momentum else 1),
     }
 
 
-def cast_bytes(config: Config, model: Model, ranks: int) -> int:
+def cast_bytes(options: ModelConfig, model: Model, ranks: int) -> int:
     """Return the size of the copy of the weights that autocast keeps."""
-    c = width_of(config)
+    c = width_of(options)
     return c * model.parameters if c < 4 and ranks == 1 else 0
 
 
-def scoring(config: Config, model: Model, work: Work, ranks: int) -> Parts:
+def scoring(options: ModelConfig, model: Model, work: Work, ranks: int) -> Parts:
     """Return the memory of scoring with the KL reference model."""
-    c, T = width_of(config), max(map(work.tokens, work.micro))
-    return sampling_weights(config, model, ranks, with_momentum=model.whole) | {
+    c, T = width_of(options), max(map(work.tokens, work.micro))
+    return sampling_weights(options, model, ranks, with_momentum=model.whole) | {
         "activations": T * (8 * model.width + 3 * model.inner * c + 3 * model.queries * c),
     }
 
 
-def updating(config: Config, model: Model, work: Work, ranks: int, device: str, *, flash: bool) -> dict[str, Parts]:
+def updating(
+    options: ModelConfig, model: Model, work: Work, ranks: int, device: str, *, flash: bool
+) -> dict[str, Parts]:
     """Return the memory of the update at its two peaks: in the backward pass, and at the end of it."""
-    c, largest = width_of(config), max(work.micro, key=work.tokens)
+    c, largest = width_of(options), max(work.micro, key=work.tokens)
     T, N = work.tokens(largest), largest.responses * work.response_tokens
-    workspace, weight = head_bytes(config, model, N, device)
+    workspace, weight = head_bytes(options, model, N, device)
     gradients, several = 4 * count([model.trained], ranks), len(work.micro) > 1
-    layer = layer_bytes(config, model, work, largest, flash=flash)
-    again = layer if config.model.gradient_checkpointing else 0
-    kept = 4 * T * model.width * model.layers if config.model.gradient_checkpointing else layer * model.layers
+    layer = layer_bytes(options, model, work, largest, flash=flash)
+    again = layer if options.gradient_checkpointing else 0
+    kept = 4 * T * model.width * model.layers if options.gradient_checkpointing else layer * model.layers
     kept += 8 * T * model.width  # of the last norm
     passing = T * (4 * model.inner * c + 8 * model.width)  # gradients of a layer's activations
     at_head = workspace + N * model.width * (8 + (c if c < 4 else 0))
     weights = {
-        "16-bit weights": cast_bytes(config, model, ranks),
-        "gathered weights": unit_bytes(config, model) if ranks > 1 else 0,
+        "16-bit weights": cast_bytes(options, model, ranks),
+        "gathered weights": unit_bytes(options, model) if ranks > 1 else 0,
     }
     in_backward = {
         "gradients": gradients if several else 0,
@@ -129,9 +131,9 @@ def updating(config: Config, model: Model, work: Work, ranks: int, device: str, 
     return {"update": weights | in_backward, "end of backward": weights | at_end}
 
 
-def layer_bytes(config: Config, model: Model, work: Work, micro: Micro, *, flash: bool = False) -> int:
+def layer_bytes(options: ModelConfig, model: Model, work: Work, micro: Micro, *, flash: bool = False) -> int:
     """Return what is kept of a layer for backward. Norms keep input and output in float32; matrix products keep inputs in c bytes."""
-    T, c = work.tokens(micro), width_of(config)
+    T, c = work.tokens(micro), width_of(options)
     U, B, rest, P = micro.prompts, micro.responses, work.response_tokens - 1, work.prompt_tokens
     # A prompt with one response is one sequence. With several, each response has its own copy of the prompt's keys.
     alone = U == B
@@ -143,9 +145,9 @@ def layer_bytes(config: Config, model: Model, work: Work, micro: Micro, *, flash
     return norms + attention + T * (4 if model.gated else 2) * model.inner * c
 
 
-def head_bytes(config: Config, model: Model, tokens: int, device: str) -> tuple[int, int]:
+def head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> tuple[int, int]:
     """Return the fused head's workspace, and the size of its weight's gradient before that is accumulated."""
-    c, V = width_of(config), model.vocabulary
+    c, V = width_of(options), model.vocabulary
     weight = V * model.width * (4 if c == 4 else 6) * model.whole  # with 16 bits, a float32 copy beside it
     most = Tuning().workspace_bytes
     if device == "cpu":
@@ -158,8 +160,8 @@ def head_bytes(config: Config, model: Model, tokens: int, device: str) -> tuple[
     return c * V * min(tokens, max(1, most // (c * V))), weight
 
 
-def unit_bytes(config: Config, model: Model) -> int:
+def unit_bytes(options: ModelConfig, model: Model) -> int:
     """Return what FSDP2 gathers in an update: always the weights outside the layers, those of two layers, and one layer's gradient."""
-    c, rest = width_of(config), count(model.groups[:1])
+    c, rest = width_of(options), count(model.groups[:1])
     layer = max((count([group]) for group in model.groups[1:]), default=0)
     return c * (rest + 2 * layer) + (c + 4) * max(rest, layer)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.config import Config, ModelConfig
 from mgrpo_kernels.train.score import micro_batches
 
 Shape = tuple[int, ...]
@@ -132,9 +132,9 @@ def work_of(config: Config, prompt_tokens: int, held_out: int, ranks: int) -> Wo
     )
 
 
-def width_of(config: Config) -> int:
+def width_of(options: ModelConfig) -> int:
     """Return c, the size in bytes of a number in the matrix products."""
-    return 2 if config.model.dtype == "bfloat16" else 4
+    return 2 if options.dtype == "bfloat16" else 4
 
 
 def samplings(work: Work) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.config import Config, ModelConfig
 from mgrpo_kernels.train.plan.devices import Rates
 from mgrpo_kernels.train.plan.memory import layer_bytes
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, width_of
@@ -19,13 +19,13 @@ def seconds(config: Config, model: Model, work: Work, ranks: int, rates: Rates) 
     samples = sum(
         sampling_seconds(config, model, work, copies, ranks, rates) for copies in (work.policy, work.momentum) if copies
     )
-    c, whole, trained = width_of(config), model.parameters, count([model.trained], ranks)
+    c, whole, trained = width_of(config.model), model.parameters, count([model.trained], ranks)
     frozen = 0 if model.whole else 1  # matrix products for the gradients of weights, which frozen weights do not need
     composed = c < 4 and rates.passes > 1  # a CPU computes the head's logits twice in 16 bits
     share = (ranks - 1) / ranks / rates.link  # seconds per byte that is gathered or summed
     update = score = 0.0
     for micro in work.micro:
-        layers, head = forward_seconds(config, model, work, micro, ranks, rates)
+        layers, head = forward_seconds(config.model, model, work, micro, ranks, rates)
         score += layers + head
         update += (3 - frozen + config.model.gradient_checkpointing) * layers + (3 - frozen + composed) * head
         update += share * (c * (2 * model.in_layers + count(model.groups[:1])) + 4 * whole)
@@ -39,22 +39,22 @@ def seconds(config: Config, model: Model, work: Work, ranks: int, rates: Rates) 
 
 
 def forward_seconds(
-    config: Config, model: Model, work: Work, micro: Micro, ranks: int, rates: Rates
+    options: ModelConfig, model: Model, work: Work, micro: Micro, ranks: int, rates: Rates
 ) -> tuple[float, float]:
     """Return the seconds of a micro-batch's forward pass, in the layers and in the head."""
     T, N = work.tokens(micro), micro.responses * work.response_tokens
     seen = work.prompt_tokens + work.response_tokens / 2  # mean number of tokens that a token attends to
     products = 2 * T * model.in_layers + 4 * T * seen * model.queries * model.layers
     # Activations are written and read; as many again are not kept for backward.
-    moved = 4 * layer_bytes(config, model, work, micro) * model.layers / rates.bandwidth
-    by = BY_MODULES if ranks > 1 or config.model.gradient_checkpointing else 1
+    moved = 4 * layer_bytes(options, model, work, micro) * model.layers / rates.bandwidth
+    by = BY_MODULES if ranks > 1 or options.gradient_checkpointing else 1
     layers = products / rates.matmul + moved + by * OPERATIONS_LAYER * rates.operation * model.layers
     return layers, 2 * N * model.vocabulary * model.width / rates.matmul
 
 
 def sampling_seconds(config: Config, model: Model, work: Work, copies: int, ranks: int, rates: Rates) -> float:
     """Return the seconds for `copies` responses to each prompt. A matrix product takes its operations plus reading its weight."""
-    U, c = work.prompts, width_of(config)
+    U, c = work.prompts, width_of(config.model)
     batch = engine_class(config).batch_of(config, work, U, copies)
     calls = -(-U // batch.prompts) * -(-copies // batch.copies)
     B, V = U * copies / calls, model.vocabulary

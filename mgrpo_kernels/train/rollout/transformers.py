@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel, TokenStats, token_stats_from_logits
-from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.config import Config, ModelConfig, RolloutConfig
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.plan.shape import Model, Work, samplings, width_of
 from mgrpo_kernels.train.rollout import Batch, RolloutEngine, Rollouts, join, seeds_of
@@ -45,20 +45,20 @@ class TransformersEngine(RolloutEngine):
     @classmethod
     def build(cls, config: Config, policy: Policy, longest_prompt: int) -> TransformersEngine:
         """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
-        return cls(policy, config.rollout.max_response_tokens, cache_tokens_of(config), config.statistics)
+        return cls(policy, config.rollout.max_response_tokens, cache_tokens_of(config.rollout), config.statistics)
 
     @classmethod
     def batch_of(cls, config: Config, work: Work, prompts: int, copies: int) -> Batch:
         """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
-        return fitting(prompts, copies, work.prompt_tokens, work.response_tokens, cache_tokens_of(config))
+        return fitting(prompts, copies, work.prompt_tokens, work.response_tokens, cache_tokens_of(config.rollout))
 
     @classmethod
     def memory(cls, config: Config, model: Model, work: Work, device: str) -> tuple[dict[str, int], dict[str, int]]:
         """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
         batches = [cls.batch_of(config, work, *call) for call in samplings(work)]
         return {}, {
-            "key-value cache": max(cache_bytes(config, model, work, each) for each in batches),
-            "logits and noise": max(logits_bytes(config, model, work, each) for each in batches),
+            "key-value cache": max(cache_bytes(config.model, model, work, each) for each in batches),
+            "logits and noise": max(logits_bytes(config.model, model, work, each) for each in batches),
         }
 
     @torch.no_grad()
@@ -141,9 +141,9 @@ class TransformersEngine(RolloutEngine):
         )
 
 
-def cache_tokens_of(config: Config) -> int:
+def cache_tokens_of(options: RolloutConfig) -> int:
     """Return the largest number of tokens in the cache of a run."""
-    return CACHE_SHARE * config.rollout.tokens_per_microbatch
+    return CACHE_SHARE * options.tokens_per_microbatch
 
 
 def fitting(prompts: int, copies: int, prompt_tokens: int, response_tokens: int, cache_tokens: int) -> Batch:
@@ -153,7 +153,7 @@ def fitting(prompts: int, copies: int, prompt_tokens: int, response_tokens: int,
     return Batch(min(prompts, max(1, together)), max(1, min(copies, of_each)))
 
 
-def cache_bytes(config: Config, model: Model, work: Work, batch: Batch) -> int:
+def cache_bytes(options: ModelConfig, model: Model, work: Work, batch: Batch) -> int:
     """Return the size of the keys and values of a batch: once for each prompt, and the capacity for each rollout.
 
     While the capacity of a layer doubles, the old keys and values exist too, and attention copies what it reads, one layer at a time.
@@ -161,12 +161,12 @@ def cache_bytes(config: Config, model: Model, work: Work, batch: Batch) -> int:
     last = work.response_tokens - 1  # the last token is generated, but not processed
     of_rollout = room_for(last, work.response_tokens)
     tokens = batch.prompts * (work.prompt_tokens + batch.copies * of_rollout)
-    return 2 * model.keys * width_of(config) * tokens * model.layers if last else 0
+    return 2 * model.keys * width_of(options) * tokens * model.layers if last else 0
 
 
-def logits_bytes(config: Config, model: Model, work: Work, batch: Batch) -> int:
+def logits_bytes(options: ModelConfig, model: Model, work: Work, batch: Batch) -> int:
     """Return the size of the collected logits, twice while they are concatenated, of a token's logits, and of the noise."""
-    U, copies, c = batch.prompts, batch.copies, width_of(config)
+    U, copies, c = batch.prompts, batch.copies, width_of(options)
     one = U * copies * model.vocabulary
     waiting = min(one * c * work.response_tokens, LOGITS_BYTES + one * c)
     noise = 4 * one * noise_steps(copies, model.vocabulary, work.response_tokens)

@@ -85,7 +85,7 @@ class VllmEngine(RolloutEngine):
         if device != "cpu":
             return {}, {}
         cache = config.vllm.vllm_cache_gib or 1.0
-        return {"vLLM's weights": width_of(config) * model.parameters, "vLLM's cache": round(cache * 2**30)}, {}
+        return {"vLLM's weights": width_of(config.model) * model.parameters, "vLLM's cache": round(cache * 2**30)}, {}
 
     @classmethod
     def plan_lines(cls, config: Config, device: str) -> list[str]:
