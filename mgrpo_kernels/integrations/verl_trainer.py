@@ -27,6 +27,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, read_gold, select
 from mgrpo_kernels.train.rng import generator_for
+from mgrpo_kernels.vote.extraction import read_answers
 
 ONE_MODEL = "verl's rollout servers hold one set of weights, so there is no momentum model"
 
@@ -93,10 +94,12 @@ class MGRPOTrainer(PPOTrainerSync):
         padded = data.select("entropy", "response_mask").to_padded_tensor()
         truth = data.get("reward_model", None)
         gold = [None] * len(texts) if truth is None else [_gold(each) for each in truth.tolist()]
-        rows = order.tolist()
+        rows, longest = order.tolist(), self.config.get("data", {}).get("max_response_length", None)
+        mask = padded["response_mask"][order].bool()
+        finished = [longest is None or length < longest for length in mask.sum(-1).tolist()]
         return select(
-            padded["response_mask"][order].bool(),
-            [extract_answer(texts[row]) for row in rows],
+            mask,
+            read_answers(extract_answer, [texts[row] for row in rows], finished),
             groups,
             self.options,
             entropy=padded["entropy"][order].float(),

@@ -88,10 +88,22 @@ class MethodOptions:
     )
     min_share: float = option(
         0.0,
-        "smallest share of a prompt's answers that the majority answer needs to become the label; below it, the prompt gets no "
-        "label",
+        "smallest share of a prompt's voters, including those without an answer, that the majority answer needs to become the "
+        "label; below it, the prompt gets no label",
         at_least=0.0,
         at_most=1.0,
+    )
+    min_votes: int = option(
+        2,
+        "smallest number of equal answers to a prompt that makes them the label; below it, the prompt gets no label",
+        unit="votes",
+        at_least=1,
+    )
+    vote_seconds: float = option(
+        5.0,
+        "time that a step's vote may spend on answers with integrals, sums, products or limits; those beyond it are compared as texts",
+        unit="s",
+        at_least=0.0,
     )
     equivalence: EquivalenceName = option(
         "math", "when two answers count as equal: if they are mathematically equal (math) or the same text (exact)"
@@ -144,6 +156,11 @@ class MethodOptions:
         if self.row.voters == "momentum" and number < 1:
             raise ValueError(
                 f"momentum_rollouts: expected >= 1 with method {self.method}, which takes its labels from them, got 0"
+            )
+        if self.row.voters == "momentum" and number < self.min_votes and self.row.reads == "label":
+            raise ValueError(
+                f"momentum_rollouts: expected >= {self.min_votes} with method {self.method}, whose labels take min_votes of them, got "
+                f"{number}; --min-votes {number} lets so many decide"
             )
         return number
 

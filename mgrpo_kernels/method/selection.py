@@ -32,6 +32,11 @@ class Selection(NamedTuple):
     trains: Tensor  # (B,) bool: the rollout is part of the loss
     advantages: Tensor  # (B,) float32, 0 for a rollout that does not train
     label_correct: Tensor  # (P,) float32: 1 if the label equals the true answer, else 0; NaN if either is unknown
+    share_of_all: (
+        Tensor  # (P,) float32: the winner's share of all voters, those without an answer included; 0 without a vote
+    )
+    distinct_answers: Tensor  # (P,) int64, number of different answers; 0 without a vote
+    has_signal: Tensor  # (P,) bool: some advantage is not 0
 
     def metrics(self, prompts: int | None = None) -> dict[str, float | None]:
         """Return the metrics that every trainer logs; None for a metric that is undefined.
@@ -45,6 +50,7 @@ class Selection(NamedTuple):
             "training_fraction": _mean(self.trains),
             "pruned_fraction": _mean(self.nonempty & ~self.survives),
             "label_accuracy": _mean(known),
+            "groups_with_signal": _mean(self.has_signal),
         }
         if self.vote is None:
             return metrics
@@ -52,8 +58,10 @@ class Selection(NamedTuple):
         groups = len(self.vote.labels)
         return metrics | {
             "vote_share": _mean(self.vote.share),
+            "vote_share_of_all": _mean(self.share_of_all),
             "labelled_fraction": len(labels) / groups if groups else None,
-            "distinct_labels": len(set(labels)) / (prompts or groups) if groups else None,
+            "distinct_labels": len(set(labels)) / (prompts or groups) if labels else None,
+            "distinct_answers": _mean(self.distinct_answers[self.distinct_answers > 0]),
         }
 
 
@@ -105,7 +113,15 @@ def select(
     voters = survives & momentum if options.row.voters == "momentum" else survives
     vote = None
     if rewards is None:
-        vote = majority_vote(answers, offsets, voters=voters, equivalence=same, min_share=options.min_share)
+        vote = majority_vote(
+            answers,
+            offsets,
+            voters=voters,
+            equivalence=same,
+            min_share=options.min_share,
+            min_votes=options.min_votes,
+            seconds=options.vote_seconds,
+        )
         correct = equal_to_gold(answers, gold, same) if options.row.needs_gold and gold is not None else None
         means = _reduced(entropy, mask), _reduced(self_certainty, mask)
         rewards = options.row.rewards(Signals(vote, offsets, nonempty, *means, correct, generator))
@@ -116,7 +132,23 @@ def select(
         rewards = torch.where(survives, rewards, 0.0)
     advantages = group_advantages(rewards.nan_to_num(nan=0.0), offsets, mask=trains, scale=scale)
     label_correct = _label_correct(vote, offsets, gold, same)
-    return Selection(nonempty, level, survives, voters, vote, rewards, trains, advantages, label_correct)
+    of_groups = _of_groups(vote, offsets, voters, advantages)
+    return Selection(nonempty, level, survives, voters, vote, rewards, trains, advantages, label_correct, *of_groups)
+
+
+def _of_groups(vote: Vote | None, offsets: Tensor, voters: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `share_of_all`, `distinct_answers` and `has_signal` of a :class:`Selection`."""
+    groups, group = len(offsets) - 1, sequences.group_index(offsets, len(voters))
+
+    def count(flags: Tensor) -> Tensor:
+        return torch.zeros(groups).index_add(0, group, flags.float())
+
+    has_signal = count(advantages.cpu() != 0) > 0
+    if vote is None:
+        return torch.zeros(groups), torch.zeros(groups, dtype=torch.long), has_signal
+    share = vote.share * count(voters & (vote.cluster >= 0)) / count(voters).clamp(min=1.0)
+    highest = torch.full((groups,), -1).scatter_reduce(0, group, vote.cluster, "amax")
+    return share, highest + 1, has_signal
 
 
 def who_trains(options: MethodOptions, offsets: Tensor, momentum: Tensor, survives: Tensor, nonempty: Tensor) -> Tensor:
@@ -196,7 +228,8 @@ def _label_correct(
     if vote is None or gold is None:
         return torch.full((len(starts),), torch.nan)
     true = [gold[start] if start < end else None for start, end in zip(starts, ends, strict=True)]
-    return equal_to_gold(vote.labels, true, equivalence)
+    known = [each if label is not None else None for label, each in zip(vote.labels, true, strict=True)]
+    return equal_to_gold(vote.labels, known, equivalence)
 
 
 def _mean(values: Tensor) -> float | None:

@@ -23,6 +23,8 @@ from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.update import Batch, learning_rate, take_step
 from mgrpo_kernels.train.watch.metrics import Clock, peak_memory_bytes
 from mgrpo_kernels.train.watch.step_metrics import Trajectories, sample_lines, step_metrics
+from mgrpo_kernels.train.watch.unanswered import FIRST_STEPS, warn_of_answers
+from mgrpo_kernels.vote.extraction import read_answers
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     momentum: MomentumModel | None
     reference: MomentumModel | Adapter | None  # of the KL penalty: the initial weights or the momentum model
+    warned_of_answers: bool = False
     skipped: int = 0  # number of steps skipped because their loss or gradient was not finite
 
 
@@ -76,6 +79,9 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     seen, stats, selection = parallel.from_all(seen), parallel.from_all(stats), parallel.from_all(selection)
     # If the engine computed the scores, the update compares them with its own forward pass.
     uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
+    if step <= FIRST_STEPS and selection.vote is not None and not learner.warned_of_answers:
+        prompts = [example.prompt for example in examples]
+        learner.warned_of_answers = warn_of_answers(seen.texts, seen.answers, prompts, selection.vote.labels)
     metrics = {
         "step": step,
         "learning_rate": learning_rate(config.optim, step),
@@ -121,7 +127,7 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
         rollouts=rollouts,
         by_policy=(torch.arange(len(texts)) % config.rollout.rollouts < config.policy_rollouts).to(policy.device),
         texts=texts,
-        answers=[learner.task.extract(text) for text in texts],
+        answers=read_answers(learner.task.extract, texts, rollouts.finished.tolist()),
         gold=[example.gold for example in examples for _ in range(config.rollout.rollouts)],
     )
 

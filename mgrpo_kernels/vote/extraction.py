@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from mgrpo_kernels.vote.normal import without_delimiters
-from mgrpo_kernels.vote.phrases import is_value, value_at_start, value_on_line, without_count
+from mgrpo_kernels import checks
+from mgrpo_kernels.vote.keys import canonical_key
+from mgrpo_kernels.vote.normal import normal_form, without_delimiters
+from mgrpo_kernels.vote.phrases import is_value, value_at_start, value_on_line, without_count, without_restatement
+from mgrpo_kernels.vote.structure import join_thousands
 
 _STOPS = re.compile(
     r"<\|(?:im_end|im_start|eot_id|endoftext|end|end_of_text|user|assistant|start_header_id|eom_id)\|>|</s>|<end_of_turn>"
@@ -80,6 +83,22 @@ def extract_answer(text: str) -> str | None:
         TypeError: no string.
     """
     return _extract(text, "auto")
+
+
+def extractor(source: str) -> Callable[[str], str | None]:
+    """Return :func:`extract_answer` for one of :data:`SOURCES`."""
+    checks.check_choice("source", source, SOURCES)
+    return extract_answer if source == "auto" else lambda text: _extract(text, source)
+
+
+def is_number(answer: str) -> bool:
+    r"""Return whether an answer is a number as such: ``122``, ``x = \frac34``, ``12 cm``; ``59+63`` only restates a question."""
+    text = join_thousands(normal_form(without_count(answer)).rpartition("=")[2].strip())
+    key = canonical_key(text)
+    sum_or_product = re.search(r"(?<=[^\s(eE^{*-])\s*[+-]|\*(?!\s*10\s*\^)|[()!√±]|sqrt|\^(?!\s*\{?[+-]?\d+\}?)", text)
+    return (
+        key[0] == "number" and not sum_or_product and (text.count("^") == 0 or re.search(r"10\s*\^", text) is not None)
+    )
 
 
 def _extract(text: str, source: str) -> str | None:
@@ -210,7 +229,7 @@ def _bare(text: str) -> str | None:
     answer = without_delimiters(text)
     if re.match(r"[\w ]+:", answer):
         return None
-    return answer if is_value(answer) else value_on_line(text)
+    return without_restatement(answer) if is_value(answer) else value_on_line(text)
 
 
 def last_number(text: str) -> str | None:
@@ -233,3 +252,10 @@ def closed_answer(extract: Callable[[str], str | None], text: str) -> str | None
     """
     answer = extract(text)
     return answer if answer is not None and extract(f"{text}7") == answer else None
+
+
+def read_answers(
+    extract: Callable[[str], str | None], texts: Sequence[str], finished: Sequence[bool]
+) -> list[str | None]:
+    """Return each response's answer; one that was cut at the length limit has none that the cut may have shortened."""
+    return [extract(text) if done else closed_answer(extract, text) for text, done in zip(texts, finished, strict=True)]

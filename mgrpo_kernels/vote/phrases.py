@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mgrpo_kernels.vote.keys import key_of, read_part
+from mgrpo_kernels.vote.keys import canonical_key, key_of, read_part
 from mgrpo_kernels.vote.normal import normal_form, without_delimiters
 
 _FILLERS = re.compile(
@@ -101,7 +101,7 @@ def _choice(rest: str, whole: bool) -> str | None:
 def _longest(sentence: str, whole: bool) -> str | None:
     """Return the longest start of a sentence that is a value."""
     if len(sentence) <= 200 and is_value(sentence):
-        return _without_restatement(sentence)
+        return without_restatement(sentence)
     if formula := _FORMULA.match(sentence):
         inner = without_delimiters(next(group for group in formula.groups()[1:] if group is not None))
         if is_value(inner) or ("\\" in inner and len(inner) <= 200):
@@ -125,12 +125,15 @@ def _cut(sentence: str, whole: bool, shortest: int = 0) -> str | None:
             r"(?:\s*\([^()]*\)|\s+[a-z][a-z'-]*){0,3}[\s*_$]*|\s*\\\(.*\\\)|\s*####\s*", rest
         ):
             return None
-        return _without_restatement(value)
+        return without_restatement(value)
     return None
 
 
-def _without_restatement(value: str) -> str:
-    """Return a quantity without the same in another unit: "3.5 hours" of "3.5 hours, or 210 minutes"."""
+def without_restatement(value: str) -> str:
+    """Return a value without what says the same: "3.5 hours" of "3.5 hours, or 210 minutes", "122" of "59 + 63 = 122"."""
+    sides = [side.strip() for side in value.split("=")]
+    if len(sides) > 1 and re.search(r"\d", sides[0]) and canonical_key(value) == canonical_key(sides[-1]):
+        return sides[-1]
     first, _, second = value.partition(", or ")
     if (
         second

@@ -28,7 +28,8 @@ FULL = {"entropy": ENTROPY, "by_momentum": MOMENTUM}
 
 def chosen(groups: Any = OFFSETS, answers: Any = ANSWERS, mask: Tensor = MASK, **more: Any) -> Selection:
     inputs = {name: more.pop(name) for name in list(more) if name not in MethodOptions.__dataclass_fields__}
-    return select(mask, answers, groups, MethodOptions(equivalence="exact", **more), **{**FULL, **inputs})
+    options = MethodOptions(**{"equivalence": "exact", "min_votes": 1, **more})
+    return select(mask, answers, groups, options, **{**FULL, **inputs})
 
 
 def test_the_first_rollout_is_pruned_and_neither_votes_nor_trains() -> None:
@@ -117,14 +118,30 @@ def test_metrics_by_hand() -> None:
         "training_fraction": pytest.approx(5 / 9),
         "pruned_fraction": pytest.approx(1 / 9),  # the empty response is not pruned
         "label_accuracy": 1.0,
+        "groups_with_signal": 1.0,
         "vote_share": pytest.approx(1 / 2),
+        "vote_share_of_all": pytest.approx((2 / 5 + 1 / 2) / 2),  # a voter of the first has no answer
         "labelled_fraction": 1.0,
         "distinct_labels": 1.0,
+        "distinct_answers": 2.0,
     }
     assert got.metrics(prompts=1)["distinct_labels"] == 2.0
     assert chosen(answers=[None] * 6 + ["7"] * 3).metrics()["labelled_fraction"] == 0.5
     assert chosen(answers=[None] * 6 + ["7"] * 3).metrics()["distinct_labels"] == 0.5
+    nothing = chosen(answers=[None] * 9, gold=["3"] * 6 + ["7"] * 3).metrics()
+    assert nothing["labelled_fraction"] == nothing["vote_share_of_all"] == nothing["groups_with_signal"] == 0.0
+    assert nothing["label_accuracy"] is nothing["distinct_labels"] is nothing["distinct_answers"] is None
     assert chosen()._replace(trains=torch.zeros(9, dtype=torch.bool)).metrics()["reward_mean"] is None
+
+
+def test_a_single_vote_gives_no_label_and_those_without_an_answer_count() -> None:
+    few = chosen(answers=["1", "2", "3", "3", None, None] + [None, "7", None], min_votes=2, iqr_filter=False)
+    assert few.vote is not None
+    assert few.vote.labels == ["3", None]
+    assert few.share_of_all.tolist() == pytest.approx([2 / 6, 1 / 2])
+    assert few.distinct_answers.tolist() == [3, 1]
+    assert few.has_signal.tolist() == [True, False]
+    assert chosen(answers=["1", "2", "3", "3", None, None] + ["7"] * 3, min_share=0.41).vote.labels[0] is None  # type: ignore[union-attr]
 
 
 def test_it_changes_none_of_its_arguments() -> None:

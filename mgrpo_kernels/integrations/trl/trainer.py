@@ -21,6 +21,7 @@ from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, read_gold, select
 from mgrpo_kernels.train.rng import generator_for
+from mgrpo_kernels.vote.extraction import read_answers
 
 MOMENTUM_FILE = "momentum.pt"
 _SCALES = {"group": "std", "batch": "batch", "none": "none"}  # TRL's scale_rewards -> ours
@@ -231,7 +232,8 @@ class MGRPOTrainer(GRPOTrainer):
         """Return what becomes of all processes' rollouts; of an evaluation's, which are all the policy's, nothing is pruned."""
         training, device = self.model.training, self.accelerator.device
         options = self.options if training else evaluation_options(self.options)
-        ended = [not self.mask_truncated_completions or self._is_finished(row) for row in ids]
+        finished = [self._is_finished(row) for row in ids]
+        ended = [not self.mask_truncated_completions or each for each in finished]
         gold = None if self.answer_field is None else [_gold(each.get(self.answer_field)) for each in inputs]
         width = max(gather_object([max(map(len, ids))]))
         mask = torch.arange(width) < torch.tensor([len(row) for row in ids])[:, None]
@@ -243,7 +245,7 @@ class MGRPOTrainer(GRPOTrainer):
 
         stats = {name: gathered(values) for name, values in self._stats.items()}
         momentum = self.by_momentum(len(ids)) if training else torch.zeros(len(ids), dtype=torch.bool)
-        answers = gather_object([self.extract(_text(completion)) for completion in completions])
+        answers = gather_object(read_answers(self.extract, [_text(each) for each in completions], finished))
         return select(
             gather(mask.to(device)).cpu(),
             answers,
@@ -261,7 +263,7 @@ class MGRPOTrainer(GRPOTrainer):
 
     def _is_finished(self, ids: list[int]) -> bool:
         """Return whether a completion ended by itself, as TRL decides it."""
-        return ids[-1] in [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        return bool(ids) and ids[-1] in [*self.eos_token_ids, self._tokenizer.pad_token_id]
 
     def _generator(self) -> torch.Generator:
         """Return what this step's coin flips are drawn from, as ``python -m mgrpo_kernels.train`` draws them."""

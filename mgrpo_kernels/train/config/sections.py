@@ -105,6 +105,26 @@ class DataConfig(Section):
         if_none="answer if the data have it, else solution",
         metavar="NAME",
     )
+    answer_from: Literal["auto", "boxed", "phrase", "last-number"] = option(
+        "auto",
+        "part of a response that gives its answer: the last box, <answer> tag, #### or answer phrase, or else the value that ends the "
+        "response (auto); only boxes (boxed); auto without a bare value at the end (phrase); or the last number (last-number)",
+    )
+    answer_pattern: str | None = option(
+        None,
+        "regular expression whose last match in a response gives its answer: its group, if it has one, else the whole match",
+        if_none="--answer-from decides",
+        metavar="REGEX",
+    )
+    answer_extractor: str | None = option(
+        None,
+        "function of your own, as module:function, that takes a response and returns its answer or None",
+        if_none="--answer-from decides",
+        metavar="MODULE:FUNCTION",
+    )
+    answer_kind: Literal["any", "number"] = option(
+        "any", "kind of answers that count: any, or only numbers, so that 59+63 is no answer where 122 is asked for"
+    )
     prompt_template: str = option(
         DEFAULT_TEMPLATE,
         "template of the prompt, as text or as the name of a text file, in which {question} is replaced by the question",

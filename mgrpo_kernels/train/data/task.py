@@ -18,6 +18,7 @@ from mgrpo_kernels import extract_answer
 from mgrpo_kernels.method import ANSWER_FIELDS, read_gold
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.data.answers import make_extractor
 from mgrpo_kernels.train.data.files import Row, read_rows, shown
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.chat import wrapper
@@ -67,7 +68,8 @@ def load_task(config: Config, *, training: bool = True) -> Task:
         wrapped = [each._replace(prompt=wrap(each.prompt)) for each in examples]
         return fitting(option, wrapped, tokenizer, context, config)
 
-    return Task(prompts("data", train), prompts("eval_data", held_out), equivalence=config.method.equivalence)
+    extract = make_extractor(config.data)
+    return Task(prompts("data", train), prompts("eval_data", held_out), extract, config.method.equivalence)
 
 
 # --- Examples

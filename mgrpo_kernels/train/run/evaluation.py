@@ -13,6 +13,7 @@ from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
+from mgrpo_kernels.vote.extraction import read_answers
 
 
 class Question(NamedTuple):
@@ -44,16 +45,16 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config, s
     prompts = policy.encode([example.prompt for example in task.held_out])
     gold = [example.gold for example in task.held_out]
 
-    def texts(rollouts: Rollouts) -> list[str]:
-        return policy.decode(rollouts.tokens, rollouts.mask)
+    def read(rollouts: Rollouts) -> tuple[list[str], list[str | None]]:
+        texts = policy.decode(rollouts.tokens, rollouts.mask)
+        return texts, read_answers(task.extract, texts, rollouts.finished.tolist())
 
     def right(answers: Sequence[str | None], true: Sequence[str | None]) -> list[bool]:
         return equal_to_gold(answers, true, task.equivalence).eq(1).tolist()
 
     generator = generator_for(config.run.seed, "evaluation", step, policy.device)
-    sampled = texts(engine.sample(prompts, n, temperature=config.eval.eval_temperature, generator=generator))
-    greedy = texts(engine.sample(prompts, 1, temperature=0.0, generator=generator))
-    answers, best = [task.extract(text) for text in sampled], [task.extract(text) for text in greedy]
+    sampled, answers = read(engine.sample(prompts, n, temperature=config.eval.eval_temperature, generator=generator))
+    greedy, best = read(engine.sample(prompts, 1, temperature=0.0, generator=generator))
     labels = majority_vote(answers, n, equivalence=task.equivalence).labels
     hits = right(answers, [each for each in gold for _ in range(n)])
     labels_right, greedy_right = right(labels, gold), right(best, gold)

@@ -11,6 +11,7 @@ import transformers
 from mgrpo_kernels.train import extras, parallel
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.data.answers import describe_extractor
 from mgrpo_kernels.train.data.task import Task, check_lengths, load_task
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy, context_of, pick_device, read_tokenizer
@@ -157,7 +158,17 @@ def check(
     longest = check_lengths(tokenizer, context, task, config.rollout.max_response_tokens)
     target = dry_run if isinstance(dry_run, Target) else Target(parallel.world())
     lines = plan(config, task, model, longest, device, target, probe=bool(dry_run) and parallel.is_first())
-    return Start(task, [*describe(config), *lines, *changes], found, prints, allow_changed)
+    return Start(task, [*describe(config), *reading(config, task), *lines, *changes], found, prints, allow_changed)
+
+
+def reading(config: Config, task: Task) -> list[str]:
+    """Return how answers are read, where the data are the user's, and the first prompt as the model gets it."""
+    lines = [] if config.data.data is None else [f"answers are read from: {describe_extractor(config.data)}"]
+    return [
+        *lines,
+        "first prompt, as the model gets it:",
+        *(f"  | {line}" for line in task.train[0].prompt.splitlines()),
+    ]
 
 
 def check_model(start: Start, policy: Policy, view: Plain) -> None:

@@ -35,7 +35,13 @@ ENTROPY_LEFT = 0.1
 """Fraction of its initial value below which the entropy falls. Healthy runs fall to a fifth; this sign alone causes no warning."""
 PRUNED_RISE = 0.1
 """Rise of the pruned fraction above its initial value."""
-STEP_KEYS = ("vote_share", "distinct_labels", "top_answer_share", "entropy", "pruned_fraction")
+UNPARSED = 0.5
+"""Fraction of the responses without an answer above which it is a sign if it has also risen by :data:`PRUNED_RISE`."""
+NEARLY_ALL = 0.9
+"""Fraction of the responses without an answer that alone causes a warning, because the vote elects whatever is left."""
+STEP_KEYS = (
+    "vote_share", "distinct_labels", "top_answer_share", "entropy", "pruned_fraction", "unparsed_fraction", "groups_with_signal",
+)  # fmt: skip
 ACCURACY, MAJORITY = "held-out accuracy", "held-out majority"
 
 
@@ -75,7 +81,7 @@ class Guard:
         self._up = {**self._fell, **self._step_signs()}
         if not self._up:
             self._calm = line["step"]
-        serious = bool(self._fell) or len(self._up) >= 2
+        serious = bool(self._fell) or len(self._up) >= 2 or "no answers" in self._up
         return list(self._up.values()) if serious and self._up.keys() - self._reported else []
 
     def decide(self, mode: str, allowed: int, best: int | None) -> str:
@@ -164,6 +170,14 @@ class Guard:
             signs["entropy"] = figures("entropy", "entropy")
         if has("pruned_fraction") and now["pruned_fraction"] > start["pruned_fraction"] + PRUNED_RISE:
             signs["pruned"] = figures("pruned_fraction", "pruned share")
+        if has("unparsed_fraction") and now["unparsed_fraction"] > NEARLY_ALL:
+            signs["no answers"] = figures("unparsed_fraction", "share of responses without an answer")
+        elif has("unparsed_fraction") and now["unparsed_fraction"] > max(
+            UNPARSED, start["unparsed_fraction"] + PRUNED_RISE
+        ):
+            signs["fewer answers"] = figures("unparsed_fraction", "share of responses without an answer")
+        if has("groups_with_signal") and now["groups_with_signal"] == 0.0:
+            signs["no signal"] = f"no advantage other than 0 in the last {WINDOW} steps: nothing is learned"
         return signs
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mgrpo_kernels import TokenStats
@@ -35,6 +36,10 @@ def step_metrics(
     answers = Counter(answer for answer in seen.answers if answer is not None)
     return {
         **selection.metrics(prompts=len({example.prompt for example in examples})),
+        "unparsed_fraction": mean(
+            selection.nonempty & torch.tensor([each is None for each in seen.answers], dtype=torch.bool)
+        ),
+        "truncated_fraction": mean(~seen.rollouts.finished),
         "top_answer_share": max(answers.values()) / answers.total() if answers else None,
         "entropy": mean(stats.entropy[mask & seen.by_policy[:, None]]),
         "behaviour_mismatch": mean((stats.logprob - seen.rollouts.logprobs)[mask].abs()),
