@@ -114,7 +114,7 @@ def test_named_files_exist(page: Path) -> None:
 def test_a_file_that_is_gone_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "`tests/test_docs.py` `vote.py` `tests/mutations/*.toml` `csrc/cpu/` `python docs/generate.py` `runs/mine` `NAME.py` vote_of.py\n"
+        "`tests/test_docs.py` `momentum.py` `tests/mutations/*.toml` `csrc/cpu/` `python docs/generate.py` `runs/mine` `NAME.py` vote_of.py\n"
         "`tests/gone.py` `tests/gone/*.toml` `_votes.py` `python docs/make.py` `csrc/gpu/`\n\n"
         "```bash\ncat > mine.py < a\npython mine.py\npython benchmarks/recorded.py\n```\n"
     )
@@ -122,7 +122,7 @@ def test_a_file_that_is_gone_is_found(tmp_path: Path) -> None:
     missing = {each for each in found if not doc_pages.is_tracked(each, tracked())}
     assert {
         "tests/test_docs.py",
-        "vote.py",
+        "momentum.py",
         "tests/mutations/*.toml",
         "csrc/cpu",
         "docs/generate.py",
