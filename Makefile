@@ -48,8 +48,8 @@ study-full: setup  ## run every cell of the collapse study with five seeds; take
 mutants: setup  ## check that the tests catch the planted faults of tests/mutations; resumable; half an hour on two free cores
 	$(PY) scripts/mutants.py $(ARGS)
 
-torture: setup  ## kill a run at twenty random moments, resume it, and compare the result bit for bit
-	$(PY) tests/torture.py $(ARGS)
+torture: setup  ## kill, stop and starve real runs, resume them, and compare bit for bit; writes docs/torture.json
+	$(PY) tests/torture.py --out docs/torture.json $(ARGS)
 
 docs: setup  ## build the documentation into build/docs; a dead link is an error
 	$(PY) -m pip install --quiet 'zensical>=0.0.70' 'mkdocstrings-python>=2'

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import method_tables  # noqa: F401 - its tables are figures too
 import spans
+import torture_table  # noqa: F401 - likewise
 from figures import FIGURES, PUBLISHED, RESULTS, report
 
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, LossType

@@ -9,6 +9,7 @@ optimizer's step, or anything that a checkpoint does to the disk. What is left o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -138,6 +139,13 @@ def kills(root: Path, times: int, seed: int) -> Iterator[torture_faults.Row]:
         yield torture_faults.Row(f"kill -9 at {MOMENTS[event]}", len(results), sum(results), 0, 0)
 
 
+def enter(file: Path, row: torture_faults.Row) -> None:
+    """Add a row to the table in a file, or replace the one of that fault."""
+    known = {each["fault"]: each for each in json.loads(file.read_text(encoding="utf-8"))} if file.exists() else {}
+    known[row.fault] = row._asdict()
+    file.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+
+
 def main(times: int, seed: int, chosen: str, out: Path | None) -> int:
     """Do every fault; return the exit status: 0 where nothing was lost, hung or misleading."""
     import tiny
@@ -147,17 +155,12 @@ def main(times: int, seed: int, chosen: str, out: Path | None) -> int:
         root = Path(place)
         tiny.make_base(root / "base")
         bench = torture_faults.Bench(root, flags())
-        for row in (
-            (*kills(root, times, seed), *torture_faults.rows(bench, chosen))
-            if times
-            else torture_faults.rows(bench, chosen)
-        ):
+        killed_rows = kills(root, times, seed) if times else ()
+        for row in itertools.chain(killed_rows, torture_faults.rows(bench, chosen)):
             table.append(row)
             print(f"torture: {row}", flush=True)
-    if out is not None:
-        known = {each["fault"]: each for each in json.loads(out.read_text(encoding="utf-8"))} if out.exists() else {}
-        known |= {row.fault: row._asdict() for row in table if row.tried}
-        out.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+            if out is not None:
+                enter(out, row)
     return 1 if any(row.lost or row.hung or row.misleading for row in table) else 0
 
 
@@ -167,7 +170,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=20, help="runs that are killed (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the moments (default: 0)")
-    parser.add_argument("--faults", default="", metavar="TEXT", help="only the other faults whose name contains this")
+    parser.add_argument(
+        "--faults", default="", metavar="TEXT", help="only the other faults whose name matches this expression"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="table to write, or to replace these rows of")
     given = parser.parse_args()
     sys.exit(main(given.times, given.seed, given.faults, given.out))

@@ -7,6 +7,7 @@ the program of such a rank: it sets a fault up in one of them, and then trains.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,8 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "train
 LIMIT = 400
 """Seconds after which a run counts as hung, on a machine with much else to do."""
 RANK_TIMEOUT = 20
-TRACE = "Traceback (most recent call last)"
+TRACE = f'File "{HERE.parents[1]}/mgrpo_kernels'
+"""What a traceback of the trainer contains, and torchrun's own does not."""
 
 
 class Row(NamedTuple):
@@ -159,7 +161,8 @@ class Bench:
     def __init__(self, root: Path, flags: list[str]) -> None:
         import tiny
 
-        self.root, self.flags, self._count = root, [*flags, "--rank-timeout", str(RANK_TIMEOUT), "--plain"], 0
+        self.root, self._count = root, 0
+        self.flags = [*flags, "--steps", "7", "--rank-timeout", str(RANK_TIMEOUT), "--plain"]
         if not (root / "base").exists():
             tiny.make_base(root / "base")
         self._whole: dict[int, Path] = {}
@@ -404,17 +407,17 @@ def servers(test: str) -> Callable[[Bench, int], Problems]:
 
 
 FAULTS: dict[str, tuple[Callable[[Bench, int], Problems], tuple[int, ...]]] = {
-    "one of two ranks is killed; torchrun starts both again": (killed_rank, (2, 5, 9)),
-    "one of two ranks hangs": (hung_rank, (2, 6)),
-    "one of two ranks has no memory left": (rank_without_memory, (2, 6)),
+    "one of two ranks is killed; torchrun starts both again": (killed_rank, (5,)),
+    "one of two ranks hangs": (hung_rank, (4,)),
+    "one of two ranks has no memory left": (rank_without_memory, (4,)),
     "two ranks read different data": (ranks_with_other_data, (0,)),
     "the verifier hangs on one of two ranks": (verifier_that_hangs, (3,)),
-    "a run of two ranks is resumed by one": (other_number_of_ranks, (5, 8)),
+    "a run of two ranks is resumed by one": (other_number_of_ranks, (5,)),
     "the link between two machines is cut for 5 s": (link_cut(5.0), (0,)),
     "the link between two machines is cut for good": (link_cut(None), (0,)),
     "the file system does not rename over a file": (one_process("rename"), (0,)),
     "the clock jumps by a day, back and forth": (one_process("clock"), (0,)),
-    "the disk is full before the run ends": (full_disk, (0, 3, 6)),
+    "the disk is full before the run ends": (full_disk, (0, 4)),
     "one of two vLLM servers hangs in a batch": (servers("test_y"), (0,)),
     "one of two vLLM servers dies in a batch, then the other": (servers("test_z"), (0,)),
 }
@@ -422,9 +425,9 @@ FAULTS: dict[str, tuple[Callable[[Bench, int], Problems], tuple[int, ...]]] = {
 
 
 def rows(bench: Bench, chosen: str = "") -> Iterator[Row]:
-    """Do every fault whose name contains `chosen`, and yield its row."""
+    """Do every fault whose name matches `chosen`, and yield its row."""
     for name, (act, numbers) in FAULTS.items():
-        if chosen not in name:
+        if not re.search(chosen, name):
             continue
         found: list[Problems] = []
         for number in numbers:

@@ -193,7 +193,9 @@ def test_a_call_that_hangs_ends_the_process() -> None:
     )
     got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert got.returncode == 1
-    assert got.stderr.startswith("error: vllm: expected an answer, got none; --resume goes on from the last checkpoint")
+    assert got.stderr.startswith(
+        "error: vllm: expected an answer, got none; --resume continues from the last checkpoint"
+    )
     assert "most recent call first" in got.stderr
 
 

@@ -18,7 +18,7 @@ from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, load_policy
-from mgrpo_kernels.train.run import checkpoint, start
+from mgrpo_kernels.train.run import checkpoint, fingerprint, start
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 4, 5, 6, 2]])
@@ -55,6 +55,11 @@ def wrong_use(place: Path) -> None:
     ):
         start.check(tiny.config(prompts_per_step=1), place / "run", False, CPU)
     assert caught.value.shown_elsewhere is not parallel.is_first()
+    fingerprint.agree({"data": "the same"})
+    with pytest.raises(
+        UsageError, match=r"rank 1: expected the training prompts of rank 0 \(0 prompts\), got other ones \(1 prompts\)"
+    ):
+        fingerprint.agree({"data": f"{parallel.rank()} prompts"})
 
 
 def tied_policy(dtype: torch.dtype, *, lora: bool = False) -> Policy:

@@ -21,6 +21,7 @@ from test_train_faults import largest_file
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import export, text
 from mgrpo_kernels.train.config import build
+from mgrpo_kernels.train.ending import exit_status
 from mgrpo_kernels.train.errors import OutputError, UsageError
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.run import checkpoint, files, loop, output, start
@@ -203,6 +204,16 @@ def test_out_of_memory_ends_in_a_line(
     assert shown.startswith("error: out of memory: ")
     assert "--tokens-per-microbatch" in shown
     assert shown.count("\n") == 1
+
+
+def test_a_rank_that_is_gone_ends_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    gone = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+    )
+    assert exit_status(gone) == 1
+    assert capsys.readouterr().err.startswith("error: lost contact with another rank: [/pytorch/third_party/gloo")
+    assert exit_status(RuntimeError("a bug")) is None
+    assert capsys.readouterr().err == ""
 
 
 # --- Ruined weights

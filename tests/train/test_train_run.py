@@ -170,7 +170,7 @@ def test_a_directory_with_another_run_is_refused(whole: Path, capsys: pytest.Cap
     before = {each: each.stat().st_mtime_ns for each in whole.rglob("*")}
     assert command.main([*tiny.FLAGS, "--output", str(whole)]) == 2
     assert (
-        f"output: expected a directory without a run, or --resume to go on with it, got {whole}"
+        f"output: expected a directory without a run, or --resume to continue it, got {whole}"
         in capsys.readouterr().err
     )
     assert {each: each.stat().st_mtime_ns for each in whole.rglob("*")} == before

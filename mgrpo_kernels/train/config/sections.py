@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from mgrpo_kernels.method.fields import option
 from mgrpo_kernels.ops.policy_loss.inputs import check_behaviour_mode
 from mgrpo_kernels.ops.policy_loss.options import LossForm
 from mgrpo_kernels.train.config.fields import Section
+from mgrpo_kernels.train.config.servers import check_urls, split_urls
 from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
 
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
@@ -236,21 +236,11 @@ class VllmConfig(Section):
     @property
     def server_urls(self) -> list[str]:
         """The URLs in `vllm_servers`."""
-        return [] if self.vllm_servers is None else [url.strip().rstrip("/") for url in self.vllm_servers.split(",")]
+        return split_urls(self.vllm_servers)
 
     def check(self) -> None:
-        urls = self.server_urls
-        shown = "" if self.vllm_servers is None else re.sub(r"//[^,\s]*@", "//***@", self.vllm_servers)
-        if any(re.search(r"[@?#]", url) for url in urls):
-            raise ValueError(
-                f"vllm_servers: expected URLs without user, password or query, since they are written to files and logs, got {shown!r}: "
-                "put the servers' key into VLLM_API_KEY, or the name of a file that contains it into VLLM_API_KEY_FILE"
-            )
-        if len(set(urls)) < len(urls) or not all(re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) for url in urls):
-            raise ValueError(
-                f"vllm_servers: expected http://HOST:PORT, or several different ones separated by commas, got {shown!r}"
-            )
-        if urls:
+        check_urls(self.vllm_servers)
+        if self.server_urls:
             for each in dataclasses.fields(self):
                 if each.name not in ("vllm_servers", "vllm_timeout") and getattr(self, each.name) != each.default:
                     raise ValueError(

@@ -36,7 +36,7 @@ ENVIRONMENT = {
 LEAST_TEMPERATURE = ENGINES["vllm"].least_temperature
 """Below it vLLM samples at this temperature."""
 GRACE = 60.0
-"""Seconds that a call may go on after its time limit, before the process is ended from outside the call."""
+"""Seconds that a call may continue after its time limit, before a timer ends the process."""
 PROBE_ROWS, PROBE_TOKENS, PROBE_TEMPERATURE = 4, 8, 0.8
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Mean |trainer - sampler| log-prob that rounding may make, in nats; on small models it was 1e-6 and 2.5e-3."""
@@ -295,7 +295,7 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
             f"{type(error).__name__}: {error}"
         ) from error
     finally:
-        torch.set_num_threads = set_num_threads  # vLLM's CPU worker puts a function there that does nothing
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a function without effect
 
 
 def import_vllm() -> str:
@@ -323,7 +323,7 @@ def name_of(policy: Policy) -> str:
 def unties(policy: Policy) -> bool:
     """Return whether vLLM gets tied embeddings as two weights.
 
-    For a CPU it packs a head's weight apart, and does not pack it again when the embedding that it is tied to is exchanged (0.32).
+    On a CPU, vLLM 0.32 packs the head's weight separately, and does not pack it again when the embedding that it is tied to changes.
     """
     return policy.device.type == "cpu"
 
@@ -344,11 +344,11 @@ def checkpoint_weights(model: Any, *, untie: bool) -> dict[str, Tensor]:
 def ended_after(seconds: float, reason: str) -> Iterator[None]:
     """End the process, with the reason and every thread's stack, where the block takes longer.
 
-    A call that hangs in compiled code cannot be left from Python. The last checkpoint stands.
+    Python cannot interrupt a call that hangs in compiled code. The last checkpoint remains.
     """
 
     def end() -> None:
-        os.write(2, f"error: {reason}; --resume goes on from the last checkpoint\n".encode())
+        os.write(2, f"error: {reason}; --resume continues from the last checkpoint\n".encode())
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)
 

@@ -53,9 +53,7 @@ class Answer:
         if self._size > self._largest:
             raise ServerError(f"{self.where}: expected at most {self._largest} bytes, got more")
         if time.monotonic() > self._deadline:
-            raise ServerError(
-                f"{self.where}: expected a complete answer by now, got {self._size} bytes that still go on"
-            )
+            raise ServerError(f"{self.where}: expected a complete answer by now, got {self._size} bytes of one")
 
     def read(self, status: int, about: Mapping[str, str]) -> dict[str, Any]:
         """Return the object that was sent, by its status and headers.

@@ -48,7 +48,7 @@ class Batch:
         self._tasks: dict[asyncio.Task[list[Completion]], tuple[int, str]] = {}  # which request, to which server
         self._helping: set[asyncio.Task[list[Completion]]] = set()  # those that repeat what a slow server was asked
         self._start = time.monotonic()
-        self._idle_since: float | None = None  # since when a server has nothing to do
+        self._idle_since: float | None = None  # since when a server has had no request
 
     async def run(self) -> list[list[Completion]]:
         """Return every request's completions. Where the run is to end, or no server is left, the others are given up."""

@@ -27,7 +27,7 @@ START = "python -m mgrpo_kernels.train.serve sets it"
 
 
 class Control:
-    """What all servers are told together: the four calls that vLLM's trainer-side weight transfer makes, and others.
+    """The calls that go to all servers at once: the four of vLLM's trainer-side weight transfer, and others.
 
     Args:
         urls: of the servers.
@@ -200,7 +200,7 @@ def join_transfer(control: Control, source: Source, backend: str, policy: Policy
 
     for url in control.urls:
         try:
-            control.one(url, "shutdown_weight_transfer_engine")  # of a trainer that has gone
+            control.one(url, "shutdown_weight_transfer_engine")  # of a trainer that has ended
         except ServerError:
             control.one(url, "finish_weight_update")  # which it had begun
             control.one(url, "shutdown_weight_transfer_engine")
@@ -227,7 +227,7 @@ def own_address(urls: Sequence[str]) -> tuple[str, int]:
         try:
             family, kind, _, _, there = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:
-                probe.connect(there)  # sends nothing: it picks the interface
+                probe.connect(there)  # picks the interface, and sends no packet
                 addresses.append(probe.getsockname()[0])
         except OSError as error:
             raise ServerError(f"{url}: {error}") from error

@@ -103,7 +103,7 @@ class GlooEngine(NCCLWeightTransferEngine):
 
 @dataclass
 class GlooTrainerInitInfo(NCCLTrainerInitInfo):
-    """Where the processes of a transfer meet."""
+    """The address at which the processes of a transfer connect."""
 
     backend: ClassVar[str] = GLOO
 

@@ -97,9 +97,7 @@ def replace_directory(new: Path, path: Path) -> None:
 def reason(error: BaseException) -> str:
     """Return what went wrong in one line: the operating system's words where it was the cause."""
     root: BaseException | None = error
-    while root is not None and not isinstance(
-        root, OSError
-    ):  # torch reports its own surprise at what the disk answered
+    while root is not None and not isinstance(root, OSError):  # torch adds errors of its own
         root = root.__cause__ or root.__context__
     root = error if root is None else root
     return f"{type(root).__name__}: {root}".split("\n")[0]

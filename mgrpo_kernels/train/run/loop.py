@@ -146,7 +146,7 @@ class Run:
             self.view.warn(f"warning: report.html could not be written: {reason(error)}")
 
     def _check_result(self) -> None:
-        """Raise FloatingPointError where the weights are not finite, or most steps were skipped: nothing shows that they are good."""
+        """Raise FloatingPointError if the weights are not finite, or most steps were skipped, so that no step shows them to be good."""
         bad = checkpoint.not_finite(self.learner)
         if bad is not None:
             raise FloatingPointError(f"weights: expected finite ones, got NaN or infinity in {bad}")
@@ -257,7 +257,7 @@ class Run:
         return action
 
     def _act_on(self, signs: list[str], line: dict[str, Any]) -> None:
-        """Warn of signs of collapse, enter them in the line, and go back to the best checkpoint where the guard says so."""
+        """Warn of signs of collapse, enter them in the line, and restore the best checkpoint if the guard decides to roll back."""
         self.writer.settle()
         best = self.guard.best(parallel.from_first(checkpoint.saved_steps(self.checkpoints)))
         action = self.guard.decide(self.config.run.guard, self.config.run.guard_rollbacks, best)
@@ -265,7 +265,7 @@ class Run:
         path = None if best is None else self.checkpoints / f"step_{best}"
         self.view.warn(message(line["step"], signs, str(path or "none yet"), CONSEQUENCE[action]))
         self.guard.record(action)
-        if action == "rollback":  # the steps, and with them the random numbers, go on: the fall is not repeated
+        if action == "rollback":  # the step numbers, and so the random numbers, continue: the same fall is not repeated
             assert path is not None
             checkpoint.restore(checkpoint.load(path), self.learner)
 

@@ -39,7 +39,7 @@ def check_output(output: Path, *, resume: bool) -> checkpoint.Facts | None:
         work = [] if not output.exists() else work_in(output)
         if configured or there or work:
             raise UsageError(
-                f"output: expected a directory without a run, or --resume to go on with it, got {output}"
+                f"output: expected a directory without a run, or --resume to continue it, got {output}"
                 + ("" if configured else f", which contains {', '.join([*(each.name for each in there), *work])}")
             )
         return None

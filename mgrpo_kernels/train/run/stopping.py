@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Abandoned(BaseException):  # like KeyboardInterrupt no error
-    """The process is to end, and sampling was left before its end. Nothing has changed."""
+    """Sampling was interrupted because the process is to end. No weight has changed."""
 
 
 class Interrupt:
@@ -31,14 +31,14 @@ class Interrupt:
         self._notice()
 
     def check(self) -> None:
-        """Raise Abandoned where there is no time to go on sampling."""
+        """Raise Abandoned if there is no time to continue sampling."""
         if self._urgent:
             raise Abandoned
 
 
 @contextmanager
 def interruptible(notice: Callable[[], None]) -> Iterator[Interrupt]:
-    """Turn Ctrl-C and SIGTERM into a request, inside the block; `notice` tells the user that it has come."""
+    """Turn Ctrl-C and SIGTERM into a request, inside the block; `notice` reports it to the user."""
     interrupt = Interrupt(notice)
     before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -100,7 +100,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 
 
 def page(run: Run) -> str:
-    """Return the report: one file with nothing outside it."""
+    """Return the report as one self-contained file."""
     title = html.escape(run.name)
     data = json.dumps(summary(run), indent=1).replace("<", "\\u003c")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, written by torch.distributed.checkpoint while training goes on.
+"""Checkpoints that are complete or absent, written by torch.distributed.checkpoint while training continues.
 
 A checkpoint is written beside its place, brought to the disk, and then renamed; the link ``latest`` follows. A run that is killed at any
 moment thus leaves complete checkpoints alone under the name ``step_N``. Random numbers, the order of the data and the learning rate

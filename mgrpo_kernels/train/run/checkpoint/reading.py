@@ -40,9 +40,8 @@ class Facts(TypedDict):
     metrics_bytes: int  # size of metrics.jsonl at that step
     samples_bytes: int
     unwritten: dict[str, list[str]]  # lines of these two files that could not be written by then, by file name
-    pending: (
-        tuple[dict[str, Any], list[dict[str, Any]]] | None
-    )  # a step's metrics and samples whose evaluation is still to come
+    # Metrics and samples of a step whose evaluation is still to come.
+    pending: tuple[dict[str, Any], list[dict[str, Any]]] | None
     ranks: int
     momentum_updates: int | None
     fingerprints: dict[str, str]  # of the data, the base model and its tokenizer
@@ -246,7 +245,7 @@ def cause(error: BaseException) -> str:
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads a pickle of the classes that describe tensors, and of nothing else: calling anything else is refused."""
+    """Reads a pickle that contains only the classes that describe tensors, and refuses any other."""
 
     ALLOWED: Mapping[tuple[str, str], Any] = {
         **{
