@@ -38,9 +38,7 @@ class Method(NamedTuple):
     filters: bool = False  # whether the IQR filter prunes by default
     reads: Literal["label", "shares", "nothing"] = "label"  # the part of the vote that the reward depends on
     highest: float = math.inf  # upper bound of the reward
-    voters: Literal["survivors", "momentum"] = (
-        "survivors"  # all survivors of the filter vote, or only the momentum model's
-    )
+    voters: Literal["survivors", "momentum"] = "survivors"  # of the filter: all, or only the momentum model's
     train_share: float = 1.0  # share of a prompt's policy rollouts that train; the others only vote
     decay_end: float | None = None  # default decay of the momentum model at the last step, reached along a cosine
     needs_gold: bool = False
@@ -91,9 +89,8 @@ def _arxiv(number: str, before: str = "") -> str:
     return f"{before}[{number}](https://arxiv.org/abs/{number})"
 
 
-MethodName = Literal[
-    "mgrpo", "srt", "ttrl", "soft_vote", "empo", "intuitor", "rent", "co_rewarding", "gold", "random"
-]  # a test compares these names with the table's
+# A test compares these names with those of the table.
+MethodName = Literal["mgrpo", "srt", "ttrl", "soft_vote", "empo", "intuitor", "rent", "co_rewarding", "gold", "random"]
 METHODS: dict[MethodName, Method] = {
     "mgrpo": Method(
         _agreement,

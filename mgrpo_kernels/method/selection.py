@@ -22,9 +22,7 @@ class Selection(NamedTuple):
     """The result of :func:`select` for B rollouts in P groups. All tensors are on the CPU."""
 
     nonempty: Tensor  # (B,) bool: the response has at least one token
-    entropy: (
-        Tensor | None
-    )  # (B,) nats, the entropies that the filter compares; NaN for an empty response; None if not given
+    entropy: Tensor | None  # (B,) nats, as the filter compares them; NaN for an empty response; None if not given
     survives: Tensor  # (B,) bool: neither empty nor pruned
     voters: Tensor  # (B,) bool
     vote: Vote | None  # labels, shares and clusters; None if rewards were given instead

@@ -45,9 +45,8 @@ def check_packages(config: Config, *, training: bool = True) -> None:
     Raises:
         UsageError: a package is missing; the message names the option and the command that installs the package.
     """
-    from mgrpo_kernels.train.errors import (
-        UsageError,
-    )  # imported here, because the package's import may need what is missing
+    # Imported here, because the import of these modules may need a package that is missing.
+    from mgrpo_kernels.train.errors import UsageError
     from mgrpo_kernels.train.rollout.engines import ENGINES
 
     needed = {"report": "matplotlib"} if training else {}

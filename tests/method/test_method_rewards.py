@@ -44,10 +44,8 @@ def test_empo_gives_nothing_to_a_group_that_is_too_uncertain() -> None:
 
 
 def test_empos_certainty_is_of_the_answers_alone() -> None:
-    answers = [
-        *"1234567",
-        None,
-    ]  # seven answers have entropy log 7, above 0.9 log 8; over eight rollouts it would be below
+    # Seven answers have entropy log 7, above 0.9 log 8; over eight rollouts it would be below.
+    answers = [*"1234567", None]
     signals = Signals(
         vote=majority_vote(answers, 8),
         offsets=torch.tensor([0, 8]),

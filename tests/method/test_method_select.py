@@ -12,11 +12,8 @@ from torch import Tensor
 from mgrpo_kernels import group_advantages
 from mgrpo_kernels.method import MethodOptions, Selection, select
 
-ANSWERS: list[str | None] = ["3", "3", "4", "4", None, "3"] + [
-    "7",
-    "8",
-    "8",
-]  # a prompt of six rollouts, and one of three
+# A prompt with six rollouts, and one with three.
+ANSWERS: list[str | None] = ["3", "3", "4", "4", None, "3"] + ["7", "8", "8"]
 OFFSETS = torch.tensor([0, 6, 9])
 MOMENTUM = torch.tensor([False, False, False, False, True, True] + [False, False, True])
 LENGTHS = [2, 2, 2, 2, 2, 1] + [2, 2, 0]

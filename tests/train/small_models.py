@@ -14,9 +14,17 @@ def write_model(place: Path, vocabulary: int, *, eos: int | None, context: int) 
     """Write a random model of 2 layers of width 32."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos,
+    )
     Qwen2ForCausalLM(config).save_pretrained(place)
 
 

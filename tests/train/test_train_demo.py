@@ -112,9 +112,13 @@ def test_the_demonstration_keeps_its_promise(tmp_path: Path) -> None:
     """The whole of it, as `make train` runs it; `python benchmarks/demo_seeds.py` does five seeds and compares the bits of two runs."""
     began, before = time.monotonic(), os.times()
     done = subprocess.run(
-        [sys.executable, "-m", "mgrpo_kernels.train"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", "mgrpo_kernels.train"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     seconds, after = time.monotonic() - began, os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     assert done.returncode == 0, done.stdout
@@ -122,9 +126,8 @@ def test_the_demonstration_keeps_its_promise(tmp_path: Path) -> None:
     lines = [line for line in tiny.lines(output) if line.get("eval_accuracy") is not None]
     for key, rise in demo.RISE.items():
         assert lines[-1][key] - lines[0][key] >= rise, (key, [line[key] for line in lines])
-    assert (
-        lines[-1]["eval_accuracy"] > max(line["eval_accuracy"] for line in lines) - 0.05
-    )  # it keeps what it has learned
+    # It keeps what it has learned.
+    assert lines[-1]["eval_accuracy"] > max(line["eval_accuracy"] for line in lines) - 0.05
     assert min(seconds, cpu) < demo.LONGEST, (seconds, cpu)  # of a busy machine CPU time alone tells
     assert (output / "report.html").stat().st_size > 0
     try_next = done.stdout.splitlines()[-3:]

@@ -55,8 +55,10 @@ def test_warns_before_five_points_are_lost(name: str) -> None:
     lines = recorded(name)
     evaluated = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
     lost = next(
-        step for at, (step, accuracy) in enumerate(evaluated) if max(a for _, a in evaluated[: at + 1]) - accuracy >= 0.05
-    )  # fmt: skip
+        step
+        for at, (step, accuracy) in enumerate(evaluated)
+        if max(a for _, a in evaluated[: at + 1]) - accuracy >= 0.05
+    )
     assert warnings(lines)[0][0] < lost
     assert evaluated[-1][0] >= lost  # the recording shows the fall
 
@@ -76,18 +78,26 @@ def line(step: int, accuracy: float | None = None, **figures: float | None) -> d
         "entropy": 0.5,
         "pruned_fraction": 0.02,
     }
-    held_out = {} if accuracy is None else {
-        "eval_accuracy": accuracy, "eval_greedy": accuracy + 0.1, "eval_maj_at_k": accuracy + 0.1,
-    }  # fmt: skip
+    held_out = (
+        {}
+        if accuracy is None
+        else {
+            "eval_accuracy": accuracy,
+            "eval_greedy": accuracy + 0.1,
+            "eval_maj_at_k": accuracy + 0.1,
+        }
+    )
     return {"step": step, **steady, **held_out, **figures}
 
 
 def noisy(step: int, draw: random.Random) -> dict[str, float]:
     return {
-        "vote_share": 0.6 + 0.002 * step + draw.gauss(0, 0.05), "distinct_labels": 0.8 + draw.gauss(0, 0.1),
-        "top_answer_share": 0.2 + draw.gauss(0, 0.06), "entropy": 0.5 * 0.99**step + draw.gauss(0, 0.02),
+        "vote_share": 0.6 + 0.002 * step + draw.gauss(0, 0.05),
+        "distinct_labels": 0.8 + draw.gauss(0, 0.1),
+        "top_answer_share": 0.2 + draw.gauss(0, 0.06),
+        "entropy": 0.5 * 0.99**step + draw.gauss(0, 0.02),
         "pruned_fraction": abs(draw.gauss(0, 0.03)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -109,9 +119,11 @@ def test_silent_on_noise(seed: int) -> None:
 def collapse(step: int) -> dict[str, float]:
     done = min(1.0, max(0.0, (step - 50) / 50))
     return {
-        "vote_share": 0.6 + 0.4 * done, "distinct_labels": 0.9 - 0.8 * done, "top_answer_share": 0.2 + 0.8 * done,
+        "vote_share": 0.6 + 0.4 * done,
+        "distinct_labels": 0.9 - 0.8 * done,
+        "top_answer_share": 0.2 + 0.8 * done,
         "entropy": 0.5 * (1 - 0.99 * done),
-    }  # fmt: skip
+    }
 
 
 def test_without_evaluation_two_signs_take_a_warning() -> None:

@@ -26,17 +26,37 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def values(step: int) -> dict[str, Any]:
     return {
-        "step": step, "vote_share": 0.5 + 0.01 * step, "label_accuracy": 0.6, "distinct_labels": 0.9, "top_answer_share": 0.2,
-        "entropy": 1.5 - 0.01 * step, "pruned_fraction": 0.03125, "momentum_distance": 0.0123, "tokens_per_second": 12345.6,
-        "reward_mean": 0.4, "kl": 0.001, "response_tokens": 7.0, "grad_norm": 1.25,
-    }  # fmt: skip
+        "step": step,
+        "vote_share": 0.5 + 0.01 * step,
+        "label_accuracy": 0.6,
+        "distinct_labels": 0.9,
+        "top_answer_share": 0.2,
+        "entropy": 1.5 - 0.01 * step,
+        "pruned_fraction": 0.03125,
+        "momentum_distance": 0.0123,
+        "tokens_per_second": 12345.6,
+        "reward_mean": 0.4,
+        "kl": 0.001,
+        "response_tokens": 7.0,
+        "grad_norm": 1.25,
+    }
 
 
 def sample(**changes: Any) -> dict[str, Any]:
     return {
-        "step": 9, "prompt": "3+4=", "response": "77#7", "answer": "7", "label": "7", "gold": "7", "reward": 1.0, "correct": True,
-        "sampled_by": "policy", "pruned": False, "finished": True, **changes,
-    }  # fmt: skip
+        "step": 9,
+        "prompt": "3+4=",
+        "response": "77#7",
+        "answer": "7",
+        "label": "7",
+        "gold": "7",
+        "reward": 1.0,
+        "correct": True,
+        "sampled_by": "policy",
+        "pruned": False,
+        "finished": True,
+        **changes,
+    }
 
 
 def make_view(width: int, height: int, **changes: Any) -> tuple[Live, Console]:

@@ -27,12 +27,24 @@ Logged = dict[str, dict[int, float]]  # tag -> step -> value
 
 def test_what_is_logged() -> None:
     line = {
-        "step": 3, "loss": 0.5, "kl": None, "entropy": float("nan"), "time_rollout": 0.1, "time_sync": None, "eval_accuracy": 0.4,
-        "guard": "warn", "guard_signs": "entropy 1 -> 0", "top_answer_share": 0.0,
-    }  # fmt: skip
+        "step": 3,
+        "loss": 0.5,
+        "kl": None,
+        "entropy": float("nan"),
+        "time_rollout": 0.1,
+        "time_sync": None,
+        "eval_accuracy": 0.4,
+        "guard": "warn",
+        "guard_signs": "entropy 1 -> 0",
+        "top_answer_share": 0.0,
+    }
     assert scalars(line) == {
-        "train/loss": 0.5, "time/rollout": 0.1, "eval/accuracy": 0.4, "guard/warn": 1.0, "train/top_answer_share": 0.0,
-    }  # fmt: skip
+        "train/loss": 0.5,
+        "time/rollout": 0.1,
+        "eval/accuracy": 0.4,
+        "guard/warn": 1.0,
+        "train/top_answer_share": 0.0,
+    }
 
 
 def expected(output: Path) -> Logged:
@@ -85,9 +97,8 @@ def same(found: Logged, wanted: Logged) -> None:
     for tag, values in wanted.items():
         assert found[tag].keys() == values.keys(), tag
         for step, value in values.items():
-            if (
-                not tag.startswith("time/") and "per_second" not in tag and "memory" not in tag
-            ):  # these differ when a step is repeated
+            # Times, rates and memory differ when a step is repeated.
+            if not tag.startswith("time/") and "per_second" not in tag and "memory" not in tag:
                 assert found[tag][step] == pytest.approx(value, rel=1e-6), (tag, step)
 
 
@@ -233,9 +244,8 @@ def test_wandb_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run_in_parts(base, output, monkeypatch, "--wandb", "sums")
     same(in_wandb(output), expected(output))
     names = {file.stem for file in (output / "wandb").glob("offline-run-*/*.wandb")}
-    assert names == {
-        "run-" + json.loads((output / "loggers.json").read_text())["wandb"]["run"]
-    }  # three parts of one run
+    run = json.loads((output / "loggers.json").read_text())["wandb"]["run"]
+    assert names == {f"run-{run}"}  # three parts of one run
 
 
 def test_trackio_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

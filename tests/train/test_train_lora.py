@@ -101,8 +101,13 @@ def batch_of(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> Batch:
 def gradient(policy: Policy, batch: Batch, config: Any) -> dict[str, Tensor]:
     policy.model.zero_grad()
     update.accumulate_gradient(
-        policy, batch, config.loss, max_tokens=config.rollout.max_response_tokens, temperature=config.rollout.temperature, budget=64
-    )  # fmt: skip
+        policy,
+        batch,
+        config.loss,
+        max_tokens=config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+        budget=64,
+    )
     return {name: value.grad.clone() for name, value in policy.model.named_parameters() if value.grad is not None}
 
 
@@ -208,9 +213,17 @@ def test_a_run_trains(whole: Path, base: Path) -> None:
     assert lines[-1]["kl"] > 0
     saved = checkpoint.sizes(whole / "checkpoints" / "latest")
     trained = adapter_of(load(base).model)
-    want = {f"{part}.{name}{key}" for name in trained for part, key in (
-        ("model", ""), ("momentum", ""), ("optimizer", ".step"), ("optimizer", ".exp_avg"), ("optimizer", ".exp_avg_sq"),
-    )}  # fmt: skip
+    want = {
+        f"{part}.{name}{key}"
+        for name in trained
+        for part, key in (
+            ("model", ""),
+            ("momentum", ""),
+            ("optimizer", ".step"),
+            ("optimizer", ".exp_avg"),
+            ("optimizer", ".exp_avg_sq"),
+        )
+    }
     assert saved.keys() == want  # nothing of the frozen weights
 
 

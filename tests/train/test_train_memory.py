@@ -44,10 +44,17 @@ def wide_policy(request: pytest.FixtureRequest) -> Policy:
     """Return a policy whose vocabulary outweighs all else."""
     torch.manual_seed(0)
     config = model_config()
-    config.update({
-        "vocab_size": V, "hidden_size": H, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
-        "num_key_value_heads": 1, "head_dim": 16,
-    })  # fmt: skip
+    config.update(
+        {
+            "vocab_size": V,
+            "hidden_size": H,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+        }
+    )
     return Policy(AutoModelForCausalLM.from_config(config), make_tokenizer(), request.param)
 
 
@@ -85,9 +92,16 @@ class Given(RolloutEngine):
 def test_a_whole_step(wide_policy: Policy) -> None:
     seen = []
     changes = {
-        "method": "random", "rollouts": 8, "prompts_per_step": 4, "kl_coef": 0.1, "iqr_filter": False, "max_response_tokens": MANY,
-        "tokens_per_microbatch": 10**6, "momentum_rollouts": 2, "train_momentum_rollouts": True,
-    }  # fmt: skip
+        "method": "random",
+        "rollouts": 8,
+        "prompts_per_step": 4,
+        "kl_coef": 0.1,
+        "iqr_filter": False,
+        "max_response_tokens": MANY,
+        "tokens_per_microbatch": 10**6,
+        "momentum_rollouts": 2,
+        "train_momentum_rollouts": True,
+    }
     for length in (FEW, MANY):
         learner = tiny.learner(wide_policy, **changes)
         learner.engine = Given(length)

@@ -91,15 +91,8 @@ def test_rewards_of_the_first_step_are_what_the_methods_say(output_of: Callable[
         if METHODS[method].reads == "label":
             assert reward[method] == [float(answers_equal(each["answer"], each["label"])) for each in samples]
     answers = [each["answer"] for each in shown["srt"]]
-    for method in (
-        "ttrl",
-        "soft_vote",
-        "empo",
-        "intuitor",
-        "rent",
-        "gold",
-        "random",
-    ):  # by the same model on the same prompt
+    # These generate from the same model and the same prompt.
+    for method in ("ttrl", "soft_vote", "empo", "intuitor", "rent", "gold", "random"):
         assert [each["answer"] for each in shown[method]] == answers
     voters = [answer for answer in answers if answer is not None]
     shares = [sum(answers_equal(answer, other) for other in voters) / len(voters) for answer in answers]

@@ -275,9 +275,19 @@ def test_few_calls_give_what_the_modules_give(monkeypatch: pytest.MonkeyPatch) -
 
 
 def flash_attn_varlen_func(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, softmax_scale: float, causal: bool,
-    window_size: tuple[int, int], deterministic: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    deterministic: bool,
+) -> Tensor:
     """What flash-attn's documentation says of it: the causal mask is aligned to the bottom right corner, grouped heads are allowed."""
     assert causal
     assert deterministic

@@ -44,9 +44,19 @@ def qwen() -> Policy:
 
     torch.manual_seed(0)
     shape = Qwen3Config(
-        vocab_size=V, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=24, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=V,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
     return Policy(Qwen3ForCausalLM(shape), Tokenizer())  # type: ignore[arg-type]
 
 
@@ -97,9 +107,11 @@ def test_bytes_are_those_of_a_real_step(policy: Policy) -> None:
     assert isinstance(learner.reference, type(learner.momentum))
     found = memory_of(learner.config, model, work_of(learner.config, 9, 0, 1), 1, "cpu")
     assert found.held == {
-        "weights": nbytes(policy.model.parameters()), "AdamW": nbytes(state), "momentum model": nbytes(learner.momentum.ema.values()),
+        "weights": nbytes(policy.model.parameters()),
+        "AdamW": nbytes(state),
+        "momentum model": nbytes(learner.momentum.ema.values()),
         "KL reference": nbytes(learner.reference.ema.values()),
-    }  # fmt: skip
+    }
     assert [found.moments["end of backward"]["gradients"]] == gradients
     assert model == read_model(demo.model_config())
 
@@ -173,8 +185,10 @@ def test_more_of_anything_takes_more_memory(qwen: Policy) -> None:
     for more in ({"tokens_per_microbatch": 4096}, {"max_response_tokens": 128}):
         assert memory_with(model, **more).total > base.total, more
     for name, more in (
-        ("key-value cache", {"rollouts": 32}), ("logits and noise", {"rollouts": 32}), ("key-value cache", {"prompts_per_step": 16}),
-    ):  # fmt: skip
+        ("key-value cache", {"rollouts": 32}),
+        ("logits and noise", {"rollouts": 32}),
+        ("key-value cache", {"prompts_per_step": 16}),
+    ):
         wide = {"tokens_per_microbatch": 16384}
         assert (
             memory_with(model, **wide, **more).moments["rollout"][name]
@@ -210,9 +224,8 @@ def test_more_work_takes_more_time(qwen: Policy) -> None:
         assert of(with_rates=rates._replace(**{name: 1e3}))[phase] > base[phase], name
     assert of(ranks=2, with_rates=rates._replace(link=1e3))["update"] > of(ranks=2)["update"]
     quarter = of(with_rates=IDEAL)["update"] / 4
-    assert of(ranks=4, with_rates=IDEAL)["update"] == pytest.approx(
-        quarter, rel=0.02
-    )  # a prompt that is split is read twice
+    # A prompt that is split is processed twice.
+    assert of(ranks=4, with_rates=IDEAL)["update"] == pytest.approx(quarter, rel=0.02)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -223,8 +236,11 @@ def test_ranks_divide_what_is_sharded(qwen: Policy, ranks: int) -> None:
     assert count(model.groups, ranks) == mine
     one, many = memory_with(model), memory_with(model, ranks)
     assert many.held == {
-        "weights": 4 * mine, "AdamW": 8 * mine, "momentum model": 4 * mine, "KL reference": 4 * mine,
-    }  # fmt: skip
+        "weights": 4 * mine,
+        "AdamW": 8 * mine,
+        "momentum model": 4 * mine,
+        "KL reference": 4 * mine,
+    }
     assert many.moments["end of backward"]["gradients"] == 4 * mine
     assert many.moments["rollout"]["gathered weights"] == 8 * model.parameters  # the policy's, and the momentum model's
     assert "gathered weights" not in one.moments["rollout"]
@@ -242,9 +258,8 @@ def test_an_adapter_alone_has_a_gradient() -> None:
 
 
 def test_work_is_what_a_step_does() -> None:
-    config = tiny.config(
-        **{**BIG, "tokens_per_microbatch": 17 + 12 * 63, "method": "ttrl"}
-    )  # half of 16 rollouts train
+    # With ttrl, half of 16 rollouts train.
+    config = tiny.config(**{**BIG, "tokens_per_microbatch": 17 + 12 * 63, "method": "ttrl"})
     found = work_of(config, PROMPT, 100, 3)
     assert (found.prompts, found.policy, found.momentum, found.evaluated) == (3, 16, 0, 34)
     assert [found.tokens(each) for each in found.micro] == [17 + 8 * 63 + 17 + 3 * 63] + [
@@ -270,9 +285,14 @@ def test_another_target_is_refused(text: str) -> None:
 def test_devices_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     for name, key in (
-        ("NVIDIA H100 80GB HBM3", "h100-80gb"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA GeForce RTX 4090", "rtx-4090"),
-        ("NVIDIA L40S", None), ("NVIDIA L4", "l4"), ("AMD Instinct MI300X", "mi300x"), ("NVIDIA A100-SXM4-40GB", None),
-    ):  # fmt: skip
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA L4", "l4"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA A100-SXM4-40GB", None),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert known_device(gpu) == key
     assert known_device(torch.device("cpu")) is None

@@ -88,13 +88,8 @@ REFUSED = {("vote", name) for name, method in METHODS.items() if method.reads ==
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scope", ["both", "vote", "penalise"])
 def test_every_method_in_every_scope(policy: Policy, method: str, scope: str) -> None:
-    changes = {
-        "method": method,
-        "filter_scope": scope,
-        "iqr_filter": True,
-        "min_votes": 1,
-        "seed": 2,
-    }  # a seed by which each has two rewards
+    # With seed 2, every method has two different rewards.
+    changes = {"method": method, "filter_scope": scope, "iqr_filter": True, "min_votes": 1, "seed": 2}
     if (scope, method) in REFUSED:
         with pytest.raises(UsageError, match="filter_scope: expected"):
             tiny.config(**changes)
@@ -285,8 +280,10 @@ def test_momentum_rollouts_train_with_their_weight(
     lag(learner)
     real = steps.take_step
     monkeypatch.setattr(
-        steps, "take_step", lambda policy, optimizer, batch, *rest: batches.append(batch) or real(policy, optimizer, batch, *rest)
-    )  # fmt: skip
+        steps,
+        "take_step",
+        lambda policy, optimizer, batch, *rest: batches.append(batch) or real(policy, optimizer, batch, *rest),
+    )
     _, _, change = run(learner, **changes)
     assert moved(change)
     (batch,) = batches

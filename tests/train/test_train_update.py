@@ -69,9 +69,16 @@ def test_micro_batches_equal_the_whole_batch_and_plain_pytorch(policy: Policy, l
         logprobs[row, kept] = logp.gather(-1, part.tokens[row][kept][:, None])[:, 0]
         entropy[row, kept] = -(logp.exp() * logp).sum(-1)
     loss = policy_loss(
-        logprobs, part.old_logprobs, part.advantages, mask=part.mask, ref_logprobs=part.ref_logprobs, entropy=entropy,
-        max_response_tokens=R, **options, backend="reference",
-    ).loss  # fmt: skip
+        logprobs,
+        part.old_logprobs,
+        part.advantages,
+        mask=part.mask,
+        ref_logprobs=part.ref_logprobs,
+        entropy=entropy,
+        max_response_tokens=R,
+        **options,
+        backend="reference",
+    ).loss
     loss.backward()
     want = torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
     assert whole["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
@@ -79,10 +86,22 @@ def test_micro_batches_equal_the_whole_batch_and_plain_pytorch(policy: Policy, l
 
 
 OF_THE_LOSS = {
-    "loss_type": "grpo", "importance_level": "sequence", "clip_low": 0.11, "clip_high": 0.12, "clip_delta": 1.13, "kl_coef": 0.14,
-    "kl_estimator": "k1", "kl_bias_correction": True, "entropy_coef": 0.15, "behaviour_mode": "token_mask", "behaviour_cap": 1.16,
-    "cispo_cap": 1.17, "sapo_temperature": [1.18, 1.19], "vespo_k": [1.2, 1.21], "vespo_lambda": [1.22, 1.23],
-}  # fmt: skip
+    "loss_type": "grpo",
+    "importance_level": "sequence",
+    "clip_low": 0.11,
+    "clip_high": 0.12,
+    "clip_delta": 1.13,
+    "kl_coef": 0.14,
+    "kl_estimator": "k1",
+    "kl_bias_correction": True,
+    "entropy_coef": 0.15,
+    "behaviour_mode": "token_mask",
+    "behaviour_cap": 1.16,
+    "cispo_cap": 1.17,
+    "sapo_temperature": [1.18, 1.19],
+    "vespo_k": [1.2, 1.21],
+    "vespo_lambda": [1.22, 1.23],
+}
 READ_BY = {"cispo_cap": "cispo", "sapo_temperature": "sapo", "vespo_k": "vespo", "vespo_lambda": "vespo"}
 
 
@@ -198,16 +217,25 @@ def test_every_option_is_passed_to_the_loss(policy: Policy, monkeypatch: pytest.
         update, "linear_policy_loss", lambda *args, **options: calls.append(options) or real(*args, **options)
     )
     options = {
-        "loss_type": "dr_grpo", "importance_level": "sequence", "clip_low": 0.11, "clip_high": 0.33, "kl_coef": 0.07, "kl_estimator": "k1",
+        "loss_type": "dr_grpo",
+        "importance_level": "sequence",
+        "clip_low": 0.11,
+        "clip_high": 0.33,
+        "kl_coef": 0.07,
+        "kl_estimator": "k1",
         "entropy_coef": 0.013,
-    }  # fmt: skip
+    }
     part, head = batch(policy), policy.head_options
     tokens = int(part.mask.sum())
     accumulate_gradient(policy, part, tiny.config(**options).loss, max_tokens=R, temperature=0.7, budget=45)
     want = {
-        **options, "temperature": 0.7, "logit_scale": head.logit_scale, "softcap": head.softcap, "normalizer": 8 * R,
+        **options,
+        "temperature": 0.7,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "normalizer": 8 * R,
         "entropy_normalizer": tokens,
-    }  # fmt: skip
+    }
     assert len(calls) > 1  # of each micro-batch, the normalizers of the whole
     assert all({name: call[name] for name in want} == want for call in calls)
     monkeypatch.setattr(policy, "head_options", head._replace(logit_scale=0.5, softcap=3.0))

@@ -24,9 +24,18 @@ from mgrpo_kernels.train.watch.metrics import VARYING
 
 WARM_STEPS = 60
 OPTIONS = {
-    **demo.OPTIONS, "prompts_per_step": 3, "rollouts": 8, "steps": 4, "learning_rate": 1e-3, "eval_every": 2, "eval_samples": 3,
-    "eval_prompts": 6, "checkpoint_every": 2, "log_every": 1, "kl_coef": 0.05,
-}  # fmt: skip
+    **demo.OPTIONS,
+    "prompts_per_step": 3,
+    "rollouts": 8,
+    "steps": 4,
+    "learning_rate": 1e-3,
+    "eval_every": 2,
+    "eval_samples": 3,
+    "eval_prompts": 6,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "kl_coef": 0.05,
+}
 FLAGS = [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -58,9 +67,14 @@ def output_with(base: Path, place: Path) -> Path:
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     """Start the trainer in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "mgrpo_kernels.train", *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], **options,
-    )  # fmt: skip
+        [sys.executable, "-m", "mgrpo_kernels.train", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        **options,
+    )
 
 
 def lines(output: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

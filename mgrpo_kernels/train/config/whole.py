@@ -100,10 +100,8 @@ class Config:
             yield name, "--behaviour-correction or --train-momentum-rollouts", weighted
         for each in DECLARED:
             readers = [name for name, row in LOSSES.items() if each.name in row.surrogate.options]
-            if readers and each.name not in (
-                "clip_low",
-                "clip_high",
-            ):  # the clip range is accepted with every loss type
+            # The clip range is accepted with every loss type.
+            if readers and each.name not in ("clip_low", "clip_high"):
                 yield each.name, f"--loss-type {' or '.join(readers)}", self.loss.loss_type in readers
         for engine, info in ENGINES.items():
             if info.section:

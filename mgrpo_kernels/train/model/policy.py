@@ -68,9 +68,8 @@ class Policy:
         self.head_options = HeadOptions(head.logit_scale, head.softcap)
         # Releases of transformers 5 differ in the name of this keyword.
         self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self._no_mask = torch.ones(
-            1, 1, 1, 1, dtype=torch.bool
-        )  # transformers does not change a mask with four dimensions
+        # transformers does not change a mask with four dimensions.
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         self._lean: LeanDecoder | None = None
         self.unpackable = self._why_unpackable()
         if self.unpackable is not None:

@@ -24,9 +24,7 @@ class Rates(NamedTuple):
     operation: float  # shortest duration of an operation, in seconds
     draws: float  # random numbers
     link: float  # bytes sent to other ranks
-    passes: int = (
-        1  # over the weight in a product of few rows: a CPU library reads it, writes a reordered copy, and reads that
-    )
+    passes: int = 1  # over the weight in a product of few rows; 3 if a library writes a reordered copy and reads it
 
 
 class Device(NamedTuple):

@@ -20,9 +20,7 @@ Shape = tuple[int, ...]
 class Model(NamedTuple):
     """The shape of a model."""
 
-    groups: tuple[
-        tuple[Shape, ...], ...
-    ]  # parameters that FSDP2 gathers together: those outside the layers, then each layer's
+    groups: tuple[tuple[Shape, ...], ...]  # as FSDP2 gathers them: parameters outside the layers, then each layer's
     trained: tuple[Shape, ...]  # the parameters that train: all, or those of an adapter
     layers: int
     width: int

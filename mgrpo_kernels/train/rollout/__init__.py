@@ -23,9 +23,7 @@ class Rollouts(NamedTuple):
     mask: Tensor  # (B, R) bool
     logprobs: Tensor  # (B, R) float32, log-probs of the engine at the sampling temperature; 0 beyond the end
     finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the maximum length
-    entropy: Tensor | None = (
-        None  # (B, R) float32, of each token's distribution; 0 beyond the end; None if not computed
-    )
+    entropy: Tensor | None = None  # (B, R) float32, of each token's distribution; 0 beyond the end
     self_certainty: Tensor | None = None  # (B, R) float32, likewise
 
 

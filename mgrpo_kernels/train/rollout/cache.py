@@ -58,9 +58,8 @@ class SharedCache:
         hidden = self.policy.packed_hidden(layout.ids, layout.positions, layout)[layout.states]  # (U, H)
         for layer in range(len(layout.kept)):
             keys, values = (padded(each, layout.prompts).flatten(0, 1) for each in layout.kept[layer])
-            self.prompt.append(
-                (keys.to(values.dtype), values)
-            )  # under autocast the rotary embedding returns keys in float32
+            # Under autocast the rotary embedding returns keys in float32.
+            self.prompt.append((keys.to(values.dtype), values))
         return self.policy.logits(hidden).repeat_interleave(self.copies, 0)
 
     def extend(self, tokens: Tensor) -> Tensor:
