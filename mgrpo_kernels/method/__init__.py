@@ -6,7 +6,7 @@ for verl, call these.
 """
 
 from mgrpo_kernels.method.fields import Declared, check_fields, fields_of, help_of, option
-from mgrpo_kernels.method.gold import ANSWER_FIELDS, equal_to_gold, read_gold
+from mgrpo_kernels.method.gold import ANSWER_FIELDS, Gold, equal_to_gold, read_gold
 from mgrpo_kernels.method.methods import METHODS, Method, MethodName, Signals
 from mgrpo_kernels.method.options import MOMENTUM_OPTIONS, SCOPES, SCORERS, MethodOptions
 from mgrpo_kernels.method.pruning import survivors
@@ -25,6 +25,7 @@ __all__ = [
     "Selection",
     "Signals",
     "check_fields",
+    "Gold",
     "equal_to_gold",
     "fields_of",
     "help_of",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import checks, sequences
-from mgrpo_kernels.method.gold import equal_to_gold
+from mgrpo_kernels.method.gold import Gold, equal_to_gold
 from mgrpo_kernels.method.methods import Signals
 from mgrpo_kernels.method.options import MethodOptions
 from mgrpo_kernels.method.pruning import survivors
@@ -73,7 +73,7 @@ def select(
     may_train: Tensor | None = None,
     entropy: Tensor | None = None,
     self_certainty: Tensor | None = None,
-    gold: Sequence[str | None] | None = None,
+    gold: Sequence[Gold | None] | None = None,
     rewards: Tensor | None = None,
     equivalence: Equivalence | None = None,
     scale: str = "std",
@@ -173,7 +173,7 @@ def _check(
     votes: bool,
     entropy: Tensor | None,
     self_certainty: Tensor | None,
-    gold: Sequence[str | None] | None,
+    gold: Sequence[Gold | None] | None,
     generator: torch.Generator | None,
 ) -> None:
     """Raise ValueError for an input whose size differs from the mask's, or that is required and missing."""
@@ -219,7 +219,7 @@ def _reduced(values: Tensor | None, mask: Tensor, reduction: str = "mean") -> Te
 
 
 def _label_correct(
-    vote: Vote | None, offsets: Tensor, gold: Sequence[str | None] | None, equivalence: Equivalence
+    vote: Vote | None, offsets: Tensor, gold: Sequence[Gold | None] | None, equivalence: Equivalence
 ) -> Tensor:
     """Return whether each group's label equals its true answer, ``(P,)`` float32."""
     starts, ends = offsets[:-1].tolist(), offsets[1:].tolist()

@@ -111,7 +111,8 @@ def test_unreadable_file(tmp_path: Path, name: str) -> None:
 
 def test_an_ending_that_is_none_of_these(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"eval_data: expected a file that ends in \.jsonl, \.json, \.parquet, got .*a\.txt"
+        UsageError,
+        match=r"eval_data: expected a file that ends in \.jsonl, \.json, \.csv, \.parquet, or \.gz after the first three, got .*a\.txt",
     ):
         read_rows(write(tmp_path / "a.txt", {"question": "x"}), "eval_data")
 

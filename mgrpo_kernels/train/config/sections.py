@@ -80,8 +80,9 @@ class DataConfig(Section):
 
     data: str | None = option(
         None,
-        "training prompts: a file FILE.jsonl, FILE.json (a list of objects) or FILE.parquet, or a data set (a directory or a Hugging "
-        "Face Hub name) as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the split is train unless it is given",
+        "training prompts: a file FILE.jsonl, FILE.json (a list of objects), FILE.csv, each also with .gz, or FILE.parquet, or a data set "
+        "(a directory or a Hugging Face Hub name) as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT; the split is train unless it is given. "
+        "Several are separated by commas, each with @WEIGHT for a mixture in these proportions",
         if_none="the built-in arithmetic problems",
         metavar="FILE_OR_NAME",
     )
@@ -94,16 +95,23 @@ class DataConfig(Section):
     )
     prompt_field: str | None = option(
         None,
-        "field of the data that holds the question",
+        "field of the data that holds the question, as a text or as a list of messages; a dot leads into an object (extra.question)",
         if_none="question if the data have it, else prompt or problem",
         metavar="NAME",
     )
     answer_field: str | None = option(
         None,
-        "field of the data that holds the true answer, or a solution that ends with it; training uses it only for --method gold and "
+        "field of the data that holds the true answer, a list of answers that are all right, or a solution that ends with the answer; a "
+        "dot leads into an object (reward_model.ground_truth); training uses it only for --method gold and "
         "for the metric label_accuracy",
         if_none="answer if the data have it, else solution",
         metavar="NAME",
+    )
+    max_examples: int | None = option(
+        None, "number of training prompts that are used, from the first on", if_none="all", unit="prompts", at_least=1
+    )
+    shuffle_data: bool = option(
+        False, "shuffle the training prompts by --seed, before --max-examples takes the first of them"
     )
     answer_from: Literal["auto", "boxed", "phrase", "last-number"] = option(
         "auto",

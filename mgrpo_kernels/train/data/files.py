@@ -1,10 +1,14 @@
-"""Rows of data, from files and data sets: JSONL, JSON, Parquet, and whatever the package datasets loads."""
+"""Rows of data, from files and data sets: JSONL, JSON, CSV, each also gzipped, Parquet, and whatever the package datasets loads."""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import importlib
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +33,16 @@ def read_rows(source: str, option: str) -> list[Row]:
     Raises:
         UsageError: it cannot be read or has no rows; names the file and the line.
     """
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     path = Path(source)
-    if path.suffix.lower() in readers:
-        rows = list(readers[path.suffix.lower()](path, option))
+    ending = Path(source.lower().removesuffix(".gz")).suffix
+    zipped = source.lower().endswith(".gz")
+    if ending in readers and not (zipped and ending == ".parquet"):
+        rows = list(readers[ending](path, option))
     elif path.is_file():
-        raise UsageError(f"{option}: expected a file that ends in {', '.join(readers)}, got {source}")
+        raise UsageError(
+            f"{option}: expected a file that ends in {', '.join(readers)}, or .gz after the first three, got {source}"
+        )
     else:
         rows = list(_data_set(source, option))
     if not rows:
@@ -58,6 +66,22 @@ def _json(path: Path, option: str) -> Iterator[Row]:
         raise UsageError(f"{option}: expected a list of JSON objects in {path}, got {type(values).__name__}")
     for number, value in enumerate(values, 1):
         yield _row(f"{path}, object {number}", option, value)
+
+
+def _csv(path: Path, option: str) -> Iterator[Row]:
+    lines = csv.DictReader(io.StringIO(_text(path, option, "CSV"), newline=""), strict=True)
+    try:
+        for number, values in enumerate(lines, 1):
+            if None in values or None in values.values():
+                raise UsageError(
+                    f"{option}: expected {len(lines.fieldnames or ())} fields, as the first line names, in {path}, row {number}, got "
+                    f"{sum(value is not None for name, value in values.items() if name is not None) + len(values.get(None, ()))}"
+                )
+            yield Row(f"{path}, row {number}", {name: value for name, value in values.items() if value.strip()})
+    except csv.Error as error:
+        raise UsageError(
+            f"{option}: expected a readable CSV file, got {path}, line {lines.line_num}: {error}"
+        ) from error
 
 
 def _parquet(path: Path, option: str) -> Iterator[Row]:
@@ -93,8 +117,8 @@ def _package(name: str, wanted: str) -> Any:
 
 def _text(path: Path, option: str, kind: str) -> str:
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{option}: expected a readable {kind} file, got {path}: {error}") from error
     try:
         return content.decode("utf-8-sig")  # Windows programs begin a file with a byte order mark

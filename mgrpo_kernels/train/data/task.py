@@ -7,7 +7,6 @@ solution (GSM8K's ``#### 1,080``, MATH's ``\boxed{}``).
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,29 +14,28 @@ from typing import Any, NamedTuple
 import torch
 
 from mgrpo_kernels import extract_answer
-from mgrpo_kernels.method import ANSWER_FIELDS, read_gold
-from mgrpo_kernels.train import parallel
+from mgrpo_kernels.method import Gold
 from mgrpo_kernels.train.config import Config
+from mgrpo_kernels.train.config.sections import DEFAULT_TEMPLATE
 from mgrpo_kernels.train.data.answers import make_extractor
-from mgrpo_kernels.train.data.files import Row, read_rows, shown
+from mgrpo_kernels.train.data.fields import find_field, gold_in, lookup, question_in
+from mgrpo_kernels.train.data.files import read_rows, shown
+from mgrpo_kernels.train.data.log import log_info
+from mgrpo_kernels.train.data.mixture import mixed, parse_sources
 from mgrpo_kernels.train.errors import UsageError
-from mgrpo_kernels.train.model.chat import wrapper
+from mgrpo_kernels.train.model.chat import Turn, wrapper
 from mgrpo_kernels.train.model.policy import read_tokenizer
 from mgrpo_kernels.train.rng import generator_for
-from mgrpo_kernels.train.text import printable
 from mgrpo_kernels.vote import Equivalence
 
 logger = logging.getLogger("mgrpo_kernels")
-
-FIELDS = {"prompt_field": ("question", "prompt", "problem"), "answer_field": ANSWER_FIELDS}
-"""What a field may be called where no option names it: the first where there is one, else the others, if it is one of them."""
 
 
 class Example(NamedTuple):
     """One question."""
 
     prompt: str  # as the model sees it
-    gold: str | None  # the true answer, where it is known
+    gold: Gold | None  # the true answer, or several of which any will do, where it is known
 
 
 class Task(NamedTuple):
@@ -57,102 +55,112 @@ def load_task(config: Config, *, training: bool = True) -> Task:
             that is longer than the model's context.
     """
     assert config.model.model is not None
-    train = read_examples(config, "data", config.method.row.needs_gold) if training else []
-    held_out = [] if config.data.eval_data is None else read_examples(config, "eval_data", True)
-    warn_of_repeats(train, held_out)
+    sources = read_sources(config, "data", config.method.row.needs_gold) if training else []
+    evaluated = [] if config.data.eval_data is None else read_sources(config, "eval_data", True)
+    held_out = [each for _, part in evaluated for each in part]
+    warn_of_repeats([each for _, part in sources for each in part], held_out)
+    train = mixed(sources, config.run.seed, shuffle=config.data.shuffle_data, most=config.data.max_examples)
     tokenizer, context = read_tokenizer(config.model.model)
     check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
     wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, log_info)
 
-    def prompts(option: str, examples: list[Example]) -> list[Example]:
-        wrapped = [each._replace(prompt=wrap(each.prompt)) for each in examples]
+    def prompts(option: str, drafts: list[Draft]) -> list[Example]:
+        wrapped = [Example(wrapped_prompt(wrap, each), each.gold) for each in drafts]
         return fitting(option, wrapped, tokenizer, context, config)
 
     extract = make_extractor(config.data)
     return Task(prompts("data", train), prompts("eval_data", held_out), extract, config.method.equivalence)
 
 
+def wrapped_prompt(wrap: Callable[[Sequence[Turn]], str], draft: Draft) -> str:
+    """Return the prompt as the model gets it.
+
+    Raises:
+        UsageError: the chat template has dropped the question, as one does that loops over the parts of a content that is a text.
+    """
+    prompt = wrap(draft.turns)
+    if " ".join(draft.question.split()) not in " ".join(prompt.split()):
+        raise UsageError(
+            f"chat_template: expected a template that keeps the question, got {shown(prompt)} for {shown(draft.question)}; "
+            "--chat-template off gives the prompt as it is"
+        )
+    return prompt
+
+
 # --- Examples
 
 
+class Draft(NamedTuple):
+    """One question as the data have it, before the model's chat template."""
+
+    prompt: str  # the question in the prompt template; of a conversation, all that it says
+    gold: Gold | None
+    turns: tuple[Turn, ...]  # the conversation: one turn of the user's where the data have texts
+    question: str  # what the rendered prompt must contain
+
+
 def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example]:
-    """Read what the option data or eval_data names.
+    """Read what the option data or eval_data names, without a chat template.
 
     Raises:
         UsageError: names the file and the row.
     """
-    source: str = getattr(config.data, option)
+    return [Example(each.prompt, each.gold) for _, part in read_sources(config, option, needs_gold) for each in part]
+
+
+def read_sources(config: Config, option: str, needs_gold: bool) -> list[tuple[float | None, list[Draft]]]:
+    """Return each source's weight in the mixture, None if it has none, and its questions.
+
+    Raises:
+        UsageError: names the file and the row.
+    """
+    named: str = getattr(config.data, option)
+    return [(each.weight, read_source(config, each.name, option, needs_gold)) for each in parse_sources(named, option)]
+
+
+def read_source(config: Config, source: str, option: str, needs_gold: bool) -> list[Draft]:
+    """Read one file or data set."""
     template, rows = read_template(config.data.prompt_template), read_rows(source, option)
     prompt_field = find_field("prompt_field", config.data.prompt_field, rows, source, needed=True)
     # Training data may lack a field that is named for the held-out ones.
     needed = needs_gold or (config.data.answer_field is not None and config.data.eval_data is None)
     answer_field = find_field("answer_field", config.data.answer_field, rows, source, needed=needed)
-    examples = []
+    drafts = []
     for row in rows:
-        question, gold = _field(row, "prompt_field", prompt_field), None
-        if needs_gold or row.values.get(answer_field) is not None:
-            answer = _field(row, "answer_field", answer_field)
-            gold = read_gold(answer)
-            if needs_gold and gold is None:
-                raise UsageError(
-                    f"answer_field: expected an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} "
-                    f"of {row.location}, got {len(answer)} characters with neither: {shown(answer)}"
-                )
-        examples.append(Example(template.replace("{question}", question), gold))
-    unread = sum(row.values.get(answer_field) is not None for row in rows) - sum(
-        each.gold is not None for each in examples
+        has_answer = lookup(row.values, answer_field) is not None
+        gold = gold_in(row, answer_field) if needs_gold or has_answer else None
+        if needs_gold and gold is None:
+            raise UsageError(
+                f"answer_field: expected an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} "
+                f"of {row.location}, got {_length(lookup(row.values, answer_field))}"
+            )
+        drafts.append(_draft(question_in(row, prompt_field), gold, template))
+    unread = sum(
+        lookup(row.values, answer_field) is not None and draft.gold is None
+        for row, draft in zip(rows, drafts, strict=True)
     )
     if unread:
         log_info(
             "%s: %d of %d rows have no answer in %r that can be read; label_accuracy leaves them out",
             option, unread, len(rows), answer_field,
         )  # fmt: skip
-    return examples
+    return drafts
 
 
-def find_field(option: str, given: str | None, rows: Sequence[Row], source: str, *, needed: bool) -> str:
-    """Return the field that the option names; where it names none the usual one, or with a word in the log the only one like it.
-
-    Raises:
-        UsageError: it is needed, and not there; or more than one is like it.
-    """
-    usual, *others = FIELDS[option]
-    names = set().union(*(row.values for row in rows))
-    alike = [name for name in others if name in names]
-    if given is None and usual not in names and alike:
-        if len(alike) > 1:
-            raise UsageError(
-                f"{option}: expected the name of a field of {source}, which has {' and '.join(alike)}, got none"
-            )
-        log_info("%s: %s, since %s has no %s", option, alike[0], source, usual)
-        return alike[0]
-    name = usual if given is None else given
-    if needed and name not in names:
-        _field(rows[0], option, name)
-    return name
+def _length(value: object) -> str:
+    characters = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
+    return f"{characters} with neither: {shown(value)}"
 
 
-def _field(row: Row, option: str, name: str) -> str:
-    if name not in row.values:
-        raise UsageError(
-            f"{option}: expected one of the fields {', '.join(sorted(row.values)) or '(none)'} of {row.location}, got {name!r}"
-        )
-    value = row.values[name]
-    fine = isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip()
-    if not fine or (isinstance(value, float) and not math.isfinite(value)):
-        raise UsageError(f"{option}: expected a text or a number in {name!r} of {row.location}, got {shown(value)}")
-    text = str(value)
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UsageError(
-            f"{option}: expected a text in {name!r} of {row.location}, got half a surrogate pair in {shown(text)}"
-        )
-    return text
-
-
-def log_info(text: str, *values: object) -> None:
-    """Log what the user should know, once however many ranks there are."""
-    if parallel.is_first():
-        logger.warning(text, *(printable(each) if isinstance(each, str) else each for each in values))
+def _draft(question: str | tuple[Turn, ...], gold: Gold | None, template: str) -> Draft:
+    """Return a question in its template. A conversation is complete as it stands; a template other than the default applies to its end."""
+    if isinstance(question, str):
+        text = template.replace("{question}", question)
+        return Draft(text, gold, (Turn("user", text),), question)
+    asked = question[-1].content
+    if template != DEFAULT_TEMPLATE:
+        question = (*question[:-1], Turn("user", template.replace("{question}", asked)))
+    return Draft("\n\n".join(turn.content for turn in question), gold, question, asked)
 
 
 def read_template(text_or_file: str) -> str:
@@ -175,10 +183,10 @@ def read_template(text_or_file: str) -> str:
     return template
 
 
-def warn_of_repeats(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+def warn_of_repeats(train: Sequence[Example | Draft], held_out: Sequence[Example | Draft]) -> None:
     """Say in the log which prompts stand there twice, and which held-out ones are trained on: spaces make no difference."""
 
-    def same(example: Example) -> str:
+    def same(example: Example | Draft) -> str:
         return " ".join(example.prompt.split())
 
     for option, examples in (("data", train), ("eval_data", held_out)):
@@ -229,9 +237,13 @@ def fitting(option: str, examples: list[Example], tokenizer: Any, context: int |
     return [each for index, each in enumerate(examples) if index not in long]
 
 
-def check_answers(examples: Sequence[Example], tokenizer: Any, context: int | None, longest: int) -> None:
+def golds_of(example: Example | Draft) -> tuple[str, ...]:
+    return () if example.gold is None else (example.gold,) if isinstance(example.gold, str) else example.gold
+
+
+def check_answers(examples: Sequence[Example | Draft], tokenizer: Any, context: int | None, longest: int) -> None:
     """Raise UsageError for a true answer longer than the context; say in the log how many are longer than the longest response."""
-    golds = list(dict.fromkeys(example.gold for example in examples if example.gold is not None))
+    golds = list(dict.fromkeys(gold for example in examples for gold in golds_of(example)))
     ids = tokenizer(golds, add_special_tokens=False)["input_ids"] if golds else []
     lengths = [len(each) for each in ids]
     for gold, length in zip(golds, lengths, strict=True):

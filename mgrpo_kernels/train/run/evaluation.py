@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mgrpo_kernels import majority_vote
-from mgrpo_kernels.method import equal_to_gold
+from mgrpo_kernels.method import Gold, equal_to_gold
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.policy import Policy
@@ -49,7 +49,7 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config, s
         texts = policy.decode(rollouts.tokens, rollouts.mask)
         return texts, read_answers(task.extract, texts, rollouts.finished.tolist())
 
-    def right(answers: Sequence[str | None], true: Sequence[str | None]) -> list[bool]:
+    def right(answers: Sequence[str | None], true: Sequence[Gold | None]) -> list[bool]:
         return equal_to_gold(answers, true, task.equivalence).eq(1).tolist()
 
     generator = generator_for(config.run.seed, "evaluation", step, policy.device)

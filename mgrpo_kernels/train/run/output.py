@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mgrpo_kernels.method import equal_to_gold
+from mgrpo_kernels.method import Gold, equal_to_gold
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, build, read_yaml
 from mgrpo_kernels.train.data.task import Task
@@ -115,11 +115,15 @@ def save_batch(directory: Path, step: int, batch: Batch) -> str:
     return f"its batch is in {path}"
 
 
+def _in_words(gold: Gold | None) -> str | None:
+    return " or ".join(gold) if isinstance(gold, tuple) else gold
+
+
 def with_truth(samples: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
     """Return lines for samples.jsonl with "correct": whether the answer equals the true one, None where that is not known."""
     correct = equal_to_gold([each["answer"] for each in samples], [each["gold"] for each in samples], task.equivalence)
     return [
-        {**each, "correct": None if math.isnan(value) else value == 1.0}
+        {**each, "gold": _in_words(each["gold"]), "correct": None if math.isnan(value) else value == 1.0}
         for each, value in zip(samples, correct.tolist(), strict=True)
     ]
 

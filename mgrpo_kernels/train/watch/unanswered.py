@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mgrpo_kernels.train.data.files import shown
-from mgrpo_kernels.train.data.task import log_info
+from mgrpo_kernels.train.data.log import log_info
 
 FIRST_STEPS = 3
 """Steps after which nothing is said any more: the metrics and the collapse guard go on."""
