@@ -3,7 +3,7 @@ PY ?= .venv/bin/python
 STAMP := .venv/.ready
 SOURCES := pyproject.toml setup.py scripts/setup.sh scripts/build_backend.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help setup vllm peers train test bench gpu-check gpu-wheels study study-full torture docs lint artifacts clean
+.PHONY: help setup vllm peers train test asan bench gpu-check gpu-wheels study study-full torture docs lint artifacts clean
 .DEFAULT_GOAL := help
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
@@ -59,6 +59,9 @@ lint: setup  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+asan: setup  ## make random calls of every op, with the C++ built for AddressSanitizer and UBSan (CALLS=2000 for each instruction set)
+	scripts/asan.sh $(ARGS)
 
 artifacts: setup  ## build the sdist and a wheel from it, and run an op on the native backend in a fresh environment
 	$(PY) scripts/check_artifacts.py $(ARGS)

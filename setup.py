@@ -62,7 +62,7 @@ if os.environ.get("MGRPO_ISAS"):  # only these, for a quick build: MGRPO_ISAS=DE
 # Every source of the extension. A file that is missing (from an sdist, say) would otherwise surface only when a kernel is called.
 SOURCES = """
 library.cpp
-cpu/dispatch.cpp cpu/dispatch.h cpu/vec.h
+cpu/check.h cpu/dispatch.cpp cpu/dispatch.h cpu/vec.h
 cpu/ema.cpp cpu/ema.h cpu/ema_kernel.cpp
 cpu/iqr_filter.cpp
 cpu/linear_tile.cpp cpu/linear_tile.h cpu/linear_tile_kernel.cpp

@@ -1,5 +1,5 @@
-// The extension mgrpo_kernels._C: plain kernels in torch.ops.mgrpo_native. The public custom ops are defined in Python; they check
-// what users pass, so here a wrong argument is a bug of ours and TORCH_CHECK only guards memory.
+// The extension mgrpo_kernels._C: plain kernels in torch.ops.mgrpo_native. The public custom ops are defined in Python, and check options
+// and labels there. Every function here checks by itself what memory depends on, with cpu/check.h: dtype, shape, device and offsets.
 //
 // To add an op:
 //   1. below, its schema: m.def("my_op(Tensor x) -> Tensor");

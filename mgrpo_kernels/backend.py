@@ -8,8 +8,10 @@ the call's ``backend=``, :func:`use_backend`, the environment variable ``MGRPO_B
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -38,7 +40,12 @@ class Backend(Protocol):
 
 _registry: dict[str, dict[str, Backend]] = {}  # op -> backend name -> module
 _logged: set[str] = set()
-_override: str | None = None
+
+# The backend of the innermost use_backend block. Two mirrors follow the context variable: torch.compile cannot trace one, but guards on
+# attributes of a thread-local; and PyTorch hands its own thread-local objects on to the threads that run a backward pass.
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("mgrpo_kernels.backend", default=None)
+_traced = threading.local()
+_HANDED_ON = "mgrpo_kernels.backend"
 
 
 def register(op: str, **modules: Backend) -> None:
@@ -48,6 +55,8 @@ def register(op: str, **modules: Backend) -> None:
 
 def implementation(op: str, backend: str) -> Any:  # each op has its own functions beyond Backend's
     """Return the module that runs `op` on `backend`, as picked before by :func:`choose`."""
+    if backend not in _registry[op]:
+        raise ValueError(f"backend: expected one of {', '.join(_registry[op])}, got {backend!r}")
     return _registry[op][backend]
 
 
@@ -61,16 +70,51 @@ def _check_name(backend: str, where: str) -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Run every op of the block on `backend` (``reference``, ``native`` or ``triton``); a call's own ``backend=`` wins.
 
+    The block applies to its own thread or asyncio task, and to the backward passes that it runs, wherever PyTorch runs them. A thread that
+    is started inside the block does not inherit it, as with every context variable: open a block in that thread, or run its function with
+    ``contextvars.copy_context().run``. A function from ``torch.compile`` follows the innermost block that was opened in its own thread.
+
     Raises:
         ValueError: no such backend.
         BackendUnavailable: from the ops inside, where that backend cannot run.
     """
-    global _override  # noqa: PLW0603 - the one piece of global state the library keeps
-    before, _override = _override, _check_name(backend, "use_backend")
+    name, outer = _check_name(backend, "use_backend"), None
+    if torch.compiler.is_compiling():
+        own, _traced.backend = getattr(_traced, "backend", None), name
+    else:
+        own, outer = _override.get(), _handed_on()
+        _enter(name, None)
     try:
         yield
     finally:
-        _override = before
+        if torch.compiler.is_compiling():
+            _traced.backend = own
+        else:
+            _enter(own, outer)
+
+
+def _enter(own: str | None, outer: str | None) -> None:
+    """Make `own` this thread's or task's backend; `outer` is what another thread has handed on to it."""
+    _override.set(own)
+    _traced.backend = own
+    owner = threading.get_ident() if outer is None else None
+    torch._C._stash_obj_in_tls(_HANDED_ON, (owner, own if outer is None else outer))
+
+
+def _handed_on() -> str | None:
+    """Return the backend of the thread whose backward pass this thread runs, or None."""
+    if not torch._C._is_key_in_tls(_HANDED_ON):
+        return None
+    owner, backend = torch._C._get_obj_in_tls(_HANDED_ON)
+    return None if owner == threading.get_ident() else backend
+
+
+def _current() -> str | None:
+    """Return the backend of the innermost block around this call, or None."""
+    if torch.compiler.is_compiling():
+        return getattr(_traced, "backend", None)
+    own = _override.get()
+    return _handed_on() if own is None else own
 
 
 def choose(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -80,7 +124,7 @@ def choose(op: str, requested: str | None, device: torch.device, dtype: torch.dt
         ValueError: `requested` names no backend.
         BackendUnavailable: the backend asked for (by argument, block or environment) cannot run, with the reason.
     """
-    return _choose(op, requested if requested is not None else _override, device, dtype)
+    return _choose(op, requested if requested is not None else _current(), device, dtype)
 
 
 def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -109,7 +153,7 @@ def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.d
     raise BackendUnavailable(f"no backend of {op} can run on {device.type}, {dtype}: {'; '.join(passed_over)}")
 
 
-# The answer is a constant of the traced graph; dynamo guards on _override in choose(). This is the mark that
+# The answer is a constant of the traced graph; dynamo guards on what _current() has read. This is the mark that
 # torch.compiler.assume_constant_result sets; calling that would cost every import the second that torch._dynamo takes to load.
 _choose.__dict__["_dynamo_marked_constant"] = True
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WIDE_FLOATS = (torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
+BOOL = (torch.bool,)
 
 Choice = TypeVar("Choice", bound=str)
 
@@ -51,6 +53,25 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
     return value
+
+
+def check_inside(
+    device: torch.device, *expected: tuple[str, Tensor | None, Sequence[int], Sequence[torch.dtype]]
+) -> None:
+    """Check the tensors that a custom op was given, (name, tensor, shape, dtypes) each, so that no kernel reads outside of them.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or layout.
+    """
+    for name, tensor, shape, dtypes in expected:
+        if tensor is not None and not (
+            tensor.shape == shape
+            and tensor.dtype in dtypes
+            and tensor.device == device
+            and tensor.layout is torch.strided
+        ):
+            check_tensor(name, tensor, dtypes=dtypes, shape=shape, device=device)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
@@ -107,7 +128,7 @@ def check_mask(name: str, value: Any, shape: Sequence[int], device: torch.device
     """Return a bool mask of exactly this shape, or None."""
     if value is None:
         return None
-    return check_tensor(name, value, dtypes=(torch.bool,), shape=shape, device=device)
+    return check_tensor(name, value, dtypes=BOOL, shape=shape, device=device)
 
 
 def check_temperature(value: Any, shape: Sequence[int], device: torch.device) -> tuple[float, Tensor | None]:

@@ -45,9 +45,46 @@ def check_offset_values(name: str, offsets: Tensor, total: int) -> None:
         raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got {offsets.tolist()[:16]}")
 
 
+def check_offset_tensor(name: str, offsets: Tensor, total: int, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless offsets are int64 ``(parts+1,)`` on `device`, with a part if there is anything in it."""
+    checks.check_tensor(name, offsets, dtypes=(torch.int64,), dim=1, device=device)
+    _check_parts(name, offsets, total)
+
+
+def _check_parts(name: str, offsets: Tensor, total: int) -> None:
+    if offsets.shape[0] < 1 or (offsets.shape[0] == 1 and total > 0):
+        raise ValueError(f"{name}: expected ascending offsets from 0 to {total}, got shape ({offsets.shape[0]},)")
+
+
+@torch.library.custom_op("mgrpo_kernels::checked_offsets", mutates_args=())
+def checked_offsets(offsets: Tensor, total: int, name: str) -> Tensor:
+    """Return offsets ``(B+1,)`` that ascend from 0 to `total`, int64: checked on a CPU, kept within bounds on a GPU.
+
+    An op of its own, so that a compiled graph checks them too.
+
+    Raises:
+        ValueError: wrong shape, or on a CPU wrong values. Errors call the offsets `name`.
+    """
+    offsets = checks.check_tensor(name, offsets, dtypes=checks.INTS).to(torch.int64, copy=True)
+    check_offset_tensor(name, offsets, total, offsets.device)
+    check_offset_values(name, offsets, total)
+    return bounded(offsets, total)
+
+
+@checked_offsets.register_fake
+def _(offsets: Tensor, total: int, name: str) -> Tensor:
+    return torch.empty_like(offsets, dtype=torch.int64)
+
+
+def bounded(offsets: Tensor, total: int) -> Tensor:
+    """Return offsets kept within [0, total] on a GPU, where nothing has checked their values. No host sync."""
+    return offsets if offsets.device.type == "cpu" else offsets.clamp(0, total)
+
+
 def group_index(offsets: Tensor, batch: int) -> Tensor:
     """Return each rollout's group, ``(B,)`` int64, from offsets ``(P+1,)``. No host sync."""
-    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(batch, device=offsets.device), right=True)
+    index = torch.searchsorted(offsets[1:].contiguous(), torch.arange(batch, device=offsets.device), right=True)
+    return bounded(index, offsets.shape[0] - 2)
 
 
 def sequence_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -68,8 +105,7 @@ def sequence_offsets(name: str, values: Tensor, cu_seqlens: Tensor | None) -> Te
     checks.check_tensor("cu_seqlens", cu_seqlens, dtypes=checks.INTS, dim=1, device=values.device)
     if values.dim() != 1:
         raise ValueError(f"{name}: expected packed (N,) with cu_seqlens, got {checks.shape_text(values.shape)}")
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected shape (B+1,), got (0,)")
+    _check_parts("cu_seqlens", cu_seqlens, values.shape[0])
     return cu_seqlens.to(torch.int64)
 
 
@@ -81,4 +117,4 @@ def segment_reduce(values: Tensor, offsets: Tensor, how: str = "sum") -> Tensor:
     if values.numel() == 0 or offsets.shape[0] == 1:
         nothing = {"sum": 0.0, "max": -torch.inf, "min": torch.inf}[how]
         return values.new_full((offsets.shape[0] - 1,), nothing)
-    return torch.segment_reduce(values, how, offsets=offsets, unsafe=True)
+    return torch.segment_reduce(values, how, offsets=bounded(offsets, values.shape[0]), unsafe=True)

@@ -1,9 +1,13 @@
 """Which backend runs, and what happens where one cannot."""
 
+import asyncio
+import contextvars
+import functools
 import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -52,6 +56,124 @@ def test_argument_over_block_over_environment(monkeypatch):
             token_stats_from_logits(LOGITS, LABELS)
         token_stats_from_logits(LOGITS, LABELS)
     assert seen == ["triton", "reference", "native", "native", "reference"]
+
+
+def chosen():
+    return module.choose("token_stats", None, LOGITS.device, LOGITS.dtype)
+
+
+def in_thread(function):
+    """Return what a function returns in a new thread."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(function()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def test_two_threads_with_blocks_that_overlap():
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with use_backend("reference"):
+            first_in.set()
+            second_in.wait(10)
+            seen["first"] = chosen()
+        first_out.set()
+
+    def second():
+        first_in.wait(10)
+        with use_backend("triton"):
+            second_in.set()
+            first_out.wait(10)
+            seen["second"] = chosen()
+        seen["after"] = chosen()
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": "reference", "second": "triton", "after": "native"}
+    assert chosen() == "native"
+
+
+def test_a_thread_inherits_the_block_only_with_its_context():
+    with use_backend("reference"):
+        assert in_thread(chosen) == "native"
+        assert in_thread(functools.partial(contextvars.copy_context().run, chosen)) == "reference"
+
+
+def test_asyncio_tasks_do_not_see_each_others_blocks():
+    async def task(backend, seen):
+        with use_backend(backend):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                seen.append(chosen())
+
+    async def both():
+        seen = {"reference": [], "triton": []}
+        await asyncio.gather(*(task(backend, names) for backend, names in seen.items()))
+        return seen
+
+    assert asyncio.run(both()) == {"reference": ["reference"] * 3, "triton": ["triton"] * 3}
+    assert chosen() == "native"
+    assert torch.compile(lambda x: x + len(chosen()), backend="eager", fullgraph=True)(torch.zeros(())) == len("native")
+
+
+class Nested(torch.autograd.Function):
+    """A backward pass within a backward pass: PyTorch runs those at a depth of more than 60 in threads of its own."""
+
+    @staticmethod
+    def forward(ctx, x, depth, function):
+        ctx.depth, ctx.function = depth, function
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.depth == 0:
+            ctx.function()
+        else:
+            with torch.enable_grad():
+                x = torch.ones((), requires_grad=True)
+                Nested.apply(x, ctx.depth - 1, ctx.function).backward()
+        return grad, None, None
+
+
+def test_the_threads_of_a_backward_pass_see_the_block_around_it():
+    seen = []
+
+    def look():
+        seen.append(threading.get_ident())
+        seen.append(chosen())
+        with use_backend("triton"):
+            seen.append(chosen())
+        seen.append(chosen())
+
+    x = torch.ones((), requires_grad=True)
+    with use_backend("reference"):
+        Nested.apply(x, 70, look).backward()
+    Nested.apply(x, 70, lambda: seen.append(chosen())).backward()
+    assert seen[0] != threading.get_ident()
+    assert seen[1:] == ["reference", "triton", "reference", "native"]
+
+
+def test_a_compiled_function_follows_the_block_of_its_thread():
+    compiled = torch.compile(lambda x: x + len(chosen()), backend="eager", fullgraph=True)
+    zero = torch.zeros(())
+    assert compiled(zero) == len("native")
+    with use_backend("reference"):
+        assert compiled(zero) == len("reference")
+        assert in_thread(lambda: compiled(zero)) == len("native")
+    assert compiled(zero) == len("native")
+
+    def function(x):
+        with use_backend("reference"):
+            return x + len(chosen())
+
+    assert torch.compile(function, backend="eager", fullgraph=True)(zero) == len("reference")
+    assert chosen() == "native"
 
 
 def test_wrong_names(monkeypatch):

@@ -1,5 +1,7 @@
 #include "ema.h"
 
+#include "check.h"
+
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -8,15 +10,28 @@ namespace {
 
 constexpr int64_t CHUNK = 1 << 16;
 
+void check_part(const char* name, const at::Tensor& x, at::IntArrayRef sizes) {
+  check_tensor(name, x, FLOATS, sizes);
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, ": expected contiguous tensors, got strides ", x.strides());
+}
+
 void ema_update(
     at::TensorList ema, at::TensorList params, at::TensorList emit, double decay, at::IntArrayRef keys, at::IntArrayRef spans) {
-  TORCH_CHECK(params.size() == ema.size() && (emit.empty() || emit.size() == ema.size()));
-  TORCH_CHECK(spans.size() == 3 * ema.size() && (keys.empty() || keys.size() == 2 * ema.size()));
+  TORCH_CHECK_VALUE(
+      params.size() == ema.size() && (emit.empty() || emit.size() == ema.size()), "ema_update_: expected as many params as ema, ", ema.size(),
+      ", and as many emit or none, got ", params.size(), " and ", emit.size());
+  TORCH_CHECK_VALUE(
+      spans.size() == 3 * ema.size() && (keys.empty() || keys.size() == 2 * ema.size()),
+      "ema_update_: expected 3 spans for each tensor, and 2 keys or none, got ", spans.size(), " and ", keys.size(), " for ", ema.size());
   std::vector<EmaTensor> tensors(ema.size());
   std::vector<EmaChunk> chunks;
   for (size_t i = 0; i < ema.size(); ++i) {
-    TORCH_CHECK(ema[i].is_contiguous() && params[i].is_contiguous() && params[i].numel() == ema[i].numel());
-    TORCH_CHECK(emit.empty() || (emit[i].is_contiguous() && emit[i].numel() == ema[i].numel()));
+    check_part("ema", ema[i], ema[i].sizes());
+    check_part("params", params[i], ema[i].sizes());
+    if (!emit.empty()) {
+      check_part("emit", emit[i], ema[i].sizes());
+    }
+    TORCH_CHECK_VALUE(spans[3 * i + 1] >= 1, "spans: expected at least 1 inner element, got ", spans[3 * i + 1]);
     tensors[i] = {
         .ema = ema[i].mutable_data_ptr(),
         .param = params[i].const_data_ptr(),

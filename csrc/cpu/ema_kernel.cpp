@@ -90,7 +90,7 @@ void round_piece(float* values, int64_t begin, int64_t n, const EmaTensor& tenso
   for (int64_t i = 0; i < n;) { // run by run of elements that are neighbours in the whole tensor
     const int64_t outer = (begin + i) / tensor.inner, at = (begin + i) % tensor.inner;
     const int64_t run = std::min(n - i, tensor.inner - at);
-    const uint64_t first = tensor.base + outer * tensor.stride + at;
+    const uint64_t first = uint64_t(tensor.base) + uint64_t(outer) * uint64_t(tensor.stride) + uint64_t(at);
     tensor.ema_dtype == c10::kHalf ? round_run<true>(values + i, run, first, tensor.key)
                                    : round_run<false>(values + i, run, first, tensor.key);
     i += run;

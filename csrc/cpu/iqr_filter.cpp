@@ -1,5 +1,7 @@
 // Quartiles of small groups: a sort each, nothing for vectors to do.
 
+#include "check.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -26,9 +28,12 @@ float quantile(const std::vector<float>& sorted, float q) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> iqr_filter(
-    const Tensor& entropy, const Tensor& offsets_, const std::optional<Tensor>& mask_, double k) {
-  TORCH_CHECK(entropy.scalar_type() == at::kFloat && entropy.is_contiguous());
-  const Tensor offsets = offsets_.contiguous(), mask = mask_ ? mask_->contiguous() : Tensor();
+    const Tensor& entropy_, const Tensor& offsets_, const std::optional<Tensor>& mask_, double k) {
+  check_dtype("entropy", entropy_, FLOAT32);
+  TORCH_CHECK_VALUE(entropy_.dim() == 1, "entropy: expected shape (B,), got ", entropy_.sizes());
+  check_tensor("mask", mask_, BOOLS, entropy_.sizes());
+  const Tensor entropy = entropy_.contiguous(), offsets = checked_offsets("groups", offsets_, entropy_.size(0)),
+               mask = mask_ ? mask_->contiguous() : Tensor();
   const int64_t groups = offsets.size(0) - 1;
   Tensor keep = at::zeros(entropy.sizes(), entropy.options().dtype(at::kBool));
   Tensor lower = at::empty({groups}, entropy.options()), q1 = at::empty_like(lower), q3 = at::empty_like(lower);

@@ -1,5 +1,7 @@
 #include "linear_tile.h"
 
+#include "check.h"
+
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -17,15 +19,18 @@ struct Arguments {
 Arguments arguments(
     const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "tile: expected contiguous (rows, columns)");
+  check_dtype("x", x, KERNEL_FLOATS);
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && x.size(1) >= 1 && x.is_contiguous(), "x: expected a contiguous tile (rows, columns >= 1), got shape ", x.sizes(),
+      ", strides ", x.strides());
+  check_tensor("bias", bias, {x.scalar_type()}, {x.size(1)});
+  check_tensor("temperature_per_row", temperature_per_row, FLOATS, {x.size(0)});
+  check_tensor("labels", labels, INTS, {x.size(0)});
   Arguments args{
       bias ? bias->contiguous() : Tensor(),
       temperature_per_row ? temperature_per_row->to(at::kFloat).contiguous() : Tensor(),
       labels ? labels->to(at::kLong).contiguous() : Tensor(),
       {}};
-  TORCH_CHECK(!args.bias.defined() || (args.bias.scalar_type() == x.scalar_type() && args.bias.numel() == x.size(1)));
-  TORCH_CHECK(!args.temperature.defined() || args.temperature.numel() == x.size(0));
-  TORCH_CHECK(!args.labels.defined() || args.labels.numel() == x.size(0));
   args.tile = {
       .dtype = x.scalar_type(),
       .x = x.mutable_data_ptr(),
@@ -41,10 +46,9 @@ Arguments arguments(
   return args;
 }
 
-void check_rows(const Tensor& values, int64_t count, int64_t rows) {
-  TORCH_CHECK(
-      values.scalar_type() == at::kFloat && values.dim() == 2 && values.size(0) == count && values.size(1) == rows &&
-      (rows <= 1 || values.stride(1) == 1));
+void check_rows(const char* name, const Tensor& values, int64_t count, int64_t rows) {
+  check_tensor(name, values, FLOAT32, {count, rows});
+  TORCH_CHECK_VALUE(rows <= 1 || values.stride(1) == 1, name, ": expected an inner stride of 1, got strides ", values.strides());
 }
 
 void tile_state(
@@ -52,7 +56,7 @@ void tile_state(
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels,
     const Tensor& state) {
   const auto args = arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels);
-  check_rows(state, 6, x.size(0));
+  check_rows("state", state, 6, x.size(0));
   MGRPO_CALL(tile_state_kernel)(args.tile, state.mutable_data_ptr<float>(), state.stride(0));
 }
 
@@ -61,8 +65,9 @@ void tile_gradient(
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels,
     const Tensor& coefficients, const Tensor& logsumexp) {
   const auto args = arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels);
-  check_rows(coefficients, 4, x.size(0));
-  TORCH_CHECK(logsumexp.scalar_type() == at::kFloat && logsumexp.is_contiguous() && logsumexp.numel() == x.size(0));
+  check_rows("coefficients", coefficients, 4, x.size(0));
+  check_tensor("logsumexp", logsumexp, FLOAT32, {x.size(0)});
+  TORCH_CHECK_VALUE(logsumexp.is_contiguous(), "logsumexp: expected a contiguous tensor, got strides ", logsumexp.strides());
   MGRPO_CALL(tile_gradient_kernel)
   (args.tile, coefficients.const_data_ptr<float>(), coefficients.stride(0), logsumexp.const_data_ptr<float>());
 }

@@ -71,8 +71,11 @@ double inv_temperature(const LinearTile& tile, int64_t row) {
 
 // The column of the row's label, or -1 if it lies elsewhere.
 int64_t label_column(const LinearTile& tile, int64_t row) {
-  const int64_t column = tile.labels ? tile.labels[row] - tile.vocab_start : -1;
-  return column >= 0 && column < tile.columns ? column : -1;
+  if (!tile.labels) {
+    return -1;
+  }
+  const uint64_t column = uint64_t(tile.labels[row]) - uint64_t(tile.vocab_start); // a label may be anything: wrap, do not overflow
+  return column < uint64_t(tile.columns) ? int64_t(column) : -1;
 }
 
 template <typename T, typename Transform>

@@ -1,6 +1,8 @@
 // A 16-bit matrix product whose sums stay in float32 until they are added to a float32 result. aten's own rounds every product to 16 bits,
 // and the sum of many rounded products is not the rounded sum. The arithmetic is oneDNN's, one block at a time, through at::native::cpublas.
 
+#include "check.h"
+
 #include <algorithm>
 #include <vector>
 
@@ -16,6 +18,7 @@ using at::Tensor;
 
 // Every block is filled up with zeros to one of these sizes, because oneDNN compiles and keeps a kernel for each size that it meets.
 constexpr int64_t ROWS = 64, COLUMNS = 128, INNER = 512, INNER_REST = 64;
+constexpr at::ScalarType SIXTEEN_BITS[] = {at::kBFloat16, at::kHalf};
 constexpr int64_t PACKED_BYTES = 8 << 20; // of the second factor, rearranged, at most: or one block of its rows, INNER * columns
 
 template <typename T>
@@ -166,20 +169,18 @@ bool multiply(const Tensor& total, const Tensor& a_, const Tensor& b_, bool add)
 }
 
 bool mm_float32(const Tensor& total, const Tensor& a, const Tensor& b, bool add) {
-  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && a.scalar_type() == b.scalar_type());
-  TORCH_CHECK(total.scalar_type() == at::kFloat && total.dim() == 2 && total.size(0) == a.size(0) && total.size(1) == b.size(1));
-  TORCH_CHECK(total.stride(1) == 1 || total.size(1) <= 1);
+  TORCH_CHECK_VALUE(
+      a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "mm_float32_: expected a (m, k) and b (k, n), got ", a.sizes(), " and ",
+      b.sizes());
+  check_dtype("a", a, SIXTEEN_BITS);
+  check_dtype("b", b, {a.scalar_type()});
+  check_tensor("total", total, FLOAT32, {a.size(0), b.size(1)});
+  TORCH_CHECK_VALUE(
+      total.stride(1) == 1 || total.size(1) <= 1, "total: expected an inner stride of 1, got strides ", total.strides());
   if (a.size(1) == 0 && !add) {
     total.zero_();
   }
-  switch (a.scalar_type()) {
-    case at::kBFloat16:
-      return multiply<at::BFloat16>(total, a, b, add);
-    case at::kHalf:
-      return multiply<at::Half>(total, a, b, add);
-    default:
-      TORCH_CHECK(false, "mm_float32_: expected bfloat16 or float16, got ", a.scalar_type());
-  }
+  return a.scalar_type() == at::kBFloat16 ? multiply<at::BFloat16>(total, a, b, add) : multiply<at::Half>(total, a, b, add);
 }
 
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {

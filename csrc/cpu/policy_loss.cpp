@@ -2,6 +2,8 @@
 
 #include "policy_loss.h"
 
+#include "check.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -35,8 +37,13 @@ void for_parts(const PolicyLossTokens& in, int64_t sequence, Function function) 
 
 Tensor group_advantages(
     const Tensor& rewards_, const Tensor& offsets_, const std::optional<Tensor>& mask_, int64_t baseline, int64_t scale_, double eps) {
-  const Tensor rewards = rewards_.contiguous(), offsets = offsets_.contiguous(), mask = mask_ ? mask_->contiguous() : Tensor();
-  TORCH_CHECK(rewards.scalar_type() == at::kFloat);
+  check_dtype("rewards", rewards_, FLOAT32);
+  TORCH_CHECK_VALUE(rewards_.dim() == 1, "rewards: expected shape (B,), got ", rewards_.sizes());
+  check_tensor("mask", mask_, BOOLS, rewards_.sizes());
+  TORCH_CHECK_VALUE(baseline >= 0 && baseline <= 1, "baseline: expected 0 or 1, got ", baseline);
+  TORCH_CHECK_VALUE(scale_ >= 0 && scale_ <= 2, "scale: expected 0, 1 or 2, got ", scale_);
+  const Tensor rewards = rewards_.contiguous(), offsets = checked_offsets("groups", offsets_, rewards_.size(0)),
+               mask = mask_ ? mask_->contiguous() : Tensor();
   Tensor out = at::zeros_like(rewards);
   const float* reward = rewards.const_data_ptr<float>();
   const int64_t* starts = offsets.const_data_ptr<int64_t>();
@@ -162,25 +169,34 @@ using Names = c10::Dict<std::string, std::string>;
 using Numbers = c10::Dict<std::string, double>;
 using Flags = c10::Dict<std::string, bool>;
 
+template <typename Value>
+Value entry(const c10::Dict<std::string, Value>& given, const char* name) {
+  const auto found = given.find(name);
+  TORCH_CHECK_VALUE(found != given.end(), "policy_loss: expected an entry ", name, ", got none");
+  return found->value();
+}
+
 bool is(const Names& names, const char* name, const char* wanted, const char* other) {
-  const std::string value = names.at(name);
-  TORCH_CHECK(value == wanted || value == other, name, ": expected ", wanted, " or ", other, ", got ", value);
+  const std::string value = entry(names, name);
+  TORCH_CHECK_VALUE(value == wanted || value == other, name, ": expected ", wanted, " or ", other, ", got ", value);
   return value == wanted;
 }
 
 // The surrogate and the estimator stay those of the strings that are passed.
 PolicyLossOptions options_of(
     const std::string& surrogate, const std::string& kl_estimator, const Names& names, const Numbers& numbers, const Flags& flags) {
-  auto number = [&](const char* name) { return static_cast<float>(numbers.at(name)); };
-  const std::string mode = names.at("behaviour_mode");
-  TORCH_CHECK(mode == "token_truncate" || mode == "token_mask" || mode == "sequence_truncate" || mode == "sequence_mask", mode);
+  auto number = [&](const char* name) { return static_cast<float>(entry(numbers, name)); };
+  const std::string mode = entry(names, "behaviour_mode");
+  TORCH_CHECK_VALUE(
+      mode == "token_truncate" || mode == "token_mask" || mode == "sequence_truncate" || mode == "sequence_mask",
+      "behaviour_mode: expected token_truncate, token_mask, sequence_truncate or sequence_mask, got ", mode);
   return {
       .surrogate = surrogate.c_str(),
-      .per_sequence = flags.at("per_sequence"),
+      .per_sequence = entry(flags, "per_sequence"),
       .sequence_mean = is(names, "share", "1 / length of its sequence", "1"),
       .by_sequence = is(names, "importance_level", "sequence", "token"),
       .kl_estimator = kl_estimator.c_str(),
-      .kl_bias_correction = flags.at("kl_bias_correction"),
+      .kl_bias_correction = entry(flags, "kl_bias_correction"),
       .truncates = mode == "token_truncate" || mode == "sequence_truncate",
       .behaviour_by_sequence = mode == "sequence_truncate" || mode == "sequence_mask",
       .clip_low = number("clip_low"),
@@ -203,7 +219,8 @@ float own_normalizer(const std::string& counts, float tokens, float sequences, f
   if (counts == "sequences x max_response_tokens") {
     return sequences * max_response_tokens;
   }
-  TORCH_CHECK(counts == "sequences", "counts: cannot count ", counts);
+  TORCH_CHECK_VALUE(
+      counts == "sequences", "counts: expected tokens, sequences or sequences x max_response_tokens, got ", counts);
   return sequences;
 }
 
@@ -213,14 +230,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     const std::optional<Tensor>& behaviour_, const std::optional<Tensor>& normalizer, const std::optional<Tensor>& entropy_normalizer,
     const std::optional<Tensor>& weights_, const std::optional<Tensor>& rollout_mask_, const Names& names, const Numbers& numbers,
     const Flags& flags) {
+  check_dtype("logprob", logprob_, FLOATS);
+  TORCH_CHECK_VALUE(logprob_.dim() == 1, "logprob: expected shape (T,), got ", logprob_.sizes());
+  const Tensor offsets = checked_offsets("cu_seqlens", offsets_, logprob_.size(0));
+  const int64_t tokens = logprob_.size(0), sequences = offsets.size(0) - 1;
+  check_tensor("advantages", advantages_, FLOATS, {advantages_.numel() == sequences ? sequences : tokens});
+  check_tensor("old", old_, FLOATS, {tokens});
+  check_tensor("mask", mask_, BOOLS, {tokens});
+  check_tensor("ref", ref_, FLOATS, {tokens});
+  check_tensor("entropy", entropy_, FLOATS, {tokens});
+  check_tensor("behaviour", behaviour_, FLOATS, {tokens});
+  check_tensor("weights", weights_, FLOATS, {tokens});
+  check_tensor("rollout_mask", rollout_mask_, BOOLS, {sequences});
+  check_tensor("normalizer", normalizer, FLOATS, {});
+  check_tensor("entropy_normalizer", entropy_normalizer, FLOATS, {});
   const Tensor logprob = as_float(logprob_), old = as_float(old_), advantages = as_float(advantages_), ref = as_float(ref_),
                entropy = as_float(entropy_), behaviour = as_float(behaviour_), weights = as_float(weights_),
-               mask = mask_ ? mask_->contiguous() : Tensor(), rollout_mask = rollout_mask_ ? rollout_mask_->contiguous() : Tensor(),
-               offsets = offsets_.contiguous();
-  TORCH_CHECK(offsets.scalar_type() == at::kLong);
-  const std::string surrogate = names.at("surrogate"), kl_estimator = names.at("kl_estimator");
+               mask = mask_ ? mask_->contiguous() : Tensor(), rollout_mask = rollout_mask_ ? rollout_mask_->contiguous() : Tensor();
+  const std::string surrogate = entry(names, "surrogate"), kl_estimator = entry(names, "kl_estimator");
   const PolicyLossOptions options = options_of(surrogate, kl_estimator, names, numbers, flags);
-  const int64_t tokens = logprob.numel(), sequences = offsets.size(0) - 1;
+  TORCH_CHECK_VALUE(options.per_sequence || surrogate != "vespo", "per_sequence: expected true with surrogate vespo, got false");
   const PolicyLossTokens in{
       .options = options,
       .tokens = tokens,
@@ -236,7 +265,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
       .advantage_per_token = advantages.numel() != sequences,
       .mask = mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
       .rollout_mask = rollout_mask.defined() ? rollout_mask.const_data_ptr<bool>() : nullptr};
-  TORCH_CHECK(advantages.numel() == sequences || advantages.numel() == tokens);
 
   Tensor gradient = at::empty({tokens}, logprob.options());
   const std::vector<PolicyLossSequence> values = sequence_values(in);
@@ -244,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   std::vector<double> through_ratio(options.by_sequence ? parts.size() + sequences : 0);
   const bool known = MGRPO_CALL(policy_loss_kernel)(
       in, values.empty() ? nullptr : values.data(), parts.data(), gradient.mutable_data_ptr<float>(), through_ratio.data());
-  TORCH_CHECK(known, "expected a known surrogate and KL estimator, got ", surrogate, " and ", kl_estimator);
+  TORCH_CHECK_VALUE(known, "policy_loss: expected a known surrogate and KL estimator, got ", surrogate, " and ", kl_estimator);
   if (options.by_sequence) {
     add_through_ratio(in, values, through_ratio, gradient.mutable_data_ptr<float>());
   }
@@ -266,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     return value == 0 ? 1.0f : value; // nothing was counted, nothing is divided
   };
   const float own = own_normalizer(
-      names.at("counts"), static_cast<float>(sums.tokens), count, static_cast<float>(numbers.at("max_response_tokens")));
+      entry(names, "counts"), static_cast<float>(sums.tokens), count, static_cast<float>(entry(numbers, "max_response_tokens")));
   const float scales[2] = {
       1 / count_or_one(normalizer, own), options.entropy_coef / count_or_one(entropy_normalizer, static_cast<float>(sums.tokens))};
   const float metrics[8] = {

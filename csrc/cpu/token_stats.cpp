@@ -1,5 +1,7 @@
 #include "token_stats.h"
 
+#include "check.h"
+
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -35,6 +37,23 @@ Tensor contiguous_as(const std::optional<Tensor>& x, at::ScalarType dtype) {
   return x ? x->to(dtype).contiguous() : Tensor();
 }
 
+// Checks what forward and backward have in common; returns the shape of the rows.
+at::IntArrayRef check_rows(
+    const Tensor& logits, const std::optional<Tensor>& labels, const std::optional<Tensor>& mask, const std::optional<Tensor>& temperature) {
+  check_dtype("logits", logits, KERNEL_FLOATS);
+  TORCH_CHECK_VALUE(logits.dim() >= 1 && logits.size(-1) >= 1, "logits: expected shape (..., V) with V >= 1, got ", logits.sizes());
+  const auto rows = logits.sizes().slice(0, logits.dim() - 1);
+  if (labels) {
+    check_dtype("labels", *labels, INTS);
+    TORCH_CHECK_VALUE(
+        labels->dim() == logits.dim() && labels->sizes().slice(0, logits.dim() - 1) == rows, "labels: expected shape (..., K) for logits ",
+        logits.sizes(), ", got ", labels->sizes());
+  }
+  check_tensor("mask", mask, BOOLS, rows);
+  check_tensor("temperature_per_row", temperature, FLOATS, rows);
+  return rows;
+}
+
 template <typename T>
 const T* data_or_null(const Tensor& x) {
   return x.defined() ? x.const_data_ptr<T>() : nullptr;
@@ -43,10 +62,10 @@ const T* data_or_null(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& logits_, const std::optional<Tensor>& labels_, const std::optional<Tensor>& mask_,
     const std::optional<Tensor>& temperature_, double temperature, bool want_logprob, bool want_entropy, bool want_self_certainty) {
+  const auto rows = check_rows(logits_, labels_, mask_, temperature_);
   const Tensor logits = last_dim_contiguous(logits_);
   const Tensor labels = contiguous_as(labels_, at::kLong), mask = contiguous_as(mask_, at::kBool),
                temperature_per_row = contiguous_as(temperature_, at::kFloat);
-  const auto rows = logits.sizes().slice(0, logits.dim() - 1);
   const auto options = logits.options().dtype(at::kFloat);
   want_logprob &= labels.defined();
   Tensor logprob = want_logprob ? at::empty(labels.sizes(), options) : at::empty({0}, options);
@@ -77,6 +96,17 @@ void backward(
     const std::optional<Tensor>& grad_self_certainty_, const Tensor& logits_, const std::optional<Tensor>& labels_,
     const std::optional<Tensor>& mask_, const std::optional<Tensor>& temperature_, double temperature, const Tensor& logsumexp_,
     const std::optional<Tensor>& entropy_) {
+  const auto rows = check_rows(logits_, labels_, mask_, temperature_);
+  check_tensor("out", out_, {logits_.scalar_type()}, logits_.sizes());
+  check_tensor("logsumexp", logsumexp_, FLOATS, rows);
+  check_tensor("grad_entropy", grad_entropy_, FLOATS, rows);
+  check_tensor("entropy", entropy_, FLOATS, rows);
+  check_tensor("grad_self_certainty", grad_self_certainty_, FLOATS, rows);
+  TORCH_CHECK_VALUE(entropy_ || !grad_entropy_, "entropy: expected a tensor with grad_entropy, got None");
+  if (grad_logprob_) {
+    TORCH_CHECK_VALUE(labels_, "labels: expected a tensor with grad_logprob, got None");
+    check_tensor("grad_logprob", grad_logprob_, FLOATS, labels_->sizes());
+  }
   if (logits_.numel() == 0) {
     return;
   }

@@ -152,13 +152,16 @@ void backward_row(const TokenStatsBackward& args, int64_t row) {
   float few[16];
   std::unique_ptr<float[]> many;
   float* at_label = labels <= 16 ? few : (many = std::make_unique<float[]>(labels)).get();
+  // A label outside of the vocabulary makes the gradient of the nearest entry NaN.
+  auto column = [&](int64_t k) { return std::clamp<int64_t>(args.labels[k], 0, args.vocab - 1); };
   for (int64_t k = 0; k < labels; ++k) {
-    const int64_t label = args.labels[first + k];
     double delta = 0;
     for (int64_t other = first; other < first + labels; ++other) {
-      delta += args.labels[other] == label ? args.grad_logprob[other] : 0.0f;
+      if (column(other) == column(first + k)) {
+        delta += column(other) == args.labels[other] ? args.grad_logprob[other] : std::numeric_limits<float>::quiet_NaN();
+      }
     }
-    const float z = static_cast<float>(x[label]) * inv;
+    const float z = static_cast<float>(x[column(first + k)]) * inv;
     at_label[k] = z == -std::numeric_limits<float>::infinity()
         ? 0.0f
         : (first_lane(grad_z(Vec(z))) + static_cast<float>(delta)) * inv;
@@ -173,7 +176,7 @@ void backward_row(const TokenStatsBackward& args, int64_t row) {
     store_pair(out + i, {grad_x(v.a), grad_x(v.b)}, n);
   }
   for (int64_t k = 0; k < labels; ++k) {
-    out[args.labels[first + k]] = static_cast<T>(at_label[k]);
+    out[column(first + k)] = static_cast<T>(at_label[k]);
   }
 }
 

@@ -136,6 +136,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of the labels, and entropies, of softmax(hidden @ weight.T / temperature), without the logits.
 
+    A replacement of ``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy``, whose results are flat whatever the labels' shape.
+
     Args:
         hidden: ``(..., H)``, labels' shape before H; axes of length 1 may stand elsewhere, as in Megatron's ``(N, 1, H)``.
         weight: ``(V, H)``; with a process group of more than one rank, this rank's equal share of the vocabulary.
@@ -146,7 +148,7 @@ def linear_cross_entropy(
             shares add up to it, as those of verl's kernel do.
 
     Returns:
-        log-probs, of labels' shape or 0-d, and entropies, of labels' shape; float32. Either may be left without gradient.
+        log-probs, ``(N,)`` for N labels, or 0-d with a reduction; and entropies, ``(N,)``; float32. Either may be left without gradient.
 
     Raises:
         TypeError, ValueError: as :func:`linear_token_stats` does.
@@ -170,16 +172,18 @@ def linear_cross_entropy(
     )
     assert stats.logprob is not None
     assert stats.entropy is not None
-    logprob = stats.logprob
+    logprob, entropy = stats.logprob.reshape(-1), stats.entropy.reshape(-1)
     if reduction != "none":
         logprob = logprob.sum() if reduction == "sum" else logprob.mean()
-    return logprob, stats.entropy
+    return logprob, entropy
 
 
 def _fused_linear_for_ppo(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
-    return linear_cross_entropy(hidden_states, vocab_weights, input_ids, temperature)
+    """Do what verl's ``FusedLinearForPPO.forward`` does: its results have the shape of `input_ids`."""
+    logprob, entropy = linear_cross_entropy(hidden_states, vocab_weights, input_ids, temperature)
+    return logprob.view(input_ids.shape), entropy.view(input_ids.shape)
 
 
 def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:

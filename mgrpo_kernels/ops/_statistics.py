@@ -32,6 +32,11 @@ class Statistics(NamedTuple):
     logsumexp: Tensor
 
 
+def statistics_dtype(values: Tensor) -> torch.dtype:
+    """Return the dtype of statistics and losses: float32, or float64 for float64 values."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
 def row_state(z: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
     """Return the state ``(6, N)`` of final logits ``(N, C)`` whose first column is vocabulary entry `first`: the definition."""
     maximum = z.amax(-1)

@@ -114,12 +114,13 @@ def test_head_is_what_verls_own_computes(rows, temperature):
     h, w, labels, weights = make(rows)
     want = verls_torch_backend(h, w, labels, temperature)
     with verl.patched():
-        for got in (
-            verl_kernel.linear_cross_entropy(h, w, labels, temperature, "none"),  # as verl's models call it
-            verls_torch_backend(h, w, labels, temperature),
+        for got, shape in (
+            (verl_kernel.linear_cross_entropy(h, w, labels, temperature, "none"), (labels.numel(),)),  # flat
+            (verls_torch_backend(h, w, labels, temperature), labels.shape),
         ):
+            assert [each.shape for each in got] == [shape, shape]
+            got = [each.view(labels.shape) for each in got]
             for mine, own in zip(got, want, strict=True):
-                assert mine.shape == labels.shape
                 assert mine.dtype == torch.float32
                 torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
             for mine, own in zip(gradients(got, weights, (h, w)), gradients(want, weights, (h, w)), strict=True):
@@ -140,9 +141,8 @@ def test_megatrons_layout():
     h, w, labels, _ = make((1, 23))
     want = plain(h, w, labels, 1.0)
     got = verl.linear_cross_entropy(h.transpose(0, 1), w, labels, 1.0, "none", None)  # (N, 1, H) and (1, N)
-    assert got[0].shape == labels.shape
     for mine, own in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mine, own.flatten(), rtol=1e-5, atol=1e-5)
     with pytest.raises(
         ValueError, match=r"labels: expected hidden's shape \(3, 5, 32\) without its last axis, got \(5, 3\)"
     ):
@@ -153,8 +153,9 @@ def test_megatrons_layout():
 def test_either_gradient_may_be_missing(used):
     h, w, labels, weights = make((2, 9))
     got = verl.linear_cross_entropy(h, w, labels, 0.8)[used]
-    want = plain(h, w, labels, 0.8)[used]
-    for mine, own in zip(gradients([got], weights[:1], (h, w)), gradients([want], weights[:1], (h, w)), strict=True):
+    want = plain(h, w, labels, 0.8)[used].flatten()
+    weights = weights[:1].flatten(1)
+    for mine, own in zip(gradients([got], weights, (h, w)), gradients([want], weights, (h, w)), strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-5)
 
 
@@ -162,10 +163,10 @@ def test_either_gradient_may_be_missing(used):
 def test_reduction(reduction):
     h, w, labels, _ = make((2, 9))
     logprob, entropy = verl.linear_cross_entropy(h, w, labels, 1.0, reduction)
-    want = plain(h, w, labels, 1.0)[0]
+    want = plain(h, w, labels, 1.0)[0].flatten()
     want = {"none": want, "sum": want.sum(), "mean": want.mean()}[reduction.lower()]
     torch.testing.assert_close(logprob, want, rtol=1e-5, atol=1e-5)
-    assert entropy.shape == labels.shape
+    assert entropy.shape == (labels.numel(),)
 
 
 def test_wrong_calls_are_told():
@@ -184,8 +185,8 @@ def test_vocabulary_over_two_ranks():
     want = plain(h.transpose(0, 1), w, labels, 0.9)
     grad_hidden, grad_weight = gradients(want, weights, (h, w))
     for part in parts:
-        torch.testing.assert_close(part[0], want[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(part[1], want[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part[0], want[0].flatten(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part[1], want[1].flatten(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parts[0][2] + parts[1][2], grad_hidden, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([part[3] for part in parts]), grad_weight, rtol=1e-4, atol=1e-5)
 
@@ -205,9 +206,10 @@ def test_in_verls_model_forward(backend, monkeypatch):
     monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
     with verl.patched(strict=True):
         output = model(input_ids=tokens, temperature=0.8, return_dict=True)
-    torch.testing.assert_close(output.log_probs, want[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(output.entropy, want[1], rtol=1e-4, atol=1e-4)
-    loss = (output.log_probs - 0.1 * output.entropy)[:, :-1].mean()
+    log_probs, entropy = output.log_probs.view(tokens.shape), output.entropy.view(tokens.shape)  # flat from "triton"
+    torch.testing.assert_close(log_probs, want[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy, want[1], rtol=1e-4, atol=1e-4)
+    loss = (log_probs - 0.1 * entropy)[:, :-1].mean()
     for mine, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), own, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 

@@ -183,6 +183,7 @@ def ema_update_op(
     backend: str,
 ) -> None:
     """Update every tensor of `ema`, all of one device, and write every one of `emit`."""
+    _check_batch(ema, params, emit, decay, keys, spans)
     written = [tensor.contiguous() for tensor in ema], [tensor.contiguous() for tensor in emit]
     backends.implementation(OP, backend).update_(
         Batch(
@@ -198,6 +199,29 @@ def ema_update_op(
         for target, result in zip(targets, results, strict=True):
             if result is not target:
                 target.copy_(result)
+
+
+def _check_batch(
+    ema: list[Tensor], params: list[Tensor], emit: list[Tensor], decay: Tensor, keys: list[int], spans: list[int]
+) -> None:
+    """Check the op's lists against each other."""
+    number = len(ema)
+    for name, got, lengths in (
+        ("params", len(params), {number}),
+        ("emit", len(emit), {number, 0}),
+        ("keys", len(keys), {2 * number, 0}),
+        ("spans", len(spans), {3 * number}),
+    ):
+        if got not in lengths:
+            raise ValueError(f"{name}: expected length {' or '.join(map(str, lengths))}, got {got}")
+    if any(inner < 1 for inner in spans[1::3]):
+        raise ValueError(f"spans: expected at least 1 inner element each, got {spans[1::3]}")
+    checks.check_tensor("decay", decay, dtypes=(torch.float64,), dim=0)
+    for i, each in enumerate(ema):
+        checks.check_tensor(f"ema[{i}]", each, device=decay.device)
+        for name, tensors in (("params", params), ("emit", emit)):
+            if tensors:
+                checks.check_inside(decay.device, (name, tensors[i], each.shape, checks.FLOATS))
 
 
 @ema_update_op.register_fake

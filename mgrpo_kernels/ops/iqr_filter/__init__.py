@@ -47,8 +47,7 @@ def trajectory_entropy(
     if cu_seqlens is None:
         total, count = values.sum(-1), counts.sum(-1)
     else:
-        if not torch.compiler.is_compiling():
-            sequences.check_offset_values("cu_seqlens", offsets, values.shape[0])
+        offsets = sequences.checked_offsets(offsets, values.shape[0], "cu_seqlens")
         total, count = (sequences.segment_reduce(each, offsets) for each in (values, counts))
     if reduction == "mean":
         return total / count  # 0 / 0 is the NaN of an empty trajectory
@@ -101,6 +100,9 @@ def iqr_filter_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return keep ``(B,)``, lower, q1 and q3 ``(P,)``."""
+    checks.check_tensor("entropy", entropy, dtypes=checks.WIDE_FLOATS, dim=1)
+    sequences.check_offset_tensor("groups", offsets, entropy.shape[0], entropy.device)
+    checks.check_inside(entropy.device, ("mask", mask, entropy.shape, checks.BOOL))
     sequences.check_offset_values("groups", offsets, entropy.shape[0])
     implementation = backends.implementation(OP, backend)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = implementation.forward(entropy.contiguous(), offsets, mask, k)

@@ -22,12 +22,12 @@ def _lerp(low, high, weight):
     return tl.fma(tl.where(near_low, weight, weight - 1.0), high - low, tl.where(near_low, low, high))
 
 
-@triton.jit
-def filter_kernel(entropy, offsets, mask, keep, lower, q1, q3, k, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["batch"])
+def filter_kernel(entropy, offsets, mask, keep, lower, q1, q3, k, batch, BLOCK: tl.constexpr):
     """Write a group's quartiles, found by ranks (equal values rank by position), and who stays."""
     group = tl.program_id(0)
-    begin = tl.load(offsets + group)
-    end = tl.load(offsets + group + 1)
+    begin = tl.maximum(tl.load(offsets + group), 0)  # within the tensor, whatever the offsets hold
+    end = tl.minimum(tl.load(offsets + group + 1), batch)
     lanes = tl.arange(0, BLOCK)
     valid_counts = tl.zeros([BLOCK], tl.int32)
     for first in range(begin, end, BLOCK):

@@ -14,6 +14,7 @@ __all__ = ["forward", "unsupported"]
 def forward(entropy: Tensor, offsets: Tensor, mask: Tensor | None, k: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return keep ``(B,)``, lower, q1, q3 ``(P,)``, of entropies ``(B,)`` in groups given by offsets ``(P+1,)``."""
     batch = entropy.shape[0]
+    offsets = sequences.bounded(offsets, batch)
     group = sequences.group_index(offsets, batch)
     valid = ~entropy.isnan() if mask is None else mask & ~entropy.isnan()
     # Sorted by group, then valid before invalid, then value. Each sort is stable.

@@ -25,7 +25,7 @@ def forward(entropy: Tensor, offsets: Tensor, mask: Tensor | None, k: float) -> 
         launch(
             kernels.filter_kernel, (groups,), entropy,
             entropy, offsets.contiguous(), None if mask is None else mask.contiguous().view(torch.uint8),
-            keep.view(torch.uint8), lower, q1, q3, float(k),
+            keep.view(torch.uint8), lower, q1, q3, float(k), entropy.shape[0],
             BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return keep, lower, q1, q3

@@ -17,6 +17,7 @@ from mgrpo_kernels.ops.linear_policy_loss import native, reference, triton
 from mgrpo_kernels.ops.linear_token_stats import (
     check_head,
     check_head_options,
+    check_rows,
     check_tp_group,
     kept_rows,
     linear_token_stats_op,
@@ -26,7 +27,7 @@ from mgrpo_kernels.ops.linear_token_stats.specs import Head
 from mgrpo_kernels.ops.policy_loss import OP as LOSS_OP
 from mgrpo_kernels.ops.policy_loss import check_tokens, flat_advantages, make_options, run, takes_options
 from mgrpo_kernels.ops.policy_loss import options as loss_options
-from mgrpo_kernels.ops.policy_loss.op import token_arguments
+from mgrpo_kernels.ops.policy_loss.op import check_token_tensors, token_arguments
 from mgrpo_kernels.ops.policy_loss.options import LossKeywords, LossOptions
 from mgrpo_kernels.ops.policy_loss.reference import token_weights
 from mgrpo_kernels.ops.policy_loss.specs import LOSSES, METRICS, PolicyLoss, Tokens, is_token_level
@@ -93,7 +94,7 @@ def linear_policy_loss(
     hidden, weight, bias = check_head(hidden, weight, bias)
     rows = hidden.shape[:-1]
     checks.check_tensor("labels", labels, dtypes=checks.INTS, shape=rows, device=hidden.device)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = _statistics.statistics_dtype(hidden)
     like = torch.empty((), dtype=wide, device=hidden.device).expand(rows)  # stands for the log-probs to come
     tokens = check_tokens(
         logprobs=like, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs, entropy=like,
@@ -161,7 +162,8 @@ _TOKENS = {
     "entropy_normalizer": "Tensor?",  # 0-d
 }
 _NEED = {"need_hidden": "bool", "need_weight": "bool", "need_bias": "bool"}
-ARGUMENTS = Schema(_HEAD | _TOKENS | loss_options.SCHEMA | _NEED, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+_ANCHOR = {"anchor": "Tensor?"}  # of hidden, weight and bias, which the backward pass does not read
+ARGUMENTS = Schema(_HEAD | _TOKENS | loss_options.SCHEMA | _NEED | _ANCHOR, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
 _RATIO_MAX, _SEQUENCES = METRICS.index("ratio_max"), METRICS.index("sequences")
 
 
@@ -169,7 +171,9 @@ def _run_fused(head: dict[str, Any], tokens: Tokens, form: LossOptions, need: li
     """Return the loss of checked inputs, whose gradients are formed in the forward pass."""
     of_tokens = token_arguments(tokens)
     arguments = head | {name: of_tokens[name] for name in _TOKENS} | loss_options.to_arguments(form)
-    loss, metrics, *_ = linear_policy_loss_op(*ARGUMENTS.pack(arguments | dict(zip(_NEED, need, strict=True))))
+    arguments |= dict(zip(_NEED, need, strict=True))
+    arguments["anchor"] = _autograd.anchor(head["hidden"], head["weight"], head["bias"])
+    loss, metrics, *_ = linear_policy_loss_op(*ARGUMENTS.pack(arguments))
     return PolicyLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
 
 
@@ -189,6 +193,9 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     """Return loss, metrics ``(8,)``, and its gradients by hidden, weight and bias, in their dtypes; those not needed are empty."""
     given = ARGUMENTS.unpack(arguments)
     hidden, weight, labels, mask, backend = (given[name] for name in ("hidden", "weight", "labels", "mask", "backend"))
+    _autograd.refuse_tangents("linear_policy_loss", hidden, weight, given["bias"])
+    check_rows(hidden, weight, given["bias"], labels, mask, given["temperature_per_row"])
+    check_token_tensors(given, hidden.shape[0], hidden.device)
     checks.check_temperature_values(given["temperature_per_row"])
     sequences.check_offset_values("cu_seqlens", given["offsets"], hidden.shape[0])
     if labels.device.type == "cpu":
@@ -226,7 +233,7 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 def _tokens_of(given: dict[str, Any], form: LossOptions, rows: Tensor | None) -> tuple[Tokens, Tensor]:
     """Return the tokens of these rows with the whole batch's shares and counts, and the number of sequences (0-d)."""
     hidden, mask, offsets, advantages = (given[name] for name in ("hidden", "mask", "offsets", "advantages"))
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = _statistics.statistics_dtype(hidden)
     counted = torch.ones_like(given["labels"], dtype=torch.bool) if mask is None else mask
     number_of_tokens = counted.sum().to(wide)
     number_of_sequences = number_of_tokens.new_full((), offsets.shape[0] - 1)
@@ -293,7 +300,7 @@ def _block(tokens: Tokens, block: slice) -> Tokens:
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = ARGUMENTS.unpack(arguments)
     hidden, weight = given["hidden"], given["weight"]
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = _statistics.statistics_dtype(hidden)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(len(METRICS), dtype=torch.float32),
@@ -305,19 +312,19 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("mgrpo_kernels::linear_policy_loss_backward", mutates_args=())
 def linear_policy_loss_backward_op(
-    grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor
+    grad_loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, anchor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the forward pass times that of the loss."""
+    """Return the gradients of the forward pass times that of the loss. `anchor` makes them depend on the inputs."""
+    for name, grad in (("grad_hidden", grad_hidden), ("grad_weight", grad_weight), ("grad_bias", grad_bias)):
+        checks.check_tensor(name, grad)
+    checks.check_tensor("grad_loss", grad_loss, shape=(), device=grad_hidden.device)
     hidden, weight, bias = (grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight, grad_bias))
     return hidden, weight, bias
 
 
 @linear_policy_loss_backward_op.register_fake
 def _(grad_loss: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(grad) for grad in grads)
-
-
-_autograd.forbid_second_derivative(linear_policy_loss_backward_op)
+    return tuple(torch.empty_like(grad) for grad in grads[:3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -327,20 +334,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.backend = given["backend"]
     ctx.mark_non_differentiable(metrics, *grads)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads)
+    ctx.save_for_backward(*grads, given["anchor"])
+
+
+def _asked_again(grad_loss: Tensor) -> bool:
+    """Return whether the saved gradients may be used again: by another backward pass, by a graph of this one, or for more gradients."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched
+    )
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     results: dict[str, Tensor | None] = {}
     if grad_loss is not None:
-        grads = ctx.saved_tensors
-        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = linear_policy_loss_backward_op(grad_loss, *grads)
-        else:  # nobody will ask again: what was saved can be what is returned
+        *grads, anchor = ctx.saved_tensors
+        if torch.is_grad_enabled() and anchor is None:
+            raise RuntimeError(f"mgrpo_kernels::{OP}: expected an anchor with create_graph=True, got None")
+        if _asked_again(grad_loss):
+            grads = linear_policy_loss_backward_op(grad_loss, *grads, anchor)
+        else:  # what was saved can be what is returned
             backends.implementation(OP, ctx.backend).scale_(grads, grad_loss)
         for name, grad, need in zip(("hidden", "weight", "bias"), grads, ctx.need, strict=True):
             results[name] = grad if need else None
     return tuple([results.get(name) for name in ARGUMENTS.names])
 
 
-linear_policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
+_autograd.register(linear_policy_loss_op, linear_policy_loss_backward_op, _backward, _setup_context)

@@ -164,6 +164,8 @@ def linear_token_stats_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``, and the size of the whole vocabulary, 0-d."""
+    _autograd.refuse_tangents("linear_token_stats", hidden, weight, bias)
+    check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
     checks.check_temperature_values(temperature_per_row)
     per_token = temperature if temperature_per_row is None else temperature_per_row
     head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes)
@@ -184,9 +186,33 @@ def linear_token_stats_op(
     return logprob, entropy, self_certainty, logsumexp, vocab
 
 
+def check_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature_per_row: Tensor | None,
+) -> None:
+    """Check the tensors that the ops of a fused head have in common."""
+    checks.check_tensor("hidden", hidden, dim=2)
+    checks.check_tensor("weight", weight, dim=2)
+    if weight.shape[0] < 1:
+        raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {checks.shape_text(weight.shape)}")
+    (number, width), vocab = hidden.shape, weight.shape[0]
+    checks.check_inside(
+        hidden.device,
+        ("weight", weight, (vocab, width), (hidden.dtype,)),
+        ("bias", bias, (vocab,), (hidden.dtype,)),
+        ("labels", labels, (number,), checks.INTS),
+        ("mask", mask, (number,), checks.BOOL),
+        ("temperature_per_row", temperature_per_row, (number,), checks.WIDE_FLOATS),
+    )
+
+
 @linear_token_stats_op.register_fake
 def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = _statistics.statistics_dtype(hidden)
     logprob, entropy, self_certainty, logsumexp = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
     return logprob, entropy, self_certainty, logsumexp, hidden.new_empty((), dtype=dtype)
 
@@ -217,6 +243,17 @@ def linear_token_stats_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in their dtypes; those not needed are empty."""
+    check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
+    rows_shape, wide = hidden.shape[:1], (_statistics.statistics_dtype(hidden),)
+    checks.check_inside(
+        hidden.device,
+        ("grad_logprob", grad_logprob, rows_shape, wide),
+        ("grad_entropy", grad_entropy, rows_shape, wide),
+        ("grad_self_certainty", grad_self_certainty, rows_shape, wide),
+        ("entropy", entropy, rows_shape, wide),
+        ("logsumexp", logsumexp, rows_shape, wide),
+        ("vocab", vocab, (), wide),
+    )
     coefficients = _statistics.gradient_coefficients(
         grad_logprob, grad_entropy, grad_self_certainty, entropy, vocab, mask, logsumexp
     )
@@ -252,9 +289,6 @@ def _(
     )
 
 
-_autograd.forbid_second_derivative(linear_token_stats_backward_op)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         *tensors,
@@ -283,7 +317,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 11)
 
 
-linear_token_stats_op.register_autograd(_backward, setup_context=_setup_context)
+_autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backward, _setup_context)
 
 
 def kept_rows(mask: Tensor | None) -> Tensor | None:

@@ -44,7 +44,7 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
         )
         for block in _row_blocks(hidden, head)
     ]
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = _statistics.statistics_dtype(hidden)
     return torch.cat(states, 1) if states else hidden.new_empty((_statistics.STATE_ROWS, 0), dtype=dtype)
 
 

@@ -4,11 +4,17 @@ import triton
 import triton.language as tl
 
 from mgrpo_kernels.ops._triton.kernels import clamp
+from mgrpo_kernels.ops.policy_loss._term_triton_kernels import (
+    VESPO_LOWEST,
+    cap_weight,
+    count_clips,
+    kl_term,
+    surrogate_term,
+)
 
 # Rows of the partial sums ``(9, B)``: the loss, then the metrics in the order of specs.METRICS.
 LOSS, TOKENS, SEQUENCES, KL, ENTROPY, RATIO, RATIO_MAX, CLIP_LOW, CLIP_HIGH = (tl.constexpr(i) for i in range(9))
 FINISH_WIDTH = tl.constexpr(128)  # sequences added at once: 16 values a thread
-VESPO_LOWEST = tl.constexpr(-18.420680743952367)  # log 1e-8
 
 
 @triton.jit
@@ -106,48 +112,6 @@ def _kept(mask, rollout_kept, i, inside):
 
 
 @triton.jit
-def _cap_weight(weight, cap, TRUNCATE: tl.constexpr):
-    """Truncate a behaviour weight at the cap, or zero it beyond."""
-    return tl.where(weight > cap, cap if TRUNCATE else 0.0, weight)
-
-
-@triton.jit
-def _clipped_term(ratio, advantage, low, high, delta):
-    """Return loss and its slope in the log weight of PPO's clipped surrogate; the mean of both slopes where they tie."""
-    free = clamp(ratio, 0.0, delta) * advantage
-    clipped = clamp(ratio, low, high) * advantage
-    free_slope = tl.where(ratio <= delta, ratio, 0.0) * advantage
-    clipped_slope = tl.where((ratio >= low) & (ratio <= high), ratio, 0.0) * advantage
-    mean_slope = (free_slope + clipped_slope) / 2.0
-    slope = tl.where(free < clipped, free_slope, tl.where(free > clipped, clipped_slope, mean_slope))
-    value = tl.minimum(free, clipped, propagate_nan=tl.PropagateNan.ALL)
-    some = (advantage != 0.0) | (ratio != ratio)  # noqa: PLR0124 - nothing where it is 0, even if the ratio overflowed
-    return tl.where(some, -value, 0.0), tl.where(some, -slope, 0.0)
-
-
-@triton.jit
-def _sapo_term(ratio, advantage, temperature_high, temperature_low):
-    """Return loss and its slope in the log weight of the sigmoid gate."""
-    temperature = tl.where(advantage > 0, temperature_high, temperature_low)
-    gate = 1.0 / (1.0 + tl.exp(-temperature * (ratio - 1.0)))
-    slope = gate * (1.0 - gate)
-    slope = tl.where(slope == 0.0, 0.0, slope * ratio)  # 0 x inf
-    return -gate * 4.0 / temperature * advantage, -4.0 * slope * advantage
-
-
-@triton.jit
-def _kl(difference, ESTIMATOR: tl.constexpr):
-    """Return the estimate of KL(policy || reference) and its slope in the log-prob, from ref - logprob."""
-    if ESTIMATOR == "k1":
-        return -difference, tl.full(difference.shape, 1.0, tl.float32)
-    elif ESTIMATOR == "k2":
-        return difference * difference / 2.0, -difference
-    else:
-        power = tl.exp(difference)
-        return power - difference - 1.0, 1.0 - power
-
-
-@triton.jit
 def _finish(
     partial, batch, normalizer, entropy_normalizer, entropy_coef, max_response_tokens, loss, metrics, scales,
     COUNTS: tl.constexpr, WIDTH: tl.constexpr,
@@ -194,6 +158,151 @@ def _finish(
     tl.store(metrics + number - 1, totals, mask=(number > 0) & (number < 9))
 
 
+@triton.jit
+def _sequence_sums(
+    logprob, old, behaviour, mask, rollout_kept, begin, end, behaviour_cap,
+    SURROGATE: tl.constexpr, BY_SEQUENCE: tl.constexpr, TRUNCATE: tl.constexpr, BEHAVIOUR_BY_SEQUENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return what a token needs of its sequence: tokens, mean log ratio, log behaviour weight, and vespo's log weight."""
+    length = tl.zeros([BLOCK], tl.float32)
+    log_ratios = tl.zeros([BLOCK], tl.float32)
+    clamped_log_ratios = tl.zeros([BLOCK], tl.float32)
+    log_behaviours = tl.zeros([BLOCK], tl.float32)
+    for first in range(begin, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = i < end
+        keep = _kept(mask, rollout_kept, i, inside)
+        length += keep.to(tl.float32)
+        if BY_SEQUENCE or SURROGATE == "vespo" or BEHAVIOUR_BY_SEQUENCE:
+            x = _at(logprob, i, inside, keep)
+            before = x if old is None else _at(old, i, inside, keep)
+            log_ratios += x - before
+            clamped_log_ratios += clamp(x - before, -20.0, 20.0)
+            if behaviour is not None:
+                log_behaviour = before - _at(behaviour, i, inside, keep)
+                if SURROGATE == "vespo":  # there weights are per token, and enter by their logarithm
+                    weight = cap_weight(tl.exp(log_behaviour), behaviour_cap, TRUNCATE)
+                    log_behaviour = clamp(tl.log(weight), VESPO_LOWEST, 20.0)
+                log_behaviours += tl.where(keep, log_behaviour, 0.0)
+    tokens = tl.sum(length, 0)
+    mean_log_ratio = tl.sum(log_ratios, 0) / tl.maximum(tokens, 1.0)
+    log_behaviour_sum = tl.sum(log_behaviours, 0)
+    vespo_log_weight = clamp(tl.sum(clamped_log_ratios, 0) + log_behaviour_sum, VESPO_LOWEST, 20.0)
+    return tokens, mean_log_ratio, log_behaviour_sum, vespo_log_weight
+
+
+@triton.jit
+def _behaviour_weight(
+    behaviour, before, i, inside, keep, log_behaviour_sum, cap, TRUNCATE: tl.constexpr, BY_SEQUENCE: tl.constexpr
+):  # fmt: skip
+    """Return the bounded weight exp(old - behaviour) of tokens i, or of their sequence."""
+    log_behaviour = before - _at(behaviour, i, inside, keep)
+    if BY_SEQUENCE:
+        log_behaviour = tl.zeros(before.shape, tl.float32) + log_behaviour_sum
+    return cap_weight(tl.exp(log_behaviour), cap, TRUNCATE)
+
+
+@triton.jit
+def _share(weights, i, inside, keep, divisor, SEQUENCE_MEAN: tl.constexpr):
+    """Return each token's share of the loss, 0 where not kept."""
+    if weights is not None:
+        return _at(weights, i, inside, keep)
+    elif SEQUENCE_MEAN:
+        return tl.where(keep, 1.0 / divisor, 0.0)
+    else:
+        return keep.to(tl.float32)
+
+
+@triton.jit
+def _add_through_ratio(gradient, through, divisor, mask, rollout_kept, begin, end, BLOCK: tl.constexpr):
+    """Add to every token's gradient what goes through the sequence's ratio: d log weight / d logprob = 1 / length."""
+    tl.debug_barrier()
+    shared = tl.sum(through, 0) / divisor
+    for first in range(begin, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = i < end
+        keep = _kept(mask, rollout_kept, i, inside)
+        direct = tl.load(gradient + i, mask=inside, other=0.0)
+        tl.store(gradient + i, tl.where(keep, direct + shared, 0.0), mask=inside)
+
+
+@triton.jit
+def _store_sums(
+    partial, sequence, batch, values, tokens, rollout_kept, kls, entropies, ratios, ratio_max, clips_low, clips_high
+):  # fmt: skip
+    """Write a sequence's sums to its column of the partial sums."""
+    stride = tl.cast(batch, tl.int64)
+    place = partial + sequence
+    tl.store(place + LOSS * stride, tl.sum(values, 0))
+    tl.store(place + TOKENS * stride, tokens)
+    tl.store(place + SEQUENCES * stride, rollout_kept.to(tl.float32))
+    tl.store(place + KL * stride, tl.sum(kls, 0))
+    tl.store(place + ENTROPY * stride, tl.sum(entropies, 0))
+    tl.store(place + RATIO * stride, tl.sum(ratios, 0))
+    some_nan = tl.sum((ratio_max != ratio_max).to(tl.int32), 0) > 0  # noqa: PLR0124
+    tl.store(place + RATIO_MAX * stride, tl.where(some_nan, float("nan"), tl.max(ratio_max, 0)))
+    tl.store(place + CLIP_LOW * stride, tl.sum(clips_low, 0))
+    tl.store(place + CLIP_HIGH * stride, tl.sum(clips_high, 0))
+
+
+@triton.jit
+def _token_pass(
+    logprob, old, advantages, mask, ref, entropy, behaviour, weights, gradient,
+    rollout_kept, begin, end, sequence_advantage, divisor, mean_log_ratio, log_behaviour_sum, vespo_log_weight,
+    lower, upper, clip_delta, kl_coef, behaviour_cap, cispo_cap, sapo_temperature_high, sapo_temperature_low,
+    vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low,
+    SURROGATE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, BY_SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, TRUNCATE: tl.constexpr, BEHAVIOUR_BY_SEQUENCE: tl.constexpr,
+    HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a sequence's tokens, but for what goes through its ratio, and return what they add up to."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    values, kls, entropies, ratios = zero, zero, zero, zero
+    ratio_max, clips_low, clips_high, through = zero, zero, zero, zero
+    for first in range(begin, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        inside = i < end
+        keep = _kept(mask, rollout_kept, i, inside)
+        x = _at(logprob, i, inside, keep)
+        before = x if old is None else _at(old, i, inside, keep)
+        advantage = _at(advantages, i, inside, keep) if PER_TOKEN else tl.where(keep, sequence_advantage, 0.0)
+        ratio = tl.exp((zero + mean_log_ratio) if BY_SEQUENCE else (x - before))
+        value, by_logprob, by_log_weight = surrogate_term(
+            x, ratio, advantage, vespo_log_weight, lower, upper, clip_delta, cispo_cap, sapo_temperature_high, sapo_temperature_low,
+            vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low, SURROGATE,
+        )  # fmt: skip
+        if behaviour is not None and SURROGATE != "vespo":
+            weight = _behaviour_weight(
+                behaviour, before, i, inside, keep, log_behaviour_sum, behaviour_cap, TRUNCATE, BEHAVIOUR_BY_SEQUENCE
+            )
+            value, by_logprob, by_log_weight = value * weight, by_logprob * weight, by_log_weight * weight
+        if ref is not None:
+            kl, kl_slope = kl_term(_at(ref, i, inside, keep) - x, KL_ESTIMATOR)
+            if KL_BIAS_CORRECTION:
+                kl, kl_slope = kl * ratio, kl_slope * ratio
+                by_log_weight += kl_coef * kl
+            value, by_logprob = value + kl_coef * kl, by_logprob + kl_coef * kl_slope
+            kls += tl.where(keep, kl, 0.0)
+        share = _share(weights, i, inside, keep, divisor, SEQUENCE_MEAN)
+        values += tl.where(keep, share * value, 0.0)
+        slope = share * by_logprob
+        if BY_SEQUENCE:
+            through += tl.where(keep, share * by_log_weight, 0.0)
+        else:
+            slope += share * by_log_weight
+        tl.store(gradient + i, tl.where(keep, slope, 0.0), mask=inside)
+        if entropy is not None:
+            entropies += _at(entropy, i, inside, keep)
+        kept_ratio = tl.where(keep, ratio, 0.0)
+        ratios += kept_ratio
+        ratio_max = tl.maximum(ratio_max, kept_ratio, propagate_nan=tl.PropagateNan.ALL)
+        clips_low, clips_high = count_clips(
+            clips_low, clips_high, keep, ratio, advantage, lower, upper, clip_delta, cispo_cap, SURROGATE, HAS_DELTA
+        )
+    return values, kls, entropies, ratios, ratio_max, clips_low, clips_high, through
+
+
 @triton.jit(do_not_specialize=["batch", "groups"])
 def loss_kernel(
     logprob, old, advantages, mask, offsets, ref, entropy, behaviour, normalizer, entropy_normalizer, weights,
@@ -213,145 +322,42 @@ def loss_kernel(
     rollout_kept = exists
     if rollout_mask is not None:
         rollout_kept = exists & (tl.load(rollout_mask + sequence, mask=exists, other=0) != 0)
-    lanes = tl.arange(0, BLOCK)
-
-    # First what a token needs of its whole sequence.
-    length = tl.zeros([BLOCK], tl.float32)
-    log_ratios = tl.zeros([BLOCK], tl.float32)
-    clamped_log_ratios = tl.zeros([BLOCK], tl.float32)
-    log_behaviours = tl.zeros([BLOCK], tl.float32)
-    for first in range(begin, end, BLOCK):
-        i = first + lanes
-        inside = i < end
-        keep = _kept(mask, rollout_kept, i, inside)
-        length += keep.to(tl.float32)
-        if BY_SEQUENCE or SURROGATE == "vespo" or BEHAVIOUR_BY_SEQUENCE:
-            x = _at(logprob, i, inside, keep)
-            before = x if old is None else _at(old, i, inside, keep)
-            log_ratios += x - before
-            clamped_log_ratios += clamp(x - before, -20.0, 20.0)
-            if behaviour is not None:
-                log_behaviour = before - _at(behaviour, i, inside, keep)
-                if SURROGATE == "vespo":  # there weights are per token, and enter by their logarithm
-                    weight = _cap_weight(tl.exp(log_behaviour), behaviour_cap, TRUNCATE)
-                    log_behaviour = clamp(tl.log(weight), VESPO_LOWEST, 20.0)
-                log_behaviours += tl.where(keep, log_behaviour, 0.0)
-    tokens = tl.sum(length, 0)
+    tokens, mean_log_ratio, log_behaviour_sum, vespo_log_weight = _sequence_sums(
+        logprob, old, behaviour, mask, rollout_kept, begin, end, behaviour_cap,
+        SURROGATE, BY_SEQUENCE, TRUNCATE, BEHAVIOUR_BY_SEQUENCE, BLOCK,
+    )  # fmt: skip
     divisor = tl.maximum(tokens, 1.0)
-    mean_log_ratio = tl.sum(log_ratios, 0) / divisor
-    log_behaviour_sum = tl.sum(log_behaviours, 0)
-    vespo_log_weight = clamp(tl.sum(clamped_log_ratios, 0) + log_behaviour_sum, VESPO_LOWEST, 20.0)
+    sequence_advantage = 0.0
     if rewards is not None:
         sequence_advantage = _advantage(
             sequence, rewards, group_offsets, rollout_mask, batch, groups, eps, BASELINE, SCALE, BLOCK
         )
     elif not PER_TOKEN:
         sequence_advantage = tl.load(advantages + sequence, mask=exists, other=0.0).to(tl.float32)
-
-    values = tl.zeros([BLOCK], tl.float32)
-    kls = tl.zeros([BLOCK], tl.float32)
-    entropies = tl.zeros([BLOCK], tl.float32)
-    ratios = tl.zeros([BLOCK], tl.float32)
-    ratio_max = tl.zeros([BLOCK], tl.float32)
-    clips_low = tl.zeros([BLOCK], tl.float32)
-    clips_high = tl.zeros([BLOCK], tl.float32)
-    through = tl.zeros([BLOCK], tl.float32)
-    for first in range(begin, end, BLOCK):
-        i = first + lanes
-        inside = i < end
-        keep = _kept(mask, rollout_kept, i, inside)
-        x = _at(logprob, i, inside, keep)
-        before = x if old is None else _at(old, i, inside, keep)
-        if PER_TOKEN:
-            advantage = _at(advantages, i, inside, keep)
-        else:
-            advantage = tl.where(keep, sequence_advantage, 0.0)
-        ratio = tl.exp((tl.zeros([BLOCK], tl.float32) + mean_log_ratio) if BY_SEQUENCE else (x - before))
-
-        by_logprob = tl.zeros([BLOCK], tl.float32)
-        by_log_weight = tl.zeros([BLOCK], tl.float32)
-        if SURROGATE == "cispo":  # the weight is clipped and held constant
-            by_logprob = -clamp(ratio, 0.0, cispo_cap) * advantage
-            value = by_logprob * x
-        elif SURROGATE == "vespo":  # so is e^lambda w^k e^(-lambda w)
-            k = tl.where(advantage >= 0, vespo_k_high, vespo_k_low)
-            rate = tl.maximum(tl.where(advantage >= 0, vespo_lambda_high, vespo_lambda_low), 1e-4)
-            by_logprob = -tl.exp(rate + k * vespo_log_weight - rate * tl.exp(vespo_log_weight)) * advantage
-            value = by_logprob * x
-        elif SURROGATE == "sapo":
-            value, by_log_weight = _sapo_term(ratio, advantage, sapo_temperature_high, sapo_temperature_low)
-        else:
-            tl.static_assert(SURROGATE == "clip", "this kernel has no such surrogate")
-            value, by_log_weight = _clipped_term(ratio, advantage, lower, upper, clip_delta)
-        if behaviour is not None and SURROGATE != "vespo":
-            log_behaviour = before - _at(behaviour, i, inside, keep)
-            if BEHAVIOUR_BY_SEQUENCE:
-                log_behaviour = tl.zeros([BLOCK], tl.float32) + log_behaviour_sum
-            weight = _cap_weight(tl.exp(log_behaviour), behaviour_cap, TRUNCATE)
-            value *= weight
-            by_logprob *= weight
-            by_log_weight *= weight
-        if ref is not None:
-            kl, kl_slope = _kl(_at(ref, i, inside, keep) - x, KL_ESTIMATOR)
-            if KL_BIAS_CORRECTION:
-                kl *= ratio
-                kl_slope *= ratio
-                by_log_weight += kl_coef * kl
-            value += kl_coef * kl
-            by_logprob += kl_coef * kl_slope
-            kls += tl.where(keep, kl, 0.0)
-
-        if weights is not None:
-            share = _at(weights, i, inside, keep)
-        elif SEQUENCE_MEAN:
-            share = tl.where(keep, 1.0 / divisor, 0.0)
-        else:
-            share = keep.to(tl.float32)
-        values += tl.where(keep, share * value, 0.0)
-        slope = share * by_logprob
-        if BY_SEQUENCE:
-            through += tl.where(keep, share * by_log_weight, 0.0)
-        else:
-            slope += share * by_log_weight
-        tl.store(gradient + i, tl.where(keep, slope, 0.0), mask=inside)
-
-        if entropy is not None:
-            entropies += _at(entropy, i, inside, keep)
-        kept_ratio = tl.where(keep, ratio, 0.0)
-        ratios += kept_ratio
-        ratio_max = tl.maximum(ratio_max, kept_ratio, propagate_nan=tl.PropagateNan.ALL)
-        if SURROGATE == "cispo":
-            clips_high += (keep & (ratio > cispo_cap) & (advantage > 0)).to(tl.float32)
-        elif SURROGATE == "clip":
-            seen = ratio
-            if HAS_DELTA:
-                seen = clamp(ratio, 0.0, clip_delta)
-            clips_low += (keep & (seen < lower) & (advantage < 0)).to(tl.float32)
-            clips_high += (keep & (seen > upper) & (advantage > 0)).to(tl.float32)
-
-    if BY_SEQUENCE:  # every token moves the sequence's weight: d log weight / d logprob = 1 / length
-        tl.debug_barrier()
-        shared = tl.sum(through, 0) / divisor
-        for first in range(begin, end, BLOCK):
-            i = first + lanes
-            inside = i < end
-            keep = _kept(mask, rollout_kept, i, inside)
-            direct = tl.load(gradient + i, mask=inside, other=0.0)
-            tl.store(gradient + i, tl.where(keep, direct + shared, 0.0), mask=inside)
-
+    values, kls, entropies, ratios, ratio_max, clips_low, clips_high, through = _token_pass(
+        logprob, old, advantages, mask, ref, entropy, behaviour, weights, gradient,
+        rollout_kept, begin, end, sequence_advantage, divisor, mean_log_ratio, log_behaviour_sum, vespo_log_weight,
+        lower, upper, clip_delta, kl_coef, behaviour_cap, cispo_cap, sapo_temperature_high, sapo_temperature_low,
+        vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low, SURROGATE, SEQUENCE_MEAN, BY_SEQUENCE, PER_TOKEN,
+        KL_ESTIMATOR, KL_BIAS_CORRECTION, TRUNCATE, BEHAVIOUR_BY_SEQUENCE, HAS_DELTA, BLOCK,
+    )  # fmt: skip
+    if BY_SEQUENCE:
+        _add_through_ratio(gradient, through, divisor, mask, rollout_kept, begin, end, BLOCK)
     if exists:
-        stride = tl.cast(batch, tl.int64)
-        place = partial + sequence
-        tl.store(place + LOSS * stride, tl.sum(values, 0))
-        tl.store(place + TOKENS * stride, tokens)
-        tl.store(place + SEQUENCES * stride, rollout_kept.to(tl.float32))
-        tl.store(place + KL * stride, tl.sum(kls, 0))
-        tl.store(place + ENTROPY * stride, tl.sum(entropies, 0))
-        tl.store(place + RATIO * stride, tl.sum(ratios, 0))
-        some_nan = tl.sum((ratio_max != ratio_max).to(tl.int32), 0) > 0  # noqa: PLR0124
-        tl.store(place + RATIO_MAX * stride, tl.where(some_nan, float("nan"), tl.max(ratio_max, 0)))
-        tl.store(place + CLIP_LOW * stride, tl.sum(clips_low, 0))
-        tl.store(place + CLIP_HIGH * stride, tl.sum(clips_high, 0))
+        _store_sums(
+            partial,
+            sequence,
+            batch,
+            values,
+            tokens,
+            rollout_kept,
+            kls,
+            entropies,
+            ratios,
+            ratio_max,
+            clips_low,
+            clips_high,
+        )
     tl.debug_barrier()  # all of this program's sums are written before it says so
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         _finish(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import checks, sequences
+from mgrpo_kernels.ops._statistics import statistics_dtype
 from mgrpo_kernels.ops.policy_loss.loss_types import SEQUENCE_LENGTHS
 from mgrpo_kernels.ops.policy_loss.options import LossForm, LossOptions
 from mgrpo_kernels.ops.policy_loss.specs import BASELINES, LOSSES, SCALES, Groups, Tokens
@@ -85,11 +86,6 @@ def _count(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | No
         return value.to(statistics_dtype(like))
     checks.check_number(name, value, above=0.0)
     return torch.full((), value, dtype=statistics_dtype(like), device=like.device)
-
-
-def statistics_dtype(values: Tensor) -> torch.dtype:
-    """Losses are computed in float32, and in float64 only for float64."""
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def flat_advantages(advantages: Tensor, logprobs: Tensor, tokens: Tokens) -> Tensor:

@@ -15,7 +15,7 @@ __all__ = ["forward", "group_advantages", "unsupported"]
 def group_advantages(groups: Groups) -> Tensor:
     """Return the advantages ``(B,)``."""
     advantages: Tensor = torch.ops.mgrpo_native.group_advantages(
-        groups.rewards,
+        groups.rewards.float(),
         groups.offsets,
         groups.mask,
         BASELINES.index(groups.baseline),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import backend as backends
-from mgrpo_kernels import sequences
+from mgrpo_kernels import checks, sequences
 from mgrpo_kernels.ops import _autograd
 from mgrpo_kernels.ops._schema import Schema
+from mgrpo_kernels.ops._statistics import statistics_dtype
 from mgrpo_kernels.ops.policy_loss import native, options, reference, triton
-from mgrpo_kernels.ops.policy_loss.inputs import statistics_dtype
 from mgrpo_kernels.ops.policy_loss.options import LossOptions
 from mgrpo_kernels.ops.policy_loss.specs import BASELINES, METRICS, SCALES, Groups, PolicyLoss, Tokens
 
@@ -86,6 +86,30 @@ def token_arguments(tokens: Tokens) -> dict[str, Tensor | None]:
     return arguments
 
 
+def check_token_tensors(given: Mapping[str, Any], number: int, device: torch.device) -> None:
+    """Check the tensors of `number` tokens that an op was given by name, against each other."""
+    offsets, advantages = given["offsets"], given["advantages"]
+    sequences.check_offset_tensor("offsets", offsets, number, device)
+    batch = offsets.shape[0] - 1
+    per_sequence = advantages is not None and advantages.shape[:1] == (batch,)
+    checks.check_inside(
+        device,
+        *[(name, given[name], (number,), checks.FLOATS) for name in ("old", "ref", "behaviour")],
+        ("entropy", given.get("entropy"), (number,), checks.FLOATS),
+        ("advantages", advantages, (batch if per_sequence else number,), checks.FLOATS),
+        ("mask", given["mask"], (number,), checks.BOOL),
+        ("normalizer", given["normalizer"], (), checks.WIDE_FLOATS),
+        ("entropy_normalizer", given["entropy_normalizer"], (), checks.WIDE_FLOATS),
+    )
+
+
+def check_group_tensors(rewards: Tensor, offsets: Tensor, mask: Tensor | None) -> None:
+    """Check the tensors of groups against each other."""
+    checks.check_tensor("rewards", rewards, dtypes=checks.WIDE_FLOATS, dim=1)
+    sequences.check_offset_tensor("groups", offsets, rewards.shape[0], rewards.device)
+    checks.check_inside(rewards.device, ("rollout_mask", mask, rewards.shape, checks.BOOL))
+
+
 @torch.library.custom_op("mgrpo_kernels::group_advantages", mutates_args=())
 def group_advantages_op(
     rewards: Tensor,  # (B,) float32 or float64
@@ -97,6 +121,9 @@ def group_advantages_op(
     backend: str,
 ) -> Tensor:
     """Return the advantages ``(B,)``."""
+    checks.check_choice("baseline", baseline, BASELINES)
+    checks.check_choice("scale", scale, SCALES)
+    check_group_tensors(rewards, offsets, mask)
     sequences.check_offset_values("groups", offsets, rewards.shape[0])
     groups = Groups(rewards, offsets, mask, baseline, scale, eps)
     advantages: Tensor = backends.implementation(OP, backend).group_advantages(groups)
@@ -113,9 +140,17 @@ def policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return loss, metrics ``(8,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors to apply ``(2,)``."""
     given = CALL.unpack(arguments)
     tokens, groups, form = unpack(given)
+    _autograd.refuse_tangents("policy_loss", tokens.logprob, tokens.entropy)
+    checks.check_tensor("logprob", tokens.logprob, dim=1)
+    check_token_tensors(given, tokens.logprob.shape[0], tokens.logprob.device)
     sequences.check_offset_values("cu_seqlens", tokens.offsets, tokens.logprob.shape[0])
     if groups is not None:
-        sequences.check_offset_values("groups", groups.offsets, groups.rewards.shape[0])
+        number = tokens.offsets.shape[0] - 1
+        checks.check_inside(tokens.logprob.device, ("rewards", groups.rewards, (number,), checks.FLOATS))
+        check_group_tensors(groups.rewards, groups.offsets, groups.mask)
+        sequences.check_offset_values("groups", groups.offsets, number)
+    elif tokens.advantages is None:
+        raise ValueError("advantages: expected a tensor where there are no rewards, got None")
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = backends.implementation(OP, given["backend"]).forward(
         tokens, groups, form
     )
@@ -138,15 +173,28 @@ def policy_loss_backward_op(
     grad_loss: Tensor,  # 0-d
     gradient: Tensor,  # (T,) before the normalizer
     scales: Tensor,  # (2,)
+    logprob: Tensor,  # (T,), for its dtype, and so that the result is known to depend on it
+    entropy: Tensor | None,  # (T,), likewise
     mask: Tensor | None,  # (T,)
     offsets: Tensor,  # (B+1,)
     rollout_mask: Tensor | None,  # (B,)
-    dtype: torch.dtype,
-    entropy_dtype: torch.dtype,
     need_logprob: bool,
     need_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of logprob and entropy ``(T,)``; those not needed are empty. Elementwise: no backends."""
+    checks.check_tensor("gradient", gradient, dtypes=checks.WIDE_FLOATS, dim=1)
+    checks.check_tensor("logprob", logprob)
+    sequences.check_offset_tensor("offsets", offsets, gradient.shape[0], gradient.device)
+    checks.check_inside(
+        gradient.device,
+        ("grad_loss", grad_loss, (), checks.FLOATS),
+        ("scales", scales, (2,), checks.WIDE_FLOATS),
+        ("logprob", logprob, gradient.shape, checks.FLOATS),
+        ("entropy", entropy, gradient.shape, checks.FLOATS),
+        ("mask", mask, gradient.shape, checks.BOOL),
+        ("rollout_mask", rollout_mask, (offsets.shape[0] - 1,), checks.BOOL),
+    )
+    dtype, entropy_dtype = logprob.dtype, (logprob if entropy is None else entropy).dtype
     grad_logprob, grad_entropy = gradient.new_empty(0, dtype=dtype), gradient.new_empty(0, dtype=entropy_dtype)
     if need_logprob:
         factor = grad_loss * scales[0]
@@ -165,16 +213,15 @@ def policy_loss_backward_op(
 
 @policy_loss_backward_op.register_fake
 def _(
-    grad_loss: Tensor, gradient: Tensor, scales: Any, mask: Any, offsets: Any, rollout_mask: Any, dtype: torch.dtype,
-    entropy_dtype: torch.dtype, need_logprob: bool, need_entropy: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_loss: Tensor, gradient: Tensor, scales: Tensor, logprob: Tensor, entropy: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *_, need_logprob, need_entropy = rest
     return (
-        gradient.new_empty(gradient.shape if need_logprob else (0,), dtype=dtype),
-        gradient.new_empty(gradient.shape if need_entropy else (0,), dtype=entropy_dtype),
+        gradient.new_empty(gradient.shape if need_logprob else (0,), dtype=logprob.dtype),
+        gradient.new_empty(
+            gradient.shape if need_entropy else (0,), dtype=(logprob if entropy is None else entropy).dtype
+        ),
     )
-
-
-_autograd.forbid_second_derivative(policy_loss_backward_op)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,29 +229,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, metrics, gradient, scales = output
     ctx.mark_non_differentiable(metrics, gradient, scales)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient, scales, given["mask"], given["offsets"], given["rollout_mask"])
-    ctx.dtypes = [(given["logprob"] if given[name] is None else given[name]).dtype for name in ("logprob", "entropy")]
+    ctx.save_for_backward(
+        gradient, scales, *(given[name] for name in ("logprob", "entropy", "mask", "offsets", "rollout_mask"))
+    )
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needed = dict(zip(CALL.names, ctx.needs_input_grad, strict=False))
     results: dict[str, Tensor] = {}
     if grad_loss is not None:
-        gradient, scales, mask, offsets, rollout_mask = ctx.saved_tensors
-        dtype, entropy_dtype = ctx.dtypes
         results["logprob"], results["entropy"] = policy_loss_backward_op(
-            grad_loss,
-            gradient,
-            scales,
-            mask,
-            offsets,
-            rollout_mask,
-            dtype,
-            entropy_dtype,
-            needed["logprob"],
-            needed["entropy"],
+            grad_loss, *ctx.saved_tensors, needed["logprob"], needed["entropy"]
         )
     return tuple([results.get(name) if needed[name] else None for name in CALL.names])
 
 
-policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
+_autograd.register(policy_loss_op, policy_loss_backward_op, _backward, _setup_context)

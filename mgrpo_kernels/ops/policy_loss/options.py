@@ -214,6 +214,8 @@ def from_arguments(
 
 def _value(declared: Declared, given: Mapping[str, Any]) -> Any:
     name = declared.name
+    if declared.choices is not None:
+        return checks.check_choice(name, given[name], declared.choices)
     if declared.kind == "pair":
         return given[f"{name}_high"], given[f"{name}_low"]
     if declared.may_be_none and given[name] == declared.unset:

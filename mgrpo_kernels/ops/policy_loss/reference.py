@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgrpo_kernels import sequences
 from mgrpo_kernels.backend import reference_unsupported as unsupported
+from mgrpo_kernels.ops._statistics import statistics_dtype
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_MEAN
 from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, LossOptions, Tokens
 from mgrpo_kernels.sequences import segment_reduce
@@ -58,7 +59,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
 
     All in float32 (float64 for float64 log-probs). Gradients are left undivided so that a kernel can write them in its only pass.
     """
-    dtype = torch.float64 if tokens.logprob.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(tokens.logprob)
     offsets = tokens.offsets
     sequence = sequences.group_index(offsets, tokens.logprob.shape[0])  # (T,)
     mask, count, advantages = _counted(tokens, groups, sequence, dtype)

@@ -1,4 +1,4 @@
-"""Triton for GPUs: advantages, loss, gradient and metrics in one launch, a program for each sequence."""
+"""Triton for GPUs: advantages, loss, gradient and metrics in one kernel, a program for each sequence."""
 
 from __future__ import annotations
 
@@ -56,6 +56,10 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     per_token = tokens.advantages is not None and tokens.advantages.shape[0] == number != batch
     block, num_warps = _LONG if number > _LONG_FROM * batch else _SHORT
     inputs: dict[str, Any] = {name: _contiguous(values) for name, values in tokens._asdict().items()}
+    # Nothing has checked their values on a GPU, and in the kernel the bounds would take up to 15 registers.
+    inputs["offsets"] = tokens.offsets.clamp(0, number)
+    if batch == 0:  # no rollout has a group
+        groups, inputs["advantages"] = None, like
     numbers: dict[str, Any] = dict(scalars(options))
     # The bounds themselves: working them out in the kernel takes registers.
     numbers["lower"], numbers["upper"] = 1.0 - numbers.pop("clip_low"), 1.0 + numbers.pop("clip_high")
@@ -88,7 +92,7 @@ def _group_arguments(groups: Groups | None) -> dict[str, Any]:
         return tensors | {"groups": 0, "eps": 0.0, "BASELINE": BASELINES[0], "SCALE": SCALES[0]}
     return {
         "rewards": groups.rewards.contiguous(),
-        "group_offsets": groups.offsets.contiguous(),
+        "group_offsets": groups.offsets.clamp(0, groups.rewards.shape[0]),
         "rollout_mask": _bytes(groups.mask),
         "groups": groups.offsets.shape[0] - 1,
         "eps": float(groups.eps),

@@ -11,8 +11,9 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd
+from mgrpo_kernels.ops._statistics import statistics_dtype
 from mgrpo_kernels.ops.token_stats import native, reference, triton
-from mgrpo_kernels.ops.token_stats.specs import TokenStats, Wanted, check_stats, statistics_dtype
+from mgrpo_kernels.ops.token_stats.specs import TokenStats, Wanted, check_stats
 
 OP = "token_stats"
 backends.register(OP, reference=reference, native=native, triton=triton)
@@ -123,6 +124,10 @@ def token_stats_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob ``(..., K)``, entropy, self_certainty and logsumexp ``(...)``; those not wanted are empty."""
+    _autograd.refuse_tangents("token_stats", logits)
+    _check_rows(logits, labels, mask, temperature_per_row)
+    if want_logprob and labels is None:
+        raise ValueError("labels: expected a tensor with want_logprob, got None")
     checks.check_temperature_values(temperature_per_row)
     if labels is not None and (debug or logits.device.type == "cpu"):
         checks.check_label_values(labels.squeeze(-1) if labels.shape[-1] == 1 else labels, mask, logits.shape[-1])
@@ -131,6 +136,24 @@ def token_stats_op(
         logits, labels, mask, temperature if temperature_per_row is None else temperature_per_row, wanted
     )
     return outputs
+
+
+def _check_rows(logits: Tensor, labels: Tensor | None, mask: Tensor | None, temperature_per_row: Tensor | None) -> None:
+    """Check what the forward and the backward op have in common."""
+    checks.check_tensor("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {checks.shape_text(logits.shape)}")
+    rows = logits.shape[:-1]
+    if labels is not None and labels.dim() != logits.dim():
+        raise ValueError(
+            f"labels: expected shape (..., K) with {logits.dim()} dimension(s), got {checks.shape_text(labels.shape)}"
+        )
+    checks.check_inside(
+        logits.device,
+        ("labels", labels, rows if labels is None else (*rows, labels.shape[-1]), checks.INTS),
+        ("mask", mask, rows, checks.BOOL),
+        ("temperature_per_row", temperature_per_row, rows, checks.WIDE_FLOATS),
+    )
 
 
 @token_stats_op.register_fake
@@ -172,6 +195,18 @@ def token_stats_backward_op(
     backend: str,
 ) -> Tensor:
     """Return the gradient of the logits, contiguous, of their shape and dtype."""
+    _check_rows(logits, labels, mask, temperature_per_row)
+    rows = logits.shape[:-1]
+    if (grad_logprob is not None and labels is None) or (grad_entropy is not None and entropy is None):
+        raise ValueError("expected labels with grad_logprob and entropy with grad_entropy, got None")
+    checks.check_inside(
+        logits.device,
+        ("grad_logprob", grad_logprob, rows if labels is None else labels.shape, checks.FLOATS),
+        ("grad_entropy", grad_entropy, rows, checks.FLOATS),
+        ("grad_self_certainty", grad_self_certainty, rows, checks.FLOATS),
+        ("logsumexp", logsumexp, rows, checks.WIDE_FLOATS),
+        ("entropy", entropy, rows, checks.WIDE_FLOATS),
+    )
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _backward_into(
         out, grad_logprob, grad_entropy, grad_self_certainty, logits, labels, mask, temperature_per_row, temperature, logsumexp,
@@ -183,9 +218,6 @@ def token_stats_backward_op(
 @token_stats_backward_op.register_fake
 def _(grad_logprob: Any, grad_entropy: Any, grad_self_certainty: Any, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-_autograd.forbid_second_derivative(token_stats_backward_op)
 
 
 def _backward_into(out: Tensor, *args: Any) -> None:
@@ -220,7 +252,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (grad, *[None] * 10)
 
 
-token_stats_op.register_autograd(_backward, setup_context=_setup_context)
+_autograd.register(token_stats_op, token_stats_backward_op, _backward, _setup_context)
 
 
 def logprobs_from_logits(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import reference_unsupported as unsupported
-from mgrpo_kernels.ops.token_stats.specs import Wanted, statistics_dtype
+from mgrpo_kernels.ops._statistics import statistics_dtype
+from mgrpo_kernels.ops.token_stats.specs import Wanted
 
 __all__ = ["backward", "forward", "unsupported"]
 

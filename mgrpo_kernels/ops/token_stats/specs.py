@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -34,8 +33,3 @@ def check_stats(stats: Sequence[str]) -> Wanted:
     if isinstance(stats, str) or not stats or any(name not in Wanted._fields for name in stats):
         raise ValueError(f"stats: expected a tuple of names out of {', '.join(Wanted._fields)}, got {stats!r}")
     return Wanted(*(name in stats for name in Wanted._fields))
-
-
-def statistics_dtype(values: Tensor) -> torch.dtype:
-    """Statistics are float32, whatever the dtype of the logits, and float64 only for float64."""
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
