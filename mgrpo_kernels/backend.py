@@ -49,7 +49,7 @@ _HANDED_ON = "mgrpo_kernels.backend"
 
 
 def register(op: str, **modules: Backend) -> None:
-    """Make an op's backends known: ``register("ema", reference=reference, native=native, triton=triton)``."""
+    """Register an op's backends: ``register("ema", reference=reference, native=native, triton=triton)``."""
     _registry[op] = modules
 
 
@@ -163,7 +163,7 @@ def _log_choice(op: str, name: str, device: torch.device, dtype: torch.dtype, pa
         return
     _logged.add(op)
     because = f" ({'; '.join(passed_over)})" if passed_over else ""
-    # Ending on the slow backend where a fast one was expected is worth a warning: nobody should find out by the clock.
+    # The slow backend where a fast one was expected is worth a warning: otherwise only the run time would show it.
     level = logging.WARNING if name == "reference" and dtype != torch.float64 else logging.INFO
     logger.log(level, "%s runs on the %s backend for %s on %s%s", op, name, dtype, device.type, because)
 

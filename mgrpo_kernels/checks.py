@@ -165,7 +165,7 @@ def check_temperature_values(temperature: Tensor | None) -> None:
 
 
 def check_label_values(labels: Tensor, mask: Tensor | None, vocab: int) -> None:
-    """Raise ValueError if an unmasked label lies outside [0, vocab). Reads values: a sync where they are on a GPU.
+    """Raise ValueError if an unmasked label is outside [0, vocab). Reads values, which is a host sync for a GPU tensor.
 
     `labels` has the mask's shape, or one more dimension behind it.
     """

@@ -27,7 +27,7 @@ class MomentumModel:
         dtype: of the average: float32, float64, or bfloat16 / float16, which are then rounded stochastically (the seed is the
             number of updates), so that small steps are not lost.
         device: where the average lives; None: beside each parameter. Elsewhere ("cpu"), an update copies the parameters there. From a
-            GPU to "cpu" by page-locked memory, 4 bytes a float32 parameter beside the average, while the host goes on.
+            GPU to "cpu" by page-locked memory, 4 bytes a float32 parameter beside the average, while the host continues.
         frozen: hold parameters without ``requires_grad`` too. False: only those that train now, as beside frozen weights with LoRA; the
             others are the same in both models.
 

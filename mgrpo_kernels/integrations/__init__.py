@@ -23,9 +23,7 @@ class _Replacement(NamedTuple):
     name: str  # as the user reads it: "trl.trainer.utils.entropy_from_logits"
     owner: Any  # module or class
     attribute: str
-    original: (
-        Any  # as it lies in the owner's own namespace (a staticmethod stays one); _INHERITED where it is not there
-    )
+    original: Any  # as the owner's own namespace holds it (a staticmethod stays one); _INHERITED where it is not there
     new: Any
 
 

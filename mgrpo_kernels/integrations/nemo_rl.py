@@ -51,7 +51,7 @@ def patched(strict: bool = False) -> Patch:
 class _GatherSequence(torch.autograd.Function):
     """Every rank's part of the sequence, one after another along the first axis.
 
-    The head that follows gives every rank the whole gradient, so a rank takes its own part of it: there is nothing to sum.
+    The head that follows gives every rank the whole gradient, so a rank takes its own part of it, and no sum is needed.
     """
 
     @staticmethod

@@ -130,7 +130,7 @@ def _forward(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
                 reason = _CHANGED.format(type(model).__name__)
             else:
                 if return_output:
-                    result[1]["logits"] = None  # what stands there are statistics
+                    result[1]["logits"] = None  # they hold statistics, not logits
                 return result
         patch.fall_back("Actor.forward", reason)
         return call()

@@ -1,7 +1,7 @@
 """What verl loads by itself: the entry point of the group ``verl.plugins``.
 
 Importing this module is loading the plugin: verl asks for no more. It puts the fused head under verl's name and registers the loss
-"mgrpo_kernels"; verl's own loss stays as it is. verl notes a plugin's failure at level DEBUG alone and goes on, so it is logged here, as
+"mgrpo_kernels"; verl's own loss stays as it is. verl logs a plugin's failure at level DEBUG only and continues, so it is logged here, as
 an error. To have it end the process, name the module in ``VERL_USE_EXTERNAL_MODULES``; to have no plugin, set
 ``VERL_USE_EXTERNAL_PLUGINS=none``.
 """
@@ -12,5 +12,5 @@ from mgrpo_kernels.integrations.verl import patched
 try:
     patch = patched(vanilla=False)
 except Exception:
-    logger.exception("mgrpo_kernels' plugin for verl did not load, and verl goes on without the fused head and loss")
+    logger.exception("mgrpo_kernels' plugin for verl did not load, and verl continues without the fused head and loss")
     raise

@@ -6,7 +6,7 @@ Kernels see the vocabulary in tiles (and ranks see shards of it). From each they
     SUM_EXP  s = sum_j exp(z_j - m)
     SUM_EXPZ t = sum_j exp(z_j - m) (z_j - m)      a z_j of -inf counts 0
     SUM      sum_j z_j
-    LABEL    z_label where the label lies in this part of the vocabulary, else 0
+    LABEL    z_label where the label is in this part of the vocabulary, else 0
     COUNT    how many z_j
 
 whence logsumexp = m + log s, entropy = log s - t / s, self_certainty = logsumexp - SUM / COUNT.

@@ -35,7 +35,7 @@ def patched(strict: bool = False) -> Patch:
     - ``GRPOTrainer._compute_loss`` and ``RLOOTrainer._compute_loss`` take their loss from :func:`policy_loss`.
     - On a CPU only the tokens that have a label are scored, as TRL does on a GPU.
 
-    It works on trainers that exist already, and nests. What cannot run fused runs TRL's own code, and a warning says so once, by name.
+    It works on trainers that exist already, and nests. Where the fused ops cannot run, TRL's own code runs, and one warning names it.
 
     Args:
         strict: raise IntegrationError where TRL's own code would run instead.

@@ -17,7 +17,7 @@ def launch(
 ) -> None:
     """Run `kernel` over `grid` on the device of `like`.
 
-    `enable_fp_fusion` is always said, because Triton 3.10 changes its default. True spares the row kernels an
+    `enable_fp_fusion` is always passed, because Triton 3.10 changes its default. True saves the row kernels an
     instruction for every element; False is for those whose results must have the reference's bits.
     """
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
@@ -61,5 +61,5 @@ def parts_of_row(rows: int, columns: int, tile: RowTile, device: torch.device) -
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Return the number of multiprocessors; one on a CPU, where the interpreter stands in."""
+    """Return the number of multiprocessors; one on a CPU, for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -47,7 +47,7 @@ class Tuning:
 
 
 def slug(device_name: str) -> str:
-    """Return a device's name as it stands in a file's: "NVIDIA H100 80GB HBM3" gives "nvidia-h100-80gb-hbm3"."""
+    """Return a device's name as file names contain it: "NVIDIA H100 80GB HBM3" gives "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 

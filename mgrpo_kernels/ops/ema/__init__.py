@@ -155,7 +155,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _span(name: str, tensor: Tensor) -> Span:
-    """Return where this rank's part lies in the whole tensor."""
+    """Return the place of this rank's part in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return Span(0, max(1, tensor.numel()), 0)
     if any(type(placement).__name__ == "_StridedShard" for placement in tensor.placements):

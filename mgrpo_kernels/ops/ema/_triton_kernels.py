@@ -36,7 +36,7 @@ def _places(pointer, i, WIDEST: tl.constexpr, ALIGNED: tl.constexpr):
     """Return pointers to elements i.
 
     The widest dtype moves 16 bytes at once, and the others as many elements, so that a thread keeps the same elements
-    throughout: were narrow ones told to be aligned to 16 bytes too, values would travel between threads.
+    throughout: if narrow ones were declared aligned to 16 bytes too, values would move between threads.
     """
     pointers = pointer + i
     if ALIGNED:

@@ -95,7 +95,7 @@ def linear_policy_loss(
     rows = hidden.shape[:-1]
     checks.check_tensor("labels", labels, dtypes=checks.INTS, shape=rows, device=hidden.device)
     wide = _statistics.statistics_dtype(hidden)
-    like = torch.empty((), dtype=wide, device=hidden.device).expand(rows)  # stands for the log-probs to come
+    like = torch.empty((), dtype=wide, device=hidden.device).expand(rows)  # of the log-probs to come
     tokens = check_tokens(
         logprobs=like, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs, entropy=like,
         behaviour_logprobs=behaviour_logprobs, normalizer=normalizer, entropy_normalizer=entropy_normalizer, options=form,

@@ -30,7 +30,7 @@ def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 def forward_backward(
     hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
 ) -> tiled.Gradients:
-    """Return the gradients of hidden, bias and weight, float32, None where `need` says so."""
+    """Return the gradients of hidden, bias and weight, float32, None where `need` is False."""
     return tiled.forward_backward(
         hidden, head, labels, coefficients_of, need, native.CpuPasses(), COLUMNS, WORKSPACE_BYTES
     )

@@ -28,7 +28,7 @@ def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 def forward_backward(
     hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
 ) -> tiled.Gradients:
-    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` says so."""
+    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False."""
     passes = triton.passes_of(hidden, head)
     everything = head.weight.shape[
         0

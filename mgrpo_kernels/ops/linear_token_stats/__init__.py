@@ -302,7 +302,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.backend,
     ) = inputs
     _, entropy, _, logsumexp, vocab = output
-    ctx.set_materialize_grads(False)  # a statistic that nobody used costs nothing in backward
+    ctx.set_materialize_grads(False)  # an unused statistic costs no work in backward
     ctx.mark_non_differentiable(logsumexp, vocab)
     ctx.save_for_backward(*tensors, entropy, logsumexp, vocab)
 

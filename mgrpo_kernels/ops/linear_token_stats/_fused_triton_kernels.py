@@ -1,4 +1,4 @@
-"""Kernels of the fused head with a matmul of their own: the tensor cores' tile of logits meets the statistics in registers.
+"""Kernels of the fused head with a matmul of their own: the tensor cores' tile of logits is folded into the statistics in registers.
 
 Operands come through tensor descriptors: on Hopper and later the copy engine brings them (TMA) and whole warp groups multiply
 (wgmma). A program takes one tile ``(BLOCK_M, BLOCK_N)`` of logits after another, neighbours at the same time, so that the rows and
@@ -41,7 +41,7 @@ def _logits(
 
 @triton.jit
 def _column_of(label, first, columns):
-    """Return where a label lies among these columns, -1: elsewhere. In 32 bits: a tile is compared with it."""
+    """Return the column of a label among these, or -1. In 32 bits: a tile is compared with it."""
     column = label.to(tl.int64) - first
     return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
 

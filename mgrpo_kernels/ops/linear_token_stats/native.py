@@ -47,7 +47,7 @@ def backward(
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
 ) -> tiled.Gradients:
-    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(), _shape(hidden, head))
 
 

@@ -56,7 +56,7 @@ def backward(
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     need_hidden, need_weight, need_bias = need
     wide = logsumexp.dtype
     grad_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None

@@ -49,7 +49,7 @@ class GpuPasses(tiled.Passes):
 
 
 class FusedPasses(GpuPasses):
-    """Our own matmul, whose tile of logits meets the statistics before it leaves the registers."""
+    """Our own matmul, which folds each tile of logits into the statistics before it leaves the registers."""
 
     def fill(self, x: Tensor | None, hidden: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the logits into the running state, and with `x` write them there too."""
@@ -140,7 +140,7 @@ def backward(
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
 ) -> tiled.Gradients:
-    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` says so."""
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     passes = passes_of(hidden, head)
     shape = backward_shape(hidden, head)
     return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape)

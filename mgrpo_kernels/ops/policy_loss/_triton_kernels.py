@@ -147,7 +147,7 @@ def _finish(
     entropy_count = tokens
     if entropy_normalizer is not None:
         entropy_count = tl.load(entropy_normalizer)
-    scale = 1.0 / tl.where(count == 0.0, 1.0, count)  # nothing was counted, nothing is divided
+    scale = 1.0 / tl.where(count == 0.0, 1.0, count)  # where no token was counted, the sum is 0 too
     entropy_scale = entropy_coef / tl.where(entropy_count == 0.0, 1.0, entropy_count)
     tl.store(scales, scale)
     tl.store(scales + 1, entropy_scale)
@@ -358,7 +358,7 @@ def loss_kernel(
             clips_low,
             clips_high,
         )
-    tl.debug_barrier()  # all of this program's sums are written before it says so
+    tl.debug_barrier()  # all of this program's sums are written before it counts as done
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         _finish(
             partial, batch, normalizer, entropy_normalizer, entropy_coef, max_response_tokens, loss, metrics, scales,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Surrogate(NamedTuple):
-    """What stands in for the policy's objective on one token. Each backend has one function of this name."""
+    """The surrogate of the policy's objective on one token. Each backend has one function of this name."""
 
     name: str
     formula: str  # with r the importance ratio, A the advantage and logprob the token's log-probability

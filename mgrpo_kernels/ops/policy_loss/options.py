@@ -34,7 +34,7 @@ def option(
         default: its default.
         text: what it does, as a sentence that can be read alone.
         choices: the values it may have, if it is a name.
-        unset: the number that stands for None in the kernels.
+        unset: the number that means None in the kernels.
         bounds: above, at_least or at_most of a number, as :func:`mgrpo_kernels.checks.check_number` takes them.
     """
     metadata = {"help": text, "unit": "", "choices": choices, "unset": unset, "bounds": bounds}

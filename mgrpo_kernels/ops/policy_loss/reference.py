@@ -133,7 +133,7 @@ def _counted(
 
 
 def _scales(tokens: Tokens, number_of_tokens: Tensor, count: Tensor, options: LossOptions) -> Tensor:
-    """Return 1 / normalizer and entropy_coef / its own ``(2,)``; where nothing was counted, nothing is divided."""
+    """Return 1 / normalizer and entropy_coef / its own ``(2,)``; a count of 0 divides by 1."""
     normalizer, entropy_normalizer = tokens.normalizer, tokens.entropy_normalizer
     if normalizer is None:
         normalizer = LOSSES[options.loss_type].normalizer(number_of_tokens, count, options.max_response_tokens)
@@ -266,4 +266,4 @@ def _kl(difference: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
 
 
 def _or_one(count: Tensor) -> Tensor:
-    return torch.where(count == 0, 1.0, count)  # nothing was counted, nothing is divided
+    return torch.where(count == 0, 1.0, count)  # where no token was counted, the sum is 0 too

@@ -221,7 +221,7 @@ def _(grad_logprob: Any, grad_entropy: Any, grad_self_certainty: Any, logits: Te
 
 
 def _backward_into(out: Tensor, *args: Any) -> None:
-    """Write the gradient into `out`. The rest as :func:`token_stats_backward_op` takes it."""
+    """Write the gradient into `out`. The other arguments are those of :func:`token_stats_backward_op`."""
     *tensors, per_row, number, logsumexp, entropy, backend = args
     temperature = number if per_row is None else per_row
     backends.implementation(OP, backend).backward(out, *tensors, temperature, logsumexp, entropy)
@@ -231,7 +231,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logits, labels, mask, per_row, ctx.temperature, *wanted, ctx.inplace, _, ctx.backend = inputs
     _, entropy, _, logsumexp = output
     _, want_entropy, _ = wanted
-    ctx.set_materialize_grads(False)  # a statistic that nobody used costs nothing in backward
+    ctx.set_materialize_grads(False)  # an unused statistic costs no work in backward
     ctx.mark_non_differentiable(logsumexp, *(stat for stat, want in zip(output, wanted, strict=False) if not want))
     ctx.save_for_backward(logits, labels, mask, per_row, logsumexp, entropy if want_entropy else None)
 
