@@ -23,8 +23,9 @@ torch.manual_seed(0)
 tokens, vocabulary, width = 64, 1000, 32
 hidden, weight = torch.randn(4, tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
 labels = torch.randint(0, vocabulary, (4, tokens))
-# (4, 64) each; the logits are not held
+# (256,) each, as verl's own; the logits are not held
 log_prob, entropy = kernel.linear_cross_entropy(hidden, weight, labels, 1.0, "none")
+log_prob = log_prob.view(4, tokens)
 
 config = ActorConfig(strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=4, clip_ratio_high=0.28)
 batch = {
