@@ -68,20 +68,10 @@ def token_stats_from_logits(
     number, per_row = checks.check_temperature(temperature, rows, logits.device)
     checks.check_flag("inplace_backward", inplace_backward)
     checks.check_flag("debug", debug)
-    many = False
-    if wanted.logprob:
-        if labels is None:
-            raise ValueError('labels: expected a tensor when stats has "logprob", got None')
-        checks.check_tensor("labels", labels, dtypes=checks.INTS, device=logits.device)
-        many = labels.dim() == logits.dim()
-        if labels.shape != rows and not (many and labels.shape[:-1] == rows):
-            raise ValueError(
-                f"labels: expected shape {checks.shape_text(rows)} or that and K more behind it (logits without V), "
-                f"got {checks.shape_text(labels.shape)}"
-            )
-        labels = labels if many else labels.unsqueeze(-1)
-    else:
-        labels = None
+    labels = _check_labels(labels, logits) if wanted.logprob else None
+    many = labels is not None and labels.dim() == logits.dim()
+    if labels is not None and not many:
+        labels = labels.unsqueeze(-1)
     if inplace_backward and logits.requires_grad and logits.is_leaf:
         raise ValueError(
             "inplace_backward: expected logits that are an op's output (backward overwrites them), got a leaf"
@@ -107,6 +97,20 @@ def token_stats_from_logits(
         entropy if wanted.entropy else None,
         self_certainty if wanted.self_certainty else None,
     )
+
+
+def _check_labels(labels: Tensor | None, logits: Tensor) -> Tensor:
+    """Return labels ``(...)`` or ``(..., K)`` of logits ``(..., V)``, or raise TypeError or ValueError."""
+    if labels is None:
+        raise ValueError('labels: expected a tensor when stats has "logprob", got None')
+    checks.check_tensor("labels", labels, dtypes=checks.INTS, device=logits.device)
+    rows = logits.shape[:-1]
+    if labels.shape != rows and not (labels.dim() == logits.dim() and labels.shape[:-1] == rows):
+        raise ValueError(
+            f"labels: expected shape {checks.shape_text(rows)} or that and K more behind it (logits without V), "
+            f"got {checks.shape_text(labels.shape)}"
+        )
+    return labels
 
 
 @torch.library.custom_op("mgrpo_kernels::token_stats", mutates_args=())
