@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vote_cases import CLASSES
+from vote_cases import CLASSES, PAIRS
 
 from mgrpo_kernels._math_worker import MathWorker
 from mgrpo_kernels.vote import Vote, answers_equal, extract_answer, majority_vote
@@ -47,6 +47,11 @@ def test_classes_of_each_kind(no_worker, kind):
         if a != b and answers_equal(a, b) != (one == two)
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("a, b, equal", PAIRS)
+def test_single_pairs(no_worker, a, b, equal):
+    assert answers_equal(a, b) == answers_equal(b, a) == equal
 
 
 def test_the_tables_are_large():

@@ -227,7 +227,7 @@ def _whole_or_sum(text: str) -> str | None:
 def _bare(text: str) -> str | None:
     """Return a text that is nothing but a value; a labelled one, "NASA: 5", is something else."""
     answer = without_delimiters(text)
-    if re.match(r"[\w ]+:", answer):
+    if re.match(r"[\w ]+:", answer) or re.match(r"\(?A\)?.*\(B\)", answer):  # "NASA: 5", "(A) 3 (B) 4"
         return None
     return without_restatement(answer) if is_value(answer) else value_on_line(text)
 

@@ -125,6 +125,9 @@ class Parser:
             elif token.text == "!":
                 self.at += 1
                 node = ("!", node)
+            elif token.text == "°":  # of a function's argument; else it is a unit
+                self.at += 1
+                node = ("*", node, ("/", ("symbol", "π"), ("number", Fraction(180))))
             elif token.text == "%":
                 self.at += 1
                 node = ("/", node, ("number", Fraction(100)))

@@ -57,11 +57,14 @@ _ALIASES: dict[str, Key] = {
     **dict.fromkeys(("∅", "⦃⦄", "emptyset", "theemptyset", "nosolution", "nosolutions"), ("empty",)),
     **dict.fromkeys(("ℝ", "allrealnumbers", "allreals", "thesetofallrealnumbers"), set_key(REALS)),
     **dict.fromkeys(("∞", "+∞", "infinity", "positiveinfinity"), ("infinity", 1)),
+    "n/a": ("text", "n/a"),
     **dict.fromkeys(("-∞", "-infinity", "negativeinfinity"), ("infinity", -1)),
 }  # fmt: skip
 _NO_DIFFERENCE = re.compile(r"(?<![\d.]) | (?![\d.])")  # every space but the one between two digits
 _DASHED_DIGITS = re.compile(r"\d+(?:-\d+){2,}")  # 3-4-5 is a triangle, and 2020-01-15 a date
-_ONLY_LETTERS = re.compile(r"(?!pi$)[A-Za-z\s']{2,}")  # a word, not a product: ABC is not CAB
+_ONLY_LETTERS = re.compile(
+    r"(?!pi$|(?:sin|cos|tan|log|ln|exp|sqrt)\s)[A-Za-z\s']{2,}"
+)  # a word, not a product: ABC is not CAB
 _FORMULA_OF_CHEMISTRY = re.compile(r"\d*(?:\(?[A-Z][a-z]?\)?(?:_\{?\d+\}?)?){2,}")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array|vmatrix)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
 

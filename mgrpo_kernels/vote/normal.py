@@ -139,9 +139,9 @@ def without_delimiters(answer: str) -> str:
     while before != answer:
         before = answer
         answer = answer.strip()
-        for mark in ("**", "__"):
-            if answer.startswith(mark) and answer.endswith(mark) and len(answer) > 4:
-                answer = answer[2:-2]
+        for mark in ("**", "__", '"'):
+            if answer.startswith(mark) and answer.endswith(mark) and len(answer) > 2 * len(mark):
+                answer = answer[len(mark) : -len(mark)]
         answer = answer.removeprefix("**").removesuffix("**").strip()
         if not answer.endswith((r"\right.", r"\left.")):
             answer = re.sub(r"(?<!\.)\.$", "", answer)

@@ -20,7 +20,7 @@ _WORD_END = re.compile(r"\s+|(?=,\s)|(?=\s*\()|(?=;)")
 _CHANGES = re.compile(
     r"\s*(?:(?:january|february|march|april|may|june|july|august|september|october|november|december|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|"
     r"a\.?m\.?|p\.?m\.?|noon|midnight|o'clock|bce?|ad|ce|remainder|r|mod|modulo|to|by|per|over|minus|plus|times|x|out\s+of|or\s+more|or\s+less|"
-    r"base|in\s+base|west|east|north|south|and\s+a\s+half)(?![\w'])|[-+*/^=<>:%!_]|\\)",
+    r"base|in\s+base|west|east|north|south|and\s+a\s+half)(?![\w'])|(?!-\s[A-Za-z]{3,})[-+*/^=<>:%!_]|\\)",
     re.IGNORECASE,
 )
 _COUNTS_AGAIN = re.compile(r"\s+[A-Za-z]+(?:\s[A-Za-z]+)?\s*(?:,|,?\s*and|&)\s*[\d$\\]")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mgrpo_kernels.vote.formulas import Node, Parser
 from mgrpo_kernels.vote.normal import ROMAN
-from mgrpo_kernels.vote.tokens import Token, UnreadError, tokens_of
+from mgrpo_kernels.vote.tokens import FUNCTIONS, Token, UnreadError, tokens_of
 from mgrpo_kernels.vote.units import CURRENCY_SIGNS, SQUARES, find_unit
 
 UnitKey = tuple[tuple[str, Fraction, int], ...]
@@ -66,6 +66,8 @@ def is_scale(letter: str, spaced: bool, money: bool) -> bool:
 def may_start_unit(tokens: list[Token], index: int) -> bool:
     """Return whether a unit may start at a token: a single plain letter does so only after a space and a number (5 m; 5m is 5 times m)."""
     token, before = tokens[index], tokens[index - 1]
+    if token.text == "°" and any(each.text.removeprefix("\\") in FUNCTIONS for each in tokens[:index]):
+        return False  # sin 30°: of the argument
     if token.text in ("°", *CURRENCY_SIGNS) or token.kind == "roman":
         return True
     if token.kind == "word":

@@ -31,6 +31,7 @@ _SIGNS = re.compile(r"\s*[=<>≤≥≠≈∈∉→≡]\s*")
 _NAME = re.compile(
     r"[^\W\d_](?:_(?:\w|\{[^{}]*\}))?'*"  # x, x_1, f'
     r"|[A-Za-zα-ω]{1,3}(?:_\w|_\{[^{}]*\})?(?:\^\{?-1\}?)?'*\s?[(\[][^()=]*[)\]]"  # f(x), P(A), f^{-1}(x)
+    r"|\\frac\{d ?[a-z]?\}\{d ?[a-z]\}|d[a-z]?/d[a-z]"  # dy/dx
     r"|m?\s?[∠△]\s?[A-Za-z]+|\|?\s?(?:\\overline\{)?[A-Z]{2,4}\}?\s?\|?|\|[A-Za-z]\|"  # ∠A, AB, |AB|
     r"|[A-Za-z]{2,}(?:[ '-]+[A-Za-z]+)*"  # Area, Total cost
 )  # fmt: skip

@@ -32,6 +32,8 @@ def number_in_words(text: str) -> Fraction | None:
     whole = _whole(words)
     if whole is not None:
         return Fraction(whole)
+    if words == ["half"]:
+        return Fraction(1, 2)
     over = _whole(words[:-1])
     part = scale_of(words[-1]) if over != 1 else _fraction(words[-1])
     return None if over is None or part is None else over * part
