@@ -14,17 +14,16 @@ from mgrpo_kernels.train.config.layers import (
     preset_files,
     read_yaml,
 )
+from mgrpo_kernels.train.config.run_sections import EvalConfig, RunConfig
 from mgrpo_kernels.train.config.sections import (
     DEFAULT_TEMPLATE,
     DataConfig,
-    EvalConfig,
     LoraConfig,
     LossConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
     RolloutConfig,
-    RunConfig,
     VllmConfig,
 )
 from mgrpo_kernels.train.config.whole import SECTIONS, Config

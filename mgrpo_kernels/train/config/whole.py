@@ -13,16 +13,15 @@ from mgrpo_kernels.method.fields import fields_of
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES
 from mgrpo_kernels.ops.policy_loss.options import DECLARED
 from mgrpo_kernels.train.config.fields import Section
+from mgrpo_kernels.train.config.run_sections import EvalConfig, RunConfig
 from mgrpo_kernels.train.config.sections import (
     DataConfig,
-    EvalConfig,
     LoraConfig,
     LossConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
     RolloutConfig,
-    RunConfig,
     VllmConfig,
 )
 from mgrpo_kernels.train.rollout.engines import ENGINES
