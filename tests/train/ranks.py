@@ -49,7 +49,7 @@ def wrong_use(place: Path) -> None:
 
     with (
         pytest.raises(
-            UsageError, match="prompts_per_step: expected at least one for each of the 2 ranks, got 1"
+            UsageError, match="prompts_per_step: expected at least 2, one for each rank, got 1"
         ) as caught,
         parallel.together(),
     ):
