@@ -48,9 +48,7 @@ def wrong_use(place: Path) -> None:
     import tiny
 
     with (
-        pytest.raises(
-            UsageError, match="prompts_per_step: expected at least 2, one for each rank, got 1"
-        ) as caught,
+        pytest.raises(UsageError, match="prompts_per_step: expected at least 2, one for each rank, got 1") as caught,
         parallel.together(),
     ):
         start.check(tiny.config(prompts_per_step=1), place / "run", False, CPU)

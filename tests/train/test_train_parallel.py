@@ -259,7 +259,10 @@ def test_what_another_rank_has_told_is_not_told_again(
 def test_a_restart_needs_its_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert command.main(FLAGS) == 2
-    assert "output: expected --output DIR, in which a restart by torchrun finds the run, got none" in capsys.readouterr().err
+    assert (
+        "output: expected --output DIR, in which a restart by torchrun finds the run, got none"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("weights", ["policy", "momentum"])
