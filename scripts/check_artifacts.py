@@ -40,7 +40,7 @@ logits, labels = torch.randn(5, 1000), torch.arange(5)
 with mgrpo_kernels.use_backend("native"):
     ours = mgrpo_kernels.token_stats_from_logits(logits, labels)
 torch.testing.assert_close(ours.logprob, logits.log_softmax(-1)[labels, labels])
-vote = mgrpo_kernels.majority_vote([r"$\\frac{x}{2}$", "$x/2$", "3"], groups=3)  # math-verify runs in a process of its own
+vote = mgrpo_kernels.majority_vote([r"$\\int_0^1 x dx$", "1/2", "3"], groups=3)  # SymPy runs in a process of its own
 assert vote.agrees.tolist() == [1, 1, 0], vote
 print(f"mgrpo_kernels {mgrpo_kernels.__version__}: {torch.ops.mgrpo_native.build_info()}")
 """

@@ -99,6 +99,10 @@ def test_extract_answer_wants_a_string():
         "####" * 20_000,
         "A: " + "$" * 20_001,
         "answer" + " " * 20_000,
+        "the answer is 4" + "." * 200_000,
+        "A: x\n" * 20_000,
+        "answer to the question " * 20_000,
+        "1=" * 20_000,
     ],
     ids=lambda text: text[:9],
 )

@@ -192,6 +192,12 @@ def test_nothing_to_learn(policy: Policy, responses: list[str], truncated: str) 
     line, _, change = run(learner, **changes)
     assert not moved(change)  # no advantage, no KL term: a gradient of exactly 0
     assert line["response_tokens"] == len(responses[0])
+    assert line["groups_with_signal"] == 0.0
+    answered = responses[0] == "12#3$"
+    assert line["unparsed_fraction"] == (0.0 if answered else 1.0)
+    assert learner.warned_of_answers == (not answered)
+    assert (line["label_accuracy"] is None, line["distinct_labels"] is None) == (not answered, not answered)
+    assert line["truncated_fraction"] == (0.0 if responses[0].endswith("$") else 1.0)
     real = tiny.learner(policy)
     assert moved(run(real)[2])
 
