@@ -26,7 +26,7 @@ from mgrpo_kernels.train.text import print_line
 from mgrpo_kernels.train.watch.lines import Lines
 from mgrpo_kernels.train.watch.metrics import metrics_line
 
-UNUSED = ("data", "eval_every", "gradient_checkpointing")
+UNUSED = ("data", "max_examples", "shuffle_data", "eval_every", "gradient_checkpointing")
 REQUIRED = ("model", "eval_data")
 OPTIONS = (
     *(name for section in (ModelConfig, DataConfig, EvalConfig) for name in fields_of(section) if name not in UNUSED),
