@@ -244,6 +244,8 @@ def linear_token_stats_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in their dtypes; those not needed are empty."""
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
+    for name, required in (("entropy", entropy), ("logsumexp", logsumexp), ("vocab", vocab)):
+        checks.check_tensor(name, required)  # not None, which the dispatcher lets pass
     rows_shape, wide = hidden.shape[:1], (_statistics.statistics_dtype(hidden),)
     checks.check_inside(
         hidden.device,

@@ -183,7 +183,8 @@ def policy_loss_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of logprob and entropy ``(T,)``; those not needed are empty. Elementwise: no backends."""
     checks.check_tensor("gradient", gradient, dtypes=checks.WIDE_FLOATS, dim=1)
-    checks.check_tensor("logprob", logprob)
+    for name, required in (("logprob", logprob), ("grad_loss", grad_loss), ("scales", scales)):
+        checks.check_tensor(name, required)  # not None, which the dispatcher lets pass
     sequences.check_offset_tensor("offsets", offsets, gradient.shape[0], gradient.device)
     checks.check_inside(
         gradient.device,

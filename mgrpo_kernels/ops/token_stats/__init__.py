@@ -201,6 +201,7 @@ def token_stats_backward_op(
     """Return the gradient of the logits, contiguous, of their shape and dtype."""
     _check_rows(logits, labels, mask, temperature_per_row)
     rows = logits.shape[:-1]
+    checks.check_tensor("logsumexp", logsumexp)  # not None, which the dispatcher lets pass
     if (grad_logprob is not None and labels is None) or (grad_entropy is not None and entropy is None):
         raise ValueError("expected labels with grad_logprob and entropy with grad_entropy, got None")
     checks.check_inside(
