@@ -159,6 +159,8 @@ def guard_says(lines: list[dict[str, float]]) -> list[str]:
 def test_the_guard_knows_a_run_without_answers() -> None:
     nothing = {"unparsed_fraction": 1.0, "groups_with_signal": 0.0}
     assert any("share of responses without an answer" in sign for sign in guard_says([nothing] * (START + WINDOW)))
+    rare = {"unparsed_fraction": 0.95, "groups_with_signal": 0.1}
+    assert len(guard_says([rare] * (START + WINDOW))) > 0  # this sign alone is enough
     healthy = {"unparsed_fraction": 0.4, "groups_with_signal": 0.6}
     assert guard_says([healthy] * 30) == []
     fewer = guard_says([healthy] * 10 + [{"unparsed_fraction": 0.7, "groups_with_signal": 0.0}] * 15)
