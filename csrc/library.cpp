@@ -40,7 +40,7 @@ TORCH_LIBRARY(mgrpo_native, m) {
 
 #define TILE "Tensor? bias, Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, int vocab_start, Tensor? labels"
   m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state) -> ()");
-  m.def("tile_gradient_(Tensor(a!) x, " TILE ", Tensor coefficients, Tensor logsumexp) -> ()");
+  m.def("tile_gradient_(Tensor x, " TILE ", Tensor coefficients, Tensor logsumexp, Tensor(a!) out) -> ()");
 #undef TILE
   m.def("mm_float32_(Tensor(a!) total, Tensor a, Tensor b, bool add) -> bool"); // False: not on this CPU, and nothing has been done
 

@@ -42,11 +42,8 @@ def token_stats(backend, dtype):
 def linear_token_stats(backend, dtype):
     from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
-    hidden, x, labels = (
-        torch.zeros(64, 64, dtype=dtype),
-        torch.zeros(64, 8192, dtype=dtype),
-        torch.zeros(64, dtype=torch.int64),
-    )
+    hidden, labels = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+    x, grad = torch.zeros(64, 8192), torch.zeros(64, 8192, dtype=dtype)
     weight, bias, row = torch.zeros(8192, 64, dtype=dtype), torch.zeros(8192, dtype=dtype), torch.ones(64)
     for name, head in (
         ("plain", Head(weight, None, 0.7, 1.0, None, 0, None)),
@@ -56,13 +53,18 @@ def linear_token_stats(backend, dtype):
         yield name
         state, coefficients = torch.zeros(6, 64), torch.ones(4, 64)
         backend.GpuPasses().state(x, head, labels, state)
-        backend.GpuPasses().gradient_(x, head, labels, coefficients, row)
+        backend.GpuPasses().gradient(x, head, labels, coefficients, row, grad)
         if dtype.itemsize == 2:
             backend.FusedPasses().fill(None, hidden, head, labels, state)
-            backend.FusedPasses().fill_gradient(x, hidden, head, labels, coefficients, row)
+            backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, row, grad)
     if dtype.itemsize == 2:
+        plain = head._replace(bias=None, softcap=None)
         yield "plain, logits written"
-        backend.FusedPasses().fill(x, hidden, head._replace(bias=None, softcap=None), labels, state)
+        backend.FusedPasses().fill(x, hidden, plain, labels, state)
+        yield "plain, logits in 16 bits"
+        backend.GpuPasses().state(grad, plain, labels, state)
+        backend.GpuPasses().gradient(grad, plain, labels, coefficients, row, grad)
+        backend.FusedPasses().fill(grad, hidden, plain, labels, state)
 
 
 def linear_policy_loss(backend, dtype):
@@ -157,12 +159,13 @@ def linear_token_stats_by_rows(backend, rows):
     values, labels = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
     weight = torch.zeros(512, 64, dtype=torch.bfloat16)
     head = Head(weight, None, 0.7, 1.0, None, rows, None)  # `rows` also as the tile's first entry
-    x, hidden = torch.zeros(rows, 512, dtype=torch.bfloat16), torch.zeros(rows, 64, dtype=torch.bfloat16)
+    x, grad = torch.zeros(rows, 512), torch.zeros(rows, 512, dtype=torch.bfloat16)
+    hidden = torch.zeros(rows, 64, dtype=torch.bfloat16)
     state, coefficients = torch.zeros(6, rows), torch.zeros(4, rows)
     backend.GpuPasses().state(x, head, labels, state)
-    backend.GpuPasses().gradient_(x, head, labels, coefficients, values)
+    backend.GpuPasses().gradient(x, head, labels, coefficients, values, grad)
     backend.FusedPasses().fill(None, hidden, head, labels, state)
-    backend.FusedPasses().fill_gradient(x, hidden, head, labels, coefficients, values)
+    backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, values, grad)
 
 
 def linear_policy_loss_by_rows(backend, rows):

@@ -68,13 +68,14 @@ def linear_token_stats(backend, dtype):
             None,
         )
         labels = torch.zeros(rows, dtype=LABELS[per_row]) if with_labels else None
-        x, hidden = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, 8, dtype=dtype)
+        x = torch.zeros(rows, vocab, dtype=dtype if with_softcap else torch.float32)
+        grad, hidden = torch.zeros(rows, vocab, dtype=dtype), torch.zeros(rows, 8, dtype=dtype)
         state, coefficients = torch.zeros(6, rows), torch.ones(4, rows)
         backend.GpuPasses().state(x, head, labels, state)
-        backend.GpuPasses().gradient_(x, head, labels, coefficients.t().contiguous().t(), row)
+        backend.GpuPasses().gradient(x, head, labels, coefficients.t().contiguous().t(), row, grad)
         if dtype.itemsize == 2:
             backend.FusedPasses().fill(x if with_bias else None, hidden, head, labels, state)
-            backend.FusedPasses().fill_gradient(x, hidden, head, labels, coefficients, row)
+            backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, row, grad)
 
 
 def linear_policy_loss(backend, dtype):

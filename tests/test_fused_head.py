@@ -79,7 +79,7 @@ def test_passes(dtype, rows, width, vocab, options):
     coefficients[:, rows // 2] = 0  # masked: the row of NaN
     logsumexp = _statistics.finish(want, None).logsumexp.nan_to_num()
     gradient = x.fill_(NAN)
-    passes.fill_gradient(gradient, hidden, head, labels, coefficients, logsumexp)
+    passes.fill_gradient(gradient, hidden, head, labels, coefficients, logsumexp, gradient)
     grad_z = _statistics.row_gradient(z, labels, coefficients, logsumexp, head.vocab_start)
     expected = transform_gradient(grad_z, raw, head, head.temperature)
     expected[rows // 2] = 0

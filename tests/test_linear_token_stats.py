@@ -10,6 +10,7 @@ from contract import assert_no_worse_than_plain, each_backend, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native, tiled
 
 ALL = ("logprob", "entropy", "self_certainty")
@@ -77,6 +78,57 @@ def test_values_and_gradients(backend, dtype, bias, options, workspace):
     for mine, theirs, true in zip(got[1], usual[1], truth[1], strict=True):
         assert mine.dtype == dtype
         assert_no_worse_than_plain(mine, theirs, true, floor=1e-5)
+
+
+def against_a_float32_head(backend, dtype, logits_dtype, options):
+    """Return, for statistics and gradients, by how much the error against float64 exceeds that of a float32 head; logits reach 30."""
+    bias = "softcap" not in options
+    *tensors, labels = make(dtype, rows=50, hidden=64, vocab=900, bias=bias)
+    tensors[1] = (tensors[1].float() * 2).to(dtype)
+    weights = torch.randn(3, 50)
+
+    def of_plain(wide):
+        leaves = [None if t is None else t.to(wide) for t in tensors]
+        return run(lambda h, w, b: plain(h, w, b, labels, **options), leaves, weights)
+
+    truth, float32 = of_plain(torch.float64), of_plain(torch.float32)
+    got = run(
+        lambda h, w, b: linear_token_stats(
+            h, w, labels, bias=b, stats=ALL, backend=backend, logits_dtype=logits_dtype, **options
+        ),
+        tensors,
+        weights,
+    )
+    ratios = []
+    for part in (0, 1):
+        for mine, theirs, true in zip(got[part], float32[part], truth[part], strict=True):
+            error, usual = ((each.double() - true).norm() / true.norm() for each in (mine, theirs.to(mine.dtype)))
+            ratios.append((error / (usual + 2e-7)).item())
+    return ratios
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "logit_scale": -0.9}, {"temperature": 0.7}])
+def test_the_logits_of_16_bit_operands_are_those_of_a_float32_head(backend, dtype, options):
+    assert max(against_a_float32_head(backend, dtype, torch.float32, options)) < 2
+    if dtype == torch.bfloat16:  # the bound would show logits that are rounded
+        assert max(against_a_float32_head(backend, dtype, dtype, options)) > 100
+
+
+@each_backend(OP)
+def test_a_workspace_of_another_dtype_is_refused(backend):
+    h, w, _, labels = make(torch.bfloat16)
+    with pytest.raises(
+        ValueError, match="logits_dtype: expected torch.float32 or hidden's dtype torch.bfloat16, got torch.float16"
+    ):
+        linear_token_stats(h, w, labels, logits_dtype=torch.float16, backend=backend)
+    with pytest.raises(TypeError, match="logits_dtype: expected a torch.dtype, got str"):
+        linear_token_stats(h, w, labels, logits_dtype="float32", backend=backend)
+    same = [
+        linear_token_stats(h.float(), w.float(), labels, logits_dtype=torch.float32, backend=backend) for _ in range(2)
+    ]
+    assert torch.equal(same[0].logprob, same[1].logprob)
 
 
 @each_backend(OP)
@@ -232,7 +284,8 @@ def test_opcheck(backend):
     h, w, b = (t.requires_grad_() for t in (h, w, b))
     mask = torch.tensor([True, True, False, True])
     torch.library.opcheck(
-        linear_token_stats_op, (h, w, b, labels, mask, None, 0.9, 1.1, 5.0, None, 0, None, False, backend)
+        linear_token_stats_op,
+        (h, w, b, labels, mask, None, 0.9, 1.1, 5.0, None, 0, None, torch.float32, False, backend),
     )
 
 
@@ -282,6 +335,13 @@ def test_several_blocks_of_rows_are_summed_in_float32(backend, monkeypatch):
     linear_token_stats(h, weight, labels, backend=backend, workspace_bytes=SMALL).logprob.sum().backward()
     assert len(dtypes) >= 4  # two blocks of rows and two of columns
     assert set(dtypes) == {torch.float32}
+
+
+def test_shards_whose_logits_are_all_impossible_merge():
+    state = tiled.empty_state(2, torch.device("cpu"))
+    state[_statistics.COUNT] = 3
+    merged = _statistics.merge(torch.stack([state, state]))
+    assert _statistics.finish(merged, None).logsumexp.tolist() == [-torch.inf, -torch.inf]
 
 
 def test_the_native_workspace_keeps_to_its_bound():

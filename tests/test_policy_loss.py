@@ -295,6 +295,13 @@ def test_group_advantages(backend, sizes, seed, baseline, scale, binary):
 
 
 @each_backend(OP)
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_equal_rewards_teach_nothing_without_an_eps_either(backend, scale):
+    """Their standard deviation of 0 divides nothing."""
+    assert group_advantages(torch.full((6,), 0.1), 3, scale=scale, eps=0.0, backend=backend).tolist() == [0.0] * 6
+
+
+@each_backend(OP)
 def test_equal_rewards_teach_nothing(backend):
     assert (group_advantages(torch.full((12,), 0.1), 4, backend=backend) == 0).all()
     assert (group_advantages(torch.tensor([1.0]), 1, backend=backend) == 0).all()

@@ -206,7 +206,7 @@ def test_head_passes_where_a_size_is_1(dtype, rows, vocab, first):
     close(_statistics.finish(state, None)[:4], _statistics.finish(_statistics.row_state(z, labels, first), None)[:4])
     coefficients, logsumexp = torch.randn(4, rows), z.logsumexp(1)
     want = transform_gradient(_statistics.row_gradient(z, labels, coefficients, logsumexp, first), raw, head, 1)
-    linear_triton.GpuPasses().gradient_(x, head, labels, coefficients, logsumexp)
+    linear_triton.GpuPasses().gradient(x, head, labels, coefficients, logsumexp, x)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(x.float(), want, rtol=tolerance, atol=tolerance)
 
@@ -272,7 +272,7 @@ def test_head_passes_over_uneven_tiles(dtype, bias, logit_scale, softcap, per_ro
     for a, b in itertools.pairwise(cuts):
         tile = head._replace(bias=None if added is None else added[a:b], vocab_start=shard + a)
         part = x[:, a:b].contiguous()
-        linear_triton.GpuPasses().gradient_(part, tile, labels, coefficients, got.logsumexp)
+        linear_triton.GpuPasses().gradient(part, tile, labels, coefficients, got.logsumexp, part)
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
         torch.testing.assert_close(part.float(), expected[:, a:b], equal_nan=True, **tolerance)
 
@@ -313,7 +313,7 @@ def test_16_bit_results_are_rounded_to_nearest():
     head = Head(torch.zeros(1, 1), None, 1.0, 1.0, None, 0, None)
     coefficients = torch.zeros(4, 300)
     coefficients[2] = torch.randn(300)  # gamma: the gradient itself
-    linear_triton.GpuPasses().gradient_(x, head, None, coefficients, torch.full((300,), 50.0))
+    linear_triton.GpuPasses().gradient(x, head, None, coefficients, torch.full((300,), 50.0), x)
     assert torch.equal(x.squeeze(1), coefficients[2].bfloat16())
 
 

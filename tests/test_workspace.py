@@ -12,6 +12,7 @@ from mgrpo_kernels import fuse_lm_head, linear_policy_loss, linear_token_stats, 
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
 from mgrpo_kernels.ops.linear_token_stats import OP, native, reference, tiled
+from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 H, V = 16, 2048
 WORKSPACE = 2**16  # the least that is allowed
@@ -98,10 +99,9 @@ def test_token_stats(backend, dtype, masked):
         with watch_memory() as memory:
             loss.backward()
         backwards.append(memory)
-    workspace = workspace_of(backend)
-    hold(*forwards, single=workspace, total=workspace)
+    workspace, matmul = workspace_of(backend), of_matmul(backend, dtype)
+    hold(*forwards, single=max(workspace, matmul), total=workspace + matmul)
     largest, returned = gradients_of_weight(backend, dtype)
-    matmul = of_matmul(backend, dtype)
     hold(*backwards, single=max(workspace, largest, matmul), total=workspace + returned + matmul)
 
 
@@ -131,7 +131,8 @@ def test_policy_loss(backend, dtype, level):
     matmul = of_matmul(backend, dtype, V if fused else 256)
     formed = {"single": max(workspace, largest, matmul), "total": workspace + returned + matmul}
     none = {"single": workspace, "total": workspace}
-    hold(*forwards, **(formed if fused else none))
+    scored = {"single": max(workspace, matmul), "total": workspace + matmul}
+    hold(*forwards, **(formed if fused else scored))
     hold(*backwards, **(none if fused else formed))
 
 
@@ -164,9 +165,10 @@ def test_fused_head_of_a_model(backend):
 
 
 def test_the_defaults_are_those_of_the_documentation():
-    assert [
-        native.tile_shape(dtype).rows * native.tile_shape(dtype).columns * dtype.itemsize // 2**20 for dtype in DTYPES
-    ] == [4, 8]
+    for dtype, forward, backward in ((torch.float32, 4, 4), (torch.bfloat16, 8, 12)):
+        head, shape = Head(torch.zeros(1, 1, dtype=dtype), None, 1.0, 1.0, None, 0, None), native.tile_shape(dtype)
+        assert shape.rows * shape.columns * head.raw_dtype.itemsize == forward * 2**20
+        assert shape.rows * shape.columns * tiled.backward_bytes(head, native.CpuPasses()) == backward * 2**20
     assert loss_native.WORKSPACE_BYTES == 224 * 2**20
     assert reference.WORKSPACE_BYTES == 64 * 2**20
     sizes = tuning.Tuning()

@@ -33,7 +33,7 @@ Arguments arguments(
       {}};
   args.tile = {
       .dtype = x.scalar_type(),
-      .x = x.mutable_data_ptr(),
+      .x = x.const_data_ptr(),
       .rows = x.size(0),
       .columns = x.size(1),
       .vocab_start = vocab_start,
@@ -63,13 +63,19 @@ void tile_state(
 void tile_gradient(
     const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels,
-    const Tensor& coefficients, const Tensor& logsumexp) {
+    const Tensor& coefficients, const Tensor& logsumexp, const Tensor& out) {
   const auto args = arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels);
   check_rows("coefficients", coefficients, 4, x.size(0));
   check_tensor("logsumexp", logsumexp, FLOAT32, {x.size(0)});
   TORCH_CHECK_VALUE(logsumexp.is_contiguous(), "logsumexp: expected a contiguous tensor, got strides ", logsumexp.strides());
+  check_shape("out", out, {x.size(0), x.size(1)});
+  TORCH_CHECK_VALUE(out.is_contiguous(), "out: expected a contiguous tensor, got strides ", out.strides());
+  TORCH_CHECK_VALUE(
+      out.scalar_type() == x.scalar_type() || (x.scalar_type() == at::kFloat && at::isReducedFloatingType(out.scalar_type())),
+      "out: expected x's dtype ", x.scalar_type(), ", or 16 bits beside a float32 x, got ", out.scalar_type());
   MGRPO_CALL(tile_gradient_kernel)
-  (args.tile, coefficients.const_data_ptr<float>(), coefficients.stride(0), logsumexp.const_data_ptr<float>());
+  (args.tile, coefficients.const_data_ptr<float>(), coefficients.stride(0), logsumexp.const_data_ptr<float>(), out.scalar_type(),
+   out.mutable_data_ptr());
 }
 
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {

@@ -12,7 +12,7 @@ namespace mgrpo {
 // y = logit_scale (x + bias); y = softcap tanh(y / softcap) if softcap > 0; z = y / temperature.
 struct LinearTile {
   c10::ScalarType dtype; // of x and bias
-  void* x;
+  const void* x;
   int64_t rows, columns;
   int64_t vocab_start; // vocabulary entry of column 0
   const void* bias; // (columns,) or null
@@ -25,6 +25,10 @@ struct LinearTile {
 
 // Folds the tile into state (6, rows), whose rows lie `stride` apart: MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT.
 MGRPO_KERNEL(tile_state_kernel, void(const mgrpo::LinearTile&, float* state, int64_t stride))
-// Overwrites x with its gradient, of coefficients (4, rows), rows `stride` apart: alpha, beta, gamma, delta.
+// Writes the gradient of x to `out` (rows, columns), which may be x: of coefficients (4, rows), rows `stride` apart: alpha, beta, gamma,
+// delta. A float32 tile may have a gradient of another dtype.
 MGRPO_KERNEL(
-    tile_gradient_kernel, void(const mgrpo::LinearTile&, const float* coefficients, int64_t stride, const float* logsumexp))
+    tile_gradient_kernel,
+    void(
+        const mgrpo::LinearTile&, const float* coefficients, int64_t stride, const float* logsumexp, c10::ScalarType out_dtype,
+        void* out))

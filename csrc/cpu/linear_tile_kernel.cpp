@@ -142,11 +142,12 @@ void fold(const LinearTile& tile, float* state, int64_t stride) {
   });
 }
 
-template <typename T, typename Transform>
-void gradient(const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp) {
+template <typename T, typename Out, typename Transform>
+void gradient(const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp, Out* out) {
   at::parallel_for(0, tile.rows, std::max<int64_t>(1, 2 * BLOCK / tile.columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      T* x = static_cast<T*>(tile.x) + row * tile.columns;
+      const T* x = static_cast<const T*>(tile.x) + row * tile.columns;
+      Out* grad = out + row * tile.columns;
       const T* bias = static_cast<const T*>(tile.bias);
       const Transform transform(tile, inv_temperature(tile, row));
       const float* c = coefficients + row;
@@ -166,14 +167,14 @@ void gradient(const LinearTile& tile, const float* coefficients, int64_t stride,
       int64_t i = 0;
       for (; i + PAIR <= tile.columns; i += PAIR) {
         const Pair z = transform(load_pair(x + i), bias, i, PAIR);
-        store_pair(x + i, {grad_x(z.a), grad_x(z.b)});
+        store_pair(grad + i, {grad_x(z.a), grad_x(z.b)});
       }
       if (const int64_t n = tile.columns - i; n > 0) {
         const Pair z = transform(load_pair(x + i, n, 0.0f), bias, i, n);
-        store_pair(x + i, {grad_x(z.a), grad_x(z.b)}, n);
+        store_pair(grad + i, {grad_x(z.a), grad_x(z.b)}, n);
       }
       if (column >= 0) {
-        x[column] = static_cast<T>(at_label);
+        grad[column] = static_cast<Out>(at_label);
       }
     }
   });
@@ -188,12 +189,16 @@ void tile_state_kernel(const LinearTile& tile, float* state, int64_t stride) {
   });
 }
 
-void tile_gradient_kernel(const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp) {
-  for_dtype(tile.dtype, [&](auto zero) {
+void tile_gradient_kernel(
+    const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp, c10::ScalarType out_dtype, void* out) {
+  auto run = [&](auto zero, auto out_zero) {
     using T = decltype(zero);
-    is_scaled(tile) ? gradient<T, Scaled>(tile, coefficients, stride, logsumexp)
-                    : gradient<T, Capped>(tile, coefficients, stride, logsumexp);
-  });
+    using Out = decltype(out_zero);
+    Out* to = static_cast<Out*>(out);
+    is_scaled(tile) ? gradient<T, Out, Scaled>(tile, coefficients, stride, logsumexp, to)
+                    : gradient<T, Out, Capped>(tile, coefficients, stride, logsumexp, to);
+  };
+  for_dtype(out_dtype, [&](auto zero) { tile.dtype == c10::ScalarType::Float ? run(0.0f, zero) : run(zero, zero); });
 }
 
 } // namespace CPU_CAPABILITY

@@ -4,6 +4,7 @@
 #include "check.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -77,23 +78,46 @@ int64_t inner_block(int64_t rows, int64_t row) {
   return rows - row >= INNER ? INNER : INNER_REST;
 }
 
+template <typename T>
+void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      to[r / 2 * 2 * COLUMNS + 2 * c + r % 2] = from[r * row_stride + c * column_stride];
+    }
+  }
+}
+
+// The same where a column is contiguous: two interleaved elements are neighbours already, and move as one.
+template <typename T>
+void pack_transposed(const T* from, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
+  constexpr int64_t STEP = 16; // pairs: the cache lines of a step are used up before they leave the cache
+  for (int64_t pair = 0; pair < rows / 2; pair += STEP) {
+    const int64_t pairs = std::min(STEP, rows / 2 - pair);
+    for (int64_t c = 0; c < columns; ++c) {
+      const T* source = from + c * column_stride + 2 * pair;
+      for (int64_t i = 0; i < pairs; ++i) {
+        std::memcpy(to + (pair + i) * 2 * COLUMNS + 2 * c, source + 2 * i, 2 * sizeof(T));
+      }
+    }
+  }
+  for (int64_t c = 0; rows % 2 && c < columns; ++c) {
+    to[(rows - 1) * COLUMNS + 2 * c] = from[c * column_stride + rows - 1];
+  }
+}
+
 // Packs rows [row, row + inner) of b, COLUMNS at a time, as the block product reads them: two rows interleaved.
 template <typename T>
 void pack(const Matrix<T>& b, int64_t row, int64_t inner, T* out) {
   const int64_t blocks = (b.columns + COLUMNS - 1) / COLUMNS;
-  for (int64_t i = 0; i < blocks * (inner / 2); ++i) {
-    const int64_t column = i / (inner / 2) * COLUMNS, r = row + i % (inner / 2) * 2;
-    const int64_t columns = std::min(COLUMNS, b.columns - column);
-    T* to = out + i * 2 * COLUMNS;
-    if (columns < COLUMNS || r + 2 > b.rows) {
-      std::fill(to, to + 2 * COLUMNS, T(0));
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t column = block * COLUMNS, columns = std::min(COLUMNS, b.columns - column), rows = std::min(inner, b.rows - row);
+    const T* from = b.data + row * b.row_stride + column * b.column_stride;
+    T* to = out + block * inner * COLUMNS;
+    if (columns < COLUMNS || rows < inner) {
+      std::fill(to, to + inner * COLUMNS, T(0));
     }
-    for (int64_t half = 0; half < std::min<int64_t>(2, b.rows - r); ++half) {
-      const T* from = b.data + (r + half) * b.row_stride + column * b.column_stride;
-      for (int64_t c = 0; c < columns; ++c) {
-        to[2 * c + half] = from[c * b.column_stride];
-      }
-    }
+    b.row_stride == 1 ? pack_transposed(from, b.column_stride, rows, columns, to)
+                      : pack_rows(from, b.row_stride, b.column_stride, rows, columns, to);
   }
 }
 

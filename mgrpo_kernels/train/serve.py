@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -51,12 +52,14 @@ def line(arguments: Sequence[str], *, on_cpu: bool) -> tuple[list[str], dict[str
         "--weight-transfer-config": json.dumps({"backend": GLOO if on_cpu else "nccl"}),
         "--worker-extension-cls": EXTENSION,
     }
+    overrides: dict[str, Any] = {"head_dtype": "float32"}  # as the trainer's logits
     if on_cpu:
         # vLLM 0.32 packs a head for the CPU, and does not pack it again when the embedding that it is tied to changes.
-        defaults |= {"--hf-overrides": json.dumps({"tie_word_embeddings": False})}
+        overrides["tie_word_embeddings"] = False
         defaults |= {"--kv-cache-memory-bytes": str(2**30)}
         # For prompts that are prefilled in parts it would turn back the generator of a seed, which a CPU's cannot.
         given = [each for each in ("--enforce-eager", "--no-enable-chunked-prefill") if each not in given] + given
+    defaults["--hf-overrides"] = json.dumps(overrides)
     taken = {each.partition("=")[0].replace("_", "-") for each in given if each.startswith("--")}
     options = [part for name, value in defaults.items() if name not in taken for part in (name, value)]
     if read_key() is not None:

@@ -298,6 +298,10 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "collective_rpc",
         lambda answer: {"results": [{**each, "tie_word_embeddings": True} for each in answer["results"]]},
     ),
+    "expected --hf-overrides with head_dtype float32 .* got bfloat16": (
+        "collective_rpc",
+        lambda answer: {"results": [{**each, "head_dtype": "bfloat16"} for each in answer["results"]]},
+    ),
     "expected the policy's vocab_size 15 .* got 16: start it with the policy's model": (
         "collective_rpc",
         lambda answer: {"results": [{**each, "vocab_size": 16} for each in answer["results"]]},

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
+from transformers import DynamicCache
 
-from mgrpo_kernels import MomentumModel
+from mgrpo_kernels import MomentumModel, linear_token_stats
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import Rollouts, interleave, join
 from mgrpo_kernels.train.rollout.transformers import Noise, TransformersEngine, choose
@@ -38,6 +42,28 @@ def test_left_padding_changes_nothing(policy: Policy) -> None:
         length = int(alone.mask.sum())
         assert together.tokens[row, :length].tolist() == alone.tokens[0].tolist()
         torch.testing.assert_close(together.logprobs[row, :length], alone.logprobs[0], atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_16_bit_models_are_float32_sums(policy: Policy) -> None:
+    """As in the fused head that scores the tokens: a 16-bit head would round each logit."""
+    narrow = Policy(policy.model, policy.tokenizer, torch.bfloat16)
+    hidden, labels = torch.randn(5, narrow.model.config.hidden_size) * 8, torch.arange(5)
+    with narrow.autocast():
+        want = linear_token_stats(hidden, *narrow.head()[:1], labels, stats=("logprob",)).logprob
+        for logits in (narrow.logits(hidden), _padded_logits(narrow, hidden)):
+            assert logits.dtype == torch.float32
+            got = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=2e-6)
+    rounded = torch.nn.functional.linear(hidden.bfloat16(), narrow.head()[0].bfloat16()).float().log_softmax(-1)
+    assert (rounded.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - want).abs().max() > 1e-3
+
+
+def _padded_logits(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the next tokens' logits of a model that is padded, whose last hidden states are these."""
+    states = SimpleNamespace(last_hidden_state=hidden.unsqueeze(1))
+    ids, mask = torch.zeros(len(hidden), 1, dtype=torch.long), torch.ones(len(hidden), 1, dtype=torch.bool)
+    with mock.patch.object(type(policy.model), "get_decoder", return_value=lambda **_: states):
+        return policy.next_logits(ids, mask, torch.zeros_like(ids), DynamicCache())
 
 
 def test_ends_and_lengths(policy: Policy) -> None:

@@ -17,6 +17,7 @@ from mgrpo_kernels.ops.linear_policy_loss import native, reference, triton
 from mgrpo_kernels.ops.linear_token_stats import (
     check_head,
     check_head_options,
+    check_logits_dtype,
     check_rows,
     check_tp_group,
     kept_rows,
@@ -51,6 +52,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     workspace_bytes: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     mask: Tensor | None = None,
@@ -75,7 +77,7 @@ def linear_policy_loss(
         labels: ``(B, L)`` or ``(N,)`` int32 or int64, already shifted.
         old_logprobs: of labels' shape, or None: on-policy.
         advantages: ``(B,)`` or of labels' shape.
-        bias, temperature, logit_scale, softcap, tp_group, vocab_start: as in :func:`linear_token_stats`.
+        bias, temperature, logit_scale, softcap, logits_dtype, tp_group, vocab_start: as in :func:`linear_token_stats`.
         workspace_bytes: bound of the logits workspace, whatever the number of tokens, at least 64 KiB, and at least one row's logits where
             the gradient is formed in the forward pass. None: there 224 MiB (native) or 512 MiB (triton), elsewhere the default of
             :func:`linear_token_stats`.
@@ -103,6 +105,7 @@ def linear_policy_loss(
     )  # fmt: skip
     tokens = tokens._replace(advantages=flat_advantages(advantages, like, tokens), entropy=None)
     check_head_options(logit_scale, softcap, workspace_bytes)
+    check_logits_dtype(logits_dtype, hidden.dtype)
     number, per_row = checks.check_temperature(temperature, rows, hidden.device)
     group_name, vocab_start = check_tp_group(tp_group, vocab_start, weight)
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
@@ -125,6 +128,7 @@ def linear_policy_loss(
         "logit_scale": float(logit_scale),
         "softcap": softcap,
         "workspace_bytes": workspace_bytes,
+        "logits_dtype": logits_dtype,
         "backend": name,
     }
     if fused and any(need):
@@ -149,6 +153,7 @@ _HEAD = {
     "logit_scale": "float",
     "softcap": "float?",
     "workspace_bytes": "SymInt?",
+    "logits_dtype": "ScalarType",
     "backend": "str",
 }
 _TOKENS = {
@@ -216,6 +221,7 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
         softcap=given["softcap"],
         vocab_start=0,
         workspace_bytes=given["workspace_bytes"],
+        logits_dtype=given["logits_dtype"],
     )
     need = tuple(given[name] for name in _NEED)
     grad_hidden, *others = backends.implementation(OP, backend).forward_backward(

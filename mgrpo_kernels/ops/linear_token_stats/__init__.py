@@ -12,7 +12,7 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics
-from mgrpo_kernels.ops.linear_token_stats import native, reference, triton
+from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.autocast import cast_weight
 from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Head
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
@@ -35,10 +35,14 @@ def linear_token_stats(
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     workspace_bytes: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
     backend: str | None = None,
     debug: bool = False,
 ) -> TokenStats:
     """Return :func:`token_stats_from_logits` of the logits that a head gives for `hidden`, in a bounded workspace.
+
+    With 16-bit operands the logits are those of a float32 head, at the speed of 16-bit matmuls: products of 16-bit numbers are exact in
+    float32, and the matmul's float32 sums are not rounded.
 
     x = hidden @ weight.T + bias;  y = logit_scale x, then softcap tanh(y / softcap);  z = y / temperature. The library's matmul
     fills one tile of logits at a time in a reused workspace; backward computes each tile again, turns it into its gradient
@@ -46,7 +50,7 @@ def linear_token_stats(
     computes in the autocast dtype, like ``torch.nn.functional.linear``, with autocast's own cast of the weight.
 
     The logits workspace is bounded by `workspace_bytes`, whatever the number of tokens, forward and backward. By default it takes at most
-    4 MiB in float32 and 8 MiB in 16 bits (native), 512 MiB (triton) or 64 MiB (reference).
+    4 MiB in float32, 8 MiB forward and 12 MiB backward in 16 bits (native), 512 MiB (triton) or 64 MiB (reference).
 
     Args:
         hidden: ``(..., H)`` float32, bfloat16 or float16 (float64 on the reference backend).
@@ -62,6 +66,8 @@ def linear_token_stats(
         vocab_start: vocabulary entry of this rank's first row. None asks the group, once a call (one small collective).
         workspace_bytes: bound of the logits workspace, at least 64 KiB; None takes the backend's own. The reference backend, which takes
             whole rows of logits, uses 28 bytes for each vocabulary entry (56 in float64) where that is more.
+        logits_dtype: dtype of the logits in the workspace where hidden and weight have 16 bits: float32, or their own, as a plain 16-bit
+            head has it. That halves the workspace and rounds each logit: between 16 and 32 by up to 0.06 in bfloat16.
         backend: ``reference``, ``native`` or ``triton``; None picks.
         debug: on a GPU, pay a host sync to raise for a bad label.
 
@@ -79,6 +85,7 @@ def linear_token_stats(
     mask = checks.check_mask("mask", mask, rows, hidden.device)
     number, per_row = checks.check_temperature(temperature, rows, hidden.device)
     check_head_options(logit_scale, softcap, workspace_bytes)
+    check_logits_dtype(logits_dtype, hidden.dtype)
     checks.check_flag("debug", debug)
     if not wanted.logprob:
         labels = None
@@ -92,13 +99,26 @@ def linear_token_stats(
     logprob, entropy, self_certainty, _, _ = linear_token_stats_op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels,
         None if mask is None else mask.reshape(-1), None if per_row is None else per_row.reshape(-1),
-        number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, debug, name,
+        number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype, debug, name,
     )  # fmt: skip
     return TokenStats(
         logprob.view(rows) if wanted.logprob else None,
         entropy.view(rows) if wanted.entropy else None,
         self_certainty.view(rows) if wanted.self_certainty else None,
     )
+
+
+@torch.no_grad()
+def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return raw logits ``(N, V)`` of a whole head as :func:`linear_token_stats` computes them, without a gradient.
+
+    For the few rows of which a sampler needs all logits. They are float32 (float64 for float64 operands); autocast casts the operands.
+    """
+    hidden, weight, bias = check_head(hidden, weight, bias)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = torch.empty(hidden.shape[0], weight.shape[0], device=hidden.device, dtype=wide)
+    tiled.accumulate(logits, hidden, weight.t(), first=True)
+    return logits if bias is None else logits.add_(bias)
 
 
 def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -131,6 +151,14 @@ def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> 
         checks.check_number("workspace_bytes", workspace_bytes, at_least=MIN_WORKSPACE)
 
 
+def check_logits_dtype(logits_dtype: Any, dtype: torch.dtype) -> None:
+    """Check the workspace's dtype against that of hidden and weight."""
+    if not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"logits_dtype: expected a torch.dtype, got {type(logits_dtype).__name__}")
+    if logits_dtype not in (torch.float32, dtype):
+        raise ValueError(f"logits_dtype: expected torch.float32 or hidden's dtype {dtype}, got {logits_dtype}")
+
+
 def check_tp_group(
     tp_group: dist.ProcessGroup | None, vocab_start: int | None, weight: Tensor
 ) -> tuple[str | None, int]:
@@ -160,6 +188,7 @@ def linear_token_stats_op(
     tp_group: str | None,
     vocab_start: int,
     workspace_bytes: int | None,
+    logits_dtype: torch.dtype,
     debug: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -168,7 +197,7 @@ def linear_token_stats_op(
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
     checks.check_temperature_values(temperature_per_row)
     per_token = temperature if temperature_per_row is None else temperature_per_row
-    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes)
+    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
     rows = kept_rows(mask)
     forward = backends.implementation(OP, backend).forward
     state = forward(take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows))
@@ -234,6 +263,7 @@ def linear_token_stats_backward_op(
     tp_group: str | None,
     vocab_start: int,
     workspace_bytes: int | None,
+    logits_dtype: torch.dtype,
     entropy: Tensor,
     logsumexp: Tensor,
     vocab: Tensor,
@@ -260,7 +290,7 @@ def linear_token_stats_backward_op(
         grad_logprob, grad_entropy, grad_self_certainty, entropy, vocab, mask, logsumexp
     )
     per_token = temperature if temperature_per_row is None else temperature_per_row
-    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes)
+    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
     rows = kept_rows(mask)
     kept = take(hidden, rows)
     if rows is None and mask is not None:
@@ -300,6 +330,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.tp_group,
         ctx.vocab_start,
         ctx.workspace,
+        ctx.logits_dtype,
         _,
         ctx.backend,
     ) = inputs
@@ -314,9 +345,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad[:3]
     results = linear_token_stats_backward_op(
         *grads[:3], hidden, weight, bias, labels, mask, per_row, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group,
-        ctx.vocab_start, ctx.workspace, entropy, logsumexp, vocab, *need, ctx.backend,
+        ctx.vocab_start, ctx.workspace, ctx.logits_dtype, entropy, logsumexp, vocab, *need, ctx.backend,
     )  # fmt: skip
-    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 11)
+    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 12)
 
 
 _autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backward, _setup_context)

@@ -100,13 +100,14 @@ def state_kernel(
 
 @triton.jit(do_not_specialize=["first", "coefficient_stride"])
 def gradient_kernel(
-    x, bias, labels, temperature, coefficients, logsumexp,
-    scale, logit_scale, softcap, first, width, row_stride, coefficient_stride, coefficient_row_stride,
+    x, out, bias, labels, temperature, coefficients, logsumexp,
+    scale, logit_scale, softcap, first, width, row_stride, out_stride, coefficient_stride, coefficient_row_stride,
     STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite a row of a tile of raw logits with its gradient."""
+    """Write the gradient of a row of a tile of raw logits to `out`, which may be the tile itself."""
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
+    out += row * out_stride
     place = coefficients + row * coefficient_row_stride
     alpha = tl.load(place)
     beta = tl.load(place + coefficient_stride)
@@ -114,9 +115,9 @@ def gradient_kernel(
     delta = tl.load(place + 3 * coefficient_stride)
     columns = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     if (alpha == 0.0) & (beta == 0.0) & (gamma == 0.0) & (delta == 0.0):  # masked: nothing of it is read
-        zeros = tl.zeros([STEPS, LANES], x.dtype.element_ty)
+        zeros = tl.zeros([STEPS, LANES], out.dtype.element_ty)
         for start in range(0, width, STEPS * LANES):
-            tl.store(x + start + columns, zeros, mask=start + columns < width)
+            tl.store(out + start + columns, zeros, mask=start + columns < width)
         return
     inverse = scale if temperature is None else scale / tl.load(temperature + row)
     lse = tl.load(logsumexp + row)
@@ -133,4 +134,4 @@ def gradient_kernel(
             grad = gradient(z, slope, column == hit, alpha, beta, gamma, delta, lse, inverse, logit_scale)
         else:
             grad = gradient(z, slope, None, alpha, beta, gamma, delta, lse, inverse, logit_scale)
-        tl.store(x + column, narrow(grad, x.dtype.element_ty), mask=inside)
+        tl.store(out + column, narrow(grad, out.dtype.element_ty), mask=inside)

@@ -26,8 +26,23 @@ def _row_blocks(hidden: Tensor, head: Head) -> Iterator[slice]:
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
-    x = torch.nn.functional.linear(hidden, head.weight, head.bias)
-    return x if x.dtype == torch.float64 else x.float()
+    """Return raw logits ``(n, V)`` of a block, float32 (float64 for float64 input), rounded to the head's `logits_dtype` on the way."""
+    if head.raw_dtype == hidden.dtype:
+        x = torch.nn.functional.linear(hidden, head.weight, head.bias)
+        return x if x.dtype == torch.float64 else x.float()
+    x = torch.empty(hidden.shape[0], head.weight.shape[0], device=hidden.device)
+    wide = hidden.float()
+    for columns in _column_blocks(head):
+        torch.mm(wide, head.weight[columns].float().t(), out=x[:, columns])
+    return x if head.bias is None else x.add_(head.bias.float())
+
+
+def _column_blocks(head: Head) -> Iterator[slice]:
+    """Cut the vocabulary so that the float32 copy of a part of a 16-bit weight stays small."""
+    vocab, width = head.weight.shape
+    at_once = max(1, WIDENED // max(1, width)) if head.weight.element_size() == 2 else vocab
+    for start in range(0, vocab, at_once):
+        yield slice(start, min(start + at_once, vocab))
 
 
 def _rows(value: float | Tensor, block: slice) -> float | Tensor:
@@ -74,9 +89,8 @@ def backward(
         )
         grad_x = transform_gradient(grad_z, x, head, temperature)  # (n, V)
         if grad_hidden is not None:
-            at_once = head.weight.shape[0] if head.weight.dtype == wide else max(1, WIDENED // head.weight.shape[1])
-            for part, rows_of_weight in zip(grad_x.split(at_once, 1), head.weight.split(at_once), strict=True):
-                grad_hidden[block].addmm_(part, rows_of_weight.to(wide))
+            for columns in _column_blocks(head):
+                grad_hidden[block].addmm_(grad_x[:, columns], head.weight[columns].to(wide))
         if grad_weight is not None:
             grad_weight.addmm_(grad_x.T, hidden[block].to(wide))
         if grad_bias is not None:

@@ -23,6 +23,12 @@ class Head(NamedTuple):
     softcap: float | None
     vocab_start: int  # vocabulary entry of the weight's first row
     workspace_bytes: int | None  # None: the backend's own choice
+    logits_dtype: torch.dtype = torch.float32  # of raw logits in the workspace, where hidden and weight have 16 bits
+
+    @property
+    def raw_dtype(self) -> torch.dtype:
+        """The dtype in which raw logits are kept: `logits_dtype` with 16-bit operands, else that of the operands."""
+        return self.logits_dtype if self.weight.element_size() == 2 else self.weight.dtype
 
 
 def transform(x: Tensor, head: Head, temperature: float | Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """The fused head over tiles of logits: the loop that the native and the Triton backend share.
 
 The library's matmul fills one tile ``(rows, columns)`` of raw logits in a reused workspace, and a backend's pass goes over it
-while it is in cache: :meth:`Passes.state` folds it into the rows' statistics, :meth:`Passes.gradient_` turns it into its own gradient.
+while it is in cache: :meth:`Passes.state` folds it into the rows' statistics, :meth:`Passes.gradient` computes its gradient.
+
+A product of two 16-bit numbers is exact in float32, so 16-bit operands with a float32 tile give the logits of a float32 head at the
+speed of a 16-bit matmul. Their gradient is rounded to 16 bits, since it is an operand of the two matmuls that follow.
 """
 
 from __future__ import annotations
@@ -25,33 +28,49 @@ ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows 
 # Elements of a product from which a GPU's matmul has no reason to split the inner dimension among its multiprocessors and to
 # add up the pieces in 16 bits, as it may where PyTorch's allow_bf16_reduced_precision_reduction, or that of fp16, is set (the default).
 UNSPLIT_FROM = 2**25
+GRADIENT_COLUMNS = (
+    16384  # of a block of rows whose logits are kept in float32: so many have their 16-bit gradient at one time
+)
 WIDENED_BYTES = 4 * 2**20  # of float32 copies, where no matmul of 16-bit factors has a float32 result
 
 
 class Passes:
-    """What a backend does with a tile. A backend writes :meth:`state` and :meth:`gradient_`; the matmuls are the library's."""
+    """What a backend does with a tile. A backend writes :meth:`state` and :meth:`gradient`; the matmuls are the library's."""
 
     padding = 1  # a tile's row stride is a multiple of this many elements
+    in_registers = False  # True if :meth:`fill_gradient` needs no tile of raw logits
 
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold raw logits x ``(n, C)`` into the running ``state`` ``(6, n)`` float32 (any strides). `head` is sliced to the tile."""
         raise NotImplementedError
 
-    def gradient_(self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
-        """Overwrite raw logits x ``(n, C)`` with their gradient, of coefficients ``(4, n)`` and logsumexp ``(n,)`` float32."""
+    def gradient(
+        self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor, out: Tensor
+    ) -> None:
+        """Write the gradient of raw logits x ``(n, C)`` to `out`, which may be x itself.
+
+        `coefficients` ``(4, n)`` and `logsumexp` ``(n,)`` are float32.
+        """
         raise NotImplementedError
 
     def fill(self, x: Tensor, hidden: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Write the raw logits of `hidden` ``(n, H)`` to x ``(n, C)`` and fold them into the running state."""
-        torch.mm(hidden, head.weight.t(), out=x)
+        accumulate(x, hidden, head.weight.t(), first=True)
         self.state(x, head, labels, state)
 
     def fill_gradient(
-        self, x: Tensor, hidden: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor | None,
+        coefficients: Tensor,
+        logsumexp: Tensor,
+        out: Tensor,
     ) -> None:
-        """Write the gradient of the raw logits of `hidden` ``(n, H)`` to x ``(n, C)``."""
-        torch.mm(hidden, head.weight.t(), out=x)
-        self.gradient_(x, head, labels, coefficients, logsumexp)
+        """Write the gradient of the raw logits of `hidden` ``(n, H)`` to `out` ``(n, C)``; x holds the logits, and may be `out`."""
+        accumulate(x, hidden, head.weight.t(), first=True)
+        self.gradient(x, head, labels, coefficients, logsumexp, out)
 
 
 class TileShape(NamedTuple):
@@ -60,14 +79,33 @@ class TileShape(NamedTuple):
     rows: int
     columns: int
 
-    def within(self, workspace_bytes: int | None, element_size: int) -> TileShape:
+    def within(self, workspace_bytes: int | None, element_bytes: int) -> TileShape:
         """Return a shape that keeps to `workspace_bytes`: first fewer columns, down to 256, then fewer rows. None: this one."""
         if workspace_bytes is None:
             return self
-        elements = max(1, workspace_bytes // element_size)
+        elements = max(1, workspace_bytes // element_bytes)
         columns = max(1, min(self.columns, max(256, elements // self.rows), elements))
         columns = columns - columns % ALIGNED if columns > ALIGNED else columns
         return TileShape(max(1, min(self.rows, elements // columns)), columns)
+
+
+def gradient_dtype(head: Head) -> torch.dtype:
+    """Return the dtype of a tile's gradient: the operands', or float32 where a matmul would convert 16-bit operands anyway."""
+    weight = head.weight
+    if head.raw_dtype == weight.dtype or multiplies_16_bits(weight.device, weight.dtype):
+        return weight.dtype
+    return head.raw_dtype
+
+
+def needs_two_tiles(head: Head, passes: Passes) -> bool:
+    """Return whether the gradient of a tile cannot take the place of its raw logits, because they have another dtype."""
+    return head.raw_dtype != gradient_dtype(head) and not passes.in_registers
+
+
+def backward_bytes(head: Head, passes: Passes) -> int:
+    """Return how many bytes of workspace an element of the backward pass's tile takes."""
+    size = gradient_dtype(head).itemsize
+    return size + head.raw_dtype.itemsize if needs_two_tiles(head, passes) else size
 
 
 def spans(total: int, size: int, multiple: int = 1) -> Iterator[slice]:
@@ -102,14 +140,14 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     A float32 total of 16-bit factors is summed in float32: no product is rounded to 16 bits before it is added. One step's gradient
     would look as exact with rounded products, but over dozens of steps their errors add up and the entropy drifts.
     """
-    if a.dtype == total.dtype:
+    if a.dtype == b.dtype == total.dtype:
         torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
-    elif multiplies_into_float32(a.device, a.dtype):
+    elif a.dtype == b.dtype and multiplies_into_float32(a.device, a.dtype):
         if first:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif not (a.device.type == "cpu" and native_accumulate(total, a, b, first)):
+    elif not (a.device.type == "cpu" and a.dtype == b.dtype and native_accumulate(total, a, b, first)):
         accumulate_widened(total, a, b, first)
 
 
@@ -124,6 +162,15 @@ def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):  # NotImplementedError, where the operator is missing, is a RuntimeError
         return False
     return True
+
+
+@functools.cache
+def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether :func:`accumulate` multiplies operands of this 16-bit dtype as they are, without converting them first."""
+    if multiplies_into_float32(device, dtype):
+        return True
+    factor = torch.ones(16, 16, device=device, dtype=dtype)
+    return device.type == "cpu" and native_accumulate(torch.empty(16, 16), factor, factor, first=True)
 
 
 def native_accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
@@ -158,7 +205,8 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, s
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)``. Weights are the outer loop: each is read once."""
     number, vocab = hidden.shape[0], head.weight.shape[0]
     state = empty_state(number, hidden.device)
-    workspace = _workspace(hidden, min(shape.rows, number), min(shape.columns, vocab), passes.padding)
+    rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
+    workspace = _workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     for columns in spans(vocab, shape.columns, ALIGNED):
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
@@ -186,17 +234,22 @@ def backward(
     sums = _Sums(hidden, head, need)
     weight = _result(hidden, head) if need[1] else None
     partial: Tensor | None = None
-    workspace = _workspace(hidden, min(shape.rows, number), min(shape.columns, vocab), passes.padding)
+    rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
+    gradients = _workspace(hidden, rows_at_once, columns_at_once, passes.padding, gradient_dtype(head))
+    logits = gradients
+    if needs_two_tiles(head, passes):
+        logits = _workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     for columns in spans(vocab, shape.columns, ALIGNED):
         total = None if weight is None else weight[columns]
         one_matmul = number <= shape.rows and total is not None and rounds_once(total.shape, total.device, total.dtype)
+        one_matmul = one_matmul and gradient_dtype(head) == hidden.dtype
         if total is not None and total.dtype != torch.float32 and not one_matmul:
             if partial is None or partial.shape != total.shape:
                 partial = torch.empty(total.shape, device=total.device)
             total = partial
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
-            x = _tile(workspace, rows, columns, passes.padding)
+            x, grad = (_tile(each, rows, columns, passes.padding) for each in (logits, gradients))
             passes.fill_gradient(
                 x,
                 hidden[rows],
@@ -204,10 +257,11 @@ def backward(
                 None if labels is None else labels[rows],
                 coefficients[:, rows],
                 logsumexp[rows],
+                grad,
             )
-            sums.add(x, tile_head.weight, rows, columns)
+            sums.add(grad, tile_head.weight, rows, columns)
             if total is not None:
-                accumulate(total, x.t(), hidden[rows], first=rows.start == 0)
+                accumulate(total, grad.t(), hidden[rows], first=rows.start == 0)
         if weight is not None and partial is not None and total is partial and number:
             weight[columns].copy_(partial)
     return sums.hidden, weight, sums.bias_in(hidden.dtype)
@@ -232,16 +286,27 @@ def forward_backward(
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
     stride = _padded(vocab, passes.padding)
-    fitting = max(1, (head.workspace_bytes or workspace_bytes) // (stride * hidden.element_size()))
+    in_place = head.raw_dtype == gradient_dtype(head)
+    gradient_columns = min(vocab, columns_at_once if in_place else min(columns_at_once, GRADIENT_COLUMNS))
+    row_bytes = stride * head.raw_dtype.itemsize
+    if not in_place:
+        row_bytes += _padded(gradient_columns, passes.padding) * hidden.element_size()
+    fitting = max(1, (head.workspace_bytes or workspace_bytes) // row_bytes)
     weight = _result(hidden, head) if need[1] else None
     total, workspace = weight, None
     several = number > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device, hidden.dtype))
+    several = several or gradient_dtype(head) != hidden.dtype
     if weight is not None and weight.dtype != torch.float32 and several:
         total = torch.empty(weight.shape, device=weight.device)
-        if weight.numel() // stride > fitting:
-            workspace, fitting = weight.view(-1), weight.numel() // stride
+        room = weight.numel() * weight.element_size() // head.raw_dtype.itemsize
+        if room // stride > fitting:
+            workspace, fitting = weight.view(-1).view(torch.uint8)[: room * head.raw_dtype.itemsize], room // stride
+            workspace = workspace.view(head.raw_dtype)
     if workspace is None:
-        workspace = _workspace(hidden, min(fitting, number), vocab, passes.padding)
+        workspace = _workspace(hidden, min(fitting, number), vocab, passes.padding, head.raw_dtype)
+    gradients = None
+    if not in_place:
+        gradients = _workspace(hidden, min(fitting, number), gradient_columns, passes.padding, hidden.dtype)
     sums = _Sums(hidden, head, need)
     for rows in spans(number, fitting, ALIGNED):
         state = empty_state(rows.stop - rows.start, hidden.device)
@@ -252,12 +317,15 @@ def forward_backward(
         statistics = _statistics.finish(state, labels[rows])
         coefficients = coefficients_of(rows, statistics)
         for columns in spans(vocab, columns_at_once, ALIGNED):
-            tile_head = of_tile(head, rows, columns)
-            x = _tile(workspace, rows, columns, passes.padding, keep=True)
-            passes.gradient_(x, tile_head, labels[rows], coefficients, statistics.logsumexp)
-            sums.add(x, tile_head.weight, rows, columns)
-            if total is not None:
-                accumulate(total[columns], x.t(), hidden[rows], first=rows.start == 0)
+            tile = _tile(workspace, rows, columns, passes.padding, keep=True)
+            for part in spans(columns.stop - columns.start, gradient_columns, ALIGNED):
+                span = slice(columns.start + part.start, columns.start + part.stop)
+                tile_head, x = of_tile(head, rows, span), tile[:, part]
+                grad = x if gradients is None else _tile(gradients, rows, span, passes.padding)
+                passes.gradient(x, tile_head, labels[rows], coefficients, statistics.logsumexp, grad)
+                sums.add(grad, tile_head.weight, rows, span)
+                if total is not None:
+                    accumulate(total[span], grad.t(), hidden[rows], first=rows.start == 0)
     if weight is not None and total is not None and total is not weight:
         weight.copy_(total)
     return sums.hidden, weight, sums.bias
@@ -267,8 +335,8 @@ def _padded(width: int, padding: int) -> int:
     return -(-width // padding) * padding
 
 
-def _workspace(hidden: Tensor, rows: int, columns: int, padding: int) -> Tensor:
-    return hidden.new_empty(rows * _padded(columns, padding))
+def _workspace(hidden: Tensor, rows: int, columns: int, padding: int, dtype: torch.dtype) -> Tensor:
+    return hidden.new_empty(rows * _padded(columns, padding), dtype=dtype)
 
 
 def _tile(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep: bool = False) -> Tensor:

@@ -35,21 +35,25 @@ class GpuPasses(tiled.Passes):
             PLAIN=plain, STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
         )  # fmt: skip
 
-    def gradient_(self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor) -> None:
-        """Overwrite the tile with its gradient."""
+    def gradient(
+        self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor, out: Tensor
+    ) -> None:
+        """Write the gradient of the tile to `out`."""
         from mgrpo_kernels.ops.linear_token_stats import _triton_kernels as kernels
 
         tile = row_tile(x.shape[1], x.element_size(), *tuning.of(x.device).tile_gradient)
         launch(
             kernels.gradient_kernel, (x.shape[0],), x,
-            x, head.bias, _contiguous(labels), *_numbers(head, coefficients, logsumexp.contiguous()),
-            x.shape[1], x.stride(0), *coefficients.stride(),
+            x, out, head.bias, _contiguous(labels), *_numbers(head, coefficients, logsumexp.contiguous()),
+            x.shape[1], x.stride(0), out.stride(0), *coefficients.stride(),
             STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
 class FusedPasses(GpuPasses):
     """Our own matmul, which folds each tile of logits into the statistics before it leaves the registers."""
+
+    in_registers = True
 
     def fill(self, x: Tensor | None, hidden: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the logits into the running state, and with `x` write them there too."""
@@ -66,13 +70,20 @@ class FusedPasses(GpuPasses):
         )  # fmt: skip
 
     def fill_gradient(
-        self, x: Tensor, hidden: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor | None,
+        coefficients: Tensor,
+        logsumexp: Tensor,
+        out: Tensor,
     ) -> None:
-        """Write the gradient of the logits to `x`."""
+        """Write the gradient of the logits to `out`; the logits themselves are not stored."""
         from mgrpo_kernels.ops.linear_token_stats import _fused_triton_kernels as kernels
 
-        sizes = (hidden.shape[0], head.weight.shape[0], hidden.shape[1], x.stride(0), *coefficients.stride())
-        tensors = (_contiguous(labels), x, coefficients, logsumexp.contiguous())
+        sizes = (hidden.shape[0], head.weight.shape[0], hidden.shape[1], out.stride(0), *coefficients.stride())
+        tensors = (_contiguous(labels), out, coefficients, logsumexp.contiguous())
         self._launch(kernels.gradient_kernel, hidden, head, tensors, sizes)
 
     @staticmethod
@@ -121,7 +132,7 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     tuned = tuning.of(hidden.device)
     passes = passes_of(hidden, head)
     if not isinstance(passes, FusedPasses):
-        shape = tiled.TileShape(*tuned.forward_tile).within(head.workspace_bytes, hidden.element_size())
+        shape = tiled.TileShape(*tuned.forward_tile).within(head.workspace_bytes, head.raw_dtype.itemsize)
         return tiled.forward(hidden, head, labels, passes, shape)
     state = tiled.empty_state(hidden.shape[0], hidden.device)
     row_bytes = -(-head.weight.shape[0] // tuned.fused_tile[1]) * 5 * 4  # of the tiles' states
@@ -142,11 +153,11 @@ def backward(
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     passes = passes_of(hidden, head)
-    shape = backward_shape(hidden, head)
+    shape = backward_shape(hidden, head, passes)
     return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape)
 
 
-def backward_shape(hidden: Tensor, head: Head) -> tiled.TileShape:
+def backward_shape(hidden: Tensor, head: Head, passes: GpuPasses) -> tiled.TileShape:
     """Return the tile of backward: as much of the logits as the workspace holds, with all rows if they leave it wide enough.
 
     Each span of columns reads and writes the float32 gradient of the hidden states once, and each span of rows, where there are
@@ -154,4 +165,4 @@ def backward_shape(hidden: Tensor, head: Head) -> tiled.TileShape:
     """
     tuned = tuning.of(hidden.device)
     shape = tiled.TileShape(min(max(1, hidden.shape[0]), tuned.backward_rows), head.weight.shape[0])
-    return shape.within(head.workspace_bytes or tuned.workspace_bytes, hidden.element_size())
+    return shape.within(head.workspace_bytes or tuned.workspace_bytes, tiled.backward_bytes(head, passes))

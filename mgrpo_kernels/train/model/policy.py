@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from mgrpo_kernels.lm_head import lm_head
+from mgrpo_kernels.ops.linear_token_stats import float32_logits
 from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model import attention
@@ -118,9 +119,8 @@ class Policy:
         return f"packed without padding, each prompt once for all its responses; attention: {kernel}{calls}"
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits ``(N, V)`` of hidden states ``(N, H)``."""
-        weight, bias = self.head()
-        logits = torch.nn.functional.linear(hidden, weight, bias)
+        """Return logits ``(N, V)`` of hidden states ``(N, H)``, float32 as those of the fused head that scores the tokens."""
+        logits = float32_logits(hidden, *self.head())
         scale, cap = self.head_options
         if scale != 1.0:
             logits = logits * scale
@@ -164,7 +164,7 @@ class Policy:
         return DynamicCache(config=self.model.config)
 
     def next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Extend `cache` by ids ``(B, L)``; return the logits ``(B, V)`` of the next token.
+        """Extend `cache` by ids ``(B, L)``; return the float32 logits ``(B, V)`` of the next token.
 
         Args:
             ids: left-padded token ids.
@@ -172,16 +172,10 @@ class Policy:
             positions: ``(B, L)`` positions of the tokens.
             cache: key-value cache, which is extended in place.
         """
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_name: cache},
+        out = self.model.get_decoder()(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{self._cache_name: cache}
         )
-        logits: Tensor = out.logits
-        return logits[:, -1]
+        return self.logits(out.last_hidden_state[:, -1])
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""

@@ -167,11 +167,11 @@ def cache_bytes(options: ModelConfig, model: Model, work: Work, batch: Batch) ->
 def logits_bytes(options: ModelConfig, model: Model, work: Work, batch: Batch) -> int:
     """Return the size of the collected logits, twice while they are concatenated, of a token's logits, and of the noise."""
     U, copies, c = batch.prompts, batch.copies, width_of(options)
-    one = U * copies * model.vocabulary
-    waiting = min(one * c * work.response_tokens, LOGITS_BYTES + one * c)
+    one = U * copies * model.vocabulary  # float32 logits
+    waiting = min(one * 4 * work.response_tokens, LOGITS_BYTES + one * 4)
     noise = 4 * one * noise_steps(copies, model.vocabulary, work.response_tokens)
     attended = 2 * U * copies * (2 * model.keys * c + 3 * 4 * model.heads) * (work.prompt_tokens + work.response_tokens)
-    return 2 * waiting + noise + noise // U + one * (4 + c) + attended
+    return 2 * waiting + noise + noise // U + one * (4 + 4) + attended
 
 
 def noise_steps(copies: int, vocabulary: int, tokens: int) -> int:

@@ -273,6 +273,7 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
     cache_gib = 1.0 if on_cpu and options.vllm_cache_gib is None else options.vllm_cache_gib
     model_config = copy.deepcopy(policy.model.config)
     model_config.architectures = [type(policy.model).__name__]
+    model_config.head_dtype = "float32"  # as the trainer's logits
     if unties(policy):
         model_config.tie_word_embeddings = False
     dtype: Any = str(policy.dtype).removeprefix("torch.")

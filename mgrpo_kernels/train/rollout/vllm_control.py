@@ -179,13 +179,15 @@ def check_server(url: str, policy: Policy, version: str, longest: int, control: 
         want("enable_chunked_prefill", False, setting("scheduler_config", "enable_chunked_prefill", kind=bool), START)
     length = setting("model_config", "max_model_len", kind=int)
     want("--max-model-len", f"at least {longest}, prompt and response,", length, "start it so", met=length >= longest)
-    own = sizes_of(policy.model.config.get_text_config())
+    own = sizes_of(policy.model.config.get_text_config()) | {"head_dtype": "float32"}
     for theirs in field(url, control.one(url, "collective_rpc", {"method": "mgrpo_model"}), "results", kind=list):
         if not isinstance(theirs, dict):
             raise ServerError(f"{url}: expected the sizes of a model, got {shown(repr(theirs))}")
         for name, value in own.items():
             if name == "tie_word_embeddings" and on_cpu:  # vLLM 0.32 does not pack a tied head again
                 want(name, False, theirs.get(name), START)
+            elif name == "head_dtype":
+                want("--hf-overrides with head_dtype", value, theirs.get(name), START)
             else:
                 want(f"the policy's {name}", value, theirs.get(name, value), "start it with the policy's model")
     return on_cpu, transfer

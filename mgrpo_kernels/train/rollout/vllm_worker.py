@@ -35,8 +35,13 @@ class Extension:
     model_config: Any
 
     def mgrpo_model(self) -> dict[str, Any]:
-        """Return what the model's weights follow from."""
-        return sizes_of(self.model_config.hf_text_config)
+        """Return what the model's weights follow from, and the dtype of its logits."""
+        return sizes_of(self.model_config.hf_text_config) | {"head_dtype": dtype_name(self.model_config.head_dtype)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without the module's."""
+    return str(dtype).removeprefix("torch.")
 
 
 def sizes_of(config: Any) -> dict[str, Any]:
