@@ -1,6 +1,7 @@
 """From hidden states to the loss: the fused form, the composed form and plain PyTorch give the same."""
 
 import logging
+import traceback
 from unittest import mock
 
 import pytest
@@ -243,11 +244,14 @@ def test_the_gradient_to_be_returned_holds_the_logits(scale):
             hidden, weight, labels, old, advantages, loss_type="dapo", workspace_bytes=SMALL, backend="triton"
         ).loss
 
+    made, workspace = [], tiled._workspace
     with (
         poisoned_memory(),
-        mock.patch.object(tiled, "_workspace", side_effect=AssertionError("no workspace is needed")),
+        mock.patch.object(tiled, "_workspace", lambda *arguments: made.append(workspace(*arguments)) or made[-1]),
     ):
         got = gradients(torch.bfloat16, fused)
+    assert {each.dtype for each in made} == {torch.bfloat16}  # for the 16-bit gradient of the logits alone
+    assert all(each.nbytes <= SMALL for each in made)
     plain, truth = gradients(torch.bfloat16, eager), gradients(torch.float64, eager)
     for mine, theirs, true in zip(got, plain, truth, strict=True):
         assert_no_worse_than_plain(mine, theirs, true)
@@ -256,13 +260,19 @@ def test_the_gradient_to_be_returned_holds_the_logits(scale):
 @each_backend(OP)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_inputs_are_checked_once_and_the_backend_is_chosen_once(backend, level):
-    data = batch()
+    """At the public boundary; what an op checks in case that it is called directly comes besides."""
+    data, names, check_tensor = batch(), [], checks.check_tensor
+
+    def check(name, *arguments, **options):
+        if not any(frame.name.endswith("_op") for frame in traceback.extract_stack()):
+            names.append(name)
+        return check_tensor(name, *arguments, **options)
+
     with (
-        mock.patch.object(checks, "check_tensor", wraps=checks.check_tensor) as check,
+        mock.patch.object(checks, "check_tensor", check),
         mock.patch.object(backends, "choose", wraps=backends.choose) as choose,
     ):
         run(data, backend=backend, importance_level=level)
-    names = [call.args[0] for call in check.call_args_list]
     once = "hidden weight bias labels old_logprobs mask advantages ref_logprobs behaviour_logprobs entropy"
     # "labels" stands for themselves, and for the log-probs that they are going to have.
     assert sorted(names) == sorted([*once.split(), "labels"])

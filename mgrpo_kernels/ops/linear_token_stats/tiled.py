@@ -291,7 +291,8 @@ def forward_backward(
     row_bytes = stride * head.raw_dtype.itemsize
     if not in_place:
         row_bytes += _padded(gradient_columns, passes.padding) * hidden.element_size()
-    fitting = max(1, (head.workspace_bytes or workspace_bytes) // row_bytes)
+    bound = head.workspace_bytes or workspace_bytes
+    fitting = max(1, bound // row_bytes)
     weight = _result(hidden, head) if need[1] else None
     total, workspace = weight, None
     several = number > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device, hidden.dtype))
@@ -306,6 +307,9 @@ def forward_backward(
         workspace = _workspace(hidden, min(fitting, number), vocab, passes.padding, head.raw_dtype)
     gradients = None
     if not in_place:
+        if total is not weight:  # as many rows as the weight's gradient holds: the columns keep to the bound
+            fitting_columns = bound // (max(1, min(fitting, number)) * hidden.element_size())
+            gradient_columns = max(1, min(gradient_columns, fitting_columns - fitting_columns % ALIGNED))
         gradients = _workspace(hidden, min(fitting, number), gradient_columns, passes.padding, hidden.dtype)
     sums = _Sums(hidden, head, need)
     for rows in spans(number, fitting, ALIGNED):
