@@ -177,3 +177,20 @@ def test_a_vote_over_a_sentence_after_the_answer_reflects_the_numbers():
 )
 def test_a_cut_response_has_no_open_ended_answer(text, answer):
     assert closed_answer(extract_answer, text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 42, since 6 * 7 = 42.", "42"),
+        ("The answer is 1,234, since it is.", "1,234"),
+        ("The answer is (1,2), as shown.", "(1,2)"),
+        ("The answer is $0.5$, since", "0.5"),
+        ("Answer: 0.5;", "0.5"),
+        ("The answer is 3: see above", "3"),
+        ("The answer is 5 - see above", "5"),
+    ],
+)
+def test_the_text_of_an_answer_ends_without_the_punctuation_after_it(text, answer):
+    """Votes by exact text compare it as it is."""
+    assert extract_answer(text) == answer

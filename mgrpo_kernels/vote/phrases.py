@@ -23,6 +23,7 @@ _CHANGES = re.compile(
     r"base|in\s+base|west|east|north|south|and\s+a\s+half)(?![\w'])|(?!-\s[A-Za-z]{3,})[-+*/^=<>:%!_]|\\)",
     re.IGNORECASE,
 )
+_DASH = re.compile(r"\s[-\u2013\u2014]\s[A-Za-z]{3,}")  # 5 - see above
 _COUNTS_AGAIN = re.compile(r"\s+[A-Za-z]+(?:\s[A-Za-z]+)?\s*(?:,|,?\s*and|&)\s*[\d$\\]")
 _WORDS = re.compile(
     r"(?:yes|no|true|false|none|never|always|impossible|undefined|even|odd|infinity|infinite|no\s+(?:real\s+)?solutions?|does\s+not\s+exist|"
@@ -78,7 +79,7 @@ def value_at_start(line: str, *, whole: bool = False) -> str | None:
     sentence = rest if end is None else rest[: end.start()]
     if end is not None and end[0] == "!" and rest[end.end() : end.end() + 1] == ".":
         sentence += "!"
-    sentence = without_delimiters(sentence)
+    sentence = without_delimiters(sentence.rstrip(",;: "))
     if whole and end is not None and rest[end.end() :].strip(" *_$.!"):
         return None
     return _choice(rest, whole) or _longest(sentence, whole) or _words(sentence)
@@ -114,8 +115,8 @@ def _cut(sentence: str, whole: bool, shortest: int = 0) -> str | None:
     """Return the longest value that ends where a word does; None where what follows would change its meaning."""
     cuts = [match.start() for match in _WORD_END.finditer(sentence[:200]) if match.start() > shortest][:_MAX_CUTS]
     for cut in reversed(cuts):
-        value, rest = without_delimiters(sentence[:cut]), sentence[cut:]
-        if not value or not is_value(value) or re.fullmatch(r"[A-Za-z]{1,2}", value):
+        value, rest = without_delimiters(sentence[:cut].rstrip(",;: ")), sentence[cut:]
+        if not value or not is_value(value) or re.fullmatch(r"[A-Za-z]{1,2}", value) or _DASH.search(value):
             continue
         if _COUNTS_AGAIN.match(rest):  # 3 apples and 4 oranges
             return sentence if len(sentence.split()) <= 8 else None
