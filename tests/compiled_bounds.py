@@ -46,6 +46,9 @@ def bytes_of(key):
     """Return the bytes loaded and stored for each element, of a streaming kernel's key."""
     kernel, _, rest = key.partition(", ")
     size = 4 if rest.startswith("float32") else 2
+    if kernel.startswith("linear_token_stats."):
+        logits = size if "in 16 bits" in rest else 4
+        return logits, size if kernel.endswith("gradient_kernel") else 0
     if kernel != "ema.update_kernel":
         return size, size if kernel.split(".")[-1] in ("backward_kernel", "gradient_kernel") else 0
     ema, param = (4 if f"{word}float32" in rest else 2 for word in (": ", "from "))

@@ -23,7 +23,8 @@ CSRC = Path(__file__).parents[1] / "csrc" / "cpu"
 FUNCTIONS = [policy_loss, grpo_loss, linear_policy_loss]
 BEFORE = "mask=None, cu_seqlens=None, ref_logprobs=None, entropy=None, behaviour_logprobs=None"
 HEAD = (
-    "bias=None, temperature=1.0, logit_scale=1.0, softcap=None, workspace_bytes=None, tp_group=None, vocab_start=None"
+    "bias=None, temperature=1.0, logit_scale=1.0, softcap=None, workspace_bytes=None, "
+    "logits_dtype=torch.float32, tp_group=None, vocab_start=None"
 )
 CONTRACT = """loss_type='grpo', importance_level='token', clip_low=0.2, clip_high=0.2, clip_delta=None, kl_coef=0.0, kl_estimator='k3',
 kl_bias_correction=False, entropy_coef=0.0, behaviour_mode='token_truncate', behaviour_cap=2.0, cispo_cap=5.0,
@@ -120,7 +121,7 @@ def test_the_native_kernel_reads_every_number_into_the_field_of_its_name():
     pairs = re.findall(r'\.(\w+) = \{number\("(\w+)"\), number\("(\w+)"\)\}', source)
     assert all(field == name for field, name in read.items())
     assert all((high, low) == (f"{field}_high", f"{field}_low") for field, high, low in pairs)
-    names = {*read, *(name for _, *both in pairs for name in both), *re.findall(r'numbers\.at\("(\w+)"\)', source)}
+    names = {*read, *(name for _, *both in pairs for name in both), *re.findall(r'entry\(numbers, "(\w+)"\)', source)}
     assert names == set(scalars(LossOptions()))
     struct = re.search(r"struct PolicyLossOptions \{(.*?)\n\};", (CSRC / "policy_loss.h").read_text(), re.DOTALL).group(
         1
@@ -224,7 +225,7 @@ def test_every_surrogate_is_in_every_backend():
     wanted = {row.surrogate.name for row in LOSSES.values()}
     assert set(reference.SURROGATES) == wanted
     assert set(re.findall(r'is\(surrogate, "(\w+)"\)', (CSRC / "policy_loss_kernel.cpp").read_text())) == wanted
-    kernels = (Path(reference.__file__).parent / "_triton_kernels.py").read_text()
+    kernels = (Path(reference.__file__).parent / "_term_triton_kernels.py").read_text()
     assert set(re.findall(r'SURROGATE == "(\w+)"', kernels)) == wanted
     assert all(set(row.surrogate.options) <= {each.name for each in DECLARED} for row in LOSSES.values())
 

@@ -172,13 +172,13 @@ def test_order_of_an_exchange(servers: VllmServers, urls: list[str], monkeypatch
 
 def test_how_many_servers_makes_no_difference(policy: Policy, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    complete = module.complete
+    complete = vllm_batch.complete
 
-    async def counted(client: Any, url: str, request: dict[str, Any]) -> Any:
+    async def counted(client: Any, url: str, *rest: Any) -> Any:
         asked.append(url)
-        return await complete(client, url, request)
+        return await complete(client, url, *rest)
 
-    monkeypatch.setattr(module, "complete", counted)
+    monkeypatch.setattr(vllm_batch, "complete", counted)
     both = connect(policy, urls)
     asked.clear()
     want = draw(both)

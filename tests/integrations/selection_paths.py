@@ -65,7 +65,15 @@ def cases(*, momentum: bool) -> list[Case]:
     def possible(method: str) -> bool:
         return momentum or not (METHODS[method].voters == "momentum" or METHODS[method].needs_self_certainty)
 
-    found = [make_case(G, method=method, **none) for method in METHODS if possible(method) for G in (3, 5, 8)]
+    def few_votes(method: str) -> dict[str, Any]:  # of three rollouts one is the momentum model's, which alone votes
+        return {"min_votes": 1} if METHODS[method].voters == "momentum" else {}
+
+    found = [
+        make_case(G, method=method, **few_votes(method), **none)
+        for method in METHODS
+        if possible(method)
+        for G in (3, 5, 8)
+    ]
     found += [
         make_case(7, method=method, iqr_filter=True, **none, **more)
         for method, more in (
@@ -209,6 +217,9 @@ def by_trl(case: Case, trainer: Any, monkeypatch: Any) -> Found:
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", sample)
     monkeypatch.setattr(module, "completion_stats", completion_stats)
     monkeypatch.setattr(module.MGRPOTrainer, "_select", lambda *a: caught.append(select(*a)) or caught[-1])
+    monkeypatch.setattr(
+        module.MGRPOTrainer, "_is_finished", lambda *_: True
+    )  # as in the other paths, no response is cut
     trainer.model.train()
     answers = gold(case)
     rows = [{"prompt": f"{i // case.G}+{i // case.G}=", "answer": answers[i]} for i in range(P * case.G)]

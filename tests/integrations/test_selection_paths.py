@@ -90,14 +90,15 @@ def test_a_trainer_that_deviates_is_found(both: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("method", METHODS)
 def test_trl_and_our_trainer_divide_a_group_alike(tmp_path: Any, method: str) -> None:
     for G in range(2, 20):
-        settings = tiny_trl.settings(tmp_path, num_generations=G, per_device_train_batch_size=G, method=method)
+        votes = {"min_votes": 1}  # co_rewarding's labels take as many momentum rollouts as votes
+        settings = tiny_trl.settings(tmp_path, num_generations=G, per_device_train_batch_size=G, method=method, **votes)
         if G == 2 and METHODS[method].momentum_share:
             with pytest.raises(UsageError, match=f"rollouts: expected at least 3 with method {method}"):
-                build({"method": method, "rollouts": G})
+                build({"method": method, "rollouts": G, **votes})
             with pytest.raises(ValueError, match=f"rollouts: expected at least 3 with method {method}"):
                 MGRPOConfig(**settings)
             continue
-        ours = build({"method": method, "rollouts": G}).momentum_rollouts
+        ours = build({"method": method, "rollouts": G, **votes}).momentum_rollouts
         assert ours == MGRPOConfig(**settings).momentum_rollouts
         assert ours == (G // 2 if METHODS[method].momentum_share else 0)
         assert G - ours >= 2

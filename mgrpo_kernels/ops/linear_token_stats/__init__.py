@@ -18,6 +18,9 @@ from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Head
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
 OP = "linear_token_stats"
+LOGITS_COLUMNS = (
+    4096  # of whole logits on a CPU at once: what a 16-bit matmul rearranges of the weight stays in the cache
+)
 backends.register(OP, reference=reference, native=native, triton=triton)
 
 
@@ -117,7 +120,9 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     hidden, weight, bias = check_head(hidden, weight, bias)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = torch.empty(hidden.shape[0], weight.shape[0], device=hidden.device, dtype=wide)
-    tiled.accumulate(logits, hidden, weight.t(), first=True)
+    at_once = weight.shape[0] if hidden.device.type == "cuda" else LOGITS_COLUMNS
+    for columns in tiled.spans(weight.shape[0], at_once):
+        tiled.accumulate(logits[:, columns], hidden, weight[columns].t(), first=True)
     return logits if bias is None else logits.add_(bias)
 
 
