@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native, tiled
+from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 ALL = ("logprob", "entropy", "self_certainty")
 SMALL = 2**16  # bytes of workspace: many tiles
@@ -165,10 +166,21 @@ def test_several_blocks_of_rows(backend, dtype):
             assert_no_worse_than_plain(mine, theirs, true, floor=1e-5)
 
 
+def test_a_native_tile_of_several_blocks_of_columns():
+    """Wider than the library's own tiles: each block of 2048 columns has its own part of the bias."""
+    x, bias, labels = torch.randn(3, 5000), torch.randn(5000), torch.tensor([0, 2500, 4999])
+    head = Head(torch.zeros(5000, 1), bias, 0.7, 1.0, None, 0, None)
+    state = tiled.empty_state(3, x.device)
+    native.CpuPasses().state(x, head, labels, state)
+    want = _statistics.finish(_statistics.row_state((x + bias) / 0.7, labels), labels)
+    for got, each in zip(_statistics.finish(state, labels), want, strict=True):
+        torch.testing.assert_close(got, each, rtol=1e-5, atol=1e-5)
+
+
 @each_backend(OP)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_blocks_of_columns(backend, dtype):
-    """The native kernel reads a tile in blocks of 2048 columns, each with its own part of the bias."""
+    """Several tiles on the native backend, and several steps of a row in Triton's kernels."""
     *tensors, labels = make(dtype, rows=24, vocab=2 * 2048 + 100, bias=True)
     weights = torch.randn(3, 24)
     truth = run(lambda h, w, b: plain(h, w, b, labels), [t.double() for t in tensors], weights)

@@ -35,7 +35,7 @@ def ours(logits, labels, backend, **kwargs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_several_parts_have_the_same_bits_shared_by_threads_or_not(dtype):
+def test_native_rows_of_several_parts_have_the_same_bits_shared_by_threads_or_not(dtype):
     """The native kernel sums a row as parts of 4 blocks; few rows share them among threads, many rows take one thread each."""
     vocab = 2 * 4 * BLOCK + 5
     logits = (torch.randn(3, vocab) * 4 + torch.linspace(-20, 20, vocab)).to(
