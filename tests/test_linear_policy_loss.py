@@ -221,8 +221,10 @@ def test_all_masked_and_retained_graph(backend):
     assert torch.equal(first * 2, torch.autograd.grad(loss, weight, torch.tensor(2.0))[0])
 
 
+@pytest.mark.parametrize("at_once", [tiled.GRADIENT_COLUMNS, 128])  # columns of the 16-bit gradient: all, or in parts
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_gradient_to_be_returned_holds_the_logits(scale):
+def test_the_gradient_to_be_returned_holds_the_logits(scale, at_once, monkeypatch):
+    monkeypatch.setattr(tiled, "GRADIENT_COLUMNS", at_once)
     rows, width, vocab = 200, 80, 501
     assert 2 * rows * vocab > 2 * width * vocab > SMALL  # bytes of all logits, of the gradient, of the workspace
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from contract import assert_no_worse_than_plain, each_backend, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels import _native, linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native, tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
@@ -168,6 +168,7 @@ def test_several_blocks_of_rows(backend, dtype):
 
 def test_a_native_tile_of_several_blocks_of_columns():
     """Wider than the library's own tiles: each block of 2048 columns has its own part of the bias."""
+    assert _native.missing() is None
     x, bias, labels = torch.randn(3, 5000), torch.randn(5000), torch.tensor([0, 2500, 4999])
     head = Head(torch.zeros(5000, 1), bias, 0.7, 1.0, None, 0, None)
     state = tiled.empty_state(3, x.device)
