@@ -126,10 +126,6 @@ def test_a_workspace_of_another_dtype_is_refused(backend):
         linear_token_stats(h, w, labels, logits_dtype=torch.float16, backend=backend)
     with pytest.raises(TypeError, match="logits_dtype: expected a torch.dtype, got str"):
         linear_token_stats(h, w, labels, logits_dtype="float32", backend=backend)
-    same = [
-        linear_token_stats(h.float(), w.float(), labels, logits_dtype=torch.float32, backend=backend) for _ in range(2)
-    ]
-    assert torch.equal(same[0].logprob, same[1].logprob)
 
 
 @each_backend(OP)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import sys
 import typing
 from pathlib import Path
 from unittest import mock
@@ -131,7 +132,8 @@ def test_the_native_kernel_reads_every_number_into_the_field_of_its_name():
 
 
 def test_the_triton_kernels_are_launched_by_name():
-    pytest.importorskip("triton")
+    if sys.platform != "linux":
+        pytest.skip("there is no triton for this platform")  # on Linux it is a dependency: its absence is an error
     from mgrpo_kernels.ops.policy_loss import _triton_kernels as kernels
     from mgrpo_kernels.ops.policy_loss import triton
 

@@ -23,7 +23,7 @@ def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         return True, "3 matmuls take less time than 4"
     return (
         False,
-        "the CPU's 16-bit matmul has no float32 output, and summing the weight's gradient outside it costs more than it saves",
+        "on a CPU, 3 matmuls are known to take less time than 4 in float32 only",
     )
 
 

@@ -48,8 +48,8 @@ def linear_token_stats(
     float32, and the matmul's float32 sums are not rounded.
 
     x = hidden @ weight.T + bias;  y = logit_scale x, then softcap tanh(y / softcap);  z = y / temperature. The library's matmul
-    fills one tile of logits at a time in a reused workspace; backward computes each tile again, turns it into its gradient
-    in place and multiplies that with the weight and the hidden states. Gradients accumulate in float32. Under autocast the op
+    fills one tile of logits at a time in a reused workspace; backward computes each tile again, then its gradient,
+    and multiplies that with the weight and the hidden states. Gradients accumulate in float32. Under autocast the op
     computes in the autocast dtype, like ``torch.nn.functional.linear``, with autocast's own cast of the weight.
 
     The logits workspace is bounded by `workspace_bytes`, whatever the number of tokens, forward and backward. By default it takes at most
