@@ -18,13 +18,14 @@ from mgrpo_kernels.train.data.task import check_lengths, load_task
 from mgrpo_kernels.train.ending import exit_status
 from mgrpo_kernels.train.errors import OutputError, UsageError
 from mgrpo_kernels.train.model.policy import load_policy, pick_device, read_tokenizer
-from mgrpo_kernels.train.run.evaluation import examine, figures
+from mgrpo_kernels.train.run.evaluation import MEASURES, examine, figures
 from mgrpo_kernels.train.run.files import write_text
 from mgrpo_kernels.train.run.learner import dtype_of, make_engine
 from mgrpo_kernels.train.run.output import check_output
 from mgrpo_kernels.train.text import print_line
 from mgrpo_kernels.train.watch.lines import Lines
 from mgrpo_kernels.train.watch.metrics import metrics_line
+from mgrpo_kernels.train.watch.uncertainty import with_error
 
 UNUSED = ("data", "max_examples", "shuffle_data", "eval_every", "gradient_checkpointing")
 REQUIRED = ("model", "eval_data")
@@ -89,7 +90,7 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path]:
     return config, command_line.output_directory(output, f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def run(config: Config, output: Path) -> dict[str, float]:
+def run(config: Config, output: Path) -> dict[str, float | None]:
     """Evaluate the configured model as a training run does before its first step; write and return the metrics.
 
     Raises:
@@ -110,7 +111,7 @@ def run(config: Config, output: Path) -> dict[str, float]:
     engine = make_engine(config, task, policy)
     n = config.eval.eval_samples
     print(f"{len(task.held_out):,} prompts x ({n} samples + 1 greedy response) on {device} ...", flush=True)
-    questions = examine(policy, engine, task, config, step=0)
+    questions = examine(policy, engine, task, config)
     found = figures(questions, config.pass_k)
     output.mkdir(parents=True, exist_ok=True)
     for name, lines in (
@@ -141,8 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status is None:
             raise
         return status
-    for name, value in found.items():
-        print_line(f"{name}: {value:.4f}")
+    for name in MEASURES:
+        value = found[name]
+        assert value is not None
+        print_line(f"{name}: {with_error(value, found[f'{name}_error'], 4)}")
+    print_line("after each ±: the standard error over the prompts")
     print_line(f"written: {output}/metrics.jsonl, questions.jsonl, config.yaml")
     return 0
 

@@ -30,7 +30,7 @@ def print_line(text: object, *, error: bool = False) -> None:
     try:
         print(printable(text), file=stream, flush=True)
     except UnicodeEncodeError:  # a terminal without UTF-8
-        print(printable(text).encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+        print(printable(text).replace("±", "+/-").encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
     except OSError:
         unread = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - it takes the stream's place until the process ends
         if error:

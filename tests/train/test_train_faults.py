@@ -224,7 +224,7 @@ def test_left_while_sampling_and_resumed_gives_the_same_bits(
 ) -> None:
     output = tiny.output_with(base, tmp_path / "run")
     places: list[str] = []
-    real_step, real_evaluate = loop.train_step, loop.evaluate
+    real_step, real_evaluate = loop.train_step, loop.examine
 
     def noted(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -244,7 +244,7 @@ def test_left_while_sampling_and_resumed_gives_the_same_bits(
                 raise Abandoned
 
     monkeypatch.setattr(loop, "train_step", noted("step", real_step))
-    monkeypatch.setattr(loop, "evaluate", noted("evaluation", real_evaluate))
+    monkeypatch.setattr(loop, "examine", noted("evaluation", real_evaluate))
     with monkeypatch.context() as patch:
         patch.setattr(Interrupt, "check", check)
         assert command.main([*torture.flags(), "--output", str(output)]) == 130

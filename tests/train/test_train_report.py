@@ -13,12 +13,23 @@ import pytest
 import tiny
 import torch
 
-from mgrpo_kernels.train.watch import report
+from mgrpo_kernels.train.watch.curves import FRACTIONS, PANELS, draw
 from mgrpo_kernels.train.watch.lines import Lines
-from mgrpo_kernels.train.watch.metrics import metrics_line
+from mgrpo_kernels.train.watch.metrics import KEYS, metrics_line
+from mgrpo_kernels.train.watch.names import name_of
 from mgrpo_kernels.train.watch.report import write_report
+from mgrpo_kernels.train.watch.samples import chosen_steps, held_out, verdict
 
-HEADINGS = ["Curves", "Collapse guard", "Samples", "Time", "Figures", "Environment", "Configuration"]
+HEADINGS = [
+    "Curves",
+    "Collapse guard",
+    "Samples",
+    "Held-out responses",
+    "Time",
+    "Figures",
+    "Environment",
+    "Configuration",
+]
 CPU = torch.device("cpu")
 STEPS = 60
 
@@ -33,6 +44,7 @@ def evaluation(step: int) -> dict[str, float]:
     done = step / STEPS
     return {
         "eval_accuracy": 0.4 + 0.4 * done, "eval_greedy": 0.5 + 0.4 * done, "eval_pass_at_k": 0.8, "eval_maj_at_k": 0.6 + 0.3 * done,
+        "eval_accuracy_error": 0.03, "eval_accuracy_change": 0.4 * done, "eval_accuracy_change_error": 0.02,
     }  # fmt: skip
 
 
@@ -115,17 +127,19 @@ def test_what_it_says(chromium: Any, whole: Path) -> None:
         "60.0%",
         "all\t6.00 s\t100%",
         torch.__version__,
+        "held-out accuracy\t0.400 ± 0.030\t0.800 ± 0.030\t+0.400 ± 0.020\teval_accuracy",
     ):
         assert part in text, part
     summary = json.loads(seen.page.locator("#summary").text_content())
-    assert summary["evaluation"]["eval_accuracy"] == pytest.approx({"start": 0.4, "best": 0.8, "end": 0.8})
+    assert summary["evaluation"]["eval_accuracy"] == {"start": 0.4, "end": 0.8, "errors": [0.03] * 7}
+    assert summary["best_step"] is None
     assert summary["seconds"]["time_rollout"] == pytest.approx(3.6)
     assert summary["guard"] == [
         {"step": 40, "did": "warn", "signs": "entropy 0.500 -> 0.020; pruned share 0.01 -> 0.20"}
     ]
     assert summary["config"]["rollouts"] == 8
     alt = seen.page.evaluate("document.images[0].alt")
-    assert "eval_accuracy from 0.4 to 0.8" in alt
+    assert "held-out accuracy from 0.4 to 0.8" in alt
 
 
 def test_printed(chromium: Any, whole: Path) -> None:
@@ -167,7 +181,7 @@ def test_what_a_model_writes_is_text(chromium: Any, tmp_path: Path) -> None:
     seen = browser.Seen(chromium, file)
     assert (seen.outside, seen.complaints) == ([], [])
     assert seen.texts("h1") == ["<b>run"]
-    assert seen.texts(".samples td:nth-child(4)") == [evil]
+    assert seen.texts(".samples td:nth-child(2)") == [evil]
     assert json.loads(seen.page.locator("#summary").text_content())["config"]["prompt_template"] == evil + "{question}"
 
 
@@ -192,16 +206,74 @@ def test_a_missing_browser_fails_in_ci_and_skips_elsewhere(monkeypatch: pytest.M
 
 def test_samples_show_right_beside_wrong() -> None:
     rows = [sample(step, step in (4, 50, 97)) for step in range(1, 101)]
-    assert report.chosen_steps(rows) == {"Start": {1, 4}, "Middle": {50, 49}, "End": {100, 97}}
-    assert report.chosen_steps(rows[:1]) == {"Start": {1}}
+    assert chosen_steps(rows) == {"Start": {1, 4}, "Middle": {50, 49}, "End": {100, 97}}
+    assert chosen_steps(rows[:1]) == {"Start": {1}}
     rows = [sample(step, True) for step in (1, 100)]
-    assert report.chosen_steps(rows) == {"Start": {1}, "End": {100}}
+    assert chosen_steps(rows) == {"Start": {1}, "End": {100}}
 
 
 def test_without_the_truth_agreement_counts() -> None:
-    assert report.verdict(sample(1, None, answer="7")) == "agrees"
-    assert report.verdict(sample(1, None, answer="3")) == "differs"
-    assert report.verdict(sample(1, None, answer=None, label=None)) == "differs"
+    assert verdict(sample(1, None, answer="7")) == "agrees"
+    assert verdict(sample(1, None, answer="3")) == "differs"
+
+
+def test_no_answer_is_not_a_wrong_one() -> None:
+    assert verdict(sample(1, None, answer=None, label=None)) == "no answer"
+    assert verdict(sample(1, False, answer=None)) == "no answer"
+
+
+def test_a_prompt_with_many_samples_stands_once(chromium: Any, tmp_path: Path) -> None:
+    rows = [sample(1, True, prompt="a long question"), sample(1, False, answer=None, prompt="a long question")]
+    seen = browser.Seen(chromium, write_run(tmp_path / "run", [metrics_line(values(1), None)], rows))
+    assert seen.page.inner_text("body").count("a long question") == 1
+    assert seen.texts("tr.right td:first-child") == ["right"]
+    assert seen.texts("tr.none td:first-child") == ["no answer"]
+
+
+def test_held_out_responses_before_and_after() -> None:
+    def line(prompt: str, right: int, response: str) -> dict[str, Any]:
+        flags = [place < right for place in range(4)]
+        return {"prompt": prompt, "gold": ["7", "07"], "right": flags, "greedy_response": response, "greedy": "7"}
+
+    before = [line(f"prompt {number}", 1, "before & early") for number in range(9)]
+    after = [line(f"prompt {number}", min(4, number // 2), "late") for number in range(9)]
+    text = held_out(before, after)
+    shown = {number for number in range(9) if f"<pre>prompt {number}</pre>" in text}
+    assert len(shown) == 6
+    assert shown >= {8, 0, 1}  # the most gained, and the two that lost
+    assert text.count("before &amp; early") == 6
+    assert "true answer: 7 or 07" in text
+    assert "4 of 4" in text
+    assert "There are no responses of two" in held_out(before, after[1:])
+
+
+def test_legends_and_axes_of_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    real = Figure.savefig
+
+    def kept(self: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.append(self)
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    draw(whole_run()[0], PANELS)
+    plots = {axes.get_title(): axes for axes in drawn[0].axes}
+    for title in FRACTIONS:
+        assert plots[title].get_ylim() == (-0.02, 1.02)
+    labels = [label for axes in plots.values() for label in axes.get_legend_handles_labels()[1]]
+    assert "held-out accuracy" in labels
+    assert not [label for label in labels if label in KEYS and "_" in label]
+    assert len(plots["held-out accuracy"].containers) == 4  # with error bars
+    draw([metrics_line({**values(1), "reward_mean": -3.0}, None)], PANELS)
+    low, _ = {axes.get_title(): axes for axes in drawn[1].axes}["the vote"].get_ylim()
+    assert low < -3.0
+
+
+def test_every_metric_has_a_name() -> None:
+    names = [name_of(key) for key in KEYS]
+    assert len(set(names)) == len(KEYS)
 
 
 def test_the_report_is_the_same_for_the_same_files(whole: Path) -> None:

@@ -1,9 +1,13 @@
-"""Accuracy on held-out prompts. Its random numbers are its own: evaluating does not change training."""
+"""Accuracy on held-out prompts.
+
+Its random numbers are its own, so that evaluating does not change training. They are the same in every evaluation, so that two evaluations
+differ only where the weights do.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mgrpo_kernels import majority_vote
@@ -13,6 +17,7 @@ from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
+from mgrpo_kernels.train.watch.uncertainty import standard_error
 from mgrpo_kernels.vote.extraction import read_answers
 
 
@@ -33,14 +38,28 @@ class Question(NamedTuple):
         """Return a line for questions.jsonl."""
         return {**self.example._asdict(), **{key: value for key, value in self._asdict().items() if key != "example"}}
 
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> Question:
+        """Return the question of a line that :meth:`line` has made."""
+        gold = line["gold"]
+        example = Example(line["prompt"], tuple(gold) if isinstance(gold, list) else gold)
+        return cls(example, **{key: line[key] for key in cls._fields if key != "example"})
 
-def evaluate(policy: Policy, engine: RolloutEngine, task: Task, config: Config, step: int) -> dict[str, float]:
-    """Sample every held-out prompt, and greedily once; return the eval_ metrics of :data:`mgrpo_kernels.train.watch.metrics.KEYS`."""
-    return figures(examine(policy, engine, task, config, step), config.pass_k)
+
+MEASURES: dict[str, Callable[[Question, int], float]] = {
+    "eval_accuracy": lambda question, _: sum(question.right) / len(question.right),
+    "eval_greedy": lambda question, _: float(question.greedy_right),
+    "eval_pass_at_k": lambda question, k: pass_at_k(len(question.right), sum(question.right), k),
+    "eval_maj_at_k": lambda question, _: float(question.majority_right),
+}
+"""What a question contributes to each metric, which is the mean over the questions. The second argument is the k of pass@k."""
 
 
-def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config, step: int) -> list[Question]:
-    """Sample every held-out prompt, and greedily once; return what came, prompt by prompt."""
+def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config) -> list[Question]:
+    """Sample every held-out prompt, and greedily once; return what came, prompt by prompt.
+
+    The random numbers depend only on the seed and on a prompt's number.
+    """
     n = config.eval.eval_samples
     prompts = policy.encode([example.prompt for example in task.held_out])
     gold = [example.gold for example in task.held_out]
@@ -52,7 +71,7 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config, s
     def right(answers: Sequence[str | None], true: Sequence[Gold | None]) -> list[bool]:
         return equal_to_gold(answers, true, task.equivalence).eq(1).tolist()
 
-    generator = generator_for(config.run.seed, "evaluation", step, policy.device)
+    generator = generator_for(config.run.seed, "evaluation", 0, policy.device)
     sampled, answers = read(engine.sample(prompts, n, temperature=config.eval.eval_temperature, generator=generator))
     greedy, best = read(engine.sample(prompts, 1, temperature=0.0, generator=generator))
     labels = majority_vote(answers, n, equivalence=task.equivalence).labels
@@ -67,18 +86,17 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config, s
     ]  # fmt: skip
 
 
-def figures(questions: Sequence[Question], k: int) -> dict[str, float]:
-    """Return the eval_ metrics: means over the questions."""
+def values_of(questions: Sequence[Question], k: int) -> dict[str, list[float]]:
+    """Return what each question contributes to each metric of :data:`MEASURES`."""
+    return {key: [measure(each, k) for each in questions] for key, measure in MEASURES.items()}
 
-    def mean(values: Iterable[float]) -> float:
-        return math.fsum(values) / len(questions)
 
-    return {
-        "eval_accuracy": mean(sum(each.right) / len(each.right) for each in questions),
-        "eval_greedy": mean(each.greedy_right for each in questions),
-        "eval_pass_at_k": mean(pass_at_k(len(each.right), sum(each.right), k) for each in questions),
-        "eval_maj_at_k": mean(each.majority_right for each in questions),
-    }
+def figures(questions: Sequence[Question], k: int) -> dict[str, float | None]:
+    """Return the eval_ metrics of one evaluation: means over the questions, and their standard errors."""
+    found: dict[str, float | None] = {}
+    for key, values in values_of(questions, k).items():
+        found |= {key: math.fsum(values) / len(values), f"{key}_error": standard_error(values)}
+    return found
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

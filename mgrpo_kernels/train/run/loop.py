@@ -12,8 +12,9 @@ from mgrpo_kernels.train.errors import FailedElsewhereError, OutputError
 from mgrpo_kernels.train.export import save_final
 from mgrpo_kernels.train.rollout.divided import divided
 from mgrpo_kernels.train.run import checkpoint
-from mgrpo_kernels.train.run.evaluation import evaluate
+from mgrpo_kernels.train.run.evaluation import examine
 from mgrpo_kernels.train.run.files import reason
+from mgrpo_kernels.train.run.held_out import DIRECTORY, HeldOut
 from mgrpo_kernels.train.run.output import METRICS, SAMPLES, closing, open_lines, past_lines, save_batch, with_truth
 from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
 from mgrpo_kernels.train.step import Learner, train_step
@@ -85,6 +86,8 @@ class Run:
             self.metrics = open_lines(output / METRICS, sizes[0], more, view.warn)
             self.samples = open_lines(output / SAMPLES, sizes[1], samples, view.warn)
         learner.skipped = past[-1]["skipped_steps"] or 0 if past else 0
+        evaluated = [line["step"] for line in past if line.get("eval_accuracy") is not None]
+        self.held_out = HeldOut(output / DIRECTORY, config, evaluated, view.warn) if parallel.is_first() else None
         self.guard = Guard(len(learner.task.held_out), config.eval.eval_samples)
         self.guard.replay(past)
         view.begin(past)
@@ -236,15 +239,16 @@ class Run:
         self.view.warn(f"step {step} is skipped, {self.learner.skipped} of at most {most}: {error}; {saved}")
         return {"step": step, "skipped_steps": self.learner.skipped}, []
 
-    def _evaluate(self, step: int) -> dict[str, float] | None:
-        """Return the evaluation that is due after a step, None where none is."""
+    def _evaluate(self, step: int) -> dict[str, float | None] | None:
+        """Return the metrics of the evaluation that is due after a step, None where none is."""
         options, steps = self.config.eval, self.config.optim.steps
         due = options.eval_every and (step in (0, steps) or step % options.eval_every == 0)
         if not (due and self.learner.task.held_out):
             return None
         with parallel.gathered(self.learner.policy.model):
             engine = divided(self.learner.engine)
-            return parallel.from_first(evaluate(self.learner.policy, engine, self.learner.task, self.config, step))
+            questions = examine(self.learner.policy, engine, self.learner.task, self.config)
+        return parallel.from_first({} if self.held_out is None else self.held_out.record(step, questions))
 
     def _record(self, line: dict[str, Any]) -> str | None:
         """Show a metrics line to the guard, do what the guard says, and write the line; return what the guard did."""

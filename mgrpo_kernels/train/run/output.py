@@ -18,6 +18,7 @@ from mgrpo_kernels.train.errors import CheckpointError, UsageError
 from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.update import Batch
 from mgrpo_kernels.train.watch.lines import Lines, check_size, parse_lines, read_lines
+from mgrpo_kernels.train.watch.uncertainty import ERRORS, is_beyond, with_error
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -131,10 +132,7 @@ def with_truth(samples: list[dict[str, Any]], task: Task) -> list[dict[str, Any]
 def closing(output: Path, config: Config) -> list[str]:
     """Return the last lines that a run prints: the result, where the files are, and what to try next."""
     metrics = read_lines(output / METRICS)
-    accuracy = [line["eval_accuracy"] for line in metrics if line.get("eval_accuracy") is not None]
-    lines = []
-    if accuracy:
-        lines.append(f"held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f} (best {max(accuracy):.3f})")
+    lines = result(metrics)
     lines.append(
         f"written: {output}/report.html, curves.png, metrics.jsonl, samples.jsonl; the model is in {output}/final"
     )
@@ -146,4 +144,26 @@ def closing(output: Path, config: Config) -> list[str]:
             f"  {command} --method gold              # the true answers",
             f"  {command} --model DIR --data FILE    # yours; see --help",
         ]
+    return lines
+
+
+def result(metrics: list[dict[str, Any]]) -> list[str]:
+    """Return the held-out accuracy before and after the run, the change between them, and the best where there was a better one."""
+    evaluated = {line["step"]: line for line in metrics if line.get("eval_accuracy") is not None}
+    if not evaluated:
+        return []
+
+    def accuracy(line: dict[str, Any]) -> str:
+        return with_error(line["eval_accuracy"], line.get("eval_accuracy_error"))
+
+    first, *_, last = [*evaluated.values(), *evaluated.values()]
+    lines = [f"held-out accuracy {accuracy(first)} -> {accuracy(last)}"]
+    change, error = (last.get(f"eval_accuracy_{name}") for name in ("change", "change_error"))
+    if change is not None:
+        by_chance = change != 0 and error is not None and not is_beyond(change, error)
+        note = f", which may be chance (less than {ERRORS:g} standard errors)" if by_chance else ""
+        lines.append(f"change, prompt by prompt: {with_error(change, error, sign=True)}{note}")
+    best = evaluated.get(last.get("eval_best_step"))
+    if best is not None:
+        lines.append(f"best: {accuracy(best)}, at step {best['step']}")
     return lines

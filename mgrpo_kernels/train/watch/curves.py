@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mgrpo_kernels.train.watch.names import NAMES
+
 PANELS = (
     ("held-out accuracy", ("eval_accuracy", "eval_greedy", "eval_maj_at_k", "eval_pass_at_k")),
     ("the vote", ("vote_share", "label_accuracy", "reward_mean")),
@@ -14,6 +16,8 @@ PANELS = (
     ("KL, nats per token", ("kl",)),
     ("distance of the momentum model", ("momentum_distance",)),
 )
+FRACTIONS = ("held-out accuracy", "the vote", "signs of collapse")
+"""Panels whose axis shows 0 to 1, so that a small change looks small; unless a reward is no fraction."""
 SMOOTHING = 20  # steps of the running mean, which is drawn over the values of the single steps
 DARK = "#16181d"  # the page's background on a dark screen
 
@@ -32,20 +36,25 @@ def draw(lines: list[dict[str, Any]], panels: Sequence[tuple[str, tuple[str, ...
             axes = figure.add_subplot(rows, columns, number + 1)
             axes.set_title(title)
             axes.set_xlabel("step")
+            drawn: list[float] = []
             for key in keys:
                 points = points_of(lines, key)
                 if not points:
                     continue
                 steps, values = zip(*points, strict=True)
+                drawn += values
                 # A single point is visible only with a marker.
-                marker: dict[str, Any] = (
-                    {"marker": "o", "markersize": 3} if key.startswith("eval_") or len(points) == 1 else {}
-                )
+                marker: dict[str, Any] = {"marker": "o", "markersize": 3}
                 if key.startswith("eval_"):
-                    axes.plot(steps, values, label=key, **marker)
+                    errors = dict(points_of(lines, f"{key}_error"))
+                    bars = [errors.get(step, 0.0) for step in steps]
+                    axes.errorbar(steps, values, yerr=bars, label=NAMES[key], capsize=2, elinewidth=0.8, **marker)
                 else:
-                    (drawn,) = axes.plot(steps, values, linewidth=0.5, alpha=0.35)
-                    axes.plot(steps, running_mean(list(values)), color=drawn.get_color(), label=key, **marker)
+                    (line,) = axes.plot(steps, values, linewidth=0.5, alpha=0.35)
+                    marker = marker if len(points) == 1 else {}
+                    axes.plot(steps, running_mean(list(values)), color=line.get_color(), label=NAMES[key], **marker)
+            if drawn and title in FRACTIONS and min(drawn) >= 0.0 and max(drawn) <= 1.0:
+                axes.set_ylim(-0.02, 1.02)
             if axes.get_lines():
                 # Below the curves, because matplotlib takes seconds to find a free place among those of a long run.
                 axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)

@@ -31,6 +31,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return parse_lines(path.read_bytes())
 
 
+def as_line(values: Mapping[str, Any]) -> bytes:
+    """Return an object as a line of a JSONL file, with its line feed."""
+    text = json.dumps({key: plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
 class Lines:
     """A JSONL file that grows a line at a time, and can be cut back to an earlier size.
 
@@ -64,8 +70,7 @@ class Lines:
         self._write_waiting()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        line = json.dumps({key: plain(value) for key, value in values.items()}, ensure_ascii=False, allow_nan=False)
-        self._waiting.append(line.encode("utf-8", "backslashreplace") + b"\n")
+        self._waiting.append(as_line(values))
         self._write_waiting()
 
     def _write_waiting(self) -> None:

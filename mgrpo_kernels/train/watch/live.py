@@ -13,26 +13,19 @@ from typing import Any, Self
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.text import one_line, print_line, printable
 from mgrpo_kernels.train.watch.guard import START, WINDOW
+from mgrpo_kernels.train.watch.names import NAMES
+from mgrpo_kernels.train.watch.uncertainty import with_error
 
 STOPPING = "stopping after this step; interrupt again to stop at once, without a checkpoint"
 POINTS = 256
 """Largest number of points of a curve; beyond it, two neighbours are replaced by their mean."""
 BLOCKS = "▁▂▃▄▅▆▇█"
-FIGURES = {
-    "eval_accuracy": "held-out accuracy",
-    "eval_greedy": "held-out, greedy",
-    "eval_maj_at_k": "held-out, majority",
-    "vote_share": "vote share",
-    "label_accuracy": "label accuracy",
-    "distinct_labels": "distinct labels",
-    "top_answer_share": "top answer's share",
-    "entropy": "entropy, nats",
-    "pruned_fraction": "pruned",
-    "momentum_distance": "momentum distance",
-    "tokens_per_second": "tokens/s",
-}
+FIGURES = (
+    "eval_accuracy", "eval_greedy", "eval_maj_at_k", "vote_share", "label_accuracy", "distinct_labels", "top_answer_share", "entropy",
+    "pruned_fraction", "momentum_distance", "tokens_per_second",
+)  # fmt: skip
 DIGITS = {"tokens_per_second": 0, "momentum_distance": 4, "kl": 4}
-MORE = {"reward_mean": "reward", "kl": "KL, nats", "response_tokens": "length, tokens", "grad_norm": "gradient norm"}
+MORE = ("reward_mean", "kl", "response_tokens", "grad_norm")
 """Metrics that are shown if the terminal is high enough."""
 
 
@@ -64,7 +57,10 @@ class Plain:
         """Prepare for the steps; `past` are the lines of the steps that a resumed run has done."""
 
     def step(
-        self, values: Mapping[str, Any], evaluation: Mapping[str, float] | None, samples: Sequence[Mapping[str, Any]]
+        self,
+        values: Mapping[str, Any],
+        evaluation: Mapping[str, float | None] | None,
+        samples: Sequence[Mapping[str, Any]],
     ) -> None:
         """Show a step, or the evaluation before the first step, which is step 0."""
         if evaluation is not None or values["step"] % self.log_every == 0:
@@ -78,7 +74,7 @@ class Plain:
         """Restore the terminal; later messages are plain lines."""
 
 
-def progress(values: Mapping[str, Any], evaluation: Mapping[str, float] | None, steps: int) -> str:
+def progress(values: Mapping[str, Any], evaluation: Mapping[str, float | None] | None, steps: int) -> str:
     """Return a step as a line of text."""
     names = {
         "reward_mean": "reward",
@@ -91,12 +87,20 @@ def progress(values: Mapping[str, Any], evaluation: Mapping[str, float] | None, 
     }
     parts = [f"{text} {values[key]:.3g}" for key, text in names.items() if values.get(key) is not None]
     if evaluation is not None:
-        parts.append(f"| held-out accuracy {evaluation['eval_accuracy']:.3f} greedy {evaluation['eval_greedy']:.3f}")
+        parts.append(
+            f"| held-out accuracy {shown(evaluation, 'eval_accuracy')}  greedy {shown(evaluation, 'eval_greedy')}"
+        )
     return f"step {values['step']:>{len(str(steps))}}/{steps}  {'  '.join(parts)}"
 
 
+def shown(evaluation: Mapping[str, float | None], key: str) -> str:
+    """Return a held-out accuracy with its standard error."""
+    value = evaluation.get(key)
+    return "-" if value is None else with_error(value, evaluation.get(f"{key}_error"))
+
+
 class Curve:
-    """One metric over a run: its initial, best and current value, and the curve between them.
+    """One metric over a run: its initial and current value, and the curve between them.
 
     With `smooth`, for a metric of single steps, the initial and the current value are means over steps, as in the guard.
     """
@@ -107,13 +111,11 @@ class Curve:
         self._first: list[float] = []
         self._recent: deque[float] = deque(maxlen=WINDOW if smooth else 1)
         self._starts = START if smooth else 1
-        self.best = -float("inf")
 
     def add(self, value: float) -> None:
         if len(self._first) < self._starts:
             self._first.append(value)
         self._recent.append(value)
-        self.best = max(self.best, value)
         self._sum, self._count = self._sum + value, self._count + 1
         if self._count == self._each:
             self._points.append(self._sum / self._count)
@@ -163,7 +165,8 @@ class Live(Plain):
 
         super().__init__(config)
         self._title, self._console = one_line(title), console
-        self._curves = {key: Curve(smooth=not key.startswith("eval_")) for key in FIGURES | MORE}
+        self._evaluations: dict[int, Mapping[str, Any]] = {}  # by step
+        self._curves = {key: Curve(smooth=not key.startswith("eval_")) for key in FIGURES + MORE}
         self._samples: deque[Sequence[Mapping[str, Any]]] = deque(maxlen=4)  # the latest steps' first prompts
         self._warning, self._stopping, self._signal = "", False, signal.SIG_DFL
         self._bar = Progress(
@@ -227,7 +230,10 @@ class Live(Plain):
         self._task = self._bar.add_task("step", total=self.steps, completed=last, note="")
 
     def step(
-        self, values: Mapping[str, Any], evaluation: Mapping[str, float] | None, samples: Sequence[Mapping[str, Any]]
+        self,
+        values: Mapping[str, Any],
+        evaluation: Mapping[str, float | None] | None,
+        samples: Sequence[Mapping[str, Any]],
     ) -> None:
         self._take({**values, **(evaluation or {})})
         if samples:
@@ -235,6 +241,8 @@ class Live(Plain):
         self._bar.update(self._task, completed=values["step"])
 
     def _take(self, line: Mapping[str, Any]) -> None:
+        if line.get("eval_accuracy") is not None:
+            self._evaluations[line["step"]] = line
         for key, curve in self._curves.items():
             value = line.get(key)
             if value is not None and float("-inf") < value < float("inf"):
@@ -253,12 +261,12 @@ class Live(Plain):
         if self._stopping:
             notes.append(Text(STOPPING, style="bold yellow", no_wrap=True, overflow="ellipsis"))
         room = self._console.height - len(parts) - len(notes) - 2  # the cursor's line, and one for typed characters
-        figures = {key: name for key, name in FIGURES.items() if self._curves[key]}
+        figures = [key for key in FIGURES if self._curves[key]]
         samples = [_sample_rows(each) for each in list(self._samples)]
         first = 1 + len(samples[0]) if samples else 0
         if figures:
             spare = room - 1 - len(figures) - first
-            figures |= {key: name for key, name in list(MORE.items())[: max(0, spare)] if self._curves[key]}
+            figures += [key for key in MORE[: max(0, spare)] if self._curves[key]]
             parts.append(self._figures(figures))
             room -= 1 + len(figures)
         for rows in samples:
@@ -268,7 +276,7 @@ class Live(Plain):
             room -= len(rows) + 1
         return Group(*parts, *notes)
 
-    def _figures(self, names: Mapping[str, str]) -> Any:
+    def _figures(self, keys: Sequence[str]) -> Any:
         from rich.table import Table
 
         narrow = self._console.width < 60
@@ -276,12 +284,16 @@ class Live(Plain):
         for head in ("", "now") if narrow else ("", "start", "best", "now"):
             table.add_column(head, justify="right" if head else "left", no_wrap=True)
         table.add_column("", no_wrap=True, style="cyan")
-        for key, name in names.items():
+        latest: Mapping[str, Any] = list(self._evaluations.values())[-1] if self._evaluations else {}
+        best = self._evaluations.get(latest.get("eval_best_step", -1), {})
+        for key in keys:
             curve, digits = self._curves[key], DIGITS.get(key, 3)
             start, now = f"{curve.start:,.{digits}f}", f"{curve.now:,.{digits}f}"
-            best = f"{curve.best:.{digits}f}" if key.startswith("eval_") else ""
-            drawn = curve.drawn(self._console.width - (32 if narrow else 50))
-            table.add_row(name, *([now] if narrow else [start, best, now]), drawn)
+            if key.startswith("eval_"):
+                now = shown(latest, key)
+            top = f"{best[key]:.{digits}f}" if key == "eval_accuracy" and best else ""
+            drawn = curve.drawn(self._console.width - (40 if narrow else 58))
+            table.add_row(NAMES[key], *([now] if narrow else [start, top, now]), drawn)
         return table
 
 
@@ -302,7 +314,8 @@ def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> list[Any]:
         )
     ]
     for each in samples:
-        right = each["answer"] is not None and each["answer"] == label if each["correct"] is None else each["correct"]
+        right = each["answer"] == label if each["correct"] is None else each["correct"]
+        mark = ("  ○ ", "yellow") if each["answer"] is None else ("  ✓ ", "green") if right else ("  ✗ ", "red")
         marks = [
             name
             for name, is_set in (("momentum", each["sampled_by"] == "momentum"), ("pruned", each["pruned"]))
@@ -310,7 +323,7 @@ def _sample_rows(samples: Sequence[Mapping[str, Any]]) -> list[Any]:
         ]
         rows.append(
             row(
-                ("  ✓ " if right else "  ✗ ", "green" if right else "red"),
+                mark,
                 (f"{one_line(each['answer']):>6}  reward {each['reward']:.3g}  ", ""),
                 (f"{', '.join(marks)}  " if marks else "", "dim"),
                 (one_line(each["response"]), ""),

@@ -55,6 +55,17 @@ KEYS = {
     "eval_pass_at_k": "pass@k: unbiased estimate of the probability that at least one of k sampled responses is correct",
     "eval_maj_at_k": "maj@k: fraction of the held-out prompts whose most frequent sampled answer is correct",
 }
+ACCURACIES = tuple(key for key in KEYS if key.startswith("eval_"))
+KEYS |= {f"{key}_error": f"standard error of {key} over the held-out prompts" for key in ACCURACIES}
+for _key in ACCURACIES:
+    KEYS[f"{_key}_change"] = (
+        f"{_key} minus that of the evaluation before the first step, on the same prompts with the same random numbers"
+    )
+    KEYS[f"{_key}_change_error"] = f"standard error of {_key}_change, from the differences prompt by prompt"
+KEYS["eval_best_step"] = (
+    "step of the evaluation with the highest eval_accuracy so far; null if this is not above the present one by more than two standard "
+    "errors of the paired difference"
+)
 EVALUATION = tuple(key for key in KEYS if key.startswith("eval_"))
 VARYING = tuple(key for key in KEYS if key.startswith("time_")) + ("tokens_per_second", "peak_memory_bytes")
 """Keys whose values differ between two otherwise identical runs."""
@@ -65,7 +76,7 @@ def metrics_line(values: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     unknown = values.keys() - KEYS.keys()
     assert not unknown, f"metrics: {unknown} are not in KEYS"
     line = {key: values.get(key) for key in KEYS if key not in EVALUATION}
-    return line if evaluation is None else {**line, **{key: evaluation[key] for key in EVALUATION}}
+    return line if evaluation is None else {**line, **{key: evaluation.get(key) for key in EVALUATION}}
 
 
 def plain(value: Any) -> Any:

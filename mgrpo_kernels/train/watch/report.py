@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +15,17 @@ import torch
 
 from mgrpo_kernels.train.config import read_yaml
 from mgrpo_kernels.train.run.files import write_bytes, write_text
+from mgrpo_kernels.train.run.held_out import DIRECTORY
 from mgrpo_kernels.train.watch.curves import DARK, PANELS, draw, points_of
+from mgrpo_kernels.train.watch.html_parts import Markup, Row, table, text_of
 from mgrpo_kernels.train.watch.lines import read_lines
-from mgrpo_kernels.train.watch.metrics import KEYS
+from mgrpo_kernels.train.watch.metrics import ACCURACIES, KEYS
+from mgrpo_kernels.train.watch.names import NAMES, name_of
+from mgrpo_kernels.train.watch.samples import held_out, samples
+from mgrpo_kernels.train.watch.uncertainty import with_error
 
 PACKAGES = ("mgrpo_kernels", "torch", "triton", "transformers", "tokenizers", "numpy", "math-verify")
-PHASES = {
-    "time_rollout": "sampling", "time_score": "scoring", "time_vote": "filter, vote, advantages", "time_update": "policy update",
-    "time_ema": "momentum update", "time_sync": "weights to the sampler",
-}  # fmt: skip
-Row = Sequence[Any]
+PHASES = tuple(key for key in KEYS if key.startswith("time_"))
 
 
 class Run(NamedTuple):
@@ -36,15 +36,18 @@ class Run(NamedTuple):
     config_text: str
     lines: list[dict[str, Any]]  # of metrics.jsonl
     samples: list[dict[str, Any]]
+    held_out: list[list[dict[str, Any]]]  # of the first evaluation and of the last
     environment: dict[str, str]
 
 
 def write_report(output: Path, device: torch.device) -> None:
     """Write ``curves.png`` and the self-contained ``report.html`` of the run in `output`, which is on `device`."""
-    file = output / "config.yaml"
+    file, lines = output / "config.yaml", read_lines(output / "metrics.jsonl")
+    evaluated = [step for step, _ in points_of(lines, "eval_accuracy")] or [0]
+    kept = [output / DIRECTORY / f"step_{step}.jsonl" for step in (evaluated[0], evaluated[-1])]
     run = Run(
-        output.resolve().name, read_yaml(file), file.read_text(encoding="utf-8"), read_lines(output / "metrics.jsonl"),
-        read_lines(output / "samples.jsonl"), environment(device),
+        output.resolve().name, read_yaml(file), file.read_text(encoding="utf-8"), lines, read_lines(output / "samples.jsonl"),
+        [read_lines(each) if each.exists() else [] for each in kept], environment(device),
     )  # fmt: skip
     write_bytes(output / "curves.png", draw(run.lines, PANELS))
     write_text(output / "report.html", page(run))
@@ -76,9 +79,9 @@ def cpu_name() -> str:
 
 
 STYLE = f"""
-:root {{ --line: #d0d4da; --soft: #5a6270; --right: #10703a; --wrong: #b3261e; --bar: #3b78c4; }}
+:root {{ --line: #d0d4da; --soft: #5a6270; --right: #10703a; --wrong: #b3261e; --none: #8a6100; --bar: #3b78c4; }}
 @media screen and (prefers-color-scheme: dark) {{
-  :root {{ --line: #3a3f48; --soft: #a2a9b5; --right: #57c98a; --wrong: #ff8a80; --bar: #6aa4ea; }}
+  :root {{ --line: #3a3f48; --soft: #a2a9b5; --right: #57c98a; --wrong: #ff8a80; --none: #e0b050; --bar: #6aa4ea; }}
   body {{ background: {DARK}; color: #e6e8ec; }} img.light {{ display: none; }} img.dark {{ display: inline !important; }}
 }}
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; }}
@@ -89,7 +92,9 @@ h1 {{ margin-bottom: 0; overflow-wrap: anywhere; }} h2 {{ margin-top: 2rem; }} .
 table {{ border-collapse: collapse; }}
 td, th {{ border: 1px solid var(--line); padding: .2rem .5rem; text-align: left; vertical-align: top; }}
 td {{ white-space: pre-wrap; overflow-wrap: break-word; }}
-.samples td:nth-child(3), .samples td:nth-child(4) {{ min-width: 9rem; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }}
+.samples td:nth-child(2), .samples td:nth-child(3) {{ min-width: 9rem; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }}
+.quoted pre {{ border-left: 3px solid var(--line); padding-left: .6rem; margin: .2rem 0; }} .quoted {{ margin-top: 1rem; }}
+tr.none td:first-child {{ color: var(--none); font-weight: 600; }}
 tr.right td:first-child {{ color: var(--right); font-weight: 600; }} tr.wrong td:first-child {{ color: var(--wrong); font-weight: 600; }}
 .bar {{ display: block; height: .7rem; background: var(--bar); min-width: 1px; print-color-adjust: exact; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
@@ -113,6 +118,7 @@ def page(run: Run) -> str:
 <h2>Curves</h2>{curves(run.lines)}
 <h2>Collapse guard</h2>{events(run)}
 <h2>Samples</h2>{samples(run.samples)}
+<h2>Held-out responses</h2>{held_out(*run.held_out)}
 <h2>Time</h2>{times(run.lines)}
 <h2>Figures</h2>{figures(run.lines)}
 <h2>Environment</h2>{table(("", ""), run.environment.items())}
@@ -133,13 +139,24 @@ def last_step(lines: list[dict[str, Any]]) -> int:
 
 
 def results(lines: list[dict[str, Any]]) -> str:
+    """Return the held-out accuracies at the start and the end, with their standard errors."""
+    evaluated = {line["step"]: line for line in lines if line.get("eval_accuracy") is not None}
+    if not evaluated:
+        return "<p>No evaluation.</p>"
+    first, last = (list(evaluated.values())[place] for place in (0, -1))
+    best = evaluated.get(last.get("eval_best_step"))
     rows = []
-    for key in ("eval_accuracy", "eval_greedy", "eval_maj_at_k", "eval_pass_at_k"):
-        points = points_of(lines, key)
-        if points:
-            step, best = max(points, key=lambda point: point[1])
-            rows.append((key, points[0][1], f"{_text(best)} (step {step})", points[-1][1], KEYS[key]))
-    return table(("held out", "start", "best", "end", "meaning"), rows) if rows else "<p>No evaluation.</p>"
+    for key in (key for key in ACCURACIES if last.get(key) is not None):
+        error, change = f"{key}_error", last.get(f"{key}_change")
+        rows.append((
+            NAMES[key], with_error(first[key], first.get(error)), with_error(last[key], last.get(error)),
+            None if change is None else with_error(change, last.get(f"{key}_change_error"), sign=True), key, KEYS[key],
+        ))  # fmt: skip
+    text = "± is the standard error over the held-out prompts; that of the change follows from the differences prompt by prompt."
+    if best is not None:
+        accuracy = with_error(best["eval_accuracy"], best.get("eval_accuracy_error"))
+        text += f" The best accuracy was {accuracy}, at step {best['step']}."
+    return table(("held out", "start", "end", "change", "key", "meaning"), rows) + f'<p class="soft">{text}</p>'
 
 
 def curves(lines: list[dict[str, Any]]) -> str:
@@ -151,7 +168,9 @@ def curves(lines: list[dict[str, Any]]) -> str:
         ends = [(key, points[0][1], points[-1][1]) for key in panel[1] if (points := points_of(lines, key))]
         if not ends:
             continue
-        text = f"{panel[0]}: " + ", ".join(f"{key} from {_text(start)} to {_text(end)}" for key, start, end in ends)
+        text = f"{panel[0]}: " + ", ".join(
+            f"{NAMES[key]} from {text_of(start)} to {text_of(end)}" for key, start, end in ends
+        )
         parts.append(
             f'<div><img class="light" alt="{html.escape(text)}" src="{uri(panel, False)}">'
             f'<img class="dark" alt="{html.escape(text)}" src="{uri(panel, True)}"></div>'
@@ -168,65 +187,6 @@ def events(run: Run) -> str:
     return "<p>Off.</p>" if run.config["guard"] == "off" else "<p>On, and silent: no signs of collapse.</p>"
 
 
-def samples(rows: list[dict[str, Any]]) -> str:
-    """Return samples of the run's start, middle and end."""
-    if not rows:
-        return "<p>None were kept (--samples-per-step).</p>"
-    columns = ("step", "prompt", "response", "answer", "label", "true answer", "reward", "entropy", "notes")
-    parts = []
-    for title, steps in chosen_steps(rows).items():
-        body, classes = [], []
-        for each in rows:
-            if each["step"] not in steps:
-                continue
-            word = verdict(each)
-            notes = [
-                f"by the {each['sampled_by']} model" if each["sampled_by"] == "momentum" else "",
-                "pruned" if each["pruned"] else "",
-            ]
-            notes.append("" if each["finished"] else "cut at the longest length")
-            classes.append("right" if word in ("right", "agrees") else "wrong")
-            body.append((
-                word, each["step"], each["prompt"], each["response"], each["answer"], each["label"], each["gold"], each["reward"],
-                each["entropy"], ", ".join(filter(None, notes)),
-            ))  # fmt: skip
-        parts.append(f'<h3>{title}</h3><div class="samples">{table(("", *columns), body, classes)}</div>')
-    return "".join(parts)
-
-
-def verdict(sample: dict[str, Any]) -> str:
-    """Return whether an answer is right, or, where the truth is not known, whether it agrees with the label."""
-    if sample.get("correct") is not None:
-        return "right" if sample["correct"] else "wrong"
-    return "agrees" if sample["answer"] is not None and sample["answer"] == sample["label"] else "differs"
-
-
-def chosen_steps(rows: list[dict[str, Any]]) -> dict[str, set[int]]:
-    """Return the steps to show of start, middle and end: one each, and the nearest that shows what it lacks.
-
-    So right and wrong are seen side by side where there are both within a tenth of the run.
-    """
-    found: dict[int, set[str]] = {}
-    for each in rows:
-        found.setdefault(each["step"], set()).add(verdict(each))
-    steps = sorted(found)
-    places = {"Start": steps[0], "Middle": steps[(len(steps) - 1) // 2], "End": steps[-1]}
-    chosen: dict[str, set[int]] = {}
-    taken: set[int] = set()
-    for title, at in places.items():
-        if at in taken:
-            continue
-        near = [
-            step
-            for step in sorted(steps, key=lambda step: abs(step - at))
-            if 10 * abs(step - at) <= steps[-1] - steps[0]
-        ]
-        more = next((step for step in near if found[step] - found[at]), at)
-        chosen[title] = {at, more}
-        taken |= chosen[title]
-    return chosen
-
-
 def times(lines: list[dict[str, Any]]) -> str:
     spent = phases(lines)
     whole = sum(spent.values())
@@ -235,7 +195,7 @@ def times(lines: list[dict[str, Any]]) -> str:
     rows: list[Row] = []
     for key, seconds in spent.items():
         bar = Markup(f'<span class="bar" style="width: {12 * seconds / whole:.3f}rem"></span>')
-        rows.append((PHASES[key], f"{seconds:.2f} s", f"{seconds / whole:.1%}", bar))
+        rows.append((NAMES[key], f"{seconds:.2f} s", f"{seconds / whole:.1%}", bar))
     rows.append(("all", f"{whole:.2f} s", "100%", ""))
     return table(("phase", "time", "share", ""), rows) + (
         '<p class="soft">Of the steps; evaluations, checkpoints and loading come on top.</p>'
@@ -252,45 +212,25 @@ def figures(lines: list[dict[str, Any]]) -> str:
     last: dict[str, Any] = {}
     for line in lines:
         last.update({key: value for key, value in line.items() if value is not None})
-    return table(("figure", "last value", "meaning"), [(key, last.get(key), text) for key, text in KEYS.items()])
+    return table(
+        ("figure", "last value", "key", "meaning"),
+        [(name_of(key), last.get(key), key, text) for key, text in KEYS.items()],
+    )
 
 
 def summary(run: Run) -> dict[str, Any]:
     """Return the report's figures for a program: the element with the id "summary"."""
-    evaluated = {key: points for key in KEYS if key.startswith("eval_") and (points := points_of(run.lines, key))}
     return {
         "name": run.name,
         "steps": last_step(run.lines),
         "config": run.config,
         "environment": run.environment,
-        "evaluation": {key: {"start": points[0][1], "best": max(v for _, v in points), "end": points[-1][1]}
-                       for key, points in evaluated.items()},
+        "evaluation": {
+            key: {"start": points[0][1], "end": points[-1][1], "errors": [each for _, each in points_of(run.lines, f"{key}_error")]}
+            for key in ACCURACIES if (points := points_of(run.lines, key))
+        },
+        "best_step": next((line["eval_best_step"] for line in reversed(run.lines) if "eval_best_step" in line), None),
         "seconds": phases(run.lines),
         "guard": [{"step": line["step"], "did": line["guard"], "signs": line.get("guard_signs")} for line in run.lines
                   if line.get("guard") is not None],
     }  # fmt: skip
-
-
-class Markup(str):
-    """Text that is HTML already."""
-
-
-def table(head: Row, rows: Iterable[Row], classes: Sequence[str] | None = None) -> str:
-    def cells(tag: str, values: Row) -> str:
-        def shown(value: Any) -> str:
-            return value if isinstance(value, Markup) else html.escape(_text(value))
-
-        return "".join(f"<{tag}>{shown(value)}</{tag}>" for value in values)
-
-    rows = list(rows)
-    names = classes or [""] * len(rows)
-    body = "".join(
-        f'<tr class="{name}">{cells("td", row)}</tr>' if name else f"<tr>{cells('td', row)}</tr>"
-        for name, row in zip(names, rows, strict=True)
-    )
-    top = f"<thead><tr>{cells('th', head)}</tr></thead>" if any(head) else ""
-    return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
