@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 
 import torch
 
@@ -57,5 +58,13 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    """Print the report."""
+    try:
+        print(report(), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

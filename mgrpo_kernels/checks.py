@@ -109,11 +109,18 @@ def check_number(
     )
     if not fine:
         bounds = [
-            f"{sign} {bound}"
-            for sign, bound in ((">", above), (">=", at_least), ("<=", at_most), ("<", below))
+            f"{words} {bound}"
+            for words, bound in (
+                ("more than", above),
+                ("at least", at_least),
+                ("at most", at_most),
+                ("less than", below),
+            )
             if bound is not None
         ]
-        raise ValueError(f"{name}: expected a finite number{' ' if bounds else ''}{' and '.join(bounds)}, got {value}")
+        finite = -float("inf") < value < float("inf")
+        wanted = [*([] if finite and bounds else ["a finite number"]), *([" and ".join(bounds)] if bounds else [])]
+        raise ValueError(f"{name}: expected {', '.join(wanted)}, got {value}")
     return value  # type: ignore[return-value]
 
 

@@ -565,10 +565,10 @@ def test_against_the_plain_vote(data, size, prompts, min_share):
             "equivalence: expected 'math', 'exact' or a function, got NoneType",
         ),
         ((["1", "2"], 2), {"equivalence": lambda a, b: 1}, TypeError, "a function that returns a bool, got int"),
-        ((["1"], 1), {"min_share": 1.5}, ValueError, "min_share: expected a finite number >= 0.0 and <= 1.0, got 1.5"),
+        ((["1"], 1), {"min_share": 1.5}, ValueError, "min_share: expected at least 0.0 and at most 1.0, got 1.5"),
         ((["1"], 1), {"min_share": float("nan")}, ValueError, "min_share: expected a finite number"),
-        ((["1"], 1), {"min_votes": 0}, ValueError, "min_votes: expected a finite number >= 1, got 0"),
-        ((["1"], 1), {"seconds": -1}, ValueError, "seconds: expected a finite number >= 0.0, got -1"),
+        ((["1"], 1), {"min_votes": 0}, ValueError, "min_votes: expected at least 1, got 0"),
+        ((["1"], 1), {"seconds": -1}, ValueError, "seconds: expected at least 0.0, got -1"),
         ((["1"], 1), {"min_share": "half"}, TypeError, "min_share: expected a number, got str"),
     ],
 )

@@ -102,7 +102,7 @@ class MethodOptions:
     vote_seconds: float = option(
         5.0,
         "time that a step's vote may spend on answers with integrals, sums, products or limits; those beyond it are compared as texts",
-        unit="s",
+        unit="seconds",
         at_least=0.0,
     )
     equivalence: EquivalenceName = option(

@@ -75,6 +75,7 @@ def select(
     self_certainty: Tensor | None = None,
     gold: Sequence[Gold | None] | None = None,
     rewards: Tensor | None = None,
+    reward_share: float | None = None,
     equivalence: Equivalence | None = None,
     scale: str = "std",
     generator: torch.Generator | None = None,
@@ -92,6 +93,7 @@ def select(
         self_certainty: ``(B, L)`` self-certainty of each token. Required by some methods.
         gold: B true answers, the same within a group, None if unknown. Required by some methods.
         rewards: ``(B,)`` float, used instead of the method's; there is then no vote. A rollout with reward NaN does not train.
+        reward_share: share of `rewards` in a sum with the method's rewards; there is then a vote. None: `rewards` alone, without a vote.
         equivalence: used instead of ``options.equivalence``; may be a function.
         scale: scale of the advantages, as in :func:`mgrpo_kernels.group_advantages`.
         generator: random number generator, required by some methods.
@@ -102,7 +104,8 @@ def select(
     checks.check_tensor("mask", mask, dtypes=(torch.bool,), dim=2)
     B = len(mask)
     offsets = sequences.group_offsets(groups.cpu() if isinstance(groups, Tensor) else groups, B, torch.device("cpu"))
-    _check(B, options, mask, answers, rewards is None, entropy, self_certainty, gold, generator)
+    votes = rewards is None or reward_share is not None
+    _check(B, options, mask, answers, votes, entropy, self_certainty, gold, generator)
     momentum = _flags("by_momentum", by_momentum, B, False)
     same: Equivalence = options.equivalence if equivalence is None else equivalence
     nonempty = mask.any(-1).cpu()
@@ -110,7 +113,7 @@ def select(
     survives = _survives(options, level, offsets, nonempty)
     voters = survives & momentum if options.row.voters == "momentum" else survives
     vote = None
-    if rewards is None:
+    if votes:
         vote = majority_vote(
             answers,
             offsets,
@@ -122,7 +125,10 @@ def select(
         )
         correct = equal_to_gold(answers, gold, same) if options.row.needs_gold and gold is not None else None
         means = _reduced(entropy, mask), _reduced(self_certainty, mask)
-        rewards = options.row.rewards(Signals(vote, offsets, nonempty, *means, correct, generator))
+        own = options.row.rewards(Signals(vote, offsets, nonempty, *means, correct, generator))
+        share = 0.0 if rewards is None or reward_share is None else reward_share
+        rewards = own if rewards is None else share * rewards.float().cpu() + (1.0 - share) * own
+    assert rewards is not None
     rewards = rewards.float().cpu()
     trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
     trains &= ~rewards.isnan()

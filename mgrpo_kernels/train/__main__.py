@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import command_line
 from mgrpo_kernels.train.config import Config, build, preset_descriptions, read_yaml
 from mgrpo_kernels.train.ending import exit_status
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.parser import Parser, Spelling
+from mgrpo_kernels.train.run.record import Record
 
 FIRST = ("model", "data", "method", "steps", "prompts_per_step", "rollouts", "learning_rate", "engine")
 """The options that most users need first, besides --config and --output."""
@@ -43,7 +44,7 @@ guard, 130 interrupted.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return a parser whose first group has the most used options, followed by a group for each section."""
     parser = command_line.make_parser(
         "mgrpo_kernels.train",
@@ -97,13 +98,26 @@ def target(text: str) -> Any:
     return Target.parse(text)
 
 
-def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bool, Any, bool]:
-    """Return the configuration, the output directory, and the values of --resume, --dry-run and --allow-changed-data.
+class CommandLine(NamedTuple):
+    """What the command line asks for."""
+
+    config: Config
+    output: Path
+    resume: bool
+    dry_run: Any  # True, or the target that it names
+    allow_changed: bool
+
+
+def read_command_line(arguments: Sequence[str] | None, spelling: Spelling | None = None) -> CommandLine:
+    """Return what the command line asks for; `spelling` learns which options it has.
 
     Raises:
         UsageError: an option is unknown, has the wrong type or is out of range.
     """
-    given = vars(make_parser().parse_args(arguments))
+    parser = make_parser()
+    given = vars(parser.parse_args(arguments))
+    spelling = spelling or Spelling()
+    spelling.read(parser, (), given)
     file, output = given.pop("config", None), given.pop("output", None)
     allow_changed = given.pop("allow_changed_data", False)
     resume, dry_run = given.pop("resume", False) or is_restart(output), given.pop("dry_run", False)
@@ -115,13 +129,14 @@ def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path, bo
             raise UsageError(f"resume: expected the directory of a run, with its config.yaml, got {output}")
         layers.append(read_yaml(Path(output) / "config.yaml"))
     layers += [command_line.read_config(file), given]
+    spelling.read(parser, {name for layer in layers[:-1] for name in layer}, given)
     if not any(layer.get(name) is not None for layer in layers for name in ("model", "data")):
         from mgrpo_kernels.train.data.demo import OPTIONS
 
         layers.insert(0, OPTIONS)
     config = build(*layers)
     default = f"{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return config, command_line.output_directory(output, default), resume, dry_run, allow_changed
+    return CommandLine(config, command_line.output_directory(output, default), resume, dry_run, allow_changed)
 
 
 def is_restart(output: str | None) -> bool:
@@ -139,17 +154,26 @@ def is_restart(output: str | None) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trainer; return the exit status, as the end of ``--help`` lists them."""
-    try:
-        config, output, resume, dry_run, allow_changed = read_command_line(arguments)
-        # transformers takes seconds to import, and --help shall not wait for it
-        from mgrpo_kernels.train.run.start import run
+    spelling = Spelling()
+    with Record() as record:
+        try:
+            found = read_command_line(arguments, spelling)
+            # transformers takes seconds to import, and --help shall not wait for it
+            from mgrpo_kernels.train.run.start import run
 
-        return run(config, output, resume=resume, dry_run=dry_run, allow_changed=allow_changed)
-    except BaseException as error:
-        status = exit_status(error)
-        if status is None:
-            raise
-        return status
+            return run(
+                found.config,
+                found.output,
+                resume=found.resume,
+                dry_run=found.dry_run,
+                allow_changed=found.allow_changed,
+                record=record,
+            )
+        except BaseException as error:
+            status = exit_status(error, spell=spelling)
+            if status is None:
+                raise
+            return status
 
 
 if __name__ == "__main__":

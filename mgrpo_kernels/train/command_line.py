@@ -11,6 +11,8 @@ from typing import Any
 from mgrpo_kernels.method.fields import Declared
 from mgrpo_kernels.train.config import PAIR, SECTIONS, fields_of, find_config, preset_files, read_yaml
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.parser import Parser, flag_of
+from mgrpo_kernels.train.text import print_line
 
 LONGEST_CHOICES = 40
 """Choices that take more characters than this are listed in the help text instead of behind the option's name."""
@@ -46,13 +48,13 @@ class ShortHelp(argparse.Action):
         formatter.add_arguments(group._group_actions)
         formatter.end_section()
         formatter.add_text(f"{parser.prog} --help describes every option, and has examples.")
-        print(formatter.format_help(), end="")
+        print_line(formatter.format_help().rstrip("\n"))
         parser.exit()
 
 
-def make_parser(program: str, usage: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def make_parser(program: str, usage: str, description: str, epilog: str | None = None) -> Parser:
     """Return a parser without options. An option that is not on the command line will be absent from its result."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"python -m {program}",
         usage=usage,
         description=description,
@@ -100,7 +102,7 @@ def title_of(section: type) -> str:
 def add_option(group: Any, name: str, *, required: bool = False) -> None:
     """Add an option of the trainer's configuration; for a `required` one, the help text has no default."""
     option = OPTIONS[name]
-    flag, kind = "--" + name.replace("_", "-"), next(each for each in option.kinds if each is not type(None))
+    flag, kind = flag_of(name), next(each for each in option.kinds if each is not type(None))
     text = f"{option.field.metadata['help']} (required, unless --config has it)" if required else help_of(option)
     text = text.replace("%", "%%")
     if kind == PAIR:
@@ -173,4 +175,4 @@ def require(values: Mapping[str, Any], *names: str) -> None:
     """Raise UsageError if one of these options has no value."""
     for name in names:
         if values.get(name) is None:
-            raise UsageError(f"{name}: expected a value, got none: add --{name.replace('_', '-')}")
+            raise UsageError(f"{name}: expected a value, got none: add {flag_of(name)}")

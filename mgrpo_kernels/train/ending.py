@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mgrpo_kernels.train.errors import CheckpointError, EngineError, FailedElsewhereError, OutputError, UsageError
 from mgrpo_kernels.train.text import print_line
 
 RESUME = "--resume continues from the last checkpoint"
 
 
-def exit_status(error: BaseException, hint: str = f"; {RESUME}") -> int | None:
+def exit_status(
+    error: BaseException, hint: str = f"; {RESUME}", spell: Callable[[str], str] = lambda text: text
+) -> int | None:
     """Print an error that a user can understand, and return the command's exit status; return None for any other error.
 
-    `hint` follows the message where the run can be resumed.
+    `hint` follows the message where the run can be resumed. `spell` spells the option that the error is about.
     """
     if isinstance(error, FailedElsewhereError) or (isinstance(error, UsageError) and error.shown_elsewhere):
         return 2 if isinstance(error, UsageError) else 1
@@ -37,7 +41,7 @@ def exit_status(error: BaseException, hint: str = f"; {RESUME}") -> int | None:
         return 130
     elif not isinstance(error, (CheckpointError, EngineError, OutputError)):
         return None
-    print_line(f"error: {text}", error=True)
+    print_line(f"error: {spell(text)}", error=True)
     return status
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -18,7 +17,9 @@ from mgrpo_kernels.train.data.task import check_lengths, load_task
 from mgrpo_kernels.train.ending import exit_status
 from mgrpo_kernels.train.errors import OutputError, UsageError
 from mgrpo_kernels.train.model.policy import load_policy, pick_device, read_tokenizer
-from mgrpo_kernels.train.run.evaluation import MEASURES, examine, figures
+from mgrpo_kernels.train.parser import Parser, Spelling
+from mgrpo_kernels.train.plan.units import duration
+from mgrpo_kernels.train.run.evaluation import MEASURES, derived, examine, figures
 from mgrpo_kernels.train.run.files import write_text
 from mgrpo_kernels.train.run.learner import dtype_of, make_engine
 from mgrpo_kernels.train.run.output import check_output
@@ -41,6 +42,9 @@ OPTIONS = (
 FIRST = ("eval_samples", "eval_temperature", "max_response_tokens", "engine")
 """The options that most users need first, besides --config, --model, --eval-data and --output."""
 
+SECONDS = 5.0
+"""Time from one line of progress to the next."""
+
 EPILOG = """examples:
   python -m mgrpo_kernels.train.evaluate --model DIR_OR_HUB_NAME \\
       --eval-data FILE.jsonl
@@ -52,7 +56,7 @@ EPILOG = """examples:
 Exit status: 0 finished, 1 failed, 2 invalid options, 130 interrupted."""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return a parser of :data:`OPTIONS`, in groups."""
     parser = command_line.make_parser(
         "mgrpo_kernels.train.evaluate",
@@ -75,15 +79,20 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_command_line(arguments: Sequence[str] | None) -> tuple[Config, Path]:
-    """Return the configuration and the output directory.
+def read_command_line(arguments: Sequence[str] | None, spelling: Spelling | None = None) -> tuple[Config, Path]:
+    """Return the configuration and the output directory; `spelling` learns which options the command line has.
 
     Raises:
         UsageError: an option is unknown, has the wrong type or is out of range, or the model or the data are missing.
     """
-    given = vars(make_parser().parse_args(arguments))
+    parser = make_parser()
+    given = vars(parser.parse_args(arguments))
+    spelling = spelling or Spelling()
+    spelling.read(parser, (), given)
     file, output = given.pop("config", None), given.pop("output", None)
-    values = {**command_line.read_config(file), **given}
+    in_file = command_line.read_config(file)
+    spelling.read(parser, in_file, given)
+    values = {**in_file, **given}
     values = {name: value for name, value in values.items() if name in OPTIONS or name not in command_line.OPTIONS}
     command_line.require(values, *REQUIRED)
     config = build(values, {"data": values["eval_data"]})  # a model requires training data, which are not read here
@@ -105,12 +114,13 @@ def run(config: Config, output: Path) -> dict[str, float | None]:
     transformers.utils.logging.disable_progress_bar()
     assert config.model.model is not None
     device, task = pick_device(config.model.device), load_task(config, training=False)
-    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts])
-    check_lengths(*read_tokenizer(config.model.model), task, config.rollout.max_response_tokens)
-    policy = load_policy(config.model.model, device, dtype_of(config))
+    task = task.evaluating(config.eval.eval_prompts)
+    check_lengths(*read_tokenizer(config.model.model, config.model.loading), task, config.rollout.max_response_tokens)
+    policy = load_policy(config.model.model, device, dtype_of(config), loading=config.model.loading)
     engine = make_engine(config, task, policy)
     n = config.eval.eval_samples
-    print(f"{len(task.held_out):,} prompts x ({n} samples + 1 greedy response) on {device} ...", flush=True)
+    print_line(f"{len(task.held_out):,} prompts x ({n} samples + 1 greedy response) on {device} ...")
+    engine.progress = Progress()
     questions = examine(policy, engine, task, config)
     found = figures(questions, config.pass_k)
     output.mkdir(parents=True, exist_ok=True)
@@ -132,20 +142,37 @@ def run(config: Config, output: Path) -> dict[str, float | None]:
     return found
 
 
+class Progress:
+    """Prints how much of an evaluation is done, every few seconds: first of the samples, then of the greedy responses."""
+
+    def __init__(self) -> None:
+        self._start = self._shown = time.monotonic()
+        self._phase, self._last = "samples", 0.0
+
+    def __call__(self, share: float) -> None:
+        now = time.monotonic()
+        if share < self._last:
+            self._phase = "greedy responses"
+        self._last = share
+        if now - self._shown >= SECONDS:
+            self._shown = now
+            print_line(f"  {self._phase}: {share:.0%} after {duration(now - self._start)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the evaluation; return the exit status: 0, 1 for a failure, or 2 for invalid options."""
+    spelling = Spelling()
     try:
-        config, output = read_command_line(arguments)
+        config, output = read_command_line(arguments, spelling)
         found = run(config, output)
     except BaseException as error:
-        status = exit_status(error, hint="")
+        status = exit_status(error, hint="", spell=spelling)
         if status is None:
             raise
         return status
-    for name in MEASURES:
-        value = found[name]
-        assert value is not None
-        print_line(f"{name}: {with_error(value, found[f'{name}_error'], 4)}")
+    for name, value in found.items():
+        if name.partition("/")[0] in MEASURES and value is not None:
+            print_line(f"{name}: {with_error(value, found[derived(name, 'error')], 4)}")
     print_line("after each ±: the standard error over the prompts")
     print_line(f"written: {output}/metrics.jsonl, questions.jsonl, config.yaml")
     return 0

@@ -7,10 +7,9 @@ Of a run with LoRA the model has the adapter added to its weights; the adapter b
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import build, read_yaml
 from mgrpo_kernels.train.errors import CheckpointError, OutputError, UsageError
+from mgrpo_kernels.train.model.location import check_model
 from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, unreadable
+from mgrpo_kernels.train.parser import Parser, Spelling
 from mgrpo_kernels.train.run import checkpoint, files
 from mgrpo_kernels.train.text import print_line
 
@@ -106,7 +107,8 @@ def export(run: Path, step: int | None, weights: str, to: Path) -> Path:
     config = build(read_yaml(run / "config.yaml"))
     name = config.model.model or str(run / "base")
     lora = config.lora.lora_rank is not None
-    model = read_model(name, empty=not lora)  # of LoRA a checkpoint has the adapter alone
+    loading = config.model.loading
+    model = read_model(name, empty=not lora, loading=loading)  # of LoRA a checkpoint has the adapter alone
     adapter = Adapter(model, config.lora, config.run.seed) if lora else None
     tensors = checkpoint.read(found, WEIGHTS[weights])
     missing, odd = model.load_state_dict(tensors, strict=False)
@@ -115,30 +117,33 @@ def export(run: Path, step: int | None, weights: str, to: Path) -> Path:
         raise UsageError(
             f"run: expected a checkpoint of {name}, got one that differs in {', '.join([*missing, *odd][:5])}"
         )
-    write(model, AutoTokenizer.from_pretrained(name), to, adapter=adapter)
+    write(model, AutoTokenizer.from_pretrained(name, **loading), to, adapter=adapter)
     return found
 
 
-def read_model(name: str, *, empty: bool) -> Any:
+def read_model(name: str, *, empty: bool, loading: Mapping[str, Any]) -> Any:
     """Return a model, or with `empty` one whose weights are still to come.
 
     Raises:
         UsageError: it cannot be loaded.
     """
+    check_model(name)
     try:
         if not empty:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **loading)
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(name, **loading), trust_remote_code=loading["trust_remote_code"]
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(name, error)) from error
     with contextlib.suppress(OSError):  # a model may come without
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        model.generation_config = GenerationConfig.from_pretrained(name, **loading)
     return model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export; return the exit status: 0, 1 a damaged checkpoint, 2 wrong usage."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mgrpo_kernels.train.export",
         description="Write a checkpoint's policy or momentum model as safetensors, which AutoModelForCausalLM.from_pretrained loads.",
         allow_abbrev=False,
@@ -148,10 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=tuple(WEIGHTS), default="policy", help="which model (default: policy)")
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="where it goes")
     given = parser.parse_args(arguments)
+    spelling = Spelling()
+    spelling.read(parser, (), ())
     try:
         found = export(given.run, given.step, given.weights, given.to)
     except UsageError as error:
-        print_line(f"error: {error}", error=True)
+        print_line(f"error: {spelling(str(error))}", error=True)
         return 2
     except (CheckpointError, OutputError) as error:
         print_line(f"error: {error}", error=True)

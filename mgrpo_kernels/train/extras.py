@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ EXTRAS = {
     "flash-attn": ("flash_attn",),
 }
 """Packages of each extra, under their import names."""
+CHECKOUT = Path(__file__).parents[2]
+"""Directory of the checkout, if the package runs from one."""
 NO_TRAINING = ("mgrpo_kernels.train.serve",)
 """Commands of this package, for ``python -m``, that do not import packages of the extra train."""
 
@@ -35,6 +39,8 @@ def how_to_install(package: str) -> str:
     """Return the command that installs the package through an extra of this library."""
     extra = next(extra for extra, packages in EXTRAS.items() if package in packages)
     command = f"pip install 'mgrpo_kernels[{extra}]'"
+    if (CHECKOUT / "pyproject.toml").exists():  # no package index has what is in a checkout
+        command = f"pip install --no-build-isolation --editable {shlex.quote(f'{CHECKOUT}[{extra}]')}"
     # The package on PyPI requires a GPU; make vllm installs the CPU build if there is none.
     return f"{command}, or make vllm in a checkout" if package == "vllm" else command
 

@@ -111,7 +111,7 @@ def refusal(arguments: Sequence[str]) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+        print_line(USAGE)
         return 0 if arguments else 2
     error = refusal(arguments)
     if error is not None:

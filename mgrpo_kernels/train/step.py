@@ -64,6 +64,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
             own = score_by_policy(learner, seen, stats) if config.policy_scores_all else stats
         with clock("vote"), record_function("vote"):
             measured = own if config.method.momentum_scored_by == "policy" else stats
+            seen = seen._replace(rewards=own_rewards(learner, examples[mine.start : mine.stop], seen))
             selection = select_rollouts(learner, seen, measured, step)
         with clock("score"), record_function("score"):
             batch = training_batch(learner, seen, stats, own, selection)
@@ -180,6 +181,14 @@ def blank(learner: Learner, seen: Trajectories) -> TokenStats:
     return TokenStats(*(zeros if name in wanted else None for name in TokenStats._fields))
 
 
+def own_rewards(learner: Learner, examples: Sequence[Example], seen: Trajectories) -> Tensor | None:
+    """Return the rewards of the user's own function for the rollouts of these prompts, ``(B,)``; None without one."""
+    if learner.task.reward is None:
+        return None
+    prompts = [example.prompt for example in examples for _ in range(learner.config.rollout.rollouts)]
+    return torch.tensor(learner.task.reward(prompts, seen.texts, seen.answers, seen.gold), dtype=torch.float32)
+
+
 def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, step: int) -> Selection:
     """Return the result of filter, vote and rewards for this rank's prompts; `stats` are the statistics that the method uses."""
     config = learner.config
@@ -196,6 +205,8 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
         entropy=stats.entropy,
         self_certainty=stats.self_certainty,
         gold=seen.gold,
+        rewards=seen.rewards,
+        reward_share=None if seen.rewards is None else config.method.reward_share,
         equivalence=learner.task.equivalence,
         generator=generator,
     )
@@ -212,8 +223,8 @@ def training_batch(
     a model that lags by about 1 / (1 - m) steps, and tokens that have changed since would get no gradient. A token that the policy
     generated has weight 1.
 
-    A batch gets one optimizer step, so its own forward pass computes the old log-probs, bit for bit. They are computed separately only if
-    the weights above need them.
+    With one optimizer step for a batch, its own forward pass computes the old log-probs, bit for bit. They are computed separately if the
+    weights above need them, or if there are more optimizer steps.
     """
     rows = selection.trains.nonzero().squeeze(-1).to(learner.policy.device)
     prompts = [seen.prompts[row] for row in rows.tolist()]
@@ -231,6 +242,10 @@ def training_batch(
     if learner.config.corrects_behaviour:  # the log-probs of the engine, which rounds differently
         behaviour = seen.rollouts.logprobs[rows]
     old = own.logprob[rows] if weighted else None
+    if old is None and learner.config.optim.updates_per_batch > 1:
+        old = score(
+            learner.policy, prompts, tokens, mask, **scoring(learner.config.rollout), stats=("logprob",)
+        ).logprob
     sampled = seen.rollouts.logprobs[rows] if engine_scores(learner, seen) else None
     advantages = selection.advantages.to(rows.device)[rows]
     return Batch(prompts, tokens, mask, old, ref, advantages, behaviour, sampled)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
+
+PRINTED = logging.getLogger("mgrpo_kernels.printed")
+"""Receives every line that is printed; :class:`mgrpo_kernels.train.run.record.Record` writes them to log.txt."""
+PRINTED.setLevel(logging.INFO)
+PRINTED.propagate = False
 
 
 def printable(text: object) -> str:
@@ -26,6 +32,7 @@ def print_line(text: object, *, error: bool = False) -> None:
     A run does not end because nobody reads its output: where the stream cannot be written, a full disk or a closed pipe, the line is
     dropped, and so are all later ones.
     """
+    PRINTED.info(printable(text))
     stream = sys.stderr if error else sys.stdout
     try:
         print(printable(text), file=stream, flush=True)

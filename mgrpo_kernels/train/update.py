@@ -53,6 +53,7 @@ def make_optimizer(policy: Policy, options: OptimConfig) -> torch.optim.Optimize
     return torch.optim.AdamW(
         [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
         lr=options.learning_rate,
+        betas=options.adam_betas,
         weight_decay=options.weight_decay,
         fused=True,
     )
@@ -139,6 +140,28 @@ def compare(policy: Policy, packed: ResponseStates, sampled: Tensor, temperature
 
 
 def take_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, step: int
+) -> dict[str, Any]:
+    """Take the optimizer steps of a batch, one after the other; return the metrics of the update, as means over them.
+
+    Raises:
+        NotFiniteError: the loss or the gradient of one of them is not finite. The weights are then those before that one.
+    """
+    passes = [
+        take_optimizer_step(
+            policy, optimizer, batch if number == 0 else batch._replace(sampled_logprobs=None), config, step
+        )
+        for number in range(config.optim.updates_per_batch)
+    ]
+    return {
+        name: None
+        if value is None
+        else math.fsum(each[name] for each in passes if name in each) / sum(name in each for each in passes)
+        for name, value in passes[0].items()
+    }
+
+
+def take_optimizer_step(
     policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, step: int
 ) -> dict[str, Any]:
     """Take one optimizer step; return the metrics of the update.

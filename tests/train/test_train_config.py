@@ -33,19 +33,19 @@ from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
 from mgrpo_kernels.vote import EQUIVALENCES
 
 BAD = {
-    "iqr_k": (-0.1, "iqr_k: expected a finite number >= 0.0, got -0.1"),
-    "iqr_min_spread": (-0.1, "iqr_min_spread: expected a finite number >= 0.0, got -0.1"),
+    "iqr_k": (-0.1, "iqr_k: expected at least 0.0, got -0.1"),
+    "iqr_min_spread": (-0.1, "iqr_min_spread: expected at least 0.0, got -0.1"),
     "momentum_scored_by": ("teacher", "momentum_scored_by: expected one of sampler, policy, got 'teacher'"),
     "guard": ("on", "guard: expected one of off, warn, stop, rollback, got 'on'"),
-    "guard_rollbacks": (-1, "guard_rollbacks: expected a finite number >= 0, got -1"),
-    "decay": (1.0, "decay: expected a finite number >= 0.0 and < 1.0, got 1.0"),
-    "decay_end": (1.5, "decay_end: expected a finite number >= 0.0 and < 1.0, got 1.5"),
-    "rollouts": (1, "rollouts: expected a finite number >= 2, got 1"),
+    "guard_rollbacks": (-1, "guard_rollbacks: expected at least 0, got -1"),
+    "decay": (1.0, "decay: expected at least 0.0 and less than 1.0, got 1.0"),
+    "decay_end": (1.5, "decay_end: expected at least 0.0 and less than 1.0, got 1.5"),
+    "rollouts": (1, "rollouts: expected at least 2, got 1"),
     "momentum_rollouts": (32, "momentum_rollouts: expected at most 30 of 32 rollouts"),
-    "warmup": (1.0, "warmup: expected a finite number >= 0.0 and < 1.0, got 1.0"),
-    "steps": (0, "steps: expected a finite number >= 1, got 0"),
-    "temperature": (0.0, "temperature: expected a finite number >= 0.0001, got 0.0"),
-    "learning_rate": (float("nan"), "learning_rate: expected a finite number > 0.0, got nan"),
+    "warmup": (1.0, "warmup: expected at least 0.0 and less than 1.0, got 1.0"),
+    "steps": (0, "steps: expected at least 1, got 0"),
+    "temperature": (0.0, "temperature: expected at least 0.0001, got 0.0"),
+    "learning_rate": (float("nan"), "learning_rate: expected a finite number, more than 0.0, got nan"),
     "method": ("grpo", "method: expected one of mgrpo, srt, "),
     "filter_scope": ("all", "filter_scope: expected one of both, vote, penalise, got 'all'"),
     "truncated": ("drop", "truncated: expected one of keep, mask"),
@@ -56,17 +56,17 @@ BAD = {
         "top_p: expected 1.0 for training, got 0.9: a truncated sampler draws tokens from another distribution",
     ),
     "top_k": (50, "top_k: expected 0 for training, got 50"),
-    "vllm_memory": (1.5, "vllm_memory: expected a finite number > 0.0 and <= 1.0, got 1.5"),
-    "vllm_cache_gib": (0.0, "vllm_cache_gib: expected a finite number > 0.0, got 0.0"),
-    "vllm_timeout": (0.0, "vllm_timeout: expected a finite number > 0.0, got 0.0"),
-    "prompts_per_step": (0, "prompts_per_step: expected a finite number >= 1, got 0"),
-    "tokens_per_microbatch": (0, "tokens_per_microbatch: expected a finite number >= 1, got 0"),
-    "clip_low": (-1.0, "clip_low: expected a finite number >= 0.0 and <= 1.0, got -1.0"),
-    "kl_coef": (-1.0, "kl_coef: expected a finite number >= 0.0, got -1.0"),
-    "max_grad_norm": (0.0, "max_grad_norm: expected a finite number > 0.0, got 0.0"),
-    "eval_pass_k": (9, "eval_pass_k: expected a finite number >= 1 and <= 8, got 9"),
-    "seed": (-1, "seed: expected a finite number >= 0 and < 9223372036854775808, got -1"),
-    "log_every": (0, "log_every: expected a finite number >= 1, got 0"),
+    "vllm_memory": (1.5, "vllm_memory: expected more than 0.0 and at most 1.0, got 1.5"),
+    "vllm_cache_gib": (0.0, "vllm_cache_gib: expected more than 0.0, got 0.0"),
+    "vllm_timeout": (0.0, "vllm_timeout: expected more than 0.0, got 0.0"),
+    "prompts_per_step": (0, "prompts_per_step: expected at least 1, got 0"),
+    "tokens_per_microbatch": (0, "tokens_per_microbatch: expected at least 1, got 0"),
+    "clip_low": (-1.0, "clip_low: expected at least 0.0 and at most 1.0, got -1.0"),
+    "kl_coef": (-1.0, "kl_coef: expected at least 0.0, got -1.0"),
+    "max_grad_norm": (0.0, "max_grad_norm: expected more than 0.0, got 0.0"),
+    "eval_pass_k": (9, "eval_pass_k: expected at least 1 and at most 8, got 9"),
+    "seed": (-1, "seed: expected at least 0 and less than 9223372036854775808, got -1"),
+    "log_every": (0, "log_every: expected at least 1, got 0"),
     "data": ("x.jsonl", "model: expected a value with --data, got none"),
     "model": ("x", "data: expected a value with --model, got none"),
     "eval_data": ("x.jsonl", "eval_data: expected it together with --data"),
@@ -90,7 +90,7 @@ def test_bad_values_name_the_option(name: str) -> None:
         ({"decay": "high"}, "decay: expected float, got 'high'"),
         ({"iqr_filter": "yes"}, "iqr_filter: expected bool or none, got 'yes'"),
         ({"steps": None}, "steps: expected int, got None"),
-        ({"warmup": 50}, "warmup: expected a finite number >= 0.0 and < 1.0, got 50"),
+        ({"warmup": 50}, "warmup: expected at least 0.0 and less than 1.0, got 50"),
         (
             {"method": "srt", "train_momentum_rollouts": True},
             "train_momentum_rollouts: expected momentum rollouts with it, without which it has no effect, got True",
@@ -126,7 +126,7 @@ def test_bad_values_name_the_option(name: str) -> None:
         ({"chat_template": "on"}, "chat_template: expected --model with it"),
         ({"chat_template": "yes"}, "chat_template: expected one of auto, on, off, got 'yes'"),
         ({"model": "m", "data": "x.jsonl", "eval_every": 5}, "eval_every: expected --eval-data with it, got 5 alone"),
-        ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: expected kl_coef > 0 with it"),
+        ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: expected --kl-coef above 0 with it"),
         ({"stepz": 1}, "stepz: expected one of the options "),
         ({"rollouts": 4, "momentum_rollouts": 3}, "momentum_rollouts: expected at most 2 of 4 rollouts"),
         (
@@ -258,7 +258,10 @@ def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pyte
 def test_unknown_yaml_key_ends_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text("lerning_rate: 1\n")
     assert command.main(["--config", str(tmp_path / "c.yaml")]) == 2
-    assert "error: lerning_rate: expected one of the options" in capsys.readouterr().err
+    assert (
+        "error: lerning_rate: expected one of the options that --help lists, got an unknown one; did you mean --learning-rate?"
+        in capsys.readouterr().err
+    )
 
 
 def test_resume_wants_an_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,9 @@ def test_a_configuration_that_cannot_be_written_ends_in_a_line(
     place = tiny.output_with(base, tmp_path / "run")
     monkeypatch.setattr(files, "write_text", broken)
     assert command.main([*FLAGS, "--output", str(place)]) == 2
-    assert "error: output: expected a directory that can be written, got OSError: [Errno 28]" in capsys.readouterr().err
+    assert (
+        "error: --output: expected a directory that can be written, got OSError: [Errno 28]" in capsys.readouterr().err
+    )
 
 
 def test_a_report_and_a_logger_that_fail_end_no_run(
@@ -289,7 +291,7 @@ def test_a_model_without_width_is_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
     flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--max-response-tokens", "12"]
     assert command.main([*flags, "--output", str(tmp_path / "run")]) == 2
-    assert "error: model: expected a hidden size of at least 1, got 0" in capsys.readouterr().err
+    assert "error: --model: expected a hidden size of at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["temperature", "eval_temperature"])

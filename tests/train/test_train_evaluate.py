@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,19 @@ def test_it_runs_by_itself_as_before_the_first_step_of_training(
     assert all(each["greedy"] is None or each["greedy"] in each["greedy_response"] for each in questions)
 
 
+def test_an_evaluation_shows_its_progress(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_itself, "SECONDS", 0.0)
+    assert by_itself.main([*flags(model), "--output", str(tmp_path / "one")]) == 0
+    shown = re.findall(r"^  (samples|greedy responses): (\d+)% after ", capsys.readouterr().out, re.MULTILINE)
+    assert [phase for phase, _ in itertools.groupby(shown, key=lambda each: each[0])] == ["samples", "greedy responses"]
+    for phase in ("samples", "greedy responses"):
+        shares = [int(share) for name, share in shown if name == phase]
+        assert shares == sorted(shares)
+        assert len(set(shares)) > 2
+
+
 def test_the_saved_options_repeat_it(model: str, tmp_path: Path) -> None:
     assert by_itself.main([*flags(model), "--output", str(tmp_path / "one")]) == 0
     assert by_itself.main(["--config", str(tmp_path / "one" / "config.yaml"), "--output", str(tmp_path / "two")]) == 0
@@ -353,16 +367,16 @@ def test_an_evaluation_takes_the_presets_of_training(preset: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--eval-data", "x.jsonl"], "model: expected a value, got none"),
-        (["--model", "m"], "eval_data: expected a value, got none"),
-        (["--model", "{dir}/none", "--eval-data", str(DATA)], "model: expected "),
-        (["--model", "{dir}", "--eval-data", "{dir}/none.jsonl"], "eval_data: expected a readable JSONL file"),
-        (["--model", "{dir}", "--eval-data", "{dir}/bare.jsonl"], "answer_field: expected one of the fields question of"),
-        (["--model", "{dir}", "--eval-data", str(DATA), "--eval-pass-k", "9"], "eval_pass_k: expected a finite number >= 1 and <= 8"),
+        (["--eval-data", "x.jsonl"], "--model: expected a value, got none"),
+        (["--model", "m"], "--eval-data: expected a value, got none"),
+        (["--model", "{dir}/none", "--eval-data", str(DATA)], "--model: expected "),
+        (["--model", "{dir}", "--eval-data", "{dir}/none.jsonl"], "--eval-data: expected a readable JSONL file"),
+        (["--model", "{dir}", "--eval-data", "{dir}/bare.jsonl"], "--answer-field: expected one of the fields question of"),
+        (["--model", "{dir}", "--eval-data", str(DATA), "--eval-pass-k", "9"], "--eval-pass-k: expected at least 1 and at most 8"),
         (["--config", "{dir}/typo.yaml", "--model", "m", "--eval-data", "x.jsonl"], "eval_sample: expected one of the options"),
-        (["--config", "{dir}/none.yaml"], "config: expected a YAML file that exists, or a preset"),
-        (["--model", "{model}", "--eval-data", str(DATA), "--max-response-tokens", "250"], "max_response_tokens: expected at most"),
-        (["--model", "{model}", "--eval-data", str(DATA), "--output", "{dir}/run"], "output: expected a directory without a run"),
+        (["--config", "{dir}/none.yaml"], "--config: expected a YAML file that exists, or a preset"),
+        (["--model", "{model}", "--eval-data", str(DATA), "--max-response-tokens", "250"], "--max-response-tokens: expected at most"),
+        (["--model", "{model}", "--eval-data", str(DATA), "--output", "{dir}/run"], "--output: expected a directory without a run"),
     ],
 )  # fmt: skip
 def test_wrong_use_writes_nothing(

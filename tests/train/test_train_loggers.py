@@ -17,6 +17,7 @@ import tiny
 from absent import need
 
 from mgrpo_kernels.train import __main__ as command
+from mgrpo_kernels.train.extras import how_to_install
 from mgrpo_kernels.train.run import loop
 from mgrpo_kernels.train.watch import loggers
 from mgrpo_kernels.train.watch.lines import read_lines
@@ -276,10 +277,7 @@ def test_an_absent_package_stops_before_anything_is_written(
     monkeypatch.setattr(importlib.util, "find_spec", lambda each, *rest: None if each == name else real(each, *rest))
     output = tmp_path / "run"
     assert command.main([*tiny.FLAGS, "--output", str(output), *flags]) == 2
-    assert (
-        f"error: {name}: expected the package {name}, got none: pip install 'mgrpo_kernels[loggers]'"
-        in capsys.readouterr().err
-    )
+    assert f"error: --{name}: expected the package {name}, got none: {how_to_install(name)}" in capsys.readouterr().err
     assert not output.exists()
 
 
@@ -295,7 +293,7 @@ def test_no_login_stops_before_anything_is_written(
     Recorder(monkeypatch, "wandb").module.login = login
     output = tmp_path / "run"
     assert command.main([*tiny.FLAGS, "--output", str(output), "--wandb", "sums"]) == 2
-    assert "error: wandb: expected a login (wandb login) or WANDB_MODE=offline, got" in capsys.readouterr().err
+    assert "error: --wandb: expected a login (wandb login) or WANDB_MODE=offline, got" in capsys.readouterr().err
     assert not output.exists()
 
 

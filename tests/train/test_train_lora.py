@@ -243,7 +243,7 @@ def test_resuming_wants_the_same_adapter(whole: Path, capsys: pytest.CaptureFixt
         (["--lora-targets", "q_proj"], "lora_targets"),
     ):
         assert command.main(["--output", str(whole), "--resume", *flags]) == 2
-        assert f"error: {name}: expected " in capsys.readouterr().err
+        assert f"error: --{name.replace('_', '-')}: expected " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weights", ["policy", "momentum"])
@@ -310,8 +310,8 @@ def test_what_the_plan_says_trains(base: Path, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora-rank", "0"], "lora_rank: expected a finite number >= 1, got 0"),
-        (["--lora-rank", "2", "--lora-alpha", "0"], "lora_alpha: expected a finite number > 0.0, got 0.0"),
+        (["--lora-rank", "0"], "lora_rank: expected at least 1, got 0"),
+        (["--lora-rank", "2", "--lora-alpha", "0"], "lora_alpha: expected more than 0.0, got 0.0"),
         (["--lora-alpha", "2"], "lora_alpha: expected --lora-rank with it"),
         (["--lora-rank", "2", "--lora-targets", "q_proj,"], "lora_targets: expected names separated by commas, got 'q_proj,'"),
         (["--lora-rank", "2", "--lora-targets", "q_proj,qproj"], "v_proj, got 'qproj', which matches nothing"),

@@ -48,5 +48,5 @@ def test_the_same_bits(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_refused_where_nothing_is_held(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     flags = [*tiny.FLAGS, "--method", "srt", "--momentum-device", "cpu", "--output", str(tmp_path / "run"), "--dry-run"]
     assert command.main([*flags, "--lora-rank", "2"]) == 2  # the reference is the model without its adapter
-    assert "error: momentum_device: expected a momentum model or a copy of the weights" in capsys.readouterr().err
+    assert "error: --momentum-device: expected a momentum model or a copy of the weights" in capsys.readouterr().err
     assert command.main(flags) == 0

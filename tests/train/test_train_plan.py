@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.model.policy import Policy, load_policy
-from mgrpo_kernels.train.plan.describe import Target, memory_lines, plan, read_model
+from mgrpo_kernels.train.plan.describe import Plan, Target, describe, memory_lines, plan, read_model
 from mgrpo_kernels.train.plan.devices import Rates, known_device
 from mgrpo_kernels.train.plan.memory import Memory, layer_bytes, memory_of
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, model_of, work_of
 from mgrpo_kernels.train.plan.time import forward_seconds, seconds
+from mgrpo_kernels.train.plan.units import duration, size
 from mgrpo_kernels.train.rollout.cache import SharedCache
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine, cache_bytes
+from mgrpo_kernels.train.run.start import LINES, screen
 from mgrpo_kernels.train.score import response_states
 from mgrpo_kernels.train.step import train_step
 
@@ -247,7 +250,7 @@ def test_ranks_divide_what_is_sharded(qwen: Policy, ranks: int) -> None:
 
 
 def test_an_adapter_alone_has_a_gradient() -> None:
-    need("peft", "make setup")
+    need("peft", "make setup-dev")
     config = tiny.config(**BIG, lora_rank=2)
     model = read_model(demo.model_config(), config.lora)
     assert not model.whole
@@ -300,7 +303,7 @@ def test_devices_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> No
 
 def lines_of(config: Config, target: Target, *, probe: bool = False) -> str:
     model = read_model(demo.model_config())
-    return "\n".join(plan(config, demo.make_task(0), model, 12, torch.device("cpu"), target, probe=probe))
+    return "\n".join(plan(config, demo.make_task(0), model, 12, torch.device("cpu"), target, probe=probe).lines)
 
 
 def test_the_plan_names_every_part(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -324,7 +327,7 @@ def test_the_plan_names_every_part(capsys: pytest.CaptureFixture[str], tmp_path:
     ):
         assert part in text, part
     assert command.main([*flags, "4"]) == 2
-    assert "prompts_per_step: expected at least 4, one for each rank, got 3" in capsys.readouterr().err
+    assert "--prompts-per-step: expected at least 4, one for each rank, got 3" in capsys.readouterr().err
 
 
 def test_rates_are_measured_for_a_dry_run_alone() -> None:
@@ -332,6 +335,73 @@ def test_rates_are_measured_for_a_dry_run_alone() -> None:
     assert "time per step" not in lines_of(config, Target(1))
     assert "a probe of this device: " in lines_of(config, Target(1), probe=True)
     assert "while a checkpoint is written in the background" in lines_of(config, Target(1))
+
+
+def test_the_plan_begins_with_what_differs_and_has_human_units() -> None:
+    lines = describe(tiny.config(steps=7))
+    assert lines[0] == "changed from the defaults:"
+    assert "  steps: 7" in lines[: lines.index("model:")]
+    assert not [line for line in lines[: lines.index("model:")] if line.startswith("  loss_type")]
+    for spent, text in (
+        (0.035, "35 ms"), (4.2, "4.2 s"), (720, "12 min"), (12_000, "3 h 20 min"), (7200, "2 h"), (4.31e5, "5 days"),
+        (5.99e4 * 3600, "6.8 years"),
+    ):  # fmt: skip
+        assert duration(spent) == text
+    shown = lines_of(tiny.config(steps=10**11), Target(1), probe=True)
+    assert "years" in shown
+    assert not re.search(r"\de\+\d", shown)
+
+
+def test_the_plan_has_the_disk_and_what_would_lower_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = read_model(demo.model_config())
+    config = tiny.config(keep_checkpoints=2)
+    (line,) = [line for line in lines_of(config, Target(1)).splitlines() if "disk:" in line]
+    assert (
+        f"{size(4 * 4 * model.parameters)} for each checkpoint, 2 of which are kept" in line
+    )  # weights, AdamW's two, the momentum model
+    monkeypatch.setattr("mgrpo_kernels.train.plan.describe.room_of", lambda _: 2 * 2**20)
+    short = plan(config, demo.make_task(0), model, 12, torch.device("cpu"), Target(1), probe=False).short
+    (lower,) = [line for line in short if "less memory: " in line]
+    assert "TOO LITTLE" in short[1]
+    assert re.search(r"--(tokens-per-microbatch \d+|gradient-checkpointing|kl-coef 0)", lower)
+
+
+def test_the_start_of_a_run_fits_15_lines_and_the_rest_is_in_files(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tiny.output_with(base, tmp_path / "run")
+    assert command.main([*tiny.FLAGS, "--steps", "1", "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert next(number for number, line in enumerate(lines) if line.startswith("step 0/1")) <= 15
+    start = "\n".join(lines[:15])
+    for part in (
+        "changed from the defaults: ",
+        "steps 1",
+        "for each checkpoint",
+        "a response ends with '$'",
+        "its true answer: ",
+        "  | ",
+    ):
+        assert part in start, part
+    assert all(line in (output / "log.txt").read_text(encoding="utf-8").splitlines() for line in lines)
+    plan_text = (output / "plan.txt").read_text(encoding="utf-8")
+    assert "memory per rank" in plan_text
+    assert "learning_rate: 0.001" in plan_text
+    assert command.main(["--output", str(output), "--resume", "--steps", "2", "--rollouts", "3"]) == 0
+    capsys.readouterr()
+    assert command.main(["--output", str(output), "--resume", "--seed", "9"]) == 2  # nothing is written by a refusal
+    assert "expected 0" not in (output / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_long_prompt_and_many_changes_stay_within_the_screen() -> None:
+    short = [f"line {number}" for number in range(3)]
+    lines = screen(
+        tiny.config(), Plan([], short), ["a", *(f"  | {number}" for number in range(99))], ["changed: x"] * 9
+    )
+    assert len(lines) == LINES
+    trusted = "warning: --trust-remote-code runs the code"
+    assert screen(tiny.config(), Plan([], short), [trusted, "x" * 500], [])[0] == trusted
 
 
 def test_too_little_memory_is_said() -> None:

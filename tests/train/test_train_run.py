@@ -214,16 +214,19 @@ def test_a_run_that_is_no_longer_finite_says_so(base: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "{dir}/none", "--data", "{dir}/data.jsonl"], "error: model: expected "),
-        (["--model", "{dir}", "--data", "{dir}/data.jsonl"], "error: model: expected a directory with a model"),
-        (["--model", "{dir}", "--data", "{dir}/none.jsonl"], "error: data: expected a readable JSONL file"),
+        (
+            ["--model", "{dir}/none", "--data", "{dir}/data.jsonl"],
+            "error: --model: expected a directory with a model, got ",
+        ),
+        (["--model", "{dir}", "--data", "{dir}/data.jsonl"], "error: --model: expected a directory with a model"),
+        (["--model", "{dir}", "--data", "{dir}/none.jsonl"], "error: --data: expected a readable JSONL file"),
         (["--model", "{dir}", "--data", "{dir}/broken.jsonl"], "broken.jsonl, line 2"),
         (
             ["--model", "{dir}", "--data", "{dir}/data.jsonl", "--prompt-field", "q"],
             "expected one of the fields answer, question",
         ),
-        (["--top-p", "0.9"], "top_p: expected 1.0 for training, got 0.9"),
-        (["--max-response-tokens", "60"], "max_response_tokens: expected at most 5"),
+        (["--top-p", "0.9"], "--top-p: expected 1.0 for training, got 0.9"),
+        (["--max-response-tokens", "60"], "--max-response-tokens: expected at most 5"),
     ],
 )
 def test_wrong_use_stops_before_any_work(
@@ -290,7 +293,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
     (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
     flags = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--max-response-tokens", "12"]
     assert command.main([*flags, "--output", str(tmp_path / "run")]) == 2
-    assert f"error: {message}" in capsys.readouterr().err
+    assert f"error: --{message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -310,6 +313,6 @@ def test_presets_with_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixtur
         ]
         assert command.main([*flags, "--output", str(tmp_path / "run")]) == status
         got = capsys.readouterr()
-        shown = "derived:" if status == 0 else "error: max_response_tokens: expected at most 9"  # 1024 - the prompt
+        shown = "derived:" if status == 0 else "error: --max-response-tokens: expected at most 9"  # 1024 - the prompt
         assert shown in got.out + got.err
     assert not (tmp_path / "run").exists()

@@ -11,16 +11,20 @@ import dataclasses
 import inspect
 import math
 import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSS_TYPES, table
 
-IMPORTANCE_LEVELS = ("token", "sequence")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-BEHAVIOUR_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+ImportanceLevel = Literal["token", "sequence"]
+KlEstimator = Literal["k1", "k2", "k3"]
+BehaviourMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+IMPORTANCE_LEVELS: tuple[ImportanceLevel, ...] = typing.get_args(ImportanceLevel)
+KL_ESTIMATORS: tuple[KlEstimator, ...] = typing.get_args(KlEstimator)
+BEHAVIOUR_MODES: tuple[BehaviourMode, ...] = typing.get_args(BehaviourMode)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -48,7 +52,7 @@ class LossForm:
     loss_type: str = option(
         "grpo", "surrogate and average of the loss, as in the table of loss types", choices=LOSS_TYPES
     )
-    importance_level: str = option(
+    importance_level: ImportanceLevel = option(
         "token",
         "whether the importance ratio belongs to the token, or is the geometric mean over its sequence (GSPO, arXiv 2507.18071)",
         choices=IMPORTANCE_LEVELS,
@@ -65,7 +69,7 @@ class LossForm:
         unset=math.inf,
     )
     kl_coef: float = option(0.0, "weight of the KL penalty against the reference policy", at_least=0.0)
-    kl_estimator: str = option(
+    kl_estimator: KlEstimator = option(
         "k3",
         "estimator of the KL divergence from d = ref - logprob: k1 is -d, k2 is d^2 / 2, k3 is exp(d) - d - 1 "
         '(J. Schulman, "Approximating KL Divergence")',
@@ -75,7 +79,7 @@ class LossForm:
         False, "multiply the KL penalty by the importance ratio, which makes it unbiased off-policy (arXiv 2512.02556)"
     )
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
-    behaviour_mode: str = option(
+    behaviour_mode: BehaviourMode = option(
         "token_truncate",
         "how the weight exp(old - behaviour) is bounded: truncated at behaviour_cap or set to 0 above it (mask), for "
         "each token or for the product over its sequence",
@@ -107,15 +111,15 @@ class LossKeywords(TypedDict, total=False):
     """The options as keywords, for editors and type checkers. A test compares them with :class:`LossOptions`."""
 
     loss_type: str
-    importance_level: str
+    importance_level: ImportanceLevel
     clip_low: float
     clip_high: float
     clip_delta: float | None
     kl_coef: float
-    kl_estimator: str
+    kl_estimator: KlEstimator
     kl_bias_correction: bool
     entropy_coef: float
-    behaviour_mode: str
+    behaviour_mode: BehaviourMode
     behaviour_cap: float
     cispo_cap: float
     sapo_temperature: tuple[float, float]
@@ -141,6 +145,7 @@ def _declared(each: dataclasses.Field[Any]) -> Declared:
     kind, _, none = str(each.type).partition(" | ")
     kind = "pair" if kind == "tuple[float, float]" else kind
     of = each.metadata
+    kind = "str" if of["choices"] is not None else kind
     return Declared(each.name, kind, none == "None", each.default, of["help"], of["choices"], of["unset"], of["bounds"])
 
 
@@ -247,13 +252,19 @@ def takes_options(function: Function) -> Function:
     The options follow `behaviour_logprobs` in the signature. In the docstring they take the place of ``{options}``, and the
     table of loss types that of ``{loss_types}``.
     """
+    hints = {
+        name: hint.__name__ if isinstance(hint, type) else str(hint)
+        for name, hint in typing.get_type_hints(LossOptions).items()
+    }
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
             parameters.append(parameter)
         if parameter.name == "behaviour_logprobs":
             parameters += [
-                inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+                inspect.Parameter(
+                    each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name]
+                )
                 for each in dataclasses.fields(LossOptions)
             ]
     function.__signature__ = inspect.signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]

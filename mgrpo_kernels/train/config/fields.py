@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ def typed(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
     Raises:
         ValueError: the value has another type.
     """
+    if str in kinds and isinstance(value, dict):  # JSON on the command line, a mapping in YAML
+        return json.dumps(value)
     if float in kinds and isinstance(value, str):  # YAML reads 1e-6, without a decimal point, as text
         try:
             return float(value)

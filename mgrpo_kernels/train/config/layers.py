@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mgrpo_kernels.method.fields import fields_of
 from mgrpo_kernels.train.config.fields import typed
 from mgrpo_kernels.train.config.whole import SECTIONS, Config
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.parser import did_you_mean, suggestion
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -32,10 +34,9 @@ def build(*layers: Mapping[str, Any]) -> Config:
             given = {name: each.kinds for name, each in fields_of(section).items() if name in values}
             parts[key] = section(**{name: typed(name, values.pop(name), kinds) for name, kinds in given.items()})
         if values:
-            known = sorted(name for section in SECTIONS.values() for name in fields_of(section))
-            raise ValueError(
-                f"{next(iter(values))}: expected one of the options {', '.join(known)}, got an unknown one"
-            )
+            known, name = [each for section in SECTIONS.values() for each in fields_of(section)], next(iter(values))
+            meant = did_you_mean(suggestion(name, known))
+            raise ValueError(f"{name}: expected one of the options that --help lists, got an unknown one{meant}")
         return Config(**parts)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
@@ -49,7 +50,11 @@ def find_config(name: str) -> Path:
     """
     presets = {each.stem: each for each in preset_files()}
     if not Path(name).is_file() and name not in presets:
-        raise UsageError(f"config: expected a YAML file that exists, or a preset ({', '.join(presets)}), got {name!r}")
+        close = difflib.get_close_matches(name, presets, n=1)
+        raise UsageError(
+            f"config: expected a YAML file that exists, or a preset ({', '.join(presets)}), got {name!r}"
+            f"{did_you_mean(close[0] if close else None)}"
+        )
     return Path(name) if Path(name).is_file() else presets[name]
 
 

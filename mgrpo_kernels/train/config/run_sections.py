@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,10 @@ class EvalConfig(Section):
     )
     eval_temperature: float = option(0.8, "sampling temperature of the evaluation", at_least=LEAST_TEMPERATURE)
     eval_prompts: int | None = option(
-        None, "number of held-out prompts to evaluate on, counted from the first", if_none="all of them", at_least=1
+        None,
+        "number of prompts of each held-out set to evaluate on, from the first on",
+        if_none="all of them",
+        at_least=1,
     )
 
     def check(self) -> None:
@@ -110,7 +114,22 @@ class RunConfig(Section):
         at_least=0,
     )
 
+    load_best: bool = option(
+        False,
+        "write the weights of the best evaluation to final/ at the end, if its accuracy is above that of the last one by more than two "
+        "standard errors",
+    )
+    push_to_hub: str | None = option(
+        None,
+        "repository on the Hugging Face Hub, as OWNER/NAME, to which final/ is uploaded at the end; it is created as a private one if it "
+        "does not exist",
+        if_none="nothing is uploaded",
+        metavar="OWNER/NAME",
+    )
+
     def check(self) -> None:
         for name in ("wandb", "trackio"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: expected the name of a project, got ''")
+        if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise ValueError(f"push_to_hub: expected OWNER/NAME, got {self.push_to_hub!r}")

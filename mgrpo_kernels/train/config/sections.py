@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,15 @@ class ModelConfig(Section):
         if_none="the small built-in model",
         metavar="DIR_OR_HUB_NAME",
     )
+    revision: str | None = option(
+        None,
+        "revision of a --model on the Hugging Face Hub: a branch, a tag or a commit",
+        if_none="its main branch",
+        metavar="NAME",
+    )
+    trust_remote_code: bool = option(
+        False, "run the Python code that comes with the model, with your rights on this machine"
+    )
     dtype: Literal["float32", "bfloat16"] = option(
         "float32",
         "data type of the matrix products; weights, optimizer state and momentum model are always float32",
@@ -41,6 +51,14 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "device that holds and runs the model; auto is cuda if a GPU is available, else cpu"
     )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The keywords of ``from_pretrained`` for this model, its tokenizer and its configuration."""
+        return {
+            "trust_remote_code": self.trust_remote_code,
+            **({} if self.revision is None else {"revision": self.revision}),
+        }
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,8 @@ class DataConfig(Section):
     eval_data: str | None = option(
         None,
         "held-out prompts with true answers: a file FILE.jsonl, FILE.json or FILE.parquet, or a data set as NAME, NAME:SPLIT or "
-        "NAME:CONFIG:SPLIT; the split is test unless it is given",
+        "NAME:CONFIG:SPLIT; the split is test unless it is given. Several are separated by commas; with names, as in "
+        "easy=FILE,hard=FILE, each also has an accuracy of its own",
         if_none="no evaluation",
         metavar="FILE_OR_NAME",
     )
@@ -142,11 +161,41 @@ class DataConfig(Section):
         "whether the prompt becomes a user message in the tokenizer's chat template; auto decides by whether the model ends a response "
         "with the template's end-of-turn token, which base models do not",
     )
+    system_prompt: str | None = option(
+        None,
+        "system message, as text or as the name of a text file, that precedes the question in the chat template, unless the data have "
+        "one of their own",
+        if_none="no system message",
+        metavar="TEXT_OR_FILE",
+    )
+    chat_template_kwargs: str | None = option(
+        None,
+        'arguments of the chat template, as a JSON object: {"enable_thinking": false}',
+        if_none="those of the template",
+        metavar="JSON",
+    )
     long_prompts: Literal["stop", "skip"] = option(
         "stop",
         "what happens if a prompt plus the longest response exceeds the model's context length: an error before the run starts (stop), "
         "or the prompt is left out (skip)",
     )
+
+    def check(self) -> None:
+        _ = self.template_arguments
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """The arguments of the chat template, by name."""
+        text = "{}" if self.chat_template_kwargs is None else self.chat_template_kwargs
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f'chat_template_kwargs: expected a JSON object like {{"enable_thinking": false}}, got {text}'
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -157,6 +206,19 @@ class MethodConfig(MethodOptions, Section):
         "auto",
         "where the momentum model and the reference model of the KL penalty are kept: on the model's device (auto) or in CPU memory "
         "(cpu)",
+    )
+    reward: str | None = option(
+        None,
+        "function of your own, as module:function, that rewards the responses; it takes the keywords prompts, responses, answers and "
+        "golds, a list each, and returns a list of numbers",
+        if_none="--method rewards them",
+        metavar="MODULE:FUNCTION",
+    )
+    reward_share: float = option(
+        1.0,
+        "share of --reward in the reward of a rollout; the rest is the reward of --method, so that 1 is --reward alone",
+        above=0.0,
+        at_most=1.0,
     )
 
 
@@ -300,7 +362,14 @@ class LossConfig(Section, LossForm):
 class OptimConfig(Section):
     """optimizer (AdamW)."""
 
-    steps: int = option(500, "number of optimizer steps, each on one batch of new rollouts", unit="steps", at_least=1)
+    steps: int = option(500, "number of steps, each on one batch of new rollouts", unit="steps", at_least=1)
+    updates_per_batch: int = option(
+        1,
+        "number of optimizer steps on each batch of rollouts; from the second one on, the importance ratios differ from 1 and the clip "
+        "range takes effect",
+        unit="updates",
+        at_least=1,
+    )
     learning_rate: float = option(1e-6, "peak learning rate, reached after the warm-up", above=0.0)
     lr_schedule: Literal["cosine", "constant"] = option(
         "cosine",
@@ -308,6 +377,9 @@ class OptimConfig(Section):
     )
     warmup: float = option(
         0.1, "share of the steps in which the learning rate rises linearly to its peak", at_least=0.0, below=1.0
+    )
+    adam_betas: tuple[float, float] = option(
+        (0.9, 0.999), "decay rates of AdamW's averages of the gradient and of its square", at_least=0.0, below=1.0
     )
     weight_decay: float = option(0.0, "coefficient of AdamW's weight decay", at_least=0.0)
     max_grad_norm: float = option(

@@ -92,7 +92,12 @@ class Config:
         yield "momentum_device", kept, self.needs_momentum or self.copies_base
         # The default of chat_template, and "off", are allowed with the built-in model.
         yield "chat_template", "--model", self.model.model is not None or self.data.chat_template != "on"
-        yield "kl_reference", "kl_coef > 0", self.loss.kl_coef > 0 or self.loss.kl_reference != "momentum"
+        for name in ("revision", "trust_remote_code", "system_prompt", "chat_template_kwargs"):
+            yield name, "--model", self.model.model is not None
+        yield "reward_share", "--reward", self.method.reward is not None
+        watched = self.run.guard != "off" and self.eval.eval_every > 0
+        yield "load_best", "--guard warn, stop or rollback, and evaluations", watched
+        yield "kl_reference", "--kl-coef above 0", self.loss.kl_coef > 0 or self.loss.kl_reference != "momentum"
         yield "kl_bias_correction", "a KL term", self.needs_reference is not None
         weighted = self.corrects_behaviour or self.method.train_momentum_rollouts
         for name in ("behaviour_mode", "behaviour_cap"):

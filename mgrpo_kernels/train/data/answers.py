@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 
 from mgrpo_kernels.train.config.sections import DataConfig
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.functions import function_of
 from mgrpo_kernels.vote.extraction import extractor, is_number
 
 Extractor = Callable[[str], str | None]
@@ -72,15 +72,7 @@ def _by_pattern(pattern: str) -> Extractor:
 
 
 def _by_function(name: str) -> Extractor:
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(
-            f"answer_extractor: expected module:function that can be imported, got {name!r}: {error}; the module must be on PYTHONPATH"
-        ) from error
-    if not callable(found):
-        raise UsageError(f"answer_extractor: expected a function, got {type(found).__name__} at {name!r}")
+    found = function_of("answer_extractor", name)
 
     def find(text: str) -> str | None:
         answer = found(text)

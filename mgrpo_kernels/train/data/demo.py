@@ -57,6 +57,12 @@ WARM_STEPS, WARM_BATCH, WARM_RATE, WARM_BETAS = 3000, 64, 1e-3, (0.9, 0.95)
 WARM_ACCURACY, WARM_CHECK = 0.38, 25
 """The warm start ends at this accuracy, looked at every so many steps: when a model of this size gets the knack of sums depends on
 the seed, and what comes after needs one that neither fails nor succeeds at them."""
+EXPLANATION = (
+    "built-in task: the last digit of a sum. 4+3+3= may be answered by 360#0: running sums from the right, modulo 10; # marks the answer",
+    f"warm start, which uses true answers: at most {WARM_STEPS:,} steps, until {WARM_ACCURACY:.0%} of the samples are right",
+)
+"""What a run says before the warm start."""
+
 SCRATCH_SHARE, CORRUPTED_SHARE, LENGTHENED_SHARE = 0.5, 0.05, 0.5
 
 
@@ -148,7 +154,7 @@ def lesson(draw: random.Random, held_out: set[str], lengthened_share: float = LE
     digits = make_digits(draw)
     while example(digits).prompt in held_out:
         digits = make_digits(draw)
-    prompt, answer = example(digits)
+    prompt, answer, _ = example(digits)
     if draw.random() >= SCRATCH_SHARE:
         return prompt, f"#{answer}$"
     if (

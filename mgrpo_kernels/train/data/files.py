@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.extras import how_to_install
+from mgrpo_kernels.train.model.location import absent, looks_like_path
 
 SPLITS = {"data": "train", "eval_data": "test"}
 """Which part of a data set an option means, unless it names one."""
@@ -43,6 +44,8 @@ def read_rows(source: str, option: str) -> list[Row]:
         raise UsageError(
             f"{option}: expected a file that ends in {', '.join(readers)}, or .gz after the first three, got {source}"
         )
+    elif not path.exists() and looks_like_path(source.partition(":")[0]):
+        raise UsageError(f"{option}: expected a file or a directory that exists, {absent(source)}")
     else:
         rows = list(_data_set(source, option))
     if not rows:
@@ -118,6 +121,8 @@ def _package(name: str, wanted: str) -> Any:
 def _text(path: Path, option: str, kind: str) -> str:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(f"{option}: expected a readable {kind} file, {absent(str(path))}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{option}: expected a readable {kind} file, got {path}: {error}") from error
     try:

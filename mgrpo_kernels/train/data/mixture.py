@@ -22,6 +22,7 @@ class Source(NamedTuple):
 
     name: str
     weight: float | None
+    label: str = ""  # of a held-out set, for its own accuracy
 
 
 def parse_sources(named: str, option: str) -> list[Source]:
@@ -36,11 +37,23 @@ def parse_sources(named: str, option: str) -> list[Source]:
     for part in re.split(r",(?![^\[]*\])", named):
         match = re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", part.strip())
         name, weight = (match[1], float(match[2])) if match else (part.strip(), None)
+        label = ""
+        if (
+            option == "eval_data"
+            and (match := re.fullmatch(r"([A-Za-z][\w.-]*)=(.+)", name))
+            and not Path(name).exists()
+        ):
+            label, name = match[1], match[2]
         if not name or weight == 0.0:
             raise UsageError(
                 f"{option}: expected names with commas between, each with @WEIGHT > 0 or without, got {named!r}"
             )
-        sources.append(Source(name, weight))
+        sources.append(Source(name, weight, label))
+    labels = [source.label for source in sources]
+    if any(labels) and (not all(labels) or len(set(labels)) < len(labels)):
+        raise UsageError(
+            f"{option}: expected different names for all sets or none, as in easy=FILE,hard=FILE, got {named!r}"
+        )
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and option != "data":
         raise UsageError(f"{option}: expected no weights, since every prompt is evaluated, got {named!r}")

@@ -23,7 +23,8 @@ from mgrpo_kernels.train.data.files import read_rows, shown
 from mgrpo_kernels.train.data.log import log_info
 from mgrpo_kernels.train.data.mixture import mixed, parse_sources
 from mgrpo_kernels.train.errors import UsageError
-from mgrpo_kernels.train.model.chat import Turn, wrapper
+from mgrpo_kernels.train.functions import Reward
+from mgrpo_kernels.train.model.chat import Chat, Turn, wrapper
 from mgrpo_kernels.train.model.policy import read_tokenizer
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote import Equivalence
@@ -36,6 +37,7 @@ class Example(NamedTuple):
 
     prompt: str  # as the model sees it
     gold: Gold | None  # the true answer, or several of which any will do, where it is known
+    source: str = ""  # name of the held-out set that it belongs to, where that has one
 
 
 class Task(NamedTuple):
@@ -45,6 +47,17 @@ class Task(NamedTuple):
     held_out: list[Example]  # may be empty: no evaluation
     extract: Callable[[str], str | None] = extract_answer
     equivalence: Equivalence = "math"
+    reward: Reward | None = None  # the user's own
+
+    def evaluating(self, most: int | None) -> Task:
+        """Return the task with at most this many prompts of each held-out set; None: all of them."""
+        number: dict[str, int] = {}
+        kept = []
+        for each in self.held_out:
+            number[each.source] = number.get(each.source, 0) + 1
+            if most is None or number[each.source] <= most:
+                kept.append(each)
+        return self._replace(held_out=kept)
 
 
 def load_task(config: Config, *, training: bool = True) -> Task:
@@ -60,16 +73,24 @@ def load_task(config: Config, *, training: bool = True) -> Task:
     held_out = [each for _, part in evaluated for each in part]
     warn_of_repeats([each for _, part in sources for each in part], held_out)
     train = mixed(sources, config.run.seed, shuffle=config.data.shuffle_data, most=config.data.max_examples)
-    tokenizer, context = read_tokenizer(config.model.model)
+    tokenizer, context = read_tokenizer(config.model.model, config.model.loading)
     check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
-    wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, log_info)
+    wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, log_info, chat_of(config))
 
     def prompts(option: str, drafts: list[Draft]) -> list[Example]:
-        wrapped = [Example(wrapped_prompt(wrap, each), each.gold) for each in drafts]
+        wrapped = [Example(wrapped_prompt(wrap, each), each.gold, each.source) for each in drafts]
         return fitting(option, wrapped, tokenizer, context, config)
 
     extract = make_extractor(config.data)
     return Task(prompts("data", train), prompts("eval_data", held_out), extract, config.method.equivalence)
+
+
+def chat_of(config: Config) -> Chat:
+    """Return how prompts become conversations."""
+    data, system = config.data, config.data.system_prompt
+    if system is not None:
+        system = read_text("system_prompt", system).strip()
+    return Chat(system, data.template_arguments, config.model.loading)
 
 
 def wrapped_prompt(wrap: Callable[[Sequence[Turn]], str], draft: Draft) -> str:
@@ -97,6 +118,7 @@ class Draft(NamedTuple):
     gold: Gold | None
     turns: tuple[Turn, ...]  # the conversation: one turn of the user's where the data have texts
     question: str  # what the rendered prompt must contain
+    source: str = ""  # name of the held-out set
 
 
 def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example]:
@@ -115,7 +137,13 @@ def read_sources(config: Config, option: str, needs_gold: bool) -> list[tuple[fl
         UsageError: names the file and the row.
     """
     named: str = getattr(config.data, option)
-    return [(each.weight, read_source(config, each.name, option, needs_gold)) for each in parse_sources(named, option)]
+    return [
+        (
+            each.weight,
+            [draft._replace(source=each.label) for draft in read_source(config, each.name, option, needs_gold)],
+        )
+        for each in parse_sources(named, option)
+    ]
 
 
 def read_source(config: Config, source: str, option: str, needs_gold: bool) -> list[Draft]:
@@ -169,18 +197,25 @@ def read_template(text_or_file: str) -> str:
     Raises:
         UsageError: no {question} in it.
     """
-    try:  # a long text is a name too long for a file
-        is_file = "{question}" not in text_or_file and "\n" not in text_or_file and Path(text_or_file).is_file()
-        template = Path(text_or_file).read_text(encoding="utf-8") if is_file else text_or_file
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"prompt_template: expected a readable text file, got {shown(text_or_file)}: {error}"
-        ) from error
+    template = text_or_file if "{question}" in text_or_file else read_text("prompt_template", text_or_file)
     if "{question}" not in template:
         raise UsageError(
             f"prompt_template: expected a text, or a file that exists, with {{question}} in it, got {shown(template)}"
         )
     return template
+
+
+def read_text(option: str, text_or_file: str) -> str:
+    """Return a text, read from a file where the argument names one.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:  # a long text is a name too long for a file
+        is_file = "\n" not in text_or_file and Path(text_or_file).is_file()
+        return Path(text_or_file).read_text(encoding="utf-8") if is_file else text_or_file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option}: expected a readable text file, got {shown(text_or_file)}: {error}") from error
 
 
 def warn_of_repeats(train: Sequence[Example | Draft], held_out: Sequence[Example | Draft]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,12 @@ from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model import attention
 from mgrpo_kernels.train.model.lean import LeanDecoder, lean_decoder
+from mgrpo_kernels.train.model.location import check_model
 from mgrpo_kernels.train.model.lora import Adapter
 
 PROBE = [[1, 2, 3, 0], [2, 1]]
 """Prompts that test whether a model separates the sequences in one row."""
+NO_KEYWORDS: Mapping[str, Any] = types.MappingProxyType({})
 log = logging.getLogger(__name__)
 
 
@@ -229,7 +232,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_policy(
-    name: str, device: torch.device, dtype: torch.dtype, lora: LoraConfig | None = None, seed: int = 0
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    loading: Mapping[str, Any] = NO_KEYWORDS,
 ) -> Policy:
     """Load a model and its tokenizer from a directory or a hub name, weights in float32.
 
@@ -239,13 +247,14 @@ def load_policy(
         dtype: data type of its matrix products.
         lora: LoRA options; if they have a rank, an adapter is added, and only that trains.
         seed: random seed of the adapter.
+        loading: more keywords of ``from_pretrained``.
 
     Raises:
         UsageError: the model cannot be loaded, or the adapter does not fit it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name, **loading)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **loading)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(name, error)) from error
     check_finite(model, name)
@@ -277,27 +286,28 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], voca
         )
 
 
-def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase, loading: Mapping[str, Any] = NO_KEYWORDS) -> list[int]:
     """Return the tokens that end a response of a model, without loading its weights.
 
     Raises:
         UsageError: there are no such tokens.
     """
     try:
-        return _eos(GenerationConfig.from_pretrained(name), tokenizer)
+        return _eos(GenerationConfig.from_pretrained(name, **loading), tokenizer)
     except OSError:  # without that file, the model's configuration names them
-        return _eos(AutoConfig.from_pretrained(name).get_text_config(), tokenizer)
+        return _eos(AutoConfig.from_pretrained(name, **loading).get_text_config(), tokenizer)
 
 
-def read_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int | None]:
+def read_tokenizer(name: str, loading: Mapping[str, Any] = NO_KEYWORDS) -> tuple[PreTrainedTokenizerBase, int | None]:
     """Return a model's tokenizer and its context length, if there is one, without loading its weights.
 
     Raises:
         UsageError: the tokenizer or the configuration cannot be read.
     """
+    check_model(name)
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **loading)
+        tokenizer = AutoTokenizer.from_pretrained(name, **loading)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(unreadable(name, error)) from error
     width = getattr(config.get_text_config(), "hidden_size", 1)
@@ -313,6 +323,9 @@ def context_of(config: PretrainedConfig) -> int | None:
 
 def unreadable(name: str, error: Exception) -> str:
     """Return the message for a model that cannot be loaded."""
-    what = "a directory with a model" if Path(name).exists() else "an existing directory or a hub name"
+    what = "a directory with a model" if Path(name).exists() else "a directory, or a name on the Hugging Face Hub,"
     reason = str(error).split("\n")[0] if str(error) else type(error).__name__
-    return f"model: expected {what} that transformers can load, got {name}: {reason}"
+    if "trust_remote_code" in str(error):
+        reason = "it comes with Python code of its own, which --trust-remote-code runs: read it first"
+    there = "" if Path(name).exists() else " (there is no such directory)"
+    return f"model: expected {what} that transformers can load, got {name}{there}: {reason}"

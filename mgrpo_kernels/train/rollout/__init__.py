@@ -46,6 +46,9 @@ class RolloutEngine:
     check: Callable[[], None] = staticmethod(lambda: None)
     """Function that is called before every token and may raise an error."""
 
+    progress: Callable[[float], None] = staticmethod(lambda _: None)
+    """Function that receives the share of a sampling call that is done, from 0 to 1, while the call runs."""
+
     @classmethod
     def build(cls, config: Config, policy: Policy, longest_prompt: int) -> RolloutEngine:
         """Return the configured engine for prompts of at most `longest_prompt` tokens."""

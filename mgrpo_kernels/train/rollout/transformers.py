@@ -41,6 +41,7 @@ class TransformersEngine(RolloutEngine):
         self.max_tokens = max_tokens
         self.cache_tokens = cache_tokens
         self.stats = tuple(stats)
+        self._call, self._calls = 0, 1  # the part of a sampling call that runs, and the number of parts
 
     @classmethod
     def build(cls, config: Config, policy: Policy, longest_prompt: int) -> TransformersEngine:
@@ -76,12 +77,14 @@ class TransformersEngine(RolloutEngine):
         together, at_once = fitting(len(prompts), copies, max(map(len, prompts)), self.max_tokens, self.cache_tokens)
         seeds = seeds_of(prompts, first, generator)
         weights = momentum.swapped_into(self.policy.model) if momentum else contextlib.nullcontext()
-        parts = []
+        parts: list[Rollouts] = []
+        self._calls = -(-len(prompts) // together) * -(-copies // at_once)
         with weights, self.policy.autocast():
             for start in range(0, len(prompts), together):
                 rows = slice(start, start + together)
                 for copy in range(0, copies, at_once):
                     generators = [generator_of(seed + copy, self.policy.device) for seed in seeds[rows]]
+                    self._call = len(parts)
                     parts.append(self._sample(prompts[rows], min(at_once, copies - copy), temperature, generators))
         return join(parts)
 
@@ -100,6 +103,7 @@ class TransformersEngine(RolloutEngine):
         ended = torch.zeros(B, dtype=torch.bool, device=device)  # of these
         for t in range(R):
             self.check()
+            self.progress((self._call + t / R) / self._calls)
             chosen = choose(logits, temperature, None if noise is None else noise.of(t, rows))
             scores.add(rows, t, logits, chosen)
             ended |= (chosen[:, None] == eos).any(-1)

@@ -212,6 +212,7 @@ class VllmEngine(RolloutEngine):
                 self.check()
                 for output in engine.step():
                     done[int(output.request_id)] = output.outputs[0]
+                self.progress(len(done) / len(rows))
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{len(done)}")
         except BaseException:

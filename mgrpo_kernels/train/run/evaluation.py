@@ -42,7 +42,7 @@ class Question(NamedTuple):
     def from_line(cls, line: Mapping[str, Any]) -> Question:
         """Return the question of a line that :meth:`line` has made."""
         gold = line["gold"]
-        example = Example(line["prompt"], tuple(gold) if isinstance(gold, list) else gold)
+        example = Example(line["prompt"], tuple(gold) if isinstance(gold, list) else gold, line.get("source", ""))
         return cls(example, **{key: line[key] for key in cls._fields if key != "example"})
 
 
@@ -87,16 +87,26 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config) -
 
 
 def values_of(questions: Sequence[Question], k: int) -> dict[str, list[float]]:
-    """Return what each question contributes to each metric of :data:`MEASURES`."""
-    return {key: [measure(each, k) for each in questions] for key, measure in MEASURES.items()}
+    """Return what each question contributes to each metric of :data:`MEASURES`, of all questions and of each set that has a name."""
+    found = {key: [measure(each, k) for each in questions] for key, measure in MEASURES.items()}
+    for source in dict.fromkeys(each.example.source for each in questions if each.example.source):
+        for key, measure in MEASURES.items():
+            found[f"{key}/{source}"] = [measure(each, k) for each in questions if each.example.source == source]
+    return found
 
 
 def figures(questions: Sequence[Question], k: int) -> dict[str, float | None]:
     """Return the eval_ metrics of one evaluation: means over the questions, and their standard errors."""
     found: dict[str, float | None] = {}
     for key, values in values_of(questions, k).items():
-        found |= {key: math.fsum(values) / len(values), f"{key}_error": standard_error(values)}
+        found |= {key: math.fsum(values) / len(values), derived(key, "error"): standard_error(values)}
     return found
+
+
+def derived(key: str, what: str) -> str:
+    """Return the key of an error or a change: eval_accuracy_error/easy for eval_accuracy/easy."""
+    name, slash, source = key.partition("/")
+    return f"{name}_{what}{slash}{source}"
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

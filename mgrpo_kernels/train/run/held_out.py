@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.run.evaluation import MEASURES, Question, figures, values_of
+from mgrpo_kernels.train.run.evaluation import Question, derived, figures, values_of
 from mgrpo_kernels.train.run.files import reason, write_bytes
 from mgrpo_kernels.train.watch.lines import as_line, read_lines
 from mgrpo_kernels.train.watch.uncertainty import is_beyond, paired_change
@@ -66,10 +66,14 @@ class HeldOut:
     def _changes(self, step: int) -> dict[str, float | None]:
         first = self._comparable(step)[0]
         found: dict[str, float | None] = {}
-        for key in MEASURES if first == 0 else ():
+        for key in self._values[step] if first == 0 else ():
             change, error = paired_change(self._values[0][key], self._values[step][key])
-            found |= {f"{key}_change": change, f"{key}_change_error": error}
+            found |= {derived(key, "change"): change, derived(key, "change_error"): error}
         return found
+
+    def best_of_all(self) -> int | None:
+        """Return :meth:`best_step` of the last evaluation, None without one."""
+        return self.best_step(max(self._values)) if self._values else None
 
     def best_step(self, step: int) -> int | None:
         """Return the step of the evaluation with the highest accuracy, or None if that is not beyond the error above the one of `step`."""

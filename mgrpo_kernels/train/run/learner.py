@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import demo
@@ -22,7 +23,7 @@ from mgrpo_kernels.train.watch.live import Plain
 def load(config: Config, name: str, device: torch.device) -> Policy:
     """Return a policy; where ranks will share its weights, in the CPU's memory."""
     placed = device if parallel.world() == 1 else torch.device("cpu")
-    return load_policy(name, placed, dtype_of(config), config.lora, config.run.seed)
+    return load_policy(name, placed, dtype_of(config), config.lora, config.run.seed, config.model.loading)
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -34,11 +35,15 @@ def demo_policy(config: Config, directory: Path, device: torch.device, view: Pla
     """Return the built-in model, warm-started once for each output directory."""
     with parallel.together():
         if parallel.is_first() and not directory.exists():
-            view.write_line(
-                f"built-in task: sums modulo 10. Warm start: at most {demo.WARM_STEPS} supervised steps, "
-                f"until {demo.WARM_ACCURACY:.0%} of the samples are right ..."
-            )
+            for line in demo.EXPLANATION:
+                view.write_line(line)
             demo.make_model(directory, config.run.seed, device, demo.WARM_STEPS, view.warm_start)
+            view.write_line(
+                f"end of the warm start. From here on there are no labels: {METHODS[config.method.method].text}. The true answers below "
+                "only measure it"
+                if not METHODS[config.method.method].needs_gold
+                else "end of the warm start. From here on the true answers are the reward (--method gold)"
+            )
     return load(config, str(directory), device)
 
 

@@ -15,6 +15,7 @@ from mgrpo_kernels.train.run import checkpoint
 from mgrpo_kernels.train.run.evaluation import examine
 from mgrpo_kernels.train.run.files import reason
 from mgrpo_kernels.train.run.held_out import DIRECTORY, HeldOut
+from mgrpo_kernels.train.run.hub import push
 from mgrpo_kernels.train.run.output import METRICS, SAMPLES, closing, open_lines, past_lines, save_batch, with_truth
 from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
 from mgrpo_kernels.train.step import Learner, train_step
@@ -119,6 +120,8 @@ class Run:
         """
         self._check_result()
         self.view.stop()
+        if self.config.run.load_best:
+            self._load_best()
         failure: RuntimeError | None = None
         try:
             save_final(self.learner.policy, self.output / "final")
@@ -140,7 +143,24 @@ class Run:
             if parallel.is_first():
                 for line in closing(self.output, self.config):
                     print_line(line)
+                if self.config.run.push_to_hub is not None:
+                    print_line(f"uploaded: {push(self.output / 'final', self.config.run.push_to_hub)}")
         return 0
+
+    def _load_best(self) -> None:
+        """Restore the weights of the best evaluation, if it is better than the last one by more than chance explains."""
+        best = parallel.from_first(self.held_out.best_of_all() if self.held_out is not None else None)
+        if best is None:
+            self.view.write_line(
+                "load_best: final/ has the last weights, since no evaluation is better beyond its error"
+            )
+            return
+        path = self.checkpoints / f"step_{best}"
+        if best not in parallel.from_first(checkpoint.saved_steps(self.checkpoints)):
+            self.view.warn(f"warning: load_best: expected the checkpoint {path}, got none; final/ has the last weights")
+            return
+        checkpoint.restore(checkpoint.load(path), self.learner)
+        self.view.write_line(f"load_best: final/ has the weights of step {best}, the best evaluation")
 
     def _report(self) -> None:
         try:
@@ -171,7 +191,7 @@ class Run:
         if evaluation is not None:
             self._record(metrics_line({"step": 0}, evaluation))
             self.view.step({"step": 0}, evaluation, [])
-            if self.config.run.guard == "rollback":
+            if self.config.run.guard == "rollback" or self.config.run.load_best:
                 self._save(0)
         return None
 
@@ -295,7 +315,8 @@ class Run:
     def _save_if_due(self, step: int, action: str | None) -> int | None:
         """Save after a step where that is due; return an exit status if the guard ends the run."""
         stopped, last, every = action == "stop", step == self.config.optim.steps, self.config.run.checkpoint_every
-        new_best = self.config.run.guard == "rollback" and self.guard.is_best(step)
+        keeps_best = self.config.run.guard == "rollback" or self.config.run.load_best
+        new_best = keeps_best and self.guard.is_best(step)
         if not (stopped or last or new_best or (every and step % every == 0)):
             return None
         if last and not stopped:

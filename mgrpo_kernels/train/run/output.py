@@ -16,6 +16,7 @@ from mgrpo_kernels.train.config import Config, build, read_yaml
 from mgrpo_kernels.train.data.task import Task
 from mgrpo_kernels.train.errors import CheckpointError, UsageError
 from mgrpo_kernels.train.run import checkpoint
+from mgrpo_kernels.train.run.evaluation import derived
 from mgrpo_kernels.train.update import Batch
 from mgrpo_kernels.train.watch.lines import Lines, check_size, parse_lines, read_lines
 from mgrpo_kernels.train.watch.uncertainty import ERRORS, is_beyond, with_error
@@ -84,7 +85,7 @@ def check_resume(config: Config, output: Path) -> list[str]:
         UsageError: something that the steps already taken depend on has changed.
     """
     before, now = build(read_yaml(output / "config.yaml")).values(), config.values()
-    for name in ("model", "seed", "lora_rank", "lora_alpha", "lora_targets"):
+    for name in ("model", "revision", "seed", "lora_rank", "lora_alpha", "lora_targets"):
         if now[name] != before[name]:
             raise UsageError(f"{name}: expected {before[name]}, which the run in {output} began with, got {now[name]}")
     return [f"changed: {name}: {before[name]} -> {now[name]}" for name in now if now[name] != before[name]]
@@ -163,6 +164,15 @@ def result(metrics: list[dict[str, Any]]) -> list[str]:
         by_chance = change != 0 and error is not None and not is_beyond(change, error)
         note = f", which may be chance (less than {ERRORS:g} standard errors)" if by_chance else ""
         lines.append(f"change, prompt by prompt: {with_error(change, error, sign=True)}{note}")
+    for key in (key for key in last if key.startswith("eval_accuracy/")):
+        parts = [with_error(line[key], line.get(derived(key, "error"))) for line in (first, last)]
+        change = last.get(derived(key, "change"))
+        by = (
+            ""
+            if change is None
+            else f", change {with_error(change, last.get(derived(key, 'change_error')), sign=True)}"
+        )
+        lines.append(f"  {key.partition('/')[2]}: {parts[0]} -> {parts[1]}{by}")
     best = evaluated.get(last.get("eval_best_step"))
     if best is not None:
         lines.append(f"best: {accuracy(best)}, at step {best['step']}")

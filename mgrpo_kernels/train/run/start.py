@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -14,23 +15,32 @@ from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.data.answers import describe_extractor
 from mgrpo_kernels.train.data.task import Task, check_lengths, load_task
 from mgrpo_kernels.train.errors import UsageError
-from mgrpo_kernels.train.model.policy import Policy, context_of, pick_device, read_tokenizer
-from mgrpo_kernels.train.plan.describe import Target, describe, plan, read_model
+from mgrpo_kernels.train.functions import make_reward
+from mgrpo_kernels.train.model.policy import Policy, context_of, end_tokens, pick_device, read_tokenizer
+from mgrpo_kernels.train.plan.describe import Plan, Target, changed, describe, plan, read_model
 from mgrpo_kernels.train.run import checkpoint, files, fingerprint
+from mgrpo_kernels.train.run.hub import check_login
 from mgrpo_kernels.train.run.learner import demo_policy, load, make_learner
 from mgrpo_kernels.train.run.loop import Run
 from mgrpo_kernels.train.run.output import check_output, check_resume
+from mgrpo_kernels.train.run.record import Record
 from mgrpo_kernels.train.run.stopping import interruptible
 from mgrpo_kernels.train.text import print_line
 from mgrpo_kernels.train.watch.live import Plain, make_view
 from mgrpo_kernels.train.watch.loggers import check_projects, log_in
+
+LINES = 13
+"""Lines of the start of a run on the screen, besides that of the output directory and of how sequences are computed."""
+WIDTH = 120
+"""Columns of such a line; a longer one is cut, and is in plan.txt as a whole."""
 
 
 class Start(NamedTuple):
     """What a run begins with, when its options and files have been checked."""
 
     task: Task
-    lines: list[str]  # what the run will do, for the user
+    plan: list[str]  # what the run will do, in full
+    screen: list[str]  # and what of it the screen shows, in at most LINES lines
     checkpoint: checkpoint.Facts | None  # the newest complete one, where the run is resumed
     fingerprints: dict[str, str]  # of data and tokenizer, and later of the model
     allow_changed: bool  # whether they may differ from those of the checkpoint
@@ -43,11 +53,12 @@ def run(
     resume: bool = False,
     dry_run: bool | Target = False,
     allow_changed: bool = False,
+    record: Record | None = None,
 ) -> int:
     """Train; return the exit status: 0, 3 where the guard stopped the run, or 130 where it was interrupted.
 
     With `dry_run` the plan is printed, and that is all: for the ranks and the device there are, or for a target. With `allow_changed` a
-    run is resumed although its data, base model or tokenizer has changed.
+    run is resumed although its data, base model or tokenizer has changed. `record` writes what is printed to log.txt.
 
     Raises:
         UsageError: something that the user can put right; what a run had written before is as it was.
@@ -62,7 +73,7 @@ def run(
             start = check(config, output, resume, device, dry_run, allow_changed)
         fingerprint.agree(start.fingerprints)
         if parallel.is_first():
-            for line in start.lines:
+            for line in start.plan if dry_run else start.screen:
                 print_line(line)
         if dry_run:
             return 0
@@ -71,18 +82,21 @@ def run(
         with parallel.together():
             if parallel.is_first():
                 log_in(config.run)
-                print_line(f"output: {output}")
+                check_login(config.run.push_to_hub)
+                print_line(f"output: {output} (the whole plan: plan.txt; everything printed: log.txt)")
         title = f"{config.method.method}  {output}"
         with make_view(config, title) if parallel.is_first() else Quiet(config) as view:
             if policy is None:
                 with parallel.together():
                     if parallel.is_first() and not resume:
-                        open_output(config, output, fresh=True)  # the built-in model is written there
+                        open_output(
+                            config, output, start.plan, record, fresh=True
+                        )  # the built-in model is written there
                 policy = demo_policy(config, output / "base", device, view)
-            return train(config, start, policy, output, view)
+            return train(config, start, policy, output, view, record)
 
 
-def train(config: Config, start: Start, policy: Policy, output: Path, view: Plain) -> int:
+def train(config: Config, start: Start, policy: Policy, output: Path, view: Plain, record: Record | None = None) -> int:
     """Train a policy, from the newest checkpoint where there is one; return the exit status."""
     check_model(start, policy, view)
     learner = make_learner(config, start.task, policy)
@@ -94,7 +108,7 @@ def train(config: Config, start: Start, policy: Policy, output: Path, view: Plai
         view.write_line(f"resuming after step {found['step']}, from {found['path']}")
     with parallel.together():
         if parallel.is_first():
-            open_output(config, output, fresh=found is None)
+            open_output(config, output, start.plan, record, fresh=found is None)
     with interruptible(view.stopping) as interrupt:
         return Run(learner, output, interrupt, view, found, start.fingerprints).train()
 
@@ -109,8 +123,8 @@ class Quiet(Plain):
         """Leave it to the first rank."""
 
 
-def open_output(config: Config, output: Path, *, fresh: bool) -> None:
-    """Make the output directory, and write config.yaml where it changes. A run that is `fresh` has no checkpoint yet.
+def open_output(config: Config, output: Path, plan: list[str], record: Record | None, *, fresh: bool) -> None:
+    """Make the output directory, and write config.yaml where it changes, and plan.txt. A run that is `fresh` has no checkpoint yet.
 
     Raises:
         UsageError: it cannot be written.
@@ -122,6 +136,9 @@ def open_output(config: Config, output: Path, *, fresh: bool) -> None:
             (output / "checkpoints" / checkpoint.NONE_YET).touch()
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             files.write_text(file, text)
+        files.write_text(output / "plan.txt", "".join(f"{line}\n" for line in plan))
+        if record is not None:
+            record.open(output)
     except OSError as error:
         raise UsageError(f"output: expected a directory that can be written, got {files.reason(error)}") from error
 
@@ -147,28 +164,61 @@ def check(
     extras.check_packages(config)
     task = demo.make_task(config.run.seed) if config.data.data is None else load_task(config)
     built_in = demo.make_tokenizer(), context_of(demo.model_config())
-    tokenizer, context = built_in if config.model.model is None else read_tokenizer(config.model.model)
+    tokenizer, context = (
+        built_in if config.model.model is None else read_tokenizer(config.model.model, config.model.loading)
+    )
     prints = {**fingerprint.of_task(task), "tokenizer": fingerprint.of_tokenizer(tokenizer)}
     if found is not None:
         changes += fingerprint.compare(found["fingerprints"], prints, allowed=allow_changed)
     elif resume:
         changes.append("no checkpoint of this run was complete yet: it starts again from its first step")
-    task = task._replace(held_out=task.held_out[: config.eval.eval_prompts], equivalence=config.method.equivalence)
-    model = read_model(config.model.model or demo.model_config(), config.lora)
+    task = task.evaluating(config.eval.eval_prompts)._replace(
+        equivalence=config.method.equivalence, reward=make_reward(config.method.reward)
+    )
+    model = read_model(config.model.model or demo.model_config(), config.lora, config.model.loading)
     longest = check_lengths(tokenizer, context, task, config.rollout.max_response_tokens)
     target = dry_run if isinstance(dry_run, Target) else Target(parallel.world())
-    lines = plan(config, task, model, longest, device, target, probe=bool(dry_run) and parallel.is_first())
-    return Start(task, [*describe(config), *reading(config, task), *lines, *changes], found, prints, allow_changed)
+    probe = bool(dry_run) and parallel.is_first()
+    planned = plan(config, task, model, longest, device, target, probe=probe)
+    first = reading(config, task, tokenizer)
+    whole = [*describe(config), *first, *planned.lines, *changes]
+    return Start(task, whole, screen(config, planned, first, changes), found, prints, allow_changed)
 
 
-def reading(config: Config, task: Task) -> list[str]:
-    """Return how answers are read, where the data are the user's, and the first prompt as the model gets it."""
-    lines = [] if config.data.data is None else [f"answers are read from: {describe_extractor(config.data)}"]
+def reading(config: Config, task: Task, tokenizer: Any) -> list[str]:
+    """Return the warning that code is trusted, how responses end and are read, and the first prompt with its true answer."""
+    model = config.model.model
+    ends = [tokenizer.eos_token_id] if model is None else end_tokens(model, tokenizer, config.model.loading)
+    names = " or ".join(map(repr, tokenizer.convert_ids_to_tokens(ends)))
+    how = "the digit after #" if config.data.data is None else describe_extractor(config.data)
+    gold = task.train[0].gold
+    known = "not known" if gold is None else gold if isinstance(gold, str) else " or ".join(gold)
+    trusted = (
+        f"warning: --trust-remote-code runs the Python code that comes with {model}, with your rights on this machine"
+    )
     return [
-        *lines,
-        "first prompt, as the model gets it:",
+        *([trusted] if config.model.trust_remote_code else []),
+        f"a response ends with {names}; its answer: {how}",
+        f"first prompt, as the model gets it; its true answer: {known}",
         *(f"  | {line}" for line in task.train[0].prompt.splitlines()),
     ]
+
+
+def screen(config: Config, planned: Plan, first: list[str], changes: list[str]) -> list[str]:
+    """Return the start of a run in at most :data:`LINES` lines: what differs from the defaults, size, memory, disk, a prompt."""
+    differs = textwrap.wrap(
+        f"changed from the defaults: {', '.join(changed(config)) or 'nothing'}", WIDTH, max_lines=2, placeholder=" ..."
+    )
+    lines = [
+        f"{config.method.method}: {config.model.model or 'the built-in model'}",
+        *differs,
+        *planned.short,
+        *changes,
+    ]
+    trusted = [line for line in first if line.startswith("warning: ")]
+    lines, first = [*trusted, *lines], [line for line in first if line not in trusted]
+    lines = [line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in (*lines, *first)]
+    return lines if len(lines) <= LINES else [*lines[: LINES - 1], "  ..."]
 
 
 def check_model(start: Start, policy: Policy, view: Plain) -> None:

@@ -11,12 +11,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from mgrpo_kernels.train.config import Config
-from mgrpo_kernels.train.text import one_line, print_line, printable
+from mgrpo_kernels.train.text import PRINTED, one_line, print_line, printable
 from mgrpo_kernels.train.watch.guard import START, WINDOW
 from mgrpo_kernels.train.watch.names import NAMES
 from mgrpo_kernels.train.watch.uncertainty import with_error
 
 STOPPING = "stopping after this step; interrupt again to stop at once, without a checkpoint"
+WARM_EVERY = 100
+"""Steps of the warm start from one line of plain text to the next."""
 POINTS = 256
 """Largest number of points of a curve; beyond it, two neighbours are replaced by their mean."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -52,6 +54,8 @@ class Plain:
 
     def warm_start(self, step: int, steps: int, accuracy: float, goal: float) -> None:
         """Show the progress of the built-in model's warm start."""
+        if step % WARM_EVERY == 0 or accuracy >= goal:
+            self.write_line(f"warm start, step {step} of at most {steps:,}: accuracy {accuracy:.2f} of {goal:.2f}")
 
     def begin(self, past: Iterable[Mapping[str, Any]]) -> None:
         """Prepare for the steps; `past` are the lines of the steps that a resumed run has done."""
@@ -206,6 +210,7 @@ class Live(Plain):
         self._live.stop()
 
     def write_line(self, text: str) -> None:
+        PRINTED.info(printable(text))
         self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -236,6 +241,8 @@ class Live(Plain):
         samples: Sequence[Mapping[str, Any]],
     ) -> None:
         self._take({**values, **(evaluation or {})})
+        if evaluation is not None or values["step"] % self.log_every == 0:
+            PRINTED.info(progress(values, evaluation, self.steps))
         if samples:
             self._samples.appendleft(samples)
         self._bar.update(self._task, completed=values["step"])

@@ -76,7 +76,11 @@ def metrics_line(values: Mapping[str, Any], evaluation: Mapping[str, Any] | None
     unknown = values.keys() - KEYS.keys()
     assert not unknown, f"metrics: {unknown} are not in KEYS"
     line = {key: values.get(key) for key in KEYS if key not in EVALUATION}
-    return line if evaluation is None else {**line, **{key: evaluation.get(key) for key in EVALUATION}}
+    if evaluation is None:
+        return line
+    # Of held-out sets with names, each key has a slash and the name behind it.
+    of_sets = {key: value for key, value in evaluation.items() if "/" in key}
+    return {**line, **{key: evaluation.get(key) for key in EVALUATION}, **of_sets}
 
 
 def plain(value: Any) -> Any:

@@ -47,7 +47,10 @@ NAMES = {
 
 
 def name_of(key: str) -> str:
-    """Return the short name of a metric."""
+    """Return the short name of a metric; of a held-out set with a name, that name stands behind it."""
+    key, slash, source = key.partition("/")
+    if slash:
+        return f"{name_of(key)}, {source}"
     for ending, text in (("_change_error", "error of the change"), ("_change", "change"), ("_error", "error")):
         if key not in NAMES and key.endswith(ending):
             return f"{NAMES[key.removesuffix(ending)]}, {text}"

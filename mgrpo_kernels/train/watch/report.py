@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mgrpo_kernels.train.config import read_yaml
+from mgrpo_kernels.train.run.evaluation import derived
 from mgrpo_kernels.train.run.files import write_bytes, write_text
 from mgrpo_kernels.train.run.held_out import DIRECTORY
 from mgrpo_kernels.train.watch.curves import DARK, PANELS, draw, points_of
@@ -146,12 +147,12 @@ def results(lines: list[dict[str, Any]]) -> str:
     first, last = (list(evaluated.values())[place] for place in (0, -1))
     best = evaluated.get(last.get("eval_best_step"))
     rows = []
-    for key in (key for key in ACCURACIES if last.get(key) is not None):
-        error, change = f"{key}_error", last.get(f"{key}_change")
-        rows.append((
-            NAMES[key], with_error(first[key], first.get(error)), with_error(last[key], last.get(error)),
-            None if change is None else with_error(change, last.get(f"{key}_change_error"), sign=True), key, KEYS[key],
-        ))  # fmt: skip
+    of_sets = [key for key in last if key.startswith("eval_accuracy/")]
+    for key in (key for key in (*ACCURACIES, *of_sets) if last.get(key) is not None):
+        error, change = derived(key, "error"), last.get(derived(key, "change"))
+        by = None if change is None else with_error(change, last.get(derived(key, "change_error")), sign=True)
+        ends = [with_error(line[key], line.get(error)) for line in (first, last)]
+        rows.append((name_of(key), *ends, by, key, KEYS[key.partition("/")[0]]))
     text = "± is the standard error over the held-out prompts; that of the change follows from the differences prompt by prompt."
     if best is not None:
         accuracy = with_error(best["eval_accuracy"], best.get("eval_accuracy_error"))

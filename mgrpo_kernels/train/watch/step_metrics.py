@@ -24,6 +24,7 @@ class Trajectories(NamedTuple):
     texts: list[str]
     answers: list[str | None]
     gold: list[Gold | None]
+    rewards: Tensor | None = None  # (B,) by the user's own function
 
 
 def step_metrics(
