@@ -121,6 +121,7 @@ def plan(
         )
     samples = len(task.held_out) * (config.eval.eval_samples + 1) if config.eval.eval_every else 0
     epochs = config.optim.steps * config.rollout.prompts_per_step / len(task.train)
+    passes = f"{epochs:,.0f} epochs" if epochs >= 10 else f"{epochs:.2g} epochs"
     work = work_of(config, prompt_tokens, len(task.held_out), ranks)
     kind = device.type if target.device is None else "cuda"
     flash = kind == "cuda" and config.model.dtype != "float32" and attention.has_flash_attention()
@@ -139,7 +140,7 @@ def plan(
         f"  device: {name}" if ranks == 1 else f"  devices: {ranks} x {name}, one per rank",
         f"  parameters: {model.parameters:,}",
         *([] if model.whole else [adapter]),
-        f"  prompts: {len(task.train):,} for training ({epochs:.2g} epochs), {len(task.held_out):,} held out",
+        f"  prompts: {len(task.train):,} for training ({passes}), {len(task.held_out):,} held out",
         f"  responses per evaluation: {samples:,}",
         f"  micro-batches per step and rank: {len(work.micro)}, with at most {work.tokens(largest):,} tokens",
         *memory_lines(memory, room),
@@ -158,7 +159,7 @@ def plan(
     needed = f"{size(memory.total)} of memory" + ("" if ranks == 1 else " per rank")
     batch = f"{rollout.prompts_per_step} prompts x {rollout.rollouts} rollouts, at most {rollout.max_response_tokens:,} tokens each"
     short = [
-        f"{config.optim.steps:,} steps of {batch}; {len(task.train):,} prompts ({epochs:.2g} epochs), held out: {kept}",
+        f"{config.optim.steps:,} steps of {batch}; {len(task.train):,} prompts ({passes}), held out: {kept}",
         f"{model.parameters:,} parameters on {name if ranks == 1 else f'{ranks} x {name}'}; about {needed}"
         + ("" if room is None else f" of {size(room)}")
         + (": TOO LITTLE" if lowering else ""),

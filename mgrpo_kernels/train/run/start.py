@@ -25,12 +25,12 @@ from mgrpo_kernels.train.run.loop import Run
 from mgrpo_kernels.train.run.output import check_output, check_resume
 from mgrpo_kernels.train.run.record import Record
 from mgrpo_kernels.train.run.stopping import interruptible
-from mgrpo_kernels.train.text import print_line
+from mgrpo_kernels.train.text import PRINTED, print_line
 from mgrpo_kernels.train.watch.live import Plain, make_view
 from mgrpo_kernels.train.watch.loggers import check_projects, log_in
 
-LINES = 13
-"""Lines of the start of a run on the screen, besides that of the output directory and of how sequences are computed."""
+LINES = 11
+"""Lines of the start of a run on the screen. With what is noted of the data, and the output directory, that makes 15."""
 WIDTH = 120
 """Columns of such a line; a longer one is cut, and is in plan.txt as a whole."""
 
@@ -100,7 +100,7 @@ def train(config: Config, start: Start, policy: Policy, output: Path, view: Plai
     """Train a policy, from the newest checkpoint where there is one; return the exit status."""
     check_model(start, policy, view)
     learner = make_learner(config, start.task, policy)
-    view.write_line(f"sequences: {policy.how()}")  # sharded weights go another way
+    PRINTED.info(f"sequences: {policy.how()}")  # sharded weights go another way; it is in log.txt alone
     found = None
     if start.checkpoint is not None:
         found = checkpoint.resume(output / "checkpoints", learner, view.warn)
@@ -205,20 +205,32 @@ def reading(config: Config, task: Task, tokenizer: Any) -> list[str]:
 
 
 def screen(config: Config, planned: Plan, first: list[str], changes: list[str]) -> list[str]:
-    """Return the start of a run in at most :data:`LINES` lines: what differs from the defaults, size, memory, disk, a prompt."""
-    differs = textwrap.wrap(
-        f"changed from the defaults: {', '.join(changed(config)) or 'nothing'}", WIDTH, max_lines=2, placeholder=" ..."
-    )
+    """Return the start of a run in at most :data:`LINES` lines: what differs from the defaults, size, memory, disk, a prompt.
+
+    The lines of the prompt stand beside each other, with ⏎ between them.
+    """
+
+    def wrapped(text: str, lines: int, indent: str = "") -> list[str]:
+        return textwrap.wrap(
+            text, WIDTH, max_lines=lines, placeholder=" ...", initial_indent=indent, subsequent_indent=indent
+        )
+
+    trusted = [line for line in first if line.startswith("warning: ")]
+    noted = [line for line in first if not line.startswith(("warning: ", "  | "))]
+    prompt = " ⏎ ".join(line.removeprefix("  | ") for line in first if line.startswith("  | "))
+    differs = wrapped(f"changed from the defaults: {', '.join(changed(config)) or 'nothing'}", 2)
     lines = [
+        *trusted,
         f"{config.method.method}: {config.model.model or 'the built-in model'}",
         *differs,
         *planned.short,
-        *changes,
     ]
-    trusted = [line for line in first if line.startswith("warning: ")]
-    lines, first = [*trusted, *lines], [line for line in first if line not in trusted]
-    lines = [line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in (*lines, *first)]
-    return lines if len(lines) <= LINES else [*lines[: LINES - 1], "  ..."]
+    room = LINES - len(lines) - len(noted) - 1
+    if len(changes) > room:
+        changes = [*changes[: max(0, room - 1)], f"and {len(changes) - max(0, room - 1)} more changes: plan.txt"]
+    rest = LINES - len(lines) - len(changes) - len(noted)
+    lines = [line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in (*lines, *changes, *noted)]
+    return [*lines, *wrapped(prompt, max(1, rest), "  | ")]
 
 
 def check_model(start: Start, policy: Policy, view: Plain) -> None:
