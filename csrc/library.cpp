@@ -42,6 +42,9 @@ TORCH_LIBRARY(mgrpo_native, m) {
   m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state) -> ()");
   m.def("tile_gradient_(Tensor x, " TILE ", Tensor coefficients, Tensor logsumexp, Tensor(a!) out) -> ()");
 #undef TILE
+  m.def("kept_logits(Tensor hidden, Tensor weight, Tensor ids) -> Tensor");
+  m.def("kept_hidden_gradient(Tensor grad, Tensor weight, Tensor ids) -> Tensor");
+  m.def("kept_weight_gradient(Tensor grad, Tensor hidden, Tensor ids, int vocab) -> (Tensor, Tensor)");
   m.def("mm_float32_(Tensor(a!) total, Tensor a, Tensor b, bool add) -> bool"); // False: not on this CPU, and nothing has been done
 
   m.def("ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] emit, float decay, int[] keys, int[] spans) -> ()");

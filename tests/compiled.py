@@ -36,6 +36,9 @@ HUGE = {
     "linear_token_stats.state_kernel": "x",
     "linear_token_stats.gradient_kernel": "x",
     "linear_token_stats.fused.gradient_kernel": "out",
+    "kept_token_stats.logits_kernel": "x",
+    "kept_token_stats.hidden_gradient_kernel": "out",
+    "kept_token_stats.weight_gradient_kernel": "out",
 }
 
 

@@ -67,6 +67,17 @@ def linear_token_stats(backend, dtype):
         backend.FusedPasses().fill(grad, hidden, plain, labels, state)
 
 
+def kept_token_stats(backend, dtype):
+    weight, ids = torch.zeros(8192, 1024, dtype=dtype), torch.zeros(64, 128, dtype=torch.int32)
+    hidden, grad = torch.zeros(64, 1024, dtype=dtype), torch.zeros(64, 128)
+    for name, need_bias in (("plain", False), ("bias", True)):
+        yield name
+        if not need_bias:
+            backend.logits(hidden, weight, ids, None)
+            backend.hidden_gradient(grad, weight, ids, None)
+        backend.weight_gradient(grad, hidden, ids, weight, need_bias, None)
+
+
 def linear_policy_loss(backend, dtype):
     yield "any"
     backend.scale_([torch.zeros(8192, 64, dtype=dtype)], torch.ones(()))
@@ -133,6 +144,7 @@ def iqr_filter(backend, dtype):
 LAUNCHES = {
     "token_stats": token_stats,
     "linear_token_stats": linear_token_stats,
+    "kept_token_stats": kept_token_stats,
     "linear_policy_loss": linear_policy_loss,
     "policy_loss": policy_loss,
     "ema": ema,
@@ -166,6 +178,15 @@ def linear_token_stats_by_rows(backend, rows):
     backend.GpuPasses().gradient(x, head, labels, coefficients, values, grad)
     backend.FusedPasses().fill(None, hidden, head, labels, state)
     backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, values, grad)
+
+
+def kept_token_stats_by_rows(backend, rows):
+    yield rows
+    weight, ids = torch.zeros(512, 64, dtype=torch.bfloat16), torch.zeros(rows, 128, dtype=torch.int32)
+    hidden, grad = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(rows, 128)
+    backend.logits(hidden, weight, ids, None)
+    backend.hidden_gradient(grad, weight, ids, None)
+    backend.weight_gradient(grad, hidden, ids, weight, True, None)
 
 
 def linear_policy_loss_by_rows(backend, rows):
@@ -205,6 +226,7 @@ def iqr_filter_by_rows(backend, rows):
 BY_ROWS = {
     "token_stats": token_stats_by_rows,
     "linear_token_stats": linear_token_stats_by_rows,
+    "kept_token_stats": kept_token_stats_by_rows,
     "linear_policy_loss": linear_policy_loss_by_rows,
     "policy_loss": policy_loss_by_rows,
     "ema": ema_by_rows,

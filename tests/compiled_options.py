@@ -78,6 +78,16 @@ def linear_token_stats(backend, dtype):
             backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, row, grad)
 
 
+def kept_token_stats(backend, dtype):
+    for (rows, kept, vocab, width), need_bias in itertools.product(((64, 24, 512, 40), (1, 1, 1, 1)), (False, True)):
+        yield f"{rows} x {kept} of {vocab} x {width}, bias {need_bias}"
+        hidden, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(vocab, width, dtype=dtype)
+        ids, grad = torch.zeros(rows, kept, dtype=torch.int32), torch.zeros(rows, kept)
+        backend.logits(hidden, weight, ids, None)
+        backend.hidden_gradient(grad, weight, ids, None)
+        backend.weight_gradient(grad, hidden, ids, weight, need_bias, None)
+
+
 def linear_policy_loss(backend, dtype):
     yield "one element"
     backend.scale_([torch.zeros(1, 1, dtype=dtype)], torch.ones(()))
@@ -146,6 +156,7 @@ def iqr_filter(backend, dtype):
 OPTIONS = {
     "token_stats": token_stats,
     "linear_token_stats": linear_token_stats,
+    "kept_token_stats": kept_token_stats,
     "linear_policy_loss": linear_policy_loss,
     "policy_loss": policy_loss,
     "ema": ema,

@@ -157,7 +157,9 @@ def linear_token_stats(draw: random.Random, backend: str) -> Call:
     rows = draw.choice(((), (3,), (0,), (2, 3), (70,)))
     inputs, keywords = head(draw, rows, backend)
     stats = draw.sample(("logprob", "entropy", "self_certainty"), draw.randint(1, 3))
-    keywords |= {"stats": tuple(stats), "mask": some(draw, bools(*rows))}
+    vocab = inputs[1].shape[0]
+    kept = torch.randint(-1, vocab, (*rows, draw.choice((1, 4, 9))), dtype=draw.choice((torch.int32, torch.int64)))
+    keywords |= {"stats": tuple(stats), "mask": some(draw, bools(*rows)), "kept": some(draw, kept)}
     return Call("linear_token_stats", mgrpo_kernels.linear_token_stats, tuple(inputs), keywords)
 
 

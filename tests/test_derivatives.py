@@ -21,6 +21,7 @@ from mgrpo_kernels import (
 )
 
 LABELS, ADVANTAGES = torch.tensor([[0, 4], [2, 1]]), torch.tensor([1.0, -1.0])
+KEPT = torch.tensor([[[0, 1], [4, -1]], [[3, 2], [1, 4]]])
 WEIGHT, OLD = torch.linspace(-1, 1, 30).view(5, 6), torch.full((2, 2), -0.7)
 
 # op -> (a scalar function of one tensor and a backend, the shape of that tensor)
@@ -40,6 +41,10 @@ OPS = {
     "linear_token_stats of the weight": (
         lambda x, backend: linear_token_stats(torch.ones(2, 2, 6), x, LABELS, backend=backend).logprob.sum(),
         (5, 6),
+    ),
+    "linear_token_stats of kept sets": (
+        lambda x, backend: linear_token_stats(x, WEIGHT, LABELS, kept=KEPT, backend=backend).logprob.sum(),
+        (2, 2, 6),
     ),
     "policy_loss": (lambda x, backend: policy_loss(x, OLD, ADVANTAGES, backend=backend).loss, (2, 2)),
     "policy_loss of the entropy": (

@@ -65,7 +65,7 @@ def can_be_shorter(call, name):
     tensor = first_of(given[name])
     if not isinstance(tensor, torch.Tensor) or not tensor.dim() or not tensor.shape[0] or "offsets" in name:
         return False  # offsets without an empty last part are valid
-    if name == "weight" and given["bias"] is None:
+    if name == "weight" and given.get("bias") is None:
         return False  # a smaller vocabulary
     if name in {"logits", "hidden", "labels"}:  # valid where no other tensor has as many rows
         others = (first_of(value) for other, value in given.items() if other != name)

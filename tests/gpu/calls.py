@@ -65,6 +65,18 @@ def linear_token_stats(sizes: Sizes, device: torch.device) -> Call:
     return Call(run, (hidden, weight))
 
 
+def kept_token_stats(sizes: Sizes, device: torch.device) -> Call:
+    (hidden, weight), (labels, mask) = _head(sizes, device), _labels(sizes, device)
+    kept = torch.randint(-1, sizes.vocab, (sizes.rows, 64), device=device)
+    kept[:, 0] = labels
+
+    def run():
+        stats = mk.linear_token_stats(hidden, weight, labels, mask=mask, kept=kept, backend="triton")
+        return stats.logprob.detach(), *torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), (hidden, weight))
+
+    return Call(run, (hidden, weight))
+
+
 def linear_policy_loss(sizes: Sizes, device: torch.device) -> Call:
     (hidden, weight), (labels, mask) = _head(sizes, device), _labels(sizes, device)
     old, advantages = _values(sizes, device) - 6, _values(sizes, device, SEQUENCES)
@@ -133,6 +145,7 @@ CALLS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     for make in (
         token_stats,
         linear_token_stats,
+        kept_token_stats,
         linear_policy_loss,
         policy_loss,
         grpo_loss,

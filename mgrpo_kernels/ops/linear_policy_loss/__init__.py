@@ -13,10 +13,12 @@ from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks, sequences
 from mgrpo_kernels.ops import _autograd, _statistics
 from mgrpo_kernels.ops._schema import Schema
+from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_policy_loss import native, reference, triton
 from mgrpo_kernels.ops.linear_token_stats import (
     check_head,
     check_head_options,
+    check_kept,
     check_logits_dtype,
     check_rows,
     check_tp_group,
@@ -51,6 +53,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    kept: Tensor | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     tp_group: dist.ProcessGroup | None = None,
@@ -69,7 +72,8 @@ def linear_policy_loss(
     Where a token's gradient depends on that token alone (every loss but vespo, importance and behaviour weights per token) and the
     hardware gains by it, the gradient is formed in the forward pass, while a block of rows has its logits at hand: 3 matmuls
     instead of 4, for one float32 accumulator of the weight's gradient. Else the two ops are composed. Which, and why, is logged
-    once; both agree to rounding.
+    once; both agree to rounding. With `kept` the two ops are
+    composed, because three matmuls of N K H in place of four would save little.
 
     Args:
         hidden: padded ``(B, L, H)``, or packed ``(N, H)`` with `cu_seqlens`.
@@ -77,7 +81,7 @@ def linear_policy_loss(
         labels: ``(B, L)`` or ``(N,)`` int32 or int64, already shifted.
         old_logprobs: of labels' shape, or None: on-policy.
         advantages: ``(B,)`` or of labels' shape.
-        bias, temperature, logit_scale, softcap, logits_dtype, tp_group, vocab_start: as in :func:`linear_token_stats`.
+        bias, temperature, logit_scale, softcap, kept, logits_dtype, tp_group, vocab_start: as in :func:`linear_token_stats`.
         workspace_bytes: bound of the logits workspace, whatever the number of tokens, at least 64 KiB, and at least one row's logits where
             the gradient is formed in the forward pass. None: there 224 MiB (native) or 512 MiB (triton), elsewhere the default of
             :func:`linear_token_stats`.
@@ -114,6 +118,9 @@ def linear_policy_loss(
     fused, why = backends.implementation(OP, name).fusion(hidden.device, hidden.dtype)
     if fused and not is_token_level(form, behaviour_logprobs):
         fused, why = False, "this loss weighs whole sequences"
+    kept = check_kept(kept, rows, hidden.device)
+    if fused and kept is not None:
+        fused, why = False, "a softmax over kept sets has few matmuls to save"
     if fused and group_name is not None:
         fused, why = False, "the statistics of a sharded vocabulary need the group"
     if not torch.compiler.is_compiling() and any(need):
@@ -133,7 +140,7 @@ def linear_policy_loss(
     }
     if fused and any(need):
         return _run_fused(head, tokens, form, need)
-    return _run_composed(head, tokens, form, group_name, vocab_start)
+    return _run_composed(head, tokens, form, group_name, vocab_start, kept)
 
 
 def _log(fused: bool, why: str) -> None:
@@ -183,12 +190,17 @@ def _run_fused(head: dict[str, Any], tokens: Tokens, form: LossOptions, need: li
 
 
 def _run_composed(
-    head: dict[str, Any], tokens: Tokens, form: LossOptions, tp_group: str | None, vocab_start: int
+    head: dict[str, Any],
+    tokens: Tokens,
+    form: LossOptions,
+    tp_group: str | None,
+    vocab_start: int,
+    kept: Tensor | None,
 ) -> PolicyLoss:
     """Return the loss of checked inputs by way of the general ops."""
-    logprob, entropy, *_ = linear_token_stats_op(
-        **head, mask=tokens.mask, tp_group=tp_group, vocab_start=vocab_start, debug=False
-    )
+    given = head | {"mask": tokens.mask, "tp_group": tp_group, "vocab_start": vocab_start, "debug": False}
+    statistics = linear_token_stats_op(**given) if kept is None else kept_token_stats_op(**given, kept=kept)
+    logprob, entropy, *_ = statistics
     entropy = entropy if form.entropy_coef != 0 else entropy.detach()
     return run(tokens._replace(logprob=logprob, entropy=entropy), None, form, head["backend"])
 

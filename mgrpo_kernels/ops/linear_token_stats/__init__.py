@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
-from mgrpo_kernels.ops import _autograd, _statistics
+from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
+from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.autocast import cast_weight
 from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Head
@@ -35,6 +36,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     workspace_bytes: int | None = None,
@@ -65,6 +67,9 @@ def linear_token_stats(
         logit_scale: finite; multiplies the logits (Cohere's logit_scale, the inverse of Granite's logits_scaling).
         softcap: > 0 or None (Gemma's final_logit_softcapping).
         mask: ``(...)`` bool, True counts. A masked row gives exactly 0 and no gradient, whatever hidden holds there.
+        kept: ``(..., K)`` int32 or int64, the vocabulary entries that the sampler kept for each token, in any order, -1 where a token has
+            fewer than K; an entry that is given twice counts once. Everything is of the softmax over this set alone, with N K H operations
+            in place of N V H. A label outside its token's set gives NaN, and a token without any entry gives NaN for every statistic.
         tp_group: process group over which the vocabulary is sharded. Every rank gets the full result.
         vocab_start: vocabulary entry of this rank's first row. None asks the group, once a call (one small collective).
         workspace_bytes: bound of the logits workspace, at least 64 KiB; None takes the backend's own. The reference backend, which takes
@@ -72,14 +77,15 @@ def linear_token_stats(
         logits_dtype: dtype of the logits in the workspace where hidden and weight have 16 bits: float32, or their own, as a plain 16-bit
             head has it. That halves the workspace and rounds each logit: between 16 and 32 by up to 0.06 in bfloat16.
         backend: ``reference``, ``native`` or ``triton``; None picks.
-        debug: on a GPU, pay a host sync to raise for a bad label.
+        debug: on a GPU, pay a host sync to raise for a bad label; with `kept`, also raise for a label outside its token's set.
 
     Returns:
         TokenStats of float32 (float64 for float64 input), ``(...)``; None where a statistic was not asked for.
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, device or option; on a CPU also an unmasked label outside the vocabulary (on a GPU: NaN).
+        ValueError: wrong shape, device or option; on a CPU also an unmasked label, or an unmasked entry of `kept`, outside the
+            vocabulary (on a GPU: NaN).
         BackendUnavailable: `backend` cannot run here.
     """
     wanted = check_stats(stats)
@@ -98,12 +104,19 @@ def linear_token_stats(
         labels = checks.check_tensor("labels", labels, dtypes=checks.INTS, shape=rows, device=hidden.device).reshape(-1)
     group_name, vocab_start = check_tp_group(tp_group, vocab_start, weight)
 
+    kept = check_kept(kept, rows, hidden.device)
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
-    logprob, entropy, self_certainty, _, _ = linear_token_stats_op(
+    tensors = (
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels,
         None if mask is None else mask.reshape(-1), None if per_row is None else per_row.reshape(-1),
-        number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype, debug, name,
     )  # fmt: skip
+    options = (
+        number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype, debug, name
+    )  # fmt: skip
+    if kept is None:
+        logprob, entropy, self_certainty, *_ = linear_token_stats_op(*tensors, *options)
+    else:
+        logprob, entropy, self_certainty, *_ = kept_token_stats_op(*tensors, kept, *options)
     return TokenStats(
         logprob.view(rows) if wanted.logprob else None,
         entropy.view(rows) if wanted.entropy else None,
@@ -154,6 +167,17 @@ def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> 
         checks.check_number("softcap", softcap, above=0.0)
     if workspace_bytes is not None:
         checks.check_number("workspace_bytes", workspace_bytes, at_least=MIN_WORKSPACE)
+
+
+def check_kept(kept: Any, rows: torch.Size, device: torch.device) -> Tensor | None:
+    """Return the kept ids as ``(N, K)``, or None."""
+    if kept is None:
+        return None
+    checks.check_tensor("kept", kept, dtypes=checks.INTS, device=device)
+    if kept.shape[:-1] != rows or kept.shape[-1] < 1:
+        wanted = checks.shape_text(rows).rstrip(",)") + ", K)" if rows else "(K,)"
+        raise ValueError(f"kept: expected shape {wanted} with K >= 1, got {checks.shape_text(kept.shape)}")
+    return kept.reshape(-1, kept.shape[-1])  # type: ignore[no-any-return]
 
 
 def check_logits_dtype(logits_dtype: Any, dtype: torch.dtype) -> None:
@@ -207,7 +231,7 @@ def linear_token_stats_op(
     forward = backends.implementation(OP, backend).forward
     state = forward(take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows))
     if tp_group is not None:
-        state = _statistics.merge(_all_gather(state, tp_group))
+        state = _statistics.merge(_tensor_parallel.all_gather(state, tp_group))
     vocab = state.new_full((), weight.shape[0]) if tp_group is None else _vocab_size(state, weight, tp_group)
     if labels is not None and (debug or hidden.device.type == "cpu"):
         checks.check_label_values(labels, mask, int(vocab))
@@ -306,7 +330,7 @@ def linear_token_stats_backward_op(
     )  # fmt: skip
     if grad_hidden is not None:
         if tp_group is not None:
-            dist.all_reduce(grad_hidden, group=_group(tp_group))
+            dist.all_reduce(grad_hidden, group=_tensor_parallel.group(tp_group))
         grad_hidden = grad_hidden.to(hidden.dtype)
         if rows is not None:
             grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
@@ -368,21 +392,9 @@ def take(value: Any, rows: Tensor | None) -> Any:
     return value[rows] if isinstance(value, Tensor) and rows is not None else value
 
 
-def _group(name: str) -> dist.ProcessGroup:
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
-
-
-def _all_gather(state: Tensor, tp_group: str) -> Tensor:
-    """Return every rank's state ``(ranks, 6, N)``: all that a sharded vocabulary has to exchange, in one collective."""
-    group = _group(tp_group)
-    states = state.new_empty(dist.get_world_size(group) * state.shape[0], state.shape[1])
-    dist.all_gather_into_tensor(states, state.contiguous(), group=group)
-    return states.view(-1, *state.shape)
-
-
 def _vocab_size(state: Tensor, weight: Tensor, tp_group: str) -> Tensor:
     if state.shape[1]:
         return state[_statistics.COUNT, 0].clone()
     vocab = state.new_full((), weight.shape[0])  # no rows to carry the count
-    dist.all_reduce(vocab, group=_group(tp_group))
+    dist.all_reduce(vocab, group=_tensor_parallel.group(tp_group))
     return vocab
