@@ -132,3 +132,26 @@ def test_the_demonstration_keeps_its_promise(tmp_path: Path) -> None:
     assert (output / "report.html").stat().st_size > 0
     try_next = done.stdout.splitlines()[-3:]
     assert all(line.startswith("  python -m mgrpo_kernels.train --") and len(line) <= 80 for line in try_next), try_next
+
+
+def test_the_demonstration_explains_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "WARM_STEPS", 101)
+    for method, said in (
+        ("mgrpo", "there are no labels, and the true answers only measure it"),
+        ("gold", "the true answers are the reward"),
+    ):
+        assert command.main([*tiny.FLAGS, "--steps", "1", "--method", method, "--output", str(tmp_path / method)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (end,) = [number for number, line in enumerate(lines) if line.startswith("end of the warm start. From here on")]
+        assert said in lines[end]
+        before = "\n".join(lines[:end])
+        assert "4+3+3= may be answered by 360#0: running sums from the right, modulo 10; # marks the answer" in before
+        assert before.count("warm start, step ") == 2  # progress: steps 0 and 100
+        assert lines[end + 1].startswith("step 0/1")
+    running, text = 0, ""
+    for digit in reversed(["4", "3", "3"]):  # the example in the explanation is right
+        running = (running + int(digit)) % 10
+        text += str(running)
+    assert f"{text}#{running}" == "360#0"

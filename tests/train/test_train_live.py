@@ -222,7 +222,7 @@ def test_on_a_terminal(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     after = text[text.index(SHOW) :]
     assert "try next:" in after  # the closing lines are below the view, as plain text
     assert "\x1b[" not in after.removeprefix(SHOW)
-    for part in ("temperature: 1.0", "step 3/3", "vote share", "label ", "true answer"):
+    for part in ("temperature 1.0", "step 3/3", "vote share", "label ", "true answer"):
         assert part in ESCAPE.sub("", text)
 
 

@@ -38,12 +38,13 @@ def demo_policy(config: Config, directory: Path, device: torch.device, view: Pla
             for line in demo.EXPLANATION:
                 view.write_line(line)
             demo.make_model(directory, config.run.seed, device, demo.WARM_STEPS, view.warm_start)
-            view.write_line(
-                f"end of the warm start. From here on there are no labels: {METHODS[config.method.method].text}. The true answers below "
-                "only measure it"
-                if not METHODS[config.method.method].needs_gold
-                else "end of the warm start. From here on the true answers are the reward (--method gold)"
+            reward = METHODS[config.method.method]
+            learns = (
+                "the true answers are the reward"
+                if reward.needs_gold
+                else "there are no labels, and the true answers only measure it"
             )
+            view.write_line(f"end of the warm start. From here on {learns}; the reward of a rollout: {reward.text}")
     return load(config, str(directory), device)
 
 

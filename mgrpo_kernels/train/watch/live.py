@@ -89,7 +89,8 @@ def progress(values: Mapping[str, Any], evaluation: Mapping[str, float | None] |
         "response_tokens": "length",
         "tokens_per_second": "tokens/s",
     }
-    parts = [f"{text} {values[key]:.3g}" for key, text in names.items() if values.get(key) is not None]
+    there = {text: values[key] for key, text in names.items() if values.get(key) is not None}
+    parts = [f"{text} {value:,.0f}" if value >= 1000 else f"{text} {value:.3g}" for text, value in there.items()]
     if evaluation is not None:
         parts.append(
             f"| held-out accuracy {shown(evaluation, 'eval_accuracy')}  greedy {shown(evaluation, 'eval_greedy')}"
