@@ -337,3 +337,14 @@ def test_an_isolated_build_asks_for_the_torch_that_is_installed(monkeypatch):
         assert set(wanted) <= set(build_backend.get_requires_for_build_wheel())
     # An sdist is setuptools' own business, and needs no torch.
     assert build_backend.get_requires_for_build_sdist == build_backend.build_meta.get_requires_for_build_sdist
+
+
+def test_the_trainers_set_up_installs_nothing_for_tests():
+    def steps(target):
+        result = subprocess.run(
+            ["make", "--dry-run", "--always-make", target], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        return [line for line in result.stdout.split("\n") if "setup.sh" in line]
+
+    assert steps("train") == ["scripts/setup.sh train"]
+    assert steps("test") == ["scripts/setup.sh train,dev"]

@@ -16,6 +16,7 @@ from mgrpo_kernels.train.config import Config, DataConfig, EvalConfig, ModelConf
 from mgrpo_kernels.train.data.task import check_lengths, load_task
 from mgrpo_kernels.train.ending import exit_status
 from mgrpo_kernels.train.errors import OutputError, UsageError
+from mgrpo_kernels.train.model.location import trust_warning
 from mgrpo_kernels.train.model.policy import load_policy, pick_device, read_tokenizer
 from mgrpo_kernels.train.parser import Parser, Spelling
 from mgrpo_kernels.train.plan.units import duration
@@ -113,6 +114,8 @@ def run(config: Config, output: Path) -> dict[str, float | None]:
     extras.check_packages(config, training=False)
     transformers.utils.logging.disable_progress_bar()
     assert config.model.model is not None
+    if config.model.trust_remote_code:
+        print_line(trust_warning(config.model.model))
     device, task = pick_device(config.model.device), load_task(config, training=False)
     task = task.evaluating(config.eval.eval_prompts)
     check_lengths(*read_tokenizer(config.model.model, config.model.loading), task, config.rollout.max_response_tokens)

@@ -428,7 +428,7 @@ def test_options() -> None:
     with pytest.raises(UsageError, match="vllm_servers: expected --engine vllm with it"):
         build({**given, "engine": "transformers"})
     with pytest.raises(
-        UsageError, match="vllm_memory: expected no value together with vllm_servers, got 0.3: give vLLM's own"
+        UsageError, match="vllm_memory: expected no value together with --vllm-servers, got 0.3: give vLLM's own"
     ):
         build({**given, "vllm_memory": 0.3})
 

@@ -12,6 +12,7 @@ import tiny
 from transformers import AutoModelForCausalLM
 
 from mgrpo_kernels.train import __main__ as command
+from mgrpo_kernels.train.extras import how_to_install
 
 STEPS = 4
 FLAGS = [
@@ -62,5 +63,5 @@ def test_without_vllm_nothing_is_written(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
     assert command.main([*FLAGS, "--output", str(tmp_path / "run")]) == 2
-    assert "engine: expected the package vllm, got none: pip install 'mgrpo_kernels[vllm]'" in capsys.readouterr().err
+    assert f"error: --engine: expected the package vllm, got none: {how_to_install('vllm')}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -29,6 +30,7 @@ from mgrpo_kernels.train.data.task import (
     read_template,
 )
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.extras import how_to_install
 from mgrpo_kernels.vote import answers_equal
 
 FIXTURES = Path(__file__).parent / "data"
@@ -187,7 +189,7 @@ def test_an_absent_package_says_what_to_install(
     for name in (package, f"{package}.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        UsageError, match=rf"data: expected .*{package}.*, got none installed: pip install 'mgrpo_kernels\[data\]'"
+        UsageError, match=rf"data: expected .*{package}.*, got none installed: {re.escape(how_to_install(package))}"
     ):
         read(source)
 

@@ -65,7 +65,7 @@ def test_where_answers_are_read(
         ({"answer_extractor": "math:pi"}, "answer_extractor: expected a function, got float at 'math:pi'"),
         (
             {"answer_pattern": "a", "answer_from": "boxed"},
-            "answer_pattern: expected one of answer_from, answer_pattern and",
+            "answer_pattern: expected one of --answer-from, --answer-pattern and",
         ),
     ],
 )

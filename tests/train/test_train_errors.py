@@ -127,9 +127,11 @@ def test_a_mistyped_path_is_not_called_a_name_on_the_hub(tmp_path: Path, monkeyp
         ) as caught:
             check_model(name)
         assert "hub" not in str(caught.value).lower()
-    with pytest.raises(UsageError, match=r"^data: .*runs/x, which does not exist$"):
+    with pytest.raises(
+        UsageError, match=r"^data: expected a file, a directory or .*, got runs/x: runs/x, which does not exist$"
+    ):
         read_rows("runs/x", "data")
-    with pytest.raises(UsageError, match=r"got nowhere/at/all, and there is no directory nowhere/at$"):
+    with pytest.raises(UsageError, match=r"got nowhere/at/all: nowhere/at/all, and there is no directory nowhere/at$"):
         read_rows("nowhere/at/all", "data")
     with pytest.raises(
         UsageError, match=r"readable JSONL file, got question.jsonl, which does not exist; did you mean questions.txt\?"

@@ -178,7 +178,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_saved(
     assert command.main([*flags, "--max-skipped-steps", "1", "--output", str(output)]) == 1
     shown = capsys.readouterr()
     assert "step 2 is skipped, 1 of at most 1: update: expected a finite loss and gradient, got loss nan" in shown.out
-    assert "in step 4, after 1 steps that were skipped (max_skipped_steps); its batch is in" in shown.err
+    assert "in step 4, after 1 steps that were skipped (--max-skipped-steps); its batch is in" in shown.err
     lines = tiny.lines(output)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
     assert lines[1]["loss"] is None

@@ -21,6 +21,7 @@ from mgrpo_kernels.train import export, parallel, update
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
+from mgrpo_kernels.train.extras import how_to_install
 from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.vllm import checkpoint_weights
@@ -331,9 +332,7 @@ def test_peft_is_asked_for_where_it_is_missing(
     real: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else real(name, *rest))
     assert command.main([*tiny.FLAGS, *FLAGS, "--output", str(tmp_path / "run")]) == 2
-    assert (
-        "lora_rank: expected the package peft, got none: pip install 'mgrpo_kernels[lora]'" in capsys.readouterr().err
-    )
+    assert f"--lora-rank: expected the package peft, got none: {how_to_install('peft')}" in capsys.readouterr().err
 
 
 def test_weights_that_are_transposed_are_merged() -> None:

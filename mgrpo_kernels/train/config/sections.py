@@ -313,7 +313,7 @@ class VllmConfig(Section):
             for each in dataclasses.fields(self):
                 if each.name not in ("vllm_servers", "vllm_timeout") and getattr(self, each.name) != each.default:
                     raise ValueError(
-                        f"{each.name}: expected no value together with vllm_servers, got {getattr(self, each.name)!r}: give vLLM's own "
+                        f"{each.name}: expected no value together with --vllm-servers, got {getattr(self, each.name)!r}: give vLLM's own "
                         "option to each server instead"
                     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from mgrpo_kernels.train.config.sections import DataConfig
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.functions import function_of
+from mgrpo_kernels.train.parser import flag_of
 from mgrpo_kernels.vote.extraction import extractor, is_number
 
 Extractor = Callable[[str], str | None]
@@ -24,7 +25,7 @@ def make_extractor(options: DataConfig) -> Extractor:
         given.append("answer_from")
     if len(given) > 1:
         raise UsageError(
-            f"{given[0]}: expected one of answer_from, answer_pattern and answer_extractor, got {' and '.join(given)}"
+            f"{given[0]}: expected one of --answer-from, --answer-pattern and --answer-extractor, got {' and '.join(map(flag_of, given))}"
         )
     find = extractor(options.answer_from)
     if options.answer_pattern is not None:

@@ -154,7 +154,7 @@ def lesson(draw: random.Random, held_out: set[str], lengthened_share: float = LE
     digits = make_digits(draw)
     while example(digits).prompt in held_out:
         digits = make_digits(draw)
-    prompt, answer, _ = example(digits)
+    prompt, answer = example(digits)
     if draw.random() >= SCRATCH_SHARE:
         return prompt, f"#{answer}$"
     if (

@@ -44,8 +44,6 @@ def read_rows(source: str, option: str) -> list[Row]:
         raise UsageError(
             f"{option}: expected a file that ends in {', '.join(readers)}, or .gz after the first three, got {source}"
         )
-    elif not path.exists() and looks_like_path(source.partition(":")[0]):
-        raise UsageError(f"{option}: expected a file or a directory that exists, {absent(source)}")
     else:
         rows = list(_data_set(source, option))
     if not rows:
@@ -101,11 +99,13 @@ def _data_set(source: str, option: str) -> Iterator[Row]:
     name, split = parts[0], parts[-1] if len(parts) > 1 else SPLITS[option]
     if len(parts) > 3 or not all(parts):
         raise UsageError(f"{option}: expected NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, got {source!r}")
+    what = f"a file, a directory or a data set on the hub, with a split {split!r}"
+    if not Path(name).exists() and looks_like_path(name):
+        raise UsageError(f"{option}: expected {what}, got {source}: {absent(name).removeprefix('got ')}")
     datasets = _package("datasets", f"{option}: expected the package datasets for {source}, which is no file")
     try:
         values = datasets.load_dataset(name, parts[1] if len(parts) == 3 else None, split=split)
     except Exception as error:  # datasets has no common base for what can go wrong between here and a hub
-        what = f"a file, a directory or a data set on the hub, with a split {split!r}"
         raise UsageError(f"{option}: expected {what}, got {source}: {str(error)[:400]}") from error
     return (_row(f"{source}, row {number}", option, value) for number, value in enumerate(values, 1))
 

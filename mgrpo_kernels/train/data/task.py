@@ -7,6 +7,7 @@ solution (GSM8K's ``#### 1,080``, MATH's ``\boxed{}``).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,6 @@ class Example(NamedTuple):
 
     prompt: str  # as the model sees it
     gold: Gold | None  # the true answer, or several of which any will do, where it is known
-    source: str = ""  # name of the held-out set that it belongs to, where that has one
 
 
 class Task(NamedTuple):
@@ -48,16 +48,19 @@ class Task(NamedTuple):
     extract: Callable[[str], str | None] = extract_answer
     equivalence: Equivalence = "math"
     reward: Reward | None = None  # the user's own
+    sets: tuple[str, ...] = ()  # the name of each held-out prompt's set, where sets have names
 
     def evaluating(self, most: int | None) -> Task:
         """Return the task with at most this many prompts of each held-out set; None: all of them."""
-        number: dict[str, int] = {}
+        names = self.sets or ("",) * len(self.held_out)
+        number: Counter[str] = Counter()
         kept = []
-        for each in self.held_out:
-            number[each.source] = number.get(each.source, 0) + 1
-            if most is None or number[each.source] <= most:
-                kept.append(each)
-        return self._replace(held_out=kept)
+        for row, name in enumerate(names):
+            number[name] += 1
+            if most is None or number[name] <= most:
+                kept.append(row)
+        sets = tuple(names[row] for row in kept) if self.sets else ()
+        return self._replace(held_out=[self.held_out[row] for row in kept], sets=sets)
 
 
 def load_task(config: Config, *, training: bool = True) -> Task:
@@ -77,12 +80,15 @@ def load_task(config: Config, *, training: bool = True) -> Task:
     check_answers([*train, *held_out], tokenizer, context, config.rollout.max_response_tokens)
     wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, log_info, chat_of(config))
 
-    def prompts(option: str, drafts: list[Draft]) -> list[Example]:
-        wrapped = [Example(wrapped_prompt(wrap, each), each.gold, each.source) for each in drafts]
-        return fitting(option, wrapped, tokenizer, context, config)
+    def prompts(option: str, drafts: list[Draft]) -> tuple[list[Example], tuple[str, ...]]:
+        wrapped = [Example(wrapped_prompt(wrap, each), each.gold) for each in drafts]
+        names = {id(example): draft.source for example, draft in zip(wrapped, drafts, strict=True)}
+        kept = fitting(option, wrapped, tokenizer, context, config)
+        return kept, tuple(names[id(each)] for each in kept if names[id(each)])
 
     extract = make_extractor(config.data)
-    return Task(prompts("data", train), prompts("eval_data", held_out), extract, config.method.equivalence)
+    evaluated_on, sets = prompts("eval_data", held_out)
+    return Task(prompts("data", train)[0], evaluated_on, extract, config.method.equivalence, sets=sets)
 
 
 def chat_of(config: Config) -> Chat:

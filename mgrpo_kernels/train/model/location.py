@@ -21,6 +21,13 @@ CONVERT = (
 )
 
 
+def trust_warning(model: str) -> str:
+    """Return what a command prints with --trust-remote-code."""
+    return (
+        f"warning: --trust-remote-code runs the Python code that comes with {model}, with your rights on this machine"
+    )
+
+
 def looks_like_path(name: str) -> bool:
     """Return whether a name can only be that of a file or a directory, since the hub has none like it: OWNER/NAME or NAME."""
     first, slash, _ = name.partition("/")

@@ -33,6 +33,7 @@ class Question(NamedTuple):
     greedy_response: str
     greedy: str | None
     greedy_right: bool
+    source: str = ""  # name of its held-out set, where sets have names
 
     def line(self) -> dict[str, Any]:
         """Return a line for questions.jsonl."""
@@ -42,8 +43,8 @@ class Question(NamedTuple):
     def from_line(cls, line: Mapping[str, Any]) -> Question:
         """Return the question of a line that :meth:`line` has made."""
         gold = line["gold"]
-        example = Example(line["prompt"], tuple(gold) if isinstance(gold, list) else gold, line.get("source", ""))
-        return cls(example, **{key: line[key] for key in cls._fields if key != "example"})
+        example = Example(line["prompt"], tuple(gold) if isinstance(gold, list) else gold)
+        return cls(example, **{key: line[key] for key in cls._fields if key != "example" and key in line})
 
 
 MEASURES: dict[str, Callable[[Question, int], float]] = {
@@ -80,7 +81,7 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config) -
     return [
         Question(
             example, sampled[i * n : (i + 1) * n], answers[i * n : (i + 1) * n], hits[i * n : (i + 1) * n],
-            labels[i], labels_right[i], greedy[i], best[i], greedy_right[i],
+            labels[i], labels_right[i], greedy[i], best[i], greedy_right[i], task.sets[i] if task.sets else "",
         )
         for i, example in enumerate(task.held_out)
     ]  # fmt: skip
@@ -89,9 +90,9 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config) -
 def values_of(questions: Sequence[Question], k: int) -> dict[str, list[float]]:
     """Return what each question contributes to each metric of :data:`MEASURES`, of all questions and of each set that has a name."""
     found = {key: [measure(each, k) for each in questions] for key, measure in MEASURES.items()}
-    for source in dict.fromkeys(each.example.source for each in questions if each.example.source):
+    for source in dict.fromkeys(each.source for each in questions if each.source):
         for key, measure in MEASURES.items():
-            found[f"{key}/{source}"] = [measure(each, k) for each in questions if each.example.source == source]
+            found[f"{key}/{source}"] = [measure(each, k) for each in questions if each.source == source]
     return found
 
 

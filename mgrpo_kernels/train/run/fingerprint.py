@@ -27,7 +27,7 @@ def of_task(task: Task) -> dict[str, str]:
 def of_examples(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for each in examples:
-        digest.update(json.dumps((each.prompt, each.gold)).encode() + b"\n")
+        digest.update(json.dumps(each).encode() + b"\n")
     return f"{len(examples)} prompts, sha256 {digest.hexdigest()[:16]}"
 
 

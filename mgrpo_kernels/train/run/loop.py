@@ -253,7 +253,7 @@ class Run:
         if self.learner.skipped == most:
             self._save(step - 1, wait=True)
             raise FloatingPointError(
-                f"{error}, in step {step}, after {most} steps that were skipped (max_skipped_steps); {saved}"
+                f"{error}, in step {step}, after {most} steps that were skipped (--max-skipped-steps); {saved}"
             ) from error
         self.learner.skipped += 1
         self.view.warn(f"step {step} is skipped, {self.learner.skipped} of at most {most}: {error}; {saved}")

@@ -16,6 +16,7 @@ from mgrpo_kernels.train.data.answers import describe_extractor
 from mgrpo_kernels.train.data.task import Task, check_lengths, load_task
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.functions import make_reward
+from mgrpo_kernels.train.model.location import trust_warning
 from mgrpo_kernels.train.model.policy import Policy, context_of, end_tokens, pick_device, read_tokenizer
 from mgrpo_kernels.train.plan.describe import Plan, Target, changed, describe, plan, read_model
 from mgrpo_kernels.train.run import checkpoint, files, fingerprint
@@ -193,11 +194,8 @@ def reading(config: Config, task: Task, tokenizer: Any) -> list[str]:
     how = "the digit after #" if config.data.data is None else describe_extractor(config.data)
     gold = task.train[0].gold
     known = "not known" if gold is None else gold if isinstance(gold, str) else " or ".join(gold)
-    trusted = (
-        f"warning: --trust-remote-code runs the Python code that comes with {model}, with your rights on this machine"
-    )
     return [
-        *([trusted] if config.model.trust_remote_code else []),
+        *([trust_warning(model)] if model is not None and config.model.trust_remote_code else []),
         f"a response ends with {names}; its answer: {how}",
         f"first prompt, as the model gets it; its true answer: {known}",
         *(f"  | {line}" for line in task.train[0].prompt.splitlines()),
