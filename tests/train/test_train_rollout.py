@@ -62,7 +62,7 @@ def _padded_logits(policy: Policy, hidden: torch.Tensor) -> torch.Tensor:
     """Return the next tokens' logits of a model that is padded, whose last hidden states are these."""
     states = SimpleNamespace(last_hidden_state=hidden.unsqueeze(1))
     ids, mask = torch.zeros(len(hidden), 1, dtype=torch.long), torch.ones(len(hidden), 1, dtype=torch.bool)
-    with mock.patch.object(type(policy.model), "get_decoder", return_value=lambda **_: states):
+    with mock.patch.object(policy, "_decoder", return_value=states):
         return policy.next_logits(ids, mask, torch.zeros_like(ids), DynamicCache())
 
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mgrpo_kernels.lm_head import lm_head
+from mgrpo_kernels.lm_head import decoder_of, lm_head
 from mgrpo_kernels.ops.linear_token_stats import float32_logits
 from mgrpo_kernels.train.config import LoraConfig
 from mgrpo_kernels.train.errors import UsageError
@@ -33,6 +33,10 @@ from mgrpo_kernels.train.model.lora import Adapter
 PROBE = [[1, 2, 3, 0], [2, 1]]
 """Prompts that test whether a model separates the sequences in one row."""
 NO_KEYWORDS: Mapping[str, Any] = types.MappingProxyType({})
+CHECKED = [5, 7, 1, 2, 3, 9, 0, 4, 11]
+"""Tokens whose logits are compared with those of the head."""
+CACHE_NAMES = "past_key_values", "cache", "cache_params", "state"
+"""Names of the cache among a model's keywords and results; RWKV calls it state, and Mamba cache_params."""
 log = logging.getLogger(__name__)
 
 
@@ -67,14 +71,17 @@ class Policy:
         self.eos = _eos(model.generation_config, tokenizer)
         try:
             head = lm_head(model)
+            self._decoder = decoder_of(model)
         except TypeError as error:
             raise UsageError(str(error)) from error
         self.head_options = HeadOptions(head.logit_scale, head.softcap)
-        # Releases of transformers 5 differ in the name of this keyword.
-        self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        # Releases of transformers 5 and architectures differ in the name of this keyword.
+        parameters = inspect.signature(self._decoder.forward).parameters
+        self._cache_name = next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])
         # transformers does not change a mask with four dimensions.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         self._lean: LeanDecoder | None = None
+        self.check()
         self.unpackable = self._why_unpackable()
         if self.unpackable is not None:
             name = type(model).__name__
@@ -97,7 +104,7 @@ class Policy:
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return hidden states ``(B, L, H)`` for right-padded token ids ``(B, L)``. Attention is causal, so tokens do not see padding."""
-        states: Tensor = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        states: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
         return states
 
     def packed_hidden(self, ids: Tensor, positions: Tensor, layout: attention.Layout) -> Tensor:
@@ -106,7 +113,7 @@ class Policy:
             return self._lean(ids[0], positions, layout)
         if self._no_mask.device != ids.device:
             self._no_mask = self._no_mask.to(ids.device)
-        out = self.model.get_decoder()(
+        out = self._decoder(
             input_ids=ids, position_ids=positions, attention_mask=self._no_mask, use_cache=False, layout=layout
         )
         states: Tensor = out.last_hidden_state
@@ -153,7 +160,7 @@ class Policy:
         if why is not None:
             self.model.set_attn_implementation(before)
             return why
-        self._lean = lean_decoder(self.model.get_decoder(), layout.windows)
+        self._lean = lean_decoder(self._decoder, layout.windows)
         if self._lean is not None:
             differs = layout.difference(apart, self.packed_hidden(layout.ids, layout.positions, layout))
             if differs is not None:
@@ -175,10 +182,19 @@ class Policy:
             positions: ``(B, L)`` positions of the tokens.
             cache: key-value cache, which is extended in place.
         """
-        out = self.model.get_decoder()(
+        out = self._decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{self._cache_name: cache}
         )
         return self.logits(out.last_hidden_state[:, -1])
+
+    def step(self, ids: Tensor, state: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the logits ``(B, V)`` of the token after ids ``(B, L)`` and the model's state for the next call, which begins empty.
+
+        The state is whatever cache the model creates itself.
+        """
+        out = self._decoder(input_ids=ids, use_cache=True, **state)
+        found = {name: out[name] for name in CACHE_NAMES if out.get(name) is not None}
+        return self.logits(out.last_hidden_state[:, -1]), found
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""
@@ -193,17 +209,39 @@ class Policy:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise UsageError if the model's logits are not those that its head computes from its hidden states."""
-        ids = torch.tensor([[1, 2, 3, 0]], device=self.device)
-        weight, bias = self.head()
-        own = torch.nn.functional.linear(self.hidden(ids)[0, -1], weight, bias).float() * self.head_options.logit_scale
-        if (cap := self.head_options.softcap) is not None:
-            own = cap * torch.tanh(own / cap)
-        logits = self.model(input_ids=ids).logits[0, -1].float()
-        worst = (own - logits).abs().max().item()
-        if not worst <= 1e-3 * max(1.0, logits.abs().max().item()):
+        """Raise UsageError if the model is not causal, or if its logits are not those that its head computes from its hidden states."""
+        name, ids = type(self.model).__name__, torch.tensor([CHECKED], device=self.device)
+        ids = ids % self.head()[0].shape[0]
+        versions = [weight._version for weight in self.model.parameters()]
+        try:
+            whole, part = (self.model(input_ids=each, use_cache=False).logits[0].float() for each in (ids, ids[:, :-3]))
+            hidden = self.hidden(ids)[0]
+        except Exception as error:  # a model may raise any error for what it does not support
             raise UsageError(
-                f"model: expected logits that are the product of the head and the last hidden state, got {type(self.model).__name__}, "
+                f"model: expected a causal language model that runs on token ids alone, got {name}: {first_line(error)}"
+            ) from error
+        if versions != [weight._version for weight in self.model.parameters()]:  # RWKV scales them for inference
+            raise UsageError(
+                f"model: expected one that leaves its weights as they are, got {name}, which changes them when it runs: "
+                f"choose a model of another architecture"
+            )
+        tolerance = 1e-4 * max(1.0, whole.abs().max().item())
+        change = (whole[: len(part)] - part).abs().max().item()
+        if not change <= tolerance:
+            raise UsageError(
+                f"model: expected a causal language model, got {name}, whose logits change by {change:.3g} with the tokens that follow: "
+                f"choose a model of another architecture"
+            )
+        weight, bias = self.head()
+        worst = float("inf")
+        if hidden.shape[-1] == weight.shape[1] and whole.shape == (len(hidden), weight.shape[0]):
+            own = torch.nn.functional.linear(hidden, weight, bias).float() * self.head_options.logit_scale
+            if (cap := self.head_options.softcap) is not None:
+                own = cap * torch.tanh(own / cap)
+            worst = (own - whole).abs().max().item()
+        if not worst <= tolerance:
+            raise UsageError(
+                f"model: expected logits that are the product of the head and the last hidden state, got {name}, "
                 f"which differs by {worst:.3g}: choose a model of another architecture"
             )
 
@@ -255,13 +293,12 @@ def load_policy(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **loading)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **loading)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the code of an architecture may raise any error
         raise UsageError(unreadable(name, error)) from error
     check_finite(model, name)
     adapter = None if lora is None or lora.lora_rank is None else Adapter(model, lora, seed)
     policy = Policy(model.to(device), tokenizer, dtype, adapter)
     check_tokenizer(tokenizer, policy.eos, policy.head()[0].shape[0], name)
-    policy.check()
     return policy
 
 
@@ -324,8 +361,13 @@ def context_of(config: PretrainedConfig) -> int | None:
 def unreadable(name: str, error: Exception) -> str:
     """Return the message for a model that cannot be loaded."""
     what = "a directory with a model" if Path(name).exists() else "a directory, or a name on the Hugging Face Hub,"
-    reason = str(error).split("\n")[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         reason = "it comes with Python code of its own, which --trust-remote-code runs: read it first"
     there = "" if Path(name).exists() else " (there is no such directory)"
     return f"model: expected {what} that transformers can load, got {name}{there}: {reason}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -83,7 +83,7 @@ def read_model(
         config = AutoConfig.from_pretrained(model, **loading) if isinstance(model, str) else model
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.get("trust_remote_code", False))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the code of an architecture may raise any error
         raise UsageError(unreadable(str(model), error)) from error
     if lora is not None and lora.lora_rank is not None:
         Adapter(empty, lora, seed=0)

@@ -60,10 +60,12 @@ def model_of(empty: Any) -> Model:
     owned = {id(each) for layer in layers for each in layer.parameters()}
     rest = tuple(tuple(each.shape) for each in empty.parameters() if id(each) not in owned)
     trained = tuple(tuple(each.shape) for each in empty.parameters() if each.requires_grad)
-    heads, width = config.num_attention_heads, config.hidden_size
+    width = config.hidden_size
+    heads = getattr(config, "num_attention_heads", None) or 1  # a model of state-space layers has none
     head = getattr(config, "head_dim", None) or width // heads
     parts = {part for name, _ in empty.named_parameters() for part in name.split(".")}
     inner, kv_heads = (getattr(config, name, None) for name in ("intermediate_size", "num_key_value_heads"))
+    inner = max(inner) if isinstance(inner, Sequence) else inner  # of each layer
     return Model(
         groups=(rest, *inside),
         trained=trained,

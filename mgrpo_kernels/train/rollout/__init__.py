@@ -69,6 +69,13 @@ class RolloutEngine:
         """Return further lines of the plan about the engine."""
         return []
 
+    slow: bool = False
+    """Whether the model requires a slower way of generating than others, which the user should know."""
+
+    def how(self) -> str:
+        """Return a description of how the engine generates, for the user."""
+        return type(self).__name__
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],

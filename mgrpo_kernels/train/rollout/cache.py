@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ def room_for(tokens: int, most: int) -> int:
 class Cache(Protocol):
     """The cache of U prompts with c rollouts each, grouped by prompt."""
 
+    HOW: ClassVar[str]
+    """What is stored, for the user."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None: ...
+
     def start(self) -> Tensor:
         """Process the prompts; return the logits of the first tokens, ``(U c, V)``."""
 
@@ -41,6 +46,8 @@ class SharedCache:
 
     It is also the layout (:class:`mgrpo_kernels.train.model.attention.Layout`) of one token per rollout: T = U c.
     """
+
+    HOW: ClassVar[str] = "with keys and values of a prompt stored once for all its rollouts"
 
     def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
         self.policy, self.ids, self.copies, self.max_tokens = policy, prompts, copies, max_tokens
@@ -88,17 +95,17 @@ class SharedCache:
         weights = torch.cat([with_prompt, alone.view(U * K, c * repeat, -1)], dim=-1)
         weights = weights.softmax(-1, dtype=torch.float32).to(values.dtype)
         of_prompt, of_own = weights.split([keys.shape[1], own_keys.shape[1]], dim=-1)
-        out = torch.bmm(of_prompt, values).view(U * K * c, repeat, D)
+        out = torch.bmm(of_prompt, values).view(U * K * c, repeat, -1)
         out = torch.baddbmm(out, of_own.view(U * K * c, repeat, -1), own_values)
-        return out.view(U, K, c, repeat, D).transpose(1, 2).reshape(T, K * repeat, D)
+        return out.view(U, K, c, repeat, -1).transpose(1, 2).reshape(T, K * repeat, -1)
 
     def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new token's keys and values, ``(T, K, D)``; return those of all tokens, ``(U, K, c, room, D)``."""
         held = self.own.get(layer)
         if held is None or held[0].shape[3] == self.length:
             room = room_for(self.length + 1, self.max_tokens)
-            shape = len(self.lengths), k.shape[1], self.copies, room, k.shape[2]
-            new = (v.new_empty(shape), v.new_empty(shape))
+            shape = len(self.lengths), k.shape[1], self.copies, room
+            new = (v.new_empty(*shape, k.shape[2]), v.new_empty(*shape, v.shape[2]))
             for before, after in zip(held or (), new, strict=held is not None):
                 after[:, :, :, : self.length] = before
             self.own[layer] = held = new
@@ -135,7 +142,9 @@ class SharedCache:
 
 
 class PaddedCache:
-    """The model's own cache, for models without layouts. Rollouts are left-padded, each with its prompt's keys and values."""
+    """The model's own cache. Rollouts are left-padded, each with its prompt's keys, values and states."""
+
+    HOW: ClassVar[str] = "with transformers' cache, in one batch of left-padded prompts"
 
     def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
         self.policy, self.ids, self.copies = policy, prompts, copies
@@ -146,7 +155,7 @@ class PaddedCache:
         ids, mask = left_pad(self.ids, self.policy.device)
         logits = self.policy.next_logits(ids, mask, positions(mask), self.cache)
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(self.copies)
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # annotated as a LongTensor
         self.mask, self.position = mask[rows], mask.sum(-1)[rows]  # of the next token
         return logits[rows]
 
@@ -160,8 +169,87 @@ class PaddedCache:
     def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
         """See :class:`Cache`."""
         rows = (prompts[:, None] * self.copies + rollouts).flatten()
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # annotated as a LongTensor
         self.mask, self.position, self.copies = self.mask[rows], self.position[rows], rollouts.shape[1]
+
+
+class UnpaddedCache:
+    """Whatever cache the model creates itself, one for the prompts of each length, as when ``generate`` is called for each of them.
+
+    For models that ignore padding before a prompt, or whose state has a form of its own: no row is ever taken out of the state.
+    """
+
+    HOW: ClassVar[str] = "with transformers' cache, the prompts of each length by themselves (slower)"
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
+        self.policy = policy
+        by_length: dict[int, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(number)
+        every = torch.arange(len(prompts) * copies, device=policy.device).view(-1, copies)
+        self.parts = [every[numbers].flatten() for numbers in by_length.values()]  # which rollouts, of each length
+        self.ids = [
+            torch.tensor([prompts[number] for number in numbers], device=policy.device).repeat_interleave(copies, 0)
+            for numbers in by_length.values()
+        ]
+        self.states: list[dict[str, Any]] = [{} for _ in self.parts]
+        self.all = every.flatten()
+        self.rows, self.copies = self.all, copies  # the rollouts that are kept
+
+    def start(self) -> Tensor:
+        """See :class:`Cache`."""
+        return self._step(self.ids)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """See :class:`Cache`."""
+        given = torch.zeros_like(self.all).index_copy_(0, self.rows, tokens)  # 0 for those that are not kept
+        return self._step([given[part, None] for part in self.parts])
+
+    def _step(self, ids: Sequence[Tensor]) -> Tensor:
+        found = []
+        for number, part in enumerate(ids):
+            logits, self.states[number] = self.policy.step(part, self.states[number])
+            found.append(logits)
+        return torch.cat(found)[torch.cat(self.parts).argsort()[self.rows]]
+
+    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
+        """See :class:`Cache`."""
+        self.rows = self.rows.view(-1, self.copies)[prompts[:, None], rollouts].flatten()
+        self.copies = rollouts.shape[1]
+
+
+class NoCache:
+    """Processes each rollout from its first token again for every token, as scoring does. It is slow, and right for every model."""
+
+    HOW: ClassVar[str] = (
+        "without a cache, each rollout processed again for every token (slow): no cache gives this model's own log-probs"
+    )
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
+        self.policy, self.copies = policy, copies
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=policy.device)
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        self.ids, self.lengths = (each.to(policy.device).repeat_interleave(copies, 0) for each in (ids, lengths))
+
+    def start(self) -> Tensor:
+        """See :class:`Cache`."""
+        rows = torch.arange(len(self.ids), device=self.ids.device)
+        return self.policy.logits(self.policy.hidden(self.ids)[rows, self.lengths - 1])
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """See :class:`Cache`."""
+        if int(self.lengths.max()) == self.ids.shape[1]:
+            self.ids = torch.nn.functional.pad(self.ids, (0, 1))
+        self.ids.scatter_(1, self.lengths[:, None], tokens[:, None])
+        self.lengths = self.lengths + 1
+        return self.start()
+
+    def keep(self, prompts: Tensor, rollouts: Tensor) -> None:
+        """See :class:`Cache`."""
+        rows = (prompts[:, None] * self.copies + rollouts).flatten()
+        self.ids, self.lengths, self.copies = self.ids[rows], self.lengths[rows], rollouts.shape[1]
 
 
 def chosen(held: Tensor, prompts: Tensor, rollouts: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from mgrpo_kernels.train.config import Config, ModelConfig, RolloutConfig
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.plan.shape import Model, Work, samplings, width_of
 from mgrpo_kernels.train.rollout import Batch, RolloutEngine, Rollouts, join, seeds_of
+from mgrpo_kernels.train.rollout.agreement import right_cache
 from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache, room_for
 
 NOISE_NUMBERS = 2**18
@@ -42,11 +43,28 @@ class TransformersEngine(RolloutEngine):
         self.cache_tokens = cache_tokens
         self.stats = tuple(stats)
         self._call, self._calls = 0, 1  # the part of a sampling call that runs, and the number of parts
+        self._checked: type[Cache] | None = None
+
+    @property
+    def cache(self) -> type[Cache]:
+        """The cache that the model's rollouts are generated with."""
+        return self._checked or (SharedCache if self.policy.unpackable is None else PaddedCache)
 
     @classmethod
     def build(cls, config: Config, policy: Policy, longest_prompt: int) -> TransformersEngine:
+        """Return the engine with the fastest cache that gives the model's own log-probs; see :class:`RolloutEngine`.
+
+        Raises:
+            UsageError: there is no such cache.
+        """
+        engine = cls(policy, config.rollout.max_response_tokens, cache_tokens_of(config.rollout), config.statistics)
+        engine._checked = right_cache(policy)
+        engine.slow = engine._checked is not SharedCache
+        return engine
+
+    def how(self) -> str:
         """See :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
-        return cls(policy, config.rollout.max_response_tokens, cache_tokens_of(config.rollout), config.statistics)
+        return self.cache.HOW
 
     @classmethod
     def batch_of(cls, config: Config, work: Work, prompts: int, copies: int) -> Batch:
@@ -92,8 +110,7 @@ class TransformersEngine(RolloutEngine):
         self, prompts: Sequence[Sequence[int]], copies: int, temperature: float, generators: Sequence[torch.Generator]
     ) -> Rollouts:
         policy, device, R = self.policy, self.policy.device, self.max_tokens
-        kind = SharedCache if policy.unpackable is None else PaddedCache
-        cache: Cache = kind(policy, prompts, copies, R)
+        cache = self.cache(policy, prompts, copies, R)
         logits = cache.start()
         U, B = len(prompts), len(prompts) * copies
         noise = Noise(generators, copies, logits.shape[1], R) if temperature > 0 else None

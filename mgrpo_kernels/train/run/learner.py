@@ -14,6 +14,7 @@ from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.data.task import Task
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout import RolloutEngine
+from mgrpo_kernels.train.rollout.agreement import check_scoring
 from mgrpo_kernels.train.rollout.engines import engine_class
 from mgrpo_kernels.train.step import Learner
 from mgrpo_kernels.train.update import make_optimizer
@@ -49,7 +50,12 @@ def demo_policy(config: Config, directory: Path, device: torch.device, view: Pla
 
 
 def make_engine(config: Config, task: Task, policy: Policy) -> RolloutEngine:
-    """Return the rollout engine that the configuration names, ready to sample the task's prompts."""
+    """Return the rollout engine that the configuration names, ready to sample the task's prompts.
+
+    Raises:
+        UsageError: the trainer's scores, or the engine's samples, are not what the model itself gives.
+    """
+    check_scoring(policy)
     prompts = policy.encode([example.prompt for example in (*task.train, *task.held_out)])
     return engine_class(config).build(config, policy, max(map(len, prompts)))
 

@@ -102,6 +102,8 @@ def train(config: Config, start: Start, policy: Policy, output: Path, view: Plai
     check_model(start, policy, view)
     learner = make_learner(config, start.task, policy)
     PRINTED.info(f"sequences: {policy.how()}")  # sharded weights go another way; it is in log.txt alone
+    sampling = f"sampling: {learner.engine.how()}"
+    (view.write_line if learner.engine.slow else PRINTED.info)(sampling)
     found = None
     if start.checkpoint is not None:
         found = checkpoint.resume(output / "checkpoints", learner, view.warn)
