@@ -314,6 +314,6 @@ def test_presets_with_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixtur
         ]
         assert command.main([*flags, "--output", str(tmp_path / "run")]) == status
         got = capsys.readouterr()
-        shown = "derived:" if status == 0 else "error: --max-response-tokens: expected at most 9"  # 1024 - the prompt
+        shown = "derived:" if status == 0 else "error: max_response_tokens: expected at most 9"  # 1024 - the prompt
         assert shown in got.out + got.err
     assert not (tmp_path / "run").exists()
