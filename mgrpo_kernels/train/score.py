@@ -85,6 +85,7 @@ def score(
     temperature: float,
     budget: int,
     stats: Sequence[str] = ("logprob", "entropy"),
+    kept: Tensor | None = None,
 ) -> TokenStats:
     """Score responses with the model's current weights.
 
@@ -96,6 +97,7 @@ def score(
         temperature: divisor of the logits.
         budget: largest number of tokens in one forward pass.
         stats: statistics to compute, out of logprob, entropy and self_certainty.
+        kept: ``(B, R, K)`` the sets that a truncated sampler kept, over which the statistics are then computed; None: the whole vocabulary.
 
     Returns:
         TokenStats, ``(B, R)`` float32 in nats, 0 beyond the end of a response; None for statistics that are not in `stats`.
@@ -119,6 +121,7 @@ def score(
                 bias=bias,
                 stats=tuple(stats),
                 temperature=temperature,
+                kept=None if kept is None else kept[chosen][mask[chosen]],
                 **policy.head_options._asdict(),
             )
         for name, values in out.items():

@@ -77,6 +77,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
             # The weights do not change before the distance below is computed, so the update may overlap.
             learner.momentum.update(config.method.decay_at(step, config.optim.steps), overlap=True)
 
+    seen = seen._replace(rollouts=seen.rollouts._replace(kept=None))  # the metrics do not need the kept sets
     seen, stats, selection = parallel.from_all(seen), parallel.from_all(stats), parallel.from_all(selection)
     # If the engine computed the scores, the update compares them with its own forward pass.
     uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
@@ -117,6 +118,7 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
                 generator=generator,
                 momentum=momentum,
                 first=first,
+                truncation=config.rollout.truncation,
             )
 
     own = part(config.policy_rollouts, None)
@@ -170,7 +172,9 @@ def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: Toke
     prompts = [seen.prompts[row] for row in rows.tolist()]
     tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
     wanted = tuple(name for name, values in stats._asdict().items() if values is not None)
-    scored = score(learner.policy, prompts, tokens, mask, **scoring(learner.config.rollout), stats=wanted)
+    options = scoring(learner.config.rollout)
+    kept = None if seen.rollouts.kept is None else seen.rollouts.kept[rows]
+    scored = score(learner.policy, prompts, tokens, mask, **options, stats=wanted, kept=kept)
     return stats._replace(**{name: getattr(stats, name).index_copy(0, rows, getattr(scored, name)) for name in wanted})
 
 
@@ -229,11 +233,12 @@ def training_batch(
     rows = selection.trains.nonzero().squeeze(-1).to(learner.policy.device)
     prompts = [seen.prompts[row] for row in rows.tolist()]
     tokens, mask = seen.rollouts.tokens[rows], seen.rollouts.mask[rows]
+    kept = None if seen.rollouts.kept is None else seen.rollouts.kept[rows]
     ref = None
     if learner.reference is not None:
         with learner.reference.swapped_into(learner.policy.model):
             ref = score(
-                learner.policy, prompts, tokens, mask, **scoring(learner.config.rollout), stats=("logprob",)
+                learner.policy, prompts, tokens, mask, **scoring(learner.config.rollout), stats=("logprob",), kept=kept
             ).logprob
     assert stats.logprob is not None
     assert own.logprob is not None
@@ -248,7 +253,7 @@ def training_batch(
         ).logprob
     sampled = seen.rollouts.logprobs[rows] if engine_scores(learner, seen) else None
     advantages = selection.advantages.to(rows.device)[rows]
-    return Batch(prompts, tokens, mask, old, ref, advantages, behaviour, sampled)
+    return Batch(prompts, tokens, mask, old, ref, advantages, behaviour, sampled, kept)
 
 
 def scoring(options: RolloutConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # (B,)
     behaviour_logprobs: Tensor | None = None  # (B, R), of the model that generated the rollout, for weights of the loss
     sampled_logprobs: Tensor | None = None  # (B, R), of the rollout engine, for the metric behaviour_mismatch
+    kept: Tensor | None = None  # (B, R, K), what a truncated sampler kept for each token; None: the whole vocabulary
 
 
 class NotFiniteError(FloatingPointError):
@@ -103,6 +104,7 @@ def accumulate_gradient(
                 bias=bias,
                 cu_seqlens=packed.cu_seqlens,
                 temperature=temperature,
+                kept=part(batch.kept),
                 ref_logprobs=part(batch.ref_logprobs),
                 behaviour_logprobs=part(batch.behaviour_logprobs),
                 normalizer=normalizer,
@@ -112,7 +114,8 @@ def accumulate_gradient(
             )
             # Only for the first micro-batch, because another pass of the head costs a quarter of its work.
             if batch.sampled_logprobs is not None and not mismatch:
-                mismatch = compare(policy, packed, batch.sampled_logprobs[chosen][mask], temperature)
+                sampled = batch.sampled_logprobs[chosen][mask]
+                mismatch = compare(policy, packed, sampled, temperature, part(batch.kept))
         result.loss.backward()
         for name, value in {"loss": result.loss.detach(), **result.metrics}.items():
             sums[name] = sums[name] + value if name in sums else value
@@ -122,7 +125,9 @@ def accumulate_gradient(
 
 
 @torch.no_grad()
-def compare(policy: Policy, packed: ResponseStates, sampled: Tensor, temperature: float) -> dict[str, Tensor]:
+def compare(
+    policy: Policy, packed: ResponseStates, sampled: Tensor, temperature: float, kept: Tensor | None
+) -> dict[str, Tensor]:
     """Compare the policy's log-probs with those of the engine, ``(N,)``; return the sum of |differences| and their number."""
     weight, bias = policy.head()
     own = linear_token_stats(
@@ -132,6 +137,7 @@ def compare(policy: Policy, packed: ResponseStates, sampled: Tensor, temperature
         bias=bias,
         stats=("logprob",),
         temperature=temperature,
+        kept=kept,
         **policy.head_options._asdict(),
     )
     assert own.logprob is not None

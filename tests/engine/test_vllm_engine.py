@@ -20,6 +20,7 @@ from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import Rollouts
 from mgrpo_kernels.train.rollout import vllm as module
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
+from mgrpo_kernels.train.rollout.truncation import Truncation
 from mgrpo_kernels.train.rollout.vllm import VllmEngine
 from mgrpo_kernels.train.score import score
 
@@ -67,6 +68,26 @@ def test_same_seed_and_weights_same_tokens(engine: VllmEngine) -> None:
 @pytest.mark.parametrize("temperature", [0.7, 1.1])
 def test_logprobs_are_those_of_transformers(engine: VllmEngine, policy: Policy, temperature: float) -> None:
     assert mismatch(policy, draw(engine, temperature=temperature), temperature) < 1e-4
+
+
+@pytest.mark.parametrize("truncation", [Truncation(top_p=0.6), Truncation(top_k=3), Truncation(min_p=0.3)])
+def test_truncated_sampling_returns_the_kept_sets(engine: VllmEngine, policy: Policy, truncation: Truncation) -> None:
+    prompts, generator = policy.encode(PROMPTS), torch.Generator().manual_seed(0)
+    seen = engine.sample(prompts, COPIES, temperature=1.1, generator=generator, truncation=truncation)
+    assert seen.kept is not None
+    assert (seen.kept == seen.tokens.unsqueeze(-1)).any(-1)[seen.mask].all()
+    assert (seen.kept[~seen.mask] == -1).all()
+    every = [prompt for prompt in prompts for _ in range(COPIES)]
+    options = {"temperature": 1.1, "budget": 10**6, "stats": ("logprob",)}
+    own = score(policy, every, seen.tokens, seen.mask, **options, kept=seen.kept).logprob
+    assert float((own - seen.logprobs).abs().max()) < 1e-4
+    whole = score(policy, every, seen.tokens, seen.mask, **options).logprob
+    assert float((whole - seen.logprobs).abs().max()) > 0.1
+    alike = TransformersEngine(policy, 8, 10**6).sample(
+        prompts, COPIES, temperature=1.1, generator=generator, truncation=truncation
+    )
+    first, other = seen.kept[:, 0], alike.kept[:, 0]  # the first token follows the same prompt
+    assert [set(row.tolist()) - {-1} for row in first] == [set(row.tolist()) - {-1} for row in other]
 
 
 def test_more_prompts_than_one_pass_takes(engine: VllmEngine) -> None:

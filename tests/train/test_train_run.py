@@ -226,7 +226,10 @@ def test_a_run_that_is_no_longer_finite_says_so(base: Path, tmp_path: Path, caps
             ["--model", "{dir}", "--data", "{dir}/data.jsonl", "--prompt-field", "q"],
             "expected one of the fields answer, question",
         ),
-        (["--top-p", "0.9"], "--top-p: expected 1.0 for training, got 0.9"),
+        (
+            ["--top-p", "0.9", "--engine", "vllm", "--vllm-servers", "http://127.0.0.1:8000"],
+            "--top-p: expected 1.0 with vllm_servers, got 0.9",
+        ),
         (["--max-response-tokens", "60"], "--max-response-tokens: expected at most 5"),
     ],
 )

@@ -14,6 +14,7 @@ from mgrpo_kernels.ops.policy_loss.options import LossForm
 from mgrpo_kernels.train.config.fields import Section
 from mgrpo_kernels.train.config.servers import check_urls, split_urls
 from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
+from mgrpo_kernels.train.rollout.truncation import MOST_KEPT, Truncation
 
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
 LEAST_TEMPERATURE = 1e-4
@@ -242,23 +243,31 @@ class RolloutConfig(Section):
     )
     top_p: float = option(
         1.0,
-        "threshold of nucleus sampling; only 1 (off) is supported, because training requires samples of the policy itself",
+        f"threshold of nucleus sampling: each token is drawn from the likeliest ones (at most {MOST_KEPT}) whose probabilities add up to "
+        "this, and scored among these alone; 1 disables it",
+        above=0.0,
+        at_most=1.0,
     )
     top_k: int = option(
         0,
-        "number of tokens of top-k sampling; only 0 (off) is supported, because training requires samples of the policy itself",
+        "number of likeliest tokens from which top-k sampling draws each token, and among which alone it is scored; 0 disables it",
+        at_least=0,
+        at_most=MOST_KEPT,
+    )
+    min_p: float = option(
+        0.0,
+        f"min-p sampling: each token is drawn from those (at most {MOST_KEPT}) that have at least this share of the largest probability, "
+        "and scored among these alone; 0 disables it",
+        at_least=0.0,
+        at_most=1.0,
     )
     tokens_per_microbatch: int = option(
         16384, "maximum number of tokens in one forward pass, including padding", unit="tokens", at_least=1
     )
 
-    def check(self) -> None:
-        for name, off in (("top_p", 1.0), ("top_k", 0)):
-            if getattr(self, name) != off:
-                raise ValueError(
-                    f"{name}: expected {off} for training, got {getattr(self, name)}: a truncated sampler draws tokens from another "
-                    "distribution than the policy's, so log-probs, ratios and entropy would be wrong"
-                )
+    @property
+    def truncation(self) -> Truncation:
+        return Truncation(self.top_p, self.top_k, self.min_p)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from mgrpo_kernels.train.config.sections import (
     VllmConfig,
 )
 from mgrpo_kernels.train.rollout.engines import ENGINES
+from mgrpo_kernels.train.rollout.truncation import NO_TRUNCATION
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class Config:
             if value < least:
                 raise ValueError(
                     f"{name}: expected >= {least}, below which {self.rollout.engine} samples at another temperature, got {value!r}"
+                )
+        for name in self.rollout.truncation._fields:
+            value, off = getattr(self.rollout, name), getattr(NO_TRUNCATION, name)
+            if self.vllm.server_urls and value != off:
+                raise ValueError(
+                    f"{name}: expected {off} with vllm_servers, got {value}: a server's answers lack the kept entries, over which "
+                    "log-probs and loss are computed; use vLLM in the training process or --engine transformers"
                 )
         if self.profiled.stop > self.optim.steps + 1:
             raise ValueError(f"profile_steps: expected steps up to {self.optim.steps}, got {self.run.profile_steps!r}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel
+from mgrpo_kernels.train.rollout.truncation import NO_TRUNCATION, Truncation, pad_kept
 
 if TYPE_CHECKING:
     from mgrpo_kernels.train.config import Config
@@ -25,6 +26,9 @@ class Rollouts(NamedTuple):
     finished: Tensor  # (B,) bool: ended by an end-of-sequence token, not cut at the maximum length
     entropy: Tensor | None = None  # (B, R) float32, of each token's distribution; 0 beyond the end
     self_certainty: Tensor | None = None  # (B, R) float32, likewise
+    kept: Tensor | None = (
+        None  # (B, R, K) int32, ids of the entries that a truncated sampler kept for each token; -1 for none
+    )
 
 
 class Batch(NamedTuple):
@@ -85,11 +89,14 @@ class RolloutEngine:
         generator: torch.Generator,
         momentum: MomentumModel | None = None,
         first: int = 0,
+        truncation: Truncation = NO_TRUNCATION,
     ) -> Rollouts:
         """Generate `copies` responses to each prompt, grouped by prompt; from the momentum model if one is given.
 
         Random numbers depend on `generator` and on a prompt's number, which is `first` for the first of `prompts`, so a part of the prompts
-        gets the same responses as all of them together. Temperature 0 is greedy decoding; log-probs are then at temperature 1.
+        gets the same responses as all of them together. Temperature 0 is greedy decoding; log-probs are then at temperature 1. With
+        `truncation`, which greedy decoding ignores, tokens are sampled from the kept entries alone; the rollouts contain the kept sets, and
+        log-probs and other statistics are over them.
         """
         raise NotImplementedError
 
@@ -107,7 +114,9 @@ def join(parts: Sequence[Rollouts]) -> Rollouts:
         there = [each for each in values if each is not None]
         if len(there) < len(values):
             return None
-        pad = torch.nn.functional.pad
+        pad, most = torch.nn.functional.pad, max(each.shape[-1] for each in there)
+        if there[0].dim() == 3:  # kept sets
+            return torch.cat([pad_kept(each, width, most) for each in there])
         return torch.cat([each if each.dim() == 1 else pad(each, (0, width - each.shape[1])) for each in there])
 
     return parts[0] if len(parts) == 1 else Rollouts(*(joined(column) for column in zip(*parts, strict=True)))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from mgrpo_kernels.train.plan.shape import Model, Work, samplings, width_of
 from mgrpo_kernels.train.rollout import Batch, RolloutEngine, Rollouts, join, seeds_of
 from mgrpo_kernels.train.rollout.agreement import right_cache
 from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache, room_for
+from mgrpo_kernels.train.rollout.truncation import NO_TRUNCATION, Kept, Truncation, keep, pad_kept
 
 NOISE_NUMBERS = 2**18
 """Random numbers per prompt that are drawn at once; at least those of one token."""
@@ -90,6 +91,7 @@ class TransformersEngine(RolloutEngine):
         generator: torch.Generator,
         momentum: MomentumModel | None = None,
         first: int = 0,
+        truncation: Truncation = NO_TRUNCATION,
     ) -> Rollouts:
         """Generate `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.RolloutEngine`."""
         together, at_once = fitting(len(prompts), copies, max(map(len, prompts)), self.max_tokens, self.cache_tokens)
@@ -103,26 +105,37 @@ class TransformersEngine(RolloutEngine):
                 for copy in range(0, copies, at_once):
                     generators = [generator_of(seed + copy, self.policy.device) for seed in seeds[rows]]
                     self._call = len(parts)
-                    parts.append(self._sample(prompts[rows], min(at_once, copies - copy), temperature, generators))
+                    number = min(at_once, copies - copy)
+                    parts.append(self._sample(prompts[rows], number, temperature, generators, truncation))
         return join(parts)
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], copies: int, temperature: float, generators: Sequence[torch.Generator]
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        temperature: float,
+        generators: Sequence[torch.Generator],
+        truncation: Truncation,
     ) -> Rollouts:
         policy, device, R = self.policy, self.policy.device, self.max_tokens
         cache = self.cache(policy, prompts, copies, R)
         logits = cache.start()
         U, B = len(prompts), len(prompts) * copies
         noise = Noise(generators, copies, logits.shape[1], R) if temperature > 0 else None
-        scores = Scores(B, R, self.stats, temperature or 1.0, device)
+        truncates = truncation.active and noise is not None
+        scores = (KeptScores if truncates else Scores)(B, R, self.stats, temperature or 1.0, device)
         eos = torch.tensor(policy.eos, device=device)
         rows = torch.arange(B, device=device)  # which rollouts are in the cache
         ended = torch.zeros(B, dtype=torch.bool, device=device)  # of these
         for t in range(R):
             self.check()
             self.progress((self._call + t / R) / self._calls)
-            chosen = choose(logits, temperature, None if noise is None else noise.of(t, rows))
-            scores.add(rows, t, logits, chosen)
+            drawn = None if noise is None else noise.of(t, rows)
+            if drawn is not None and isinstance(scores, KeptScores):
+                chosen = scores.choose(rows, t, keep(logits, temperature, truncation), drawn)
+            else:
+                chosen = choose(logits, temperature, drawn)
+                scores.add(rows, t, logits, chosen)
             ended |= (chosen[:, None] == eos).any(-1)
             if t == R - 1:
                 break
@@ -159,6 +172,7 @@ class TransformersEngine(RolloutEngine):
             finished=(is_end[:, :width] & mask).any(-1),
             entropy=found.get("entropy"),
             self_certainty=found.get("self_certainty"),
+            kept=scores.kept(mask) if isinstance(scores, KeptScores) else None,
         )
 
 
@@ -261,3 +275,33 @@ class Scores:
         """Return the statistics, ``(B, R)`` each."""
         self._flush()
         return self.out
+
+
+class KeptScores(Scores):
+    """Chooses tokens from kept sets, and collects the tokens, their statistics over these sets and the sets."""
+
+    def __init__(self, batch: int, tokens: int, stats: Sequence[str], temperature: float, device: torch.device) -> None:
+        super().__init__(batch, tokens, stats, temperature, device)
+        self._kept: list[Tensor] = []  # of each token, (B, K)
+
+    def choose(self, rows: Tensor, t: int, kept: Kept, noise: Tensor) -> Tensor:
+        """Sample token `t` of some rollouts from what is kept of their logits; return the tokens."""
+        columns = kept.draw(noise)
+        found, chosen = kept.statistics(columns), kept.ids.gather(1, columns.unsqueeze(1)).squeeze(1)
+        self.tokens[rows, t] = chosen
+        for name, values in self.out.items():
+            values[rows, t] = found[name]
+        ids = kept.stored()
+        if ids.device.type == "cpu":  # on a GPU the host would have to wait for the number
+            ids = ids[:, : int(kept.there.sum(-1).max())]
+        of_all = ids.new_full((len(self.tokens), ids.shape[1]), -1)
+        of_all[rows] = ids
+        self._kept.append(of_all)
+        return chosen
+
+    def kept(self, mask: Tensor) -> Tensor:
+        """Return the kept sets of the tokens in `mask` ``(B, R)``, as ``(B, R, K)`` with the K of the largest."""
+        most = max(each.shape[1] for each in self._kept)
+        sets = torch.cat([pad_kept(each.unsqueeze(1), 1, most) for each in self._kept[: mask.shape[1]]], 1)
+        sets = sets.masked_fill_(~mask.unsqueeze(-1), -1)
+        return sets[:, :, : max(1, int((sets >= 0).sum(-1).max()))]

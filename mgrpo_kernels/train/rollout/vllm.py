@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import faulthandler
+import math
 import os
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.plan.shape import Model, Work, width_of
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, seeds_of
 from mgrpo_kernels.train.rollout.engines import ENGINES
+from mgrpo_kernels.train.rollout.truncation import MOST_KEPT, NO_TRUNCATION, Truncation
 from mgrpo_kernels.train.score import score
 
 ENVIRONMENT = {
@@ -50,6 +52,7 @@ class Completion(NamedTuple):
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
+    kept: Sequence[Sequence[int]] | None = None  # for each token the entries that truncated sampling kept
 
 
 class VllmEngine(RolloutEngine):
@@ -127,6 +130,7 @@ class VllmEngine(RolloutEngine):
         generator: torch.Generator,
         momentum: MomentumModel | None = None,
         first: int = 0,
+        truncation: Truncation = NO_TRUNCATION,
     ) -> Rollouts:
         """Sample `copies` responses to each prompt; see :class:`mgrpo_kernels.train.rollout.RolloutEngine`.
 
@@ -148,7 +152,7 @@ class VllmEngine(RolloutEngine):
         try:
             with ended_after(self.timeout + GRACE, f"{what}, got a call that does not return"):
                 self._synchronize(momentum)
-                outputs = self._generate(prompts, copies, seeds, temperature, deadline)
+                outputs = self._generate(prompts, copies, seeds, temperature, deadline, truncation)
         except TimeoutError as error:
             raise EngineError(f"{what}, got {error}") from None
         except FloatingPointError:
@@ -192,12 +196,16 @@ class VllmEngine(RolloutEngine):
         seeds: Sequence[int],
         temperature: float,
         deadline: float,
+        truncation: Truncation,
     ) -> list[Completion]:
         """Return `copies` completions for each prompt; the seed of each is its prompt's and its number."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
+        truncates = truncation.active and temperature > 0
+        # Of truncated sampling vLLM returns the log-probs that it sampled from: those of the entries that it did not keep are -inf.
+        most = min(truncation.most, self.policy.head()[0].shape[0]) if truncates else 0
         rows = [(prompt, seed + copy) for prompt, seed in zip(prompts, seeds, strict=True) for copy in range(copies)]
         done: dict[int, Any] = {}
         try:
@@ -205,7 +213,8 @@ class VllmEngine(RolloutEngine):
                 parameters = SamplingParams(
                     temperature=temperature, seed=None if temperature == 0 else seed, max_tokens=self.max_tokens,
                     stop_token_ids=self.policy.eos, ignore_eos=True,  # the trainer's list of ends is the only one
-                    logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                    logprobs=most, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                    top_k=most, top_p=truncation.top_p if truncates else 1.0, min_p=truncation.min_p if truncates else 0.0,
                 )  # fmt: skip
                 engine.add_request(str(row), {"prompt_token_ids": list(prompt)}, parameters)
             while engine.has_unfinished_requests():
@@ -221,7 +230,7 @@ class VllmEngine(RolloutEngine):
         if self.sleeps:
             self._llm.sleep(level=2)  # weights too: they come anew before the next rollout
             self._asleep = True
-        return [Completion(done[row].token_ids, done[row].logprobs.logprobs) for row in range(len(rows))]
+        return [completion_of(done[row], truncates) for row in range(len(rows))]
 
     def _rollouts(self, outputs: Sequence[Completion]) -> Rollouts:
         lengths = torch.tensor([len(each.tokens) for each in outputs])
@@ -235,7 +244,10 @@ class VllmEngine(RolloutEngine):
             raise FloatingPointError(NOT_FINITE)
         last = tokens.gather(1, lengths[:, None] - 1).squeeze(1)
         finished = torch.isin(last, torch.tensor(self.policy.eos))
-        return Rollouts(*(values.to(self.policy.device) for values in (tokens, mask, logprobs, finished)))
+        device = self.policy.device
+        kept = kept_sets(outputs, width)
+        rollouts = Rollouts(*(values.to(device) for values in (tokens, mask, logprobs, finished)))
+        return rollouts if kept is None else rollouts._replace(kept=kept.to(device))
 
     def _check(self) -> None:
         """Raise UsageError where vLLM's log-probs are not the trainer's."""
@@ -258,6 +270,26 @@ class VllmEngine(RolloutEngine):
                 f"engine: expected a model that vLLM and transformers read alike (mean difference of log-probs at most "
                 f"{PROBE_TOLERANCE[policy.dtype]:g} in {policy.dtype}), got {name_of(policy)}, which differs by {worst:.3g}"
             )
+
+
+def completion_of(output: Any, truncated: bool) -> Completion:
+    """Return one of vLLM's outputs as a completion, with the kept sets if sampling was truncated."""
+    flat = output.logprobs  # of each token the sampled entry first, then the likeliest ones
+    if not truncated:
+        return Completion(output.token_ids, flat.logprobs)
+    spans = list(zip(flat.start_indices, flat.end_indices, strict=True))
+    kept = [[flat.token_ids[i] for i in range(*span) if flat.logprobs[i] > -math.inf] for span in spans]
+    return Completion(output.token_ids, [flat.logprobs[first] for first, _ in spans], kept)
+
+
+def kept_sets(outputs: Sequence[Completion], width: int) -> Tensor | None:
+    """Return the kept sets of completions as ``(B, R, K)`` int32, padded with -1; None if there are none."""
+    sets = [each.kept for each in outputs if each.kept is not None]
+    if not sets:
+        return None
+    most = max(len(ids) for each in sets for ids in each)
+    rows = [[[*ids, *[-1] * (most - len(ids))] for ids in each] + [[-1] * most] * (width - len(each)) for each in sets]
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) -> Any:
@@ -284,7 +316,7 @@ def start(policy: Policy, max_length: int, sleeps: bool, options: VllmConfig) ->
             model_config.save_pretrained(directory)
             return LLM(
                 directory, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",  # not the model's own top-p
-                dtype=dtype, logprobs_mode="processed_logprobs", max_model_len=max_length,
+                dtype=dtype, logprobs_mode="processed_logprobs", max_logprobs=MOST_KEPT, max_model_len=max_length,
                 enforce_eager=on_cpu if options.vllm_eager is None else options.vllm_eager, enable_sleep_mode=sleeps,
                 gpu_memory_utilization=options.vllm_memory,
                 # For a CPU's prompts that are prefilled in parts it would turn back the generator of a seed, which a CPU's cannot (0.32).

@@ -13,6 +13,7 @@ from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train.config import VllmConfig
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy
+from mgrpo_kernels.train.rollout.truncation import Truncation
 from mgrpo_kernels.train.rollout.vllm import Completion, VllmEngine, import_vllm
 from mgrpo_kernels.train.rollout.vllm_answers import Asked, ServerError, field
 from mgrpo_kernels.train.rollout.vllm_batch import Batch
@@ -114,8 +115,10 @@ class VllmServers(VllmEngine):
         seeds: Sequence[int],
         temperature: float,
         deadline: float,
+        truncation: Truncation,
     ) -> list[Completion]:
         """Return `copies` completions for each prompt; vLLM adds a copy's number to the seed of its prompt."""
+        assert not truncation.active, "the configuration refuses it"
         each = 1 if temperature == 0 else copies  # more are refused where all are alike
         requests = [
             {
