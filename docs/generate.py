@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+import families_table  # noqa: F401 - likewise
 import method_tables  # noqa: F401 - its tables are figures too
 import spans
 import torture_table  # noqa: F401 - likewise

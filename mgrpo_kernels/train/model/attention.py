@@ -81,9 +81,8 @@ def attention(
         )
     odd = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     odd += ["dropout"] * (dropout > 0) + ["is_causal=False"] * (is_causal is False)
-    odd += ["a mask of its own"] * (
-        attention_mask is not None and attention_mask.numel() > 1
-    )  # the trainer gives one number
+    if attention_mask is not None and attention_mask.numel() > 1:  # the trainer gives a single number
+        odd.append("a mask of its own")
     if odd:
         raise UnpackableError(f"attention: expected only options that layouts support, got {', '.join(odd)}")
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))

@@ -79,9 +79,7 @@ def why_not(policy: Policy, kind: type[Cache]) -> str | None:
             expected = Expected(policy)
             try:
                 worst = sampled_difference(policy, kind, expected)
-            except (
-                Exception
-            ) as error:  # a model may raise any error for a cache, a mask or positions that it does not support
+            except Exception as error:  # a model may raise any error for a cache or a mask that it does not support
                 return f"sampling fails: {type(error).__name__}: {first_line(error)}"
         if not worst <= TOLERANCE[dtype]:
             return f"the log-probs of sampling and of scoring differ by {worst:.2g} in {dtype}"
