@@ -118,6 +118,7 @@ def fuse_lm_head(
             return inner(*args, **kwargs)
         checks.check_tensor("labels", labels, dtypes=checks.INTS)
         head = lm_head(model)
+        kwargs.setdefault("use_cache", False)  # the statistics of a whole sequence need no cache
         hidden = decoder_of(model, model.base_model)(*args, **kwargs).last_hidden_state
         return linear_token_stats(
             hidden, head.weight, labels, bias=head.bias, stats=stats, temperature=temperature, logit_scale=head.logit_scale,

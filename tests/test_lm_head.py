@@ -1,6 +1,7 @@
 """A transformers model that gives statistics instead of logits."""
 
 import pytest
+import tiny_families
 import torch
 import transformers
 from torch import nn
@@ -33,6 +34,11 @@ MODELS = {
     "falcon_h1": (
         transformers.FalconH1Config,
         {"lm_head_multiplier": 0.3, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    ),
+    "recurrent_gemma": (transformers.RecurrentGemmaConfig, {"logits_soft_cap": 0.7, "attention_window_size": 4, "head_dim": 16}),
+    "llama4": (
+        transformers.Llama4TextConfig,
+        {"intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 16, "attention_chunk_size": 4},
     ),
 }  # fmt: skip
 
@@ -116,3 +122,26 @@ def test_bad_models():
         match="model: expected a head that is weight, bias, logit scale and soft cap alone, got LlamaForCausalLM",
     ):
         fuse_lm_head(model)
+
+
+@pytest.mark.parametrize("name", ["xlstm", "inkling_text"])
+def test_caps_and_scales_of_other_names_are_read(name):
+    """Where a name is not read, the check of the fused head refuses the model."""
+    fuse_lm_head(tiny_families.tiny_model(name))
+
+
+@pytest.mark.parametrize("scale", [1.001, 3.0])
+def test_a_wrong_scale_is_refused(scale):
+    model = make("llama")
+    model.get_output_embeddings().weight.data.mul_(30)
+    model.config.logit_scale = scale  # the model itself does not apply it
+    with pytest.raises(ValueError, match="whose log-probs differ by"):
+        fuse_lm_head(model)
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused():
+    with pytest.raises(
+        ValueError, match="expected a transformers causal language model that runs on token ids alone"
+    ) as error:
+        fuse_lm_head(tiny_families.tiny_model("gemma4_assistant"))
+    assert "\n" not in str(error.value)
