@@ -47,21 +47,22 @@ CPU = torch.device("cpu")
 def tried(family: str, place: Path) -> dict[str, Any]:
     """Return what comes of an architecture: ``outcome`` is works, refused, wrong or none (transformers has no such small model)."""
     row: dict[str, Any] = {"family": family}
+    base = place / "base"
     try:
         model = tiny_families.tiny_model(family)
-        model(input_ids=torch.tensor(PROMPTS[:1]), use_cache=False)
+        export.write(model, demo.make_tokenizer(), base)
+        plain(base)
     except Exception as error:
         return {**row, "outcome": "none", "notes": f"{type(error).__name__}: {first_line(error)}"}
     row["class"] = type(model).__name__
-    model = tiny_families.tiny_model(family)  # as it was before it ran
-    base = place / "base"
-    export.write(model, demo.make_tokenizer(), base)
     row["fused_head"] = fused_head(plain(base))
     try:
         read_model(str(base))
         learner = learner_of(base)
     except UsageError as error:
         return {**row, "outcome": "refused", "notes": str(error)}
+    except Exception as error:
+        return {**row, "outcome": "wrong", "notes": f"not refused: {type(error).__name__}: {first_line(error)}"}
     policy = learner.policy
     row |= {
         "packs": policy.unpackable is None,

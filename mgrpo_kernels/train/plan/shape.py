@@ -61,11 +61,10 @@ def model_of(empty: Any) -> Model:
     rest = tuple(tuple(each.shape) for each in empty.parameters() if id(each) not in owned)
     trained = tuple(tuple(each.shape) for each in empty.parameters() if each.requires_grad)
     width = config.hidden_size
-    heads = getattr(config, "num_attention_heads", None) or 1  # a model of state-space layers has none
-    head = getattr(config, "head_dim", None) or width // heads
+    heads = largest(config, "num_attention_heads") or 1  # a model of state-space layers has none
+    head = largest(config, "head_dim") or width // heads
     parts = {part for name, _ in empty.named_parameters() for part in name.split(".")}
-    inner, kv_heads = (getattr(config, name, None) for name in ("intermediate_size", "num_key_value_heads"))
-    inner = max(inner) if isinstance(inner, Sequence) else inner  # of each layer
+    inner, kv_heads = (largest(config, name) for name in ("intermediate_size", "num_key_value_heads"))
     return Model(
         groups=(rest, *inside),
         trained=trained,
@@ -79,6 +78,15 @@ def model_of(empty: Any) -> Model:
         gated=bool(parts & {"gate_proj", "gate_up_proj"}),
         normed="q_norm" in parts,
     )
+
+
+def largest(config: Any, name: str) -> int | None:
+    """Return a size of a configuration, or the largest if it has one for each layer; None if it has none."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # Gemma 4 raises an error of its own for a size that layers differ in
+        value = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return max((each for each in value if each), default=None) if isinstance(value, Sequence) else value
 
 
 class Micro(NamedTuple):
