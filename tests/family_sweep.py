@@ -102,12 +102,12 @@ def learner_of(base: Path) -> Learner:
 def fused_head(model: Any) -> str:
     """Return "yes" if the fused head gives the model's log-probs, or why it is refused, or by how much it is wrong."""
     ids = torch.tensor(PROMPTS[:1])
+    try:
+        fuse_lm_head(model)
+    except (TypeError, ValueError) as error:
+        return f"refused: {first_line(error)}"
     with torch.no_grad():
         want = model(input_ids=ids, use_cache=False)
-        try:
-            fuse_lm_head(model)
-        except (TypeError, ValueError) as error:
-            return f"refused: {first_line(error)}"
         found = model(input_ids=ids, labels=ids).logprob
     worst = float((found - want.logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)).abs().max())
     return "yes" if worst <= LIMIT * scale(want.logits) else f"wrong by {worst:.2g}"
