@@ -32,11 +32,11 @@ def cell(text: str) -> str:
 
 def row_of(row: dict[str, Any]) -> str:
     """Return a family's row."""
-    works = row["outcome"] == "works"
+    works = row["outcome"] in ("works", "partly")
     batches = ("packs" if row["packs"] else "pads") if works else "-"
     sampling = SAMPLING[row["sampling"]] if works else "-"
     head = row.get("fused_head", "-")
-    result = {"none": "not tried"}.get(row["outcome"], row["outcome"])
+    result = {"none": "not tried", "partly": "works, but"}.get(row["outcome"], row["outcome"])
     cells = (
         f"`{row['family']}`",
         result,
@@ -64,7 +64,8 @@ def family_counts() -> str:
     count = Counter(row["outcome"] for row in result["families"])
     heads = sum(row.get("fused_head") == "yes" for row in result["families"])
     assert not count["wrong"], "a family is wrong"
+    works = count["works"] + count["partly"]
     return (
-        f"Of the {len(result['families'])} causal architectures of transformers {result['transformers']}, the trainer works on "
-        f"{count['works']}, refuses {count['refused']}, and {count['none']} could not be tried; the fused head works on {heads}"
+        f"Of the {len(result['families'])} causal architectures of transformers {result['transformers']}, the trainer works on {works}, "
+        f"refuses {count['refused']}, and {count['none']} could not be tried; the fused head works on {heads}"
     )
