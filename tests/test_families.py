@@ -56,7 +56,7 @@ def test_every_architecture_works_or_is_refused(family: str, tmp_path: Path) -> 
         assert ROWS[family]["outcome"] == "none", row["notes"]
 
 
-@pytest.mark.parametrize("fault", ["sampling", "scoring", "momentum", "restores"])
+@pytest.mark.parametrize("fault", ["sampling", "scoring", "momentum", "restore"])
 def test_the_sweep_sees_a_fault(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults that the checks before a run do not look for: they come after it."""
     if fault == "sampling":
