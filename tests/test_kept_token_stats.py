@@ -142,7 +142,7 @@ def test_masked_rows_and_rows_of_the_weight_that_nobody_keeps_never_leak(backend
     kept[kept == 0] = -1
     labels[labels == 0] = 1
     kept = torch.cat([kept, labels.unsqueeze(-1)], 1)
-    h[~mask], labels[~mask], kept[~mask] = torch.nan, -100, 10**9
+    h[~mask], labels[~mask], kept[~mask, 0] = torch.nan, -100, 10**9
     kept_by_none = ~in_set(kept[mask], 131).any(0)
     assert kept_by_none[0]
     w[kept_by_none] = torch.nan
