@@ -40,11 +40,17 @@ TORCH_LIBRARY(mgrpo_native, m) {
 
 #define TILE "Tensor? bias, Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, int vocab_start, Tensor? labels"
   m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state) -> ()");
+  m.def(
+      "tile_state_top_(Tensor x, " TILE ", Tensor(a!) state, Tensor(b!) ids, Tensor(c!) logits, Tensor(d!) counts, Tensor(e!) rest, "
+      "int first_column, float smallest) -> ()");
   m.def("tile_gradient_(Tensor x, " TILE ", Tensor coefficients, Tensor logsumexp, Tensor(a!) out) -> ()");
 #undef TILE
   m.def("kept_logits(Tensor hidden, Tensor weight, Tensor ids) -> Tensor");
   m.def("kept_hidden_gradient(Tensor grad, Tensor weight, Tensor ids) -> Tensor");
   m.def("kept_weight_gradient(Tensor grad, Tensor hidden, Tensor ids, int vocab) -> (Tensor, Tensor)");
+  m.def(
+      "entry_gradient(Tensor ids, Tensor logits, Tensor counts, Tensor rest, Tensor coefficients, Tensor logsumexp, "
+      "Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, float tolerance) -> (Tensor, Tensor, Tensor)");
   m.def("mm_float32_(Tensor(a!) total, Tensor a, Tensor b, bool add) -> bool"); // False: not on this CPU, and nothing has been done
 
   m.def("ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] emit, float decay, int[] keys, int[] spans) -> ()");

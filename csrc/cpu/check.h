@@ -11,7 +11,7 @@ namespace mgrpo {
 
 using Dtypes = at::ArrayRef<at::ScalarType>;
 
-inline constexpr at::ScalarType BOOLS[] = {at::kBool}, FLOAT32[] = {at::kFloat}, INTS[] = {at::kInt, at::kLong}, LONGS[] = {at::kLong},
+inline constexpr at::ScalarType BOOLS[] = {at::kBool}, FLOAT32[] = {at::kFloat}, INT32[] = {at::kInt}, INTS[] = {at::kInt, at::kLong}, LONGS[] = {at::kLong},
                                 KERNEL_FLOATS[] = {at::kFloat, at::kBFloat16, at::kHalf},
                                 FLOATS[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble};
 

@@ -6,6 +6,10 @@
 #include <torch/library.h>
 
 namespace mgrpo {
+
+TopEntries checked_entries(
+    const at::Tensor& ids, const at::Tensor& logits, const at::Tensor& counts, const at::Tensor& rest, int64_t rows); // top_entries.cpp
+
 namespace {
 
 using at::Tensor;
@@ -51,13 +55,29 @@ void check_rows(const char* name, const Tensor& values, int64_t count, int64_t r
   TORCH_CHECK_VALUE(rows <= 1 || values.stride(1) == 1, name, ": expected an inner stride of 1, got strides ", values.strides());
 }
 
+void fold_tile(const Arguments& args, const Tensor& state, const TopEntries* top) {
+  check_rows("state", state, 6, args.tile.rows);
+  MGRPO_CALL(tile_state_kernel)(args.tile, state.mutable_data_ptr<float>(), state.stride(0), top);
+}
+
 void tile_state(
     const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels,
     const Tensor& state) {
+  fold_tile(arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels), state, nullptr);
+}
+
+void tile_state_top(
+    const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
+    double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels, const Tensor& state,
+    const Tensor& ids, const Tensor& logits, const Tensor& counts, const Tensor& rest, int64_t first_column, double smallest) {
   const auto args = arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels);
-  check_rows("state", state, 6, x.size(0));
-  MGRPO_CALL(tile_state_kernel)(args.tile, state.mutable_data_ptr<float>(), state.stride(0));
+  TORCH_CHECK_VALUE(
+      first_column >= 0 && first_column + x.size(1) <= INT32_MAX, "first_column: expected ids in [0, 2^31), got ", first_column);
+  TopEntries top = checked_entries(ids, logits, counts, rest, x.size(0));
+  top.first_column = first_column;
+  top.smallest = smallest;
+  fold_tile(args, state, &top);
 }
 
 void tile_gradient(
@@ -80,6 +100,7 @@ void tile_gradient(
 
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {
   m.impl("tile_state_", &tile_state);
+  m.impl("tile_state_top_", &tile_state_top);
   m.impl("tile_gradient_", &tile_gradient);
 }
 

@@ -5,6 +5,7 @@
 #include <c10/core/ScalarType.h>
 
 #include "dispatch.h"
+#include "top_entries.h"
 
 namespace mgrpo {
 
@@ -23,8 +24,8 @@ struct LinearTile {
 
 } // namespace mgrpo
 
-// Folds the tile into state (6, rows), whose rows lie `stride` apart: MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT.
-MGRPO_KERNEL(tile_state_kernel, void(const mgrpo::LinearTile&, float* state, int64_t stride))
+// Folds the tile into state (6, rows), whose rows lie `stride` apart: MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT. `top` may be null.
+MGRPO_KERNEL(tile_state_kernel, void(const mgrpo::LinearTile&, float* state, int64_t stride, const mgrpo::TopEntries* top))
 // Writes the gradient of x to `out` (rows, columns), which may be x: of coefficients (4, rows), rows `stride` apart: alpha, beta, gamma,
 // delta. A float32 tile may have a gradient of another dtype.
 MGRPO_KERNEL(

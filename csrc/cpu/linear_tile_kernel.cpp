@@ -1,73 +1,13 @@
+#include <optional>
+
+#include "head_transform.h"
 #include "row_gradient.h"
 #include "row_state.h"
-// after the inline namespace has been opened
-#include "linear_tile.h"
+#include "top_row.h"
 
 namespace mgrpo {
 inline namespace CPU_CAPABILITY {
 namespace {
-
-// Heads without bias and softcap: z = factor x.
-struct Scaled {
-  Vec factor;
-
-  Scaled(const LinearTile& tile, double inv_temperature) : factor(static_cast<float>(tile.logit_scale * inv_temperature)) {}
-
-  template <typename T>
-  Pair operator()(Pair x, const T*, int64_t, int64_t) const {
-    return {x.a * factor, x.b * factor};
-  }
-  Vec slope(Vec) const {
-    return factor;
-  }
-};
-
-// All others. The chain's slope dz/dx is recovered from z: 1 - tanh^2.
-struct Capped {
-  Vec scale, cap, inv_cap, inv_temperature, temperature, slope_scale;
-  bool capped;
-
-  Capped(const LinearTile& tile, double inv_temperature_)
-      : scale(static_cast<float>(tile.logit_scale)),
-        cap(static_cast<float>(tile.softcap)),
-        inv_cap(static_cast<float>(tile.softcap > 0 ? 1.0 / tile.softcap : 0.0)),
-        inv_temperature(static_cast<float>(inv_temperature_)),
-        temperature(static_cast<float>(1.0 / inv_temperature_)),
-        slope_scale(static_cast<float>(tile.logit_scale * inv_temperature_)),
-        capped(tile.softcap > 0) {}
-
-  Vec z(Vec x) const {
-    Vec y = x * scale;
-    if (capped) {
-      y = cap * (y * inv_cap).tanh();
-    }
-    return y * inv_temperature;
-  }
-
-  template <typename T>
-  Pair operator()(Pair x, const T* bias, int64_t i, int64_t n) const {
-    if (bias) {
-      const Pair b = n >= PAIR ? load_pair(bias + i) : load_pair(bias + i, n, 0.0f);
-      x = {x.a + b.a, x.b + b.b};
-    }
-    return {z(x.a), z(x.b)};
-  }
-  Vec slope(Vec z) const {
-    if (!capped) {
-      return slope_scale;
-    }
-    const Vec tanh = z * temperature * inv_cap;
-    return slope_scale * (Vec(1.0f) - tanh * tanh);
-  }
-};
-
-bool is_scaled(const LinearTile& tile) {
-  return !tile.bias && !(tile.softcap > 0);
-}
-
-double inv_temperature(const LinearTile& tile, int64_t row) {
-  return 1.0 / (tile.temperature_per_row ? tile.temperature_per_row[row] : tile.temperature);
-}
 
 // The column of the row's label, or -1 if it lies elsewhere.
 int64_t label_column(const LinearTile& tile, int64_t row) {
@@ -84,12 +24,15 @@ float final_logit(const LinearTile& tile, const Transform& transform, const T* x
 }
 
 template <typename T, typename Transform>
-RowState row_state(const LinearTile& tile, const Transform& transform, const T* x, double inv) {
+RowState row_state(const LinearTile& tile, const Transform& transform, const T* x, double inv, TopRow* top) {
   RowState state;
+  auto add = [&](const auto* values, int64_t column, int64_t n, double scale) {
+    top ? top->add(state, values, column, n, scale) : add_block<true>(state, values, n, scale * LOG2_E);
+  };
   if constexpr (std::is_same_v<Transform, Scaled>) {
     if (const double factor = tile.logit_scale * inv; factor > 0) { // z in units of x: no copy is needed
       for (int64_t i = 0; i < tile.columns; i += BLOCK) {
-        add_block<true>(state, x + i, std::min(BLOCK, tile.columns - i), factor * LOG2_E);
+        add(x + i, i, std::min(BLOCK, tile.columns - i), factor);
       }
       state.max = static_cast<float>(state.max * factor);
       state.sum *= factor;
@@ -106,19 +49,18 @@ RowState row_state(const LinearTile& tile, const Transform& transform, const T* 
     if (i < n) {
       store_pair(z + i, transform(load_pair(x + begin + i, n - i, 0.0f), static_cast<const T*>(tile.bias), begin + i, n - i), n - i);
     }
-    add_block<true>(state, z, n, LOG2_E);
+    add(z, begin, n, 1.0);
   }
   return state;
 }
 
 template <typename T, typename Transform>
-void fold(const LinearTile& tile, float* state, int64_t stride) {
+void fold(const LinearTile& tile, float* state, int64_t stride, const TopEntries* top) {
   at::parallel_for(0, tile.rows, std::max<int64_t>(1, 2 * BLOCK / tile.columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(tile.x) + row * tile.columns;
       const double inv = inv_temperature(tile, row);
       const Transform transform(tile, inv);
-      RowState merged = row_state(tile, transform, x, inv);
       float *max = state + row, *sum_exp = max + stride, *sum_expz = sum_exp + stride, *sum = sum_expz + stride,
             *label = sum + stride, *count = label + stride;
       RowState before;
@@ -126,6 +68,11 @@ void fold(const LinearTile& tile, float* state, int64_t stride) {
       before.sum_exp = *sum_exp;
       before.sum_expt = *sum_expz * LOG2_E;
       before.sum = *sum;
+      std::optional<TopRow> top_row;
+      if (top) {
+        top_row.emplace(*top, row, before);
+      }
+      RowState merged = row_state(tile, transform, x, inv, top ? &*top_row : nullptr);
       if (merged.max == -std::numeric_limits<float>::infinity() && !std::isnan(merged.sum_exp)) {
         merged.sum_exp = merged.sum_expt = 0;
       }
@@ -136,7 +83,14 @@ void fold(const LinearTile& tile, float* state, int64_t stride) {
       *sum = static_cast<float>(before.sum);
       *count += static_cast<float>(tile.columns);
       if (const int64_t column = label_column(tile, row); column >= 0) {
-        *label += final_logit(tile, transform, x, column);
+        const float z = final_logit(tile, transform, x, column);
+        *label += z;
+        if (top) {
+          top_row->set_label(column, z);
+        }
+      }
+      if (top) {
+        top_row->store();
       }
     }
   });
@@ -182,10 +136,10 @@ void gradient(const LinearTile& tile, const float* coefficients, int64_t stride,
 
 } // namespace
 
-void tile_state_kernel(const LinearTile& tile, float* state, int64_t stride) {
+void tile_state_kernel(const LinearTile& tile, float* state, int64_t stride, const TopEntries* top) {
   for_dtype(tile.dtype, [&](auto zero) {
     using T = decltype(zero);
-    is_scaled(tile) ? fold<T, Scaled>(tile, state, stride) : fold<T, Capped>(tile, state, stride);
+    is_scaled(tile) ? fold<T, Scaled>(tile, state, stride, top) : fold<T, Capped>(tile, state, stride, top);
   });
 }
 

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -87,16 +91,41 @@ void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, int64_t
   }
 }
 
+// Writes 4 pairs of each of 4 columns, `stride` elements apart, beside each other: a transpose of 4 x 4 pairs.
+template <typename T>
+void transpose_pairs(const T* from, int64_t stride, T* to) {
+#ifdef __SSE2__
+  auto load = [&](int64_t column) { return _mm_loadu_ps(reinterpret_cast<const float*>(from + column * stride)); };
+  __m128 a = load(0), b = load(1), c = load(2), d = load(3);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  for (const __m128& row : {a, b, c, d}) {
+    _mm_storeu_ps(reinterpret_cast<float*>(to), row);
+    to += 2 * COLUMNS;
+  }
+#else
+  for (int64_t pair = 0; pair < 4; ++pair) {
+    for (int64_t column = 0; column < 4; ++column) {
+      std::memcpy(to + pair * 2 * COLUMNS + 2 * column, from + column * stride + 2 * pair, 2 * sizeof(T));
+    }
+  }
+#endif
+}
+
 // The same where a column is contiguous: two interleaved elements are neighbours already, and move as one.
 template <typename T>
 void pack_transposed(const T* from, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
   constexpr int64_t STEP = 16; // pairs: the cache lines of a step are used up before they leave the cache
-  for (int64_t pair = 0; pair < rows / 2; pair += STEP) {
-    const int64_t pairs = std::min(STEP, rows / 2 - pair);
-    for (int64_t c = 0; c < columns; ++c) {
-      const T* source = from + c * column_stride + 2 * pair;
-      for (int64_t i = 0; i < pairs; ++i) {
-        std::memcpy(to + (pair + i) * 2 * COLUMNS + 2 * c, source + 2 * i, 2 * sizeof(T));
+  for (int64_t first = 0; first < rows / 2; first += STEP) {
+    const int64_t last = std::min(first + STEP, rows / 2);
+    for (int64_t c = 0; c < columns; c += 4) {
+      int64_t pair = first;
+      for (; c + 4 <= columns && pair + 4 <= last; pair += 4) {
+        transpose_pairs(from + c * column_stride + 2 * pair, column_stride, to + pair * 2 * COLUMNS + 2 * c);
+      }
+      for (; pair < last; ++pair) {
+        for (int64_t column = c; column < std::min(c + 4, columns); ++column) {
+          std::memcpy(to + pair * 2 * COLUMNS + 2 * column, from + column * column_stride + 2 * pair, 2 * sizeof(T));
+        }
       }
     }
   }

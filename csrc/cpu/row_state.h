@@ -56,9 +56,10 @@ inline float block_max(const T* x, int64_t n) {
   return maximum(at::vec::clamp_min(top.a, top.b));
 }
 
-// Adds a block of n <= BLOCK logits. SUM: whether anyone wants state.sum.
-template <bool SUM, typename T>
-inline void add_block(RowState& state, const T* x, int64_t n, double factor) {
+// Adds a block of n <= BLOCK logits. SUM: whether anyone wants state.sum. `watch` is called with the place of each vector of logits in the
+// block, the vector, 2^t and t; beyond n, a logit is -inf.
+template <bool SUM, typename T, typename Watch>
+inline void add_block(RowState& state, const T* x, int64_t n, double factor, Watch& watch) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
   const float top = block_max(x, n);
   state.rescale(top, factor);
@@ -66,11 +67,12 @@ inline void add_block(RowState& state, const T* x, int64_t n, double factor) {
   const Vec by(static_cast<float>(factor));
   struct Sums {
     Vec exp{0.0f}, expt{0.0f}, x{0.0f};
-    void add(Vec value, Vec max, Vec by) {
+    void add(Vec value, Vec max, Vec by, int64_t place, Watch& watch) {
       const Vec t = at::vec::clamp_min((value - max) * by, Vec(EXP2_LOWEST));
       const Vec e = exp2(t);
       exp = exp + e;
       expt = at::vec::fmadd(e, t, expt);
+      watch(place, value, e, t);
       if constexpr (SUM) {
         x = x + value;
       }
@@ -82,15 +84,15 @@ inline void add_block(RowState& state, const T* x, int64_t n, double factor) {
     __builtin_prefetch(x + i + BLOCK);
     __builtin_prefetch(x + i + BLOCK + WIDTH);
     const Pair v = load_pair(x + i);
-    sums[0].add(v.a, max, by);
-    sums[1].add(v.b, max, by);
+    sums[0].add(v.a, max, by, i, watch);
+    sums[1].add(v.b, max, by, i + WIDTH, watch);
   }
   if (i < n) {
     const Pair v = load_pair(x + i, n - i, lowest);
     const Pair zero_padded = load_pair(x + i, n - i, 0.0f);
     const Vec before_a = sums[0].x, before_b = sums[1].x;
-    sums[0].add(v.a, max, by);
-    sums[1].add(v.b, max, by);
+    sums[0].add(v.a, max, by, i, watch);
+    sums[1].add(v.b, max, by, i + WIDTH, watch);
     sums[0].x = before_a + zero_padded.a; // -inf is nothing to the other sums
     sums[1].x = before_b + zero_padded.b;
   }
@@ -99,6 +101,12 @@ inline void add_block(RowState& state, const T* x, int64_t n, double factor) {
   if constexpr (SUM) {
     state.sum += sum(sums[0].x + sums[1].x);
   }
+}
+
+template <bool SUM, typename T>
+inline void add_block(RowState& state, const T* x, int64_t n, double factor) {
+  auto nothing = [](int64_t, Vec, Vec, Vec) {};
+  add_block<SUM>(state, x, n, factor, nothing);
 }
 
 } // namespace CPU_CAPABILITY

@@ -65,7 +65,8 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """Add the gradient of the batch's loss to the parameters; return the loss and the sums of its metrics.
 
-    The loss of every micro-batch is divided by the count of the whole batch, so the split into micro-batches changes only rounding.
+    The loss of every micro-batch is divided by the count of the whole batch, so the split into micro-batches changes only rounding. Rollouts
+    without a gradient are counted, but do not pass through the model.
 
     Args:
         policy: model that trains.
@@ -76,12 +77,14 @@ def accumulate_gradient(
         budget: largest number of tokens in one forward pass.
     """
     lengths = batch.mask.sum(-1).tolist()
-    tokens, sequences = map(int, parallel.total(sum(lengths), len(lengths)))
-    normalizer = LOSSES[loss.loss_type].normalizer(tokens, sequences, max_tokens)
     options = loss.keywords() if batch.ref_logprobs is not None else loss.keywords() | {"kl_coef": 0.0}
+    live = rows_with_gradient(batch, options)
+    tokens, sequences, with_gradient = map(int, parallel.total(sum(lengths), len(lengths), len(live)))
+    normalizer = LOSSES[loss.loss_type].normalizer(tokens, sequences, max_tokens)
     sums: dict[str, Tensor] = {}
     mismatch: dict[str, Tensor] = {}
-    batches = micro_batches(batch.prompts, lengths, budget, packed=policy.unpackable is None)
+    of_live = [batch.prompts[row] for row in live], [lengths[row] for row in live]
+    batches = [[live[each] for each in rows] for rows in micro_batches(*of_live, budget, packed=policy.unpackable is None)]
     for rows in [*batches, *([[]] * (int(parallel.largest(len(batches))) - len(batches)))]:
         if not rows:  # another rank has more micro-batches
             parallel.idle_pass(policy)
@@ -121,7 +124,19 @@ def accumulate_gradient(
             sums[name] = sums[name] + value if name in sums else value
     found = {name: value for name, value in (sums | mismatch).items() if name != "ratio_max"}
     numbers = torch.stack(list(found.values())).tolist() if found else []  # one host sync for all
-    return parallel.added(dict(zip(found, numbers, strict=True)))
+    counts = {"tokens": tokens, "sequences": sequences, "with_gradient": with_gradient}
+    return parallel.added(dict(zip(found, numbers, strict=True))) | counts
+
+
+def rows_with_gradient(batch: Batch, options: dict[str, Any]) -> list[int]:
+    """Return the rollouts that the loss has a gradient for: with neither KL penalty nor entropy bonus, those whose advantage is not 0.
+
+    At least one, so that every parameter has a gradient, of 0, and the optimizer's step is the same.
+    """
+    rows = range(len(batch.prompts))
+    if options["kl_coef"] != 0 or options["entropy_coef"] != 0:
+        return list(rows)
+    return [row for row, advantage in zip(rows, batch.advantages.tolist(), strict=True) if advantage != 0] or list(rows[:1])
 
 
 @torch.no_grad()
@@ -197,6 +212,7 @@ def take_optimizer_step(
     metrics = {
         "loss": sums["loss"],
         "grad_norm": norm,
+        "gradient_share": sums["with_gradient"] / sums["sequences"],
         "kl": None if batch.ref_logprobs is None else sums["kl_sum"] / sums["tokens"],
         "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
     }

@@ -85,6 +85,41 @@ def test_micro_batches_equal_the_whole_batch_and_plain_pytorch(policy: Policy, l
     torch.testing.assert_close(whole_gradient, want, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_rollouts_without_a_gradient_are_counted_but_do_not_pass_through_the_model(
+    policy: Policy, loss_type: str
+) -> None:
+    part = batch(policy)
+    part = part._replace(advantages=torch.where(torch.arange(8) % 4 == 0, part.advantages, 0.0))
+    options = {"loss_type": loss_type, "kl_coef": 0.0, "entropy_coef": 0.0}
+    with mock.patch.object(update, "response_states", wraps=update.response_states) as states:
+        sums, grad = gradient(policy, part, 10**6, **options)
+    assert [len(call.args[1]) for call in states.call_args_list] == [2]
+    with mock.patch.object(update, "rows_with_gradient", lambda batch, options: list(range(8))):
+        of_all, grad_of_all = gradient(policy, part, 10**6, **options)
+    assert (sums.pop("with_gradient"), of_all.pop("with_gradient")) == (2, 8)
+    for name in ("loss", "tokens", "sequences", "clip_low_count", "clip_high_count"):
+        assert sums[name] == pytest.approx(of_all[name], rel=1e-6, abs=1e-9)
+    torch.testing.assert_close(grad, grad_of_all, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("term", ["kl_coef", "entropy_coef"])
+def test_a_rollout_whose_gradient_is_a_penaltys_alone_passes_through_the_model(policy: Policy, term: str) -> None:
+    part = batch(policy)
+    part = part._replace(advantages=torch.zeros(8))
+    sums, grad = gradient(policy, part, 10**6, **{"kl_coef": 0.0, "entropy_coef": 0.0, term: 0.1})
+    assert sums["with_gradient"] == 8
+    assert grad.norm() > 0
+
+
+def test_a_batch_without_any_gradient_gives_one_of_zero(policy: Policy) -> None:
+    part = batch(policy)
+    part = part._replace(advantages=torch.zeros(8))
+    sums, grad = gradient(policy, part, 10**6, kl_coef=0.0, entropy_coef=0.0)
+    assert sums["with_gradient"] == 1
+    assert bool((grad == 0).all())
+
+
 OF_THE_LOSS = {
     "loss_type": "grpo",
     "importance_level": "sequence",

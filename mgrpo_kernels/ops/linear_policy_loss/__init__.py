@@ -16,6 +16,8 @@ from mgrpo_kernels.ops._schema import Schema
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_policy_loss import native, reference, triton
 from mgrpo_kernels.ops.linear_token_stats import (
+    can_leave_out,
+    check_gradient_tolerance,
     check_head,
     check_head_options,
     check_kept,
@@ -54,6 +56,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     kept: Tensor | None = None,
+    gradient_tolerance: float | None = None,
     workspace_bytes: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     tp_group: dist.ProcessGroup | None = None,
@@ -82,6 +85,8 @@ def linear_policy_loss(
         old_logprobs: of labels' shape, or None: on-policy.
         advantages: ``(B,)`` or of labels' shape.
         bias, temperature, logit_scale, softcap, kept, logits_dtype, tp_group, vocab_start: as in :func:`linear_token_stats`.
+        gradient_tolerance: as in :func:`linear_token_stats`. With a number the two ops are composed where the backend leaves entries out,
+            because the backward pass then takes a small part of a matmul.
         workspace_bytes: bound of the logits workspace, whatever the number of tokens, at least 64 KiB, and at least one row's logits where
             the gradient is formed in the forward pass. None: there 224 MiB (native) or 512 MiB (triton), elsewhere the default of
             :func:`linear_token_stats`.
@@ -110,6 +115,7 @@ def linear_policy_loss(
     tokens = tokens._replace(advantages=flat_advantages(advantages, like, tokens), entropy=None)
     check_head_options(logit_scale, softcap, workspace_bytes)
     check_logits_dtype(logits_dtype, hidden.dtype)
+    check_gradient_tolerance(gradient_tolerance)
     number, per_row = checks.check_temperature(temperature, rows, hidden.device)
     group_name, vocab_start = check_tp_group(tp_group, vocab_start, weight)
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
@@ -123,6 +129,8 @@ def linear_policy_loss(
         fused, why = False, "a softmax over kept sets has few matmuls to save"
     if fused and group_name is not None:
         fused, why = False, "the statistics of a sharded vocabulary need the group"
+    if fused and gradient_tolerance is not None and can_leave_out(name):
+        fused, why = False, "entries without a share of the gradient are left out of the backward pass"
     if not torch.compiler.is_compiling() and any(need):
         _log(fused, why)
     head = {
@@ -140,7 +148,7 @@ def linear_policy_loss(
     }
     if fused and any(need):
         return _run_fused(head, tokens, form, need)
-    return _run_composed(head, tokens, form, group_name, vocab_start, kept)
+    return _run_composed(head, tokens, form, group_name, vocab_start, kept, gradient_tolerance)
 
 
 def _log(fused: bool, why: str) -> None:
@@ -196,10 +204,14 @@ def _run_composed(
     tp_group: str | None,
     vocab_start: int,
     kept: Tensor | None,
+    gradient_tolerance: float | None,
 ) -> PolicyLoss:
     """Return the loss of checked inputs by way of the general ops."""
     given = head | {"mask": tokens.mask, "tp_group": tp_group, "vocab_start": vocab_start, "debug": False}
-    statistics = linear_token_stats_op(**given) if kept is None else kept_token_stats_op(**given, kept=kept)
+    if kept is None:
+        statistics = linear_token_stats_op(**given, gradient_tolerance=gradient_tolerance)
+    else:
+        statistics = kept_token_stats_op(**given, kept=kept)
     logprob, entropy, *_ = statistics
     entropy = entropy if form.entropy_coef != 0 else entropy.detach()
     return run(tokens._replace(logprob=logprob, entropy=entropy), None, form, head["backend"])

@@ -15,7 +15,7 @@ from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.autocast import cast_weight
-from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Head
+from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Entries, Head
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
 OP = "linear_token_stats"
@@ -37,6 +37,7 @@ def linear_token_stats(
     softcap: float | None = None,
     mask: Tensor | None = None,
     kept: Tensor | None = None,
+    gradient_tolerance: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     workspace_bytes: int | None = None,
@@ -70,6 +71,11 @@ def linear_token_stats(
         kept: ``(..., K)`` int32 or int64, the vocabulary entries that the sampler kept for each token, in any order, -1 where a token has
             fewer than K; an entry that is given twice counts once. Everything is of the softmax over this set alone, with N K H operations
             in place of N V H. A label outside its token's set gives NaN, and a token without any entry gives NaN for every statistic.
+        gradient_tolerance: None for exact gradients, or a number in (0, 1): the backward pass may leave out, in each row, logits whose
+            share of the row's absolute logit gradient is below it in all. Statistics are the same bits as without. The native backend
+            then keeps the largest logits of each row (up to 4096 or V / 12, 8 bytes each, until the backward pass) and multiplies those
+            alone; a row that needs more, and one with a gradient of self_certainty, is computed exactly. The triton backend leaves nothing
+            out, nor does any with `kept`.
         tp_group: process group over which the vocabulary is sharded. Every rank gets the full result.
         vocab_start: vocabulary entry of this rank's first row. None asks the group, once a call (one small collective).
         workspace_bytes: bound of the logits workspace, at least 64 KiB; None takes the backend's own. The reference backend, which takes
@@ -95,6 +101,7 @@ def linear_token_stats(
     number, per_row = checks.check_temperature(temperature, rows, hidden.device)
     check_head_options(logit_scale, softcap, workspace_bytes)
     check_logits_dtype(logits_dtype, hidden.dtype)
+    check_gradient_tolerance(gradient_tolerance)
     checks.check_flag("debug", debug)
     if not wanted.logprob:
         labels = None
@@ -110,13 +117,11 @@ def linear_token_stats(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels,
         None if mask is None else mask.reshape(-1), None if per_row is None else per_row.reshape(-1),
     )  # fmt: skip
-    options = (
-        number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype, debug, name
-    )  # fmt: skip
+    options = (number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype)
     if kept is None:
-        logprob, entropy, self_certainty, *_ = linear_token_stats_op(*tensors, *options)
+        logprob, entropy, self_certainty, *_ = linear_token_stats_op(*tensors, *options, gradient_tolerance, debug, name)
     else:
-        logprob, entropy, self_certainty, *_ = kept_token_stats_op(*tensors, kept, *options)
+        logprob, entropy, self_certainty, *_ = kept_token_stats_op(*tensors, kept, *options, debug, name)
     return TokenStats(
         logprob.view(rows) if wanted.logprob else None,
         entropy.view(rows) if wanted.entropy else None,
@@ -188,6 +193,12 @@ def check_logits_dtype(logits_dtype: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"logits_dtype: expected torch.float32 or hidden's dtype {dtype}, got {logits_dtype}")
 
 
+def check_gradient_tolerance(tolerance: Any) -> None:
+    """Check the share of a row's gradient that may be left out."""
+    if tolerance is not None:
+        checks.check_number("gradient_tolerance", tolerance, above=0.0, below=1.0)
+
+
 def check_tp_group(
     tp_group: dist.ProcessGroup | None, vocab_start: int | None, weight: Tensor
 ) -> tuple[str | None, int]:
@@ -218,18 +229,25 @@ def linear_token_stats_op(
     vocab_start: int,
     workspace_bytes: int | None,
     logits_dtype: torch.dtype,
+    gradient_tolerance: float | None,
     debug: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``, and the size of the whole vocabulary, 0-d."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``; the size of the whole vocabulary, 0-d; and the four tensors of
+    :class:`Entries`, empty where the backward pass does without. Of masked rows, which may have none, those come last."""
     _autograd.refuse_tangents("linear_token_stats", hidden, weight, bias)
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
     checks.check_temperature_values(temperature_per_row)
     per_token = temperature if temperature_per_row is None else temperature_per_row
     head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
     rows = kept_rows(mask)
-    forward = backends.implementation(OP, backend).forward
-    state = forward(take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows))
+    implementation = backends.implementation(OP, backend)
+    inputs = take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows)
+    entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, gradient_tolerance), hidden.device)
+    if entries.room:
+        state = implementation.sparse_forward(*inputs, gradient_tolerance, entries.of_rows(slice(inputs[0].shape[0])))
+    else:
+        state = implementation.forward(*inputs)
     if tp_group is not None:
         state = _statistics.merge(_tensor_parallel.all_gather(state, tp_group))
     vocab = state.new_full((), weight.shape[0]) if tp_group is None else _vocab_size(state, weight, tp_group)
@@ -241,7 +259,18 @@ def linear_token_stats_op(
     elif mask is not None:
         statistics = [torch.where(mask, stat, 0.0) for stat in statistics]
     logprob, entropy, self_certainty, logsumexp = statistics
-    return logprob, entropy, self_certainty, logsumexp, vocab
+    return logprob, entropy, self_certainty, logsumexp, vocab, *entries
+
+
+def can_leave_out(backend: str) -> bool:
+    """Return whether the backend leaves entries without a share of the gradient out of the backward pass."""
+    return hasattr(backends.implementation(OP, backend), "sparse_backward")
+
+
+def entries_room(backend: str, weight: Tensor, tolerance: float | None) -> int:
+    """Return for how many entries of a row there is room between the passes: 0 where the gradient is formed without."""
+    room = getattr(backends.implementation(OP, backend), "entries_room", None)
+    return 0 if tolerance is None or room is None else int(room(weight.shape[0]))
 
 
 def check_rows(
@@ -269,10 +298,14 @@ def check_rows(
 
 
 @linear_token_stats_op.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(
+    hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _statistics.statistics_dtype(hidden)
     logprob, entropy, self_certainty, logsumexp = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
-    return logprob, entropy, self_certainty, logsumexp, hidden.new_empty((), dtype=dtype)
+    *_, tolerance, _, backend = rest
+    entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, tolerance), hidden.device)
+    return logprob, entropy, self_certainty, logsumexp, hidden.new_empty((), dtype=dtype), *entries
 
 
 @torch.library.custom_op("mgrpo_kernels::linear_token_stats_backward", mutates_args=())
@@ -293,9 +326,14 @@ def linear_token_stats_backward_op(
     vocab_start: int,
     workspace_bytes: int | None,
     logits_dtype: torch.dtype,
+    gradient_tolerance: float | None,
     entropy: Tensor,
     logsumexp: Tensor,
     vocab: Tensor,
+    entry_ids: Tensor,
+    entry_logits: Tensor,
+    entry_counts: Tensor,
+    entry_rest: Tensor,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -320,14 +358,21 @@ def linear_token_stats_backward_op(
     )
     per_token = temperature if temperature_per_row is None else temperature_per_row
     head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
-    rows = kept_rows(mask)
+    implementation = backends.implementation(OP, backend)
+    sparse = gradient_tolerance is not None and can_leave_out(backend)
+    rows = kept_rows(mask) if sparse else live_rows(coefficients)
     kept = take(hidden, rows)
     if rows is None and mask is not None:
         kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
-    grad_hidden, grad_weight, grad_bias = backends.implementation(OP, backend).backward(
+    inputs = (
         kept, head._replace(temperature=take(head.temperature, rows)), take(labels, rows),
         coefficients if rows is None else coefficients[:, rows], take(logsumexp, rows), (need_hidden, need_weight, need_bias),
     )  # fmt: skip
+    if sparse:
+        entries = Entries(entry_ids, entry_logits, entry_counts, entry_rest).of_rows(slice(kept.shape[0]))
+        grad_hidden, grad_weight, grad_bias = implementation.sparse_backward(*inputs, gradient_tolerance, entries)
+    else:
+        grad_hidden, grad_weight, grad_bias = implementation.backward(*inputs)
     if grad_hidden is not None:
         if tp_group is not None:
             dist.all_reduce(grad_hidden, group=_tensor_parallel.group(tp_group))
@@ -360,23 +405,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.vocab_start,
         ctx.workspace,
         ctx.logits_dtype,
+        ctx.tolerance,
         _,
         ctx.backend,
     ) = inputs
-    _, entropy, _, logsumexp, vocab = output
+    _, entropy, _, *others = output
     ctx.set_materialize_grads(False)  # an unused statistic costs no work in backward
-    ctx.mark_non_differentiable(logsumexp, vocab)
-    ctx.save_for_backward(*tensors, entropy, logsumexp, vocab)
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*tensors, entropy, *others)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, labels, mask, per_row, entropy, logsumexp, vocab = ctx.saved_tensors
+    hidden, weight, bias, labels, mask, per_row, *saved = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     results = linear_token_stats_backward_op(
         *grads[:3], hidden, weight, bias, labels, mask, per_row, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group,
-        ctx.vocab_start, ctx.workspace, ctx.logits_dtype, entropy, logsumexp, vocab, *need, ctx.backend,
+        ctx.vocab_start, ctx.workspace, ctx.logits_dtype, ctx.tolerance, *saved, *need, ctx.backend,
     )  # fmt: skip
-    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 12)
+    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 13)
 
 
 _autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backward, _setup_context)
@@ -385,6 +431,14 @@ _autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backw
 def kept_rows(mask: Tensor | None) -> Tensor | None:
     """On a CPU, masked rows are left out of the matmuls. On a GPU their number is unknown without a host sync: None."""
     return mask.nonzero().squeeze(-1) if mask is not None and mask.device.type == "cpu" else None
+
+
+def live_rows(coefficients: Tensor) -> Tensor | None:
+    """On a CPU, rows whose logits have no gradient are left out of the backward pass's matmuls. None: there are no others, or on a GPU."""
+    if coefficients.device.type != "cpu":
+        return None
+    live = (coefficients != 0).any(0)  # a NaN too
+    return None if live.all() else live.nonzero().squeeze(-1)
 
 
 def take(value: Any, rows: Tensor | None) -> Any:

@@ -7,9 +7,13 @@ from torch import Tensor
 
 from mgrpo_kernels.backend import native_unsupported as unsupported
 from mgrpo_kernels.ops.linear_token_stats import tiled
-from mgrpo_kernels.ops.linear_token_stats.specs import Head
+from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
-__all__ = ["CpuPasses", "backward", "forward", "tile_shape", "unsupported"]
+__all__ = ["CpuPasses", "backward", "forward", "sparse_backward", "sparse_forward", "tile_shape", "unsupported"]
+
+MAX_ROOM, ROOM_STEP = 4096, 16  # entries kept of a row at most, and what their number is a multiple of: csrc/cpu/top_entries.h
+VOCAB_PER_ENTRY = 16  # of the vocabulary for each entry kept: with more, gathered rows of the weight take as long as a dense product
+SMALLEST = 32.0  # an entry is kept from this multiple of tolerance / V on, as a share of the probability beside the largest
 
 
 def tile_shape(dtype: torch.dtype) -> tiled.TileShape:
@@ -44,10 +48,36 @@ def _numbers(head: Head, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | No
     )
 
 
+class TopPasses(CpuPasses):
+    """The same passes, which also keep the largest logits of each row."""
+
+    def __init__(self, entries: Entries, first_column: int, smallest: float) -> None:
+        self.entries, self.first_column, self.smallest = entries, first_column, smallest
+
+    def of_rows(self, rows: slice) -> TopPasses:
+        """Return the passes that keep the logits of these rows."""
+        return TopPasses(self.entries.of_rows(rows), self.first_column, self.smallest)
+
+    def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
+        """Fold the tile into the running state and keep its largest logits."""
+        column = head.vocab_start - self.first_column
+        numbers = _numbers(head, x.dtype)
+        torch.ops.mgrpo_native.tile_state_top_(x, *numbers, labels, state, *self.entries, column, self.smallest)
+
+
 def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
     shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
     return tiled.forward(hidden, head, labels, CpuPasses(), shape)
+
+
+def sparse_forward(
+    hidden: Tensor, head: Head, labels: Tensor | None, tolerance: float, entries: Entries
+) -> Tensor:
+    """Return the same state, and keep of each row what :func:`sparse_backward` needs in `entries`."""
+    shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
+    passes = TopPasses(entries, head.vocab_start, SMALLEST * tolerance / head.weight.shape[0])
+    return tiled.forward(hidden, head, labels, passes, shape)
 
 
 def backward(
@@ -62,3 +92,42 @@ def backward(
     passes = CpuPasses()
     shape = tile_shape(hidden.dtype).within(head.workspace_bytes, tiled.backward_bytes(head, passes))
     return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape)
+
+
+def entries_room(vocab: int) -> int:
+    """Return for how many logits of a row there is room between the forward and the backward pass."""
+    return min(MAX_ROOM, (vocab // VOCAB_PER_ENTRY // ROOM_STEP + 1) * ROOM_STEP)
+
+
+def sparse_backward(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor | None,
+    coefficients: Tensor,
+    logsumexp: Tensor,
+    need: tuple[bool, bool, bool],
+    tolerance: float,
+    entries: Entries,
+) -> tiled.Gradients:
+    """Return the gradients from the kept entries alone, as far as their rows can be held to the tolerance, and all of the other rows'."""
+    per_row, number = (head.temperature, 1.0) if isinstance(head.temperature, Tensor) else (None, head.temperature)
+    ops = torch.ops.mgrpo_native
+    ids, gradient, outside = ops.entry_gradient(
+        *entries, coefficients, logsumexp, per_row, number, head.logit_scale, head.softcap, tolerance
+    )
+    grad_hidden = ops.kept_hidden_gradient(gradient, head.weight, ids) if need[0] else None
+    grad_weight = grad_bias = None
+    if need[1] or need[2]:
+        grad_weight, grad_bias = ops.kept_weight_gradient(gradient, hidden, ids, head.weight.shape[0])
+    dense = outside.nonzero().squeeze(-1)
+    if dense.numel():
+        rows = head._replace(temperature=per_row[dense] if per_row is not None else number)
+        of_labels = None if labels is None else labels[dense]
+        parts = backward(hidden[dense], rows, of_labels, coefficients[:, dense], logsumexp[dense], need)
+        if grad_hidden is not None:
+            grad_hidden.index_add_(0, dense, parts[0])
+        if need[1]:
+            grad_weight.add_(parts[1])
+        if need[2]:
+            grad_bias.add_(parts[2])
+    return grad_hidden, grad_weight if need[1] else None, grad_bias.to(hidden.dtype) if need[2] else None

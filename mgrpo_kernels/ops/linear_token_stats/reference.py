@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mgrpo_kernels.backend import reference_unsupported as unsupported
 from mgrpo_kernels.ops import _statistics
-from mgrpo_kernels.ops.linear_token_stats.specs import Head, transform, transform_gradient
+from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head, transform, transform_gradient
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "forward", "sparse_backward", "unsupported"]
 
 WORKSPACE_BYTES = 64 * 2**20
 COPIES = 7  # of a block's logits, float32 (or float64), alive at once: at most 5.3 in forward and 6.6 in backward, as measured
@@ -70,8 +70,12 @@ def backward(
     coefficients: Tensor,  # (4, N)
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
+    tolerance: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False.
+
+    With a tolerance, what is left out of each row are the smallest logit gradients whose share of the row's absolute gradient is below it in all.
+    """
     need_hidden, need_weight, need_bias = need
     wide = logsumexp.dtype
     grad_hidden = torch.zeros_like(hidden, dtype=wide) if need_hidden else None
@@ -88,6 +92,8 @@ def backward(
             head.vocab_start,
         )
         grad_x = transform_gradient(grad_z, x, head, temperature)  # (n, V)
+        if tolerance is not None:
+            grad_x = without_smallest(grad_x, tolerance)
         if grad_hidden is not None:
             for columns in _column_blocks(head):
                 grad_hidden[block].addmm_(grad_x[:, columns], head.weight[columns].to(wide))
@@ -100,3 +106,25 @@ def backward(
         None if grad_weight is None else grad_weight.to(head.weight.dtype),
         None if grad_bias is None or head.bias is None else grad_bias.to(head.bias.dtype),
     )
+
+
+def sparse_backward(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor | None,
+    coefficients: Tensor,
+    logsumexp: Tensor,
+    need: tuple[bool, bool, bool],
+    tolerance: float,
+    entries: Entries,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients without what the tolerance allows to leave out. The definition computes all, and needs no entries."""
+    return backward(hidden, head, labels, coefficients, logsumexp, need, tolerance)
+
+
+def without_smallest(grad: Tensor, tolerance: float) -> Tensor:
+    """Return gradients ``(n, V)`` with 0 for the smallest of each row, as many as have a share of its absolute sum below `tolerance`."""
+    magnitudes, order = grad.abs().sort(-1)
+    share = magnitudes.cumsum(-1)
+    left_out = share < tolerance * share[:, -1:]
+    return grad.masked_fill(torch.zeros_like(left_out).scatter_(-1, order, left_out), 0.0)

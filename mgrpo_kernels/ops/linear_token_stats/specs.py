@@ -31,6 +31,38 @@ class Head(NamedTuple):
         return self.logits_dtype if self.weight.element_size() == 2 else self.weight.dtype
 
 
+class Entries(NamedTuple):
+    """The largest final logits of each row, kept between the forward and the backward pass, and sums over all others.
+
+    Place 0 is the label's, with the id -1 where the label is not in this part of the vocabulary. Places 1 to count - 1 hold others.
+    """
+
+    ids: Tensor  # (N, room) int32, of the weight's rows
+    logits: Tensor  # (N, room) float32
+    counts: Tensor  # (N,) int32
+    rest: Tensor  # (4, N) float32: MAX, SUM_EXP, SUM_EXPZ of what is not kept, as in a row's state, and the bound that a kept logit exceeds
+
+    @classmethod
+    def empty(cls, number: int, room: int, device: torch.device) -> Entries:
+        """Return the entries of rows of which nothing has been seen. With no room, all four are empty."""
+        number = number if room else 0
+        rest = torch.zeros(4, number, device=device)
+        rest[0] = rest[3] = -torch.inf
+        ids = torch.zeros(number, room, dtype=torch.int32, device=device)
+        ids[:, :1] = -1
+        counts = torch.ones(number, dtype=torch.int32, device=device)
+        return cls(ids, torch.zeros(number, room, device=device), counts, rest)
+
+    @property
+    def room(self) -> int:
+        """For how many entries of a row there is room."""
+        return self.ids.shape[1]
+
+    def of_rows(self, rows: slice) -> Entries:
+        """Return those of some rows, as views."""
+        return Entries(self.ids[rows], self.logits[rows], self.counts[rows], self.rest[:, rows])
+
+
 def transform(x: Tensor, head: Head, temperature: float | Tensor) -> Tensor:
     """Return final logits z from raw ones x ``(n, C)``, in x's dtype: the definition. `temperature` float or ``(n,)``."""
     y = x * head.logit_scale

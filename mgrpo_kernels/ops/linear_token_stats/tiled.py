@@ -40,6 +40,10 @@ class Passes:
     padding = 1  # a tile's row stride is a multiple of this many elements
     in_registers = False  # True if :meth:`fill_gradient` needs no tile of raw logits
 
+    def of_rows(self, rows: slice) -> Passes:
+        """Return the passes for these rows. A backend that keeps something of each row, beside the state, overrides it."""
+        return self
+
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold raw logits x ``(n, C)`` into the running ``state`` ``(6, n)`` float32 (any strides). `head` is sliced to the tile."""
         raise NotImplementedError
@@ -211,7 +215,8 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, s
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
             x = _tile(workspace, rows, columns, passes.padding)
-            passes.fill(x, hidden[rows], tile_head, None if labels is None else labels[rows], state[:, rows])
+            of_tile_labels = None if labels is None else labels[rows]
+            passes.of_rows(rows).fill(x, hidden[rows], tile_head, of_tile_labels, state[:, rows])
     return state
 
 

@@ -15,6 +15,8 @@ import torch
 KEYS = {
     "step": "number of the optimizer step, counted from 1; 0 is the evaluation before the first step",
     "loss": "loss of the step's batch, computed before the weights change",
+    "gradient_share": "fraction of the trained rollouts that have a gradient; without KL penalty and entropy bonus the others, whose "
+    "advantage is 0, do not pass through the model",
     "grad_norm": "L2 norm of the gradient, before it is scaled down to --max-grad-norm",
     "learning_rate": "learning rate of the step",
     "skipped_steps": "number of steps skipped so far in the run because their loss or gradient was not finite",
