@@ -230,7 +230,7 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     if labels.device.type == "cpu":
         checks.check_label_values(labels, mask, weight.shape[0])
     form, _ = loss_options.from_arguments(given)
-    rows = kept_rows(mask)
+    rows, live = live_first(kept_rows(mask), given, form)
     kept = take(hidden, rows)
     if rows is None and mask is not None:
         kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
@@ -249,7 +249,7 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     )
     need = tuple(given[name] for name in _NEED)
     grad_hidden, *others = backends.implementation(OP, backend).forward_backward(
-        kept, head, take(labels, rows), loss.coefficients_of, need
+        kept, head, take(labels, rows), loss.coefficients_of, need, live
     )
     loss.metrics[_SEQUENCES] = number_of_sequences.float()
     if grad_hidden is not None:
@@ -260,15 +260,36 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     return loss.total, loss.metrics, *grads
 
 
+def live_first(rows: Tensor | None, given: dict[str, Any], form: LossOptions) -> tuple[Tensor | None, int]:
+    """Return these rows (None: all), those that can have a gradient first, and how many they are.
+
+    Without KL penalty and entropy bonus a token whose advantage is 0 has none, and its logits are needed for the metrics alone. On a GPU
+    their number is unknown without a host sync: all count as live.
+    """
+    number = given["labels"].shape[0]
+    if given["labels"].device.type != "cpu" or form.entropy_coef != 0 or (form.kl_coef != 0 and given["ref"] is not None):
+        return rows, number if rows is None else rows.shape[0]
+    live = take(advantages_per_token(given) != 0, rows)  # a NaN too
+    rows = torch.arange(number) if rows is None else rows
+    count = int(live.sum())
+    return (None if count == number else torch.cat([rows[live], rows[~live]])), count
+
+
+def advantages_per_token(given: dict[str, Any]) -> Tensor:
+    """Return the advantage of each token ``(T,)``."""
+    advantages, offsets, number = given["advantages"], given["offsets"], given["hidden"].shape[0]
+    if advantages.shape[0] != number or advantages.shape[0] == offsets.shape[0] - 1:
+        return advantages[sequences.group_index(offsets, number)]  # type: ignore[no-any-return]
+    return advantages  # type: ignore[no-any-return]
+
+
 def _tokens_of(given: dict[str, Any], form: LossOptions, rows: Tensor | None) -> tuple[Tokens, Tensor]:
     """Return the tokens of these rows with the whole batch's shares and counts, and the number of sequences (0-d)."""
-    hidden, mask, offsets, advantages = (given[name] for name in ("hidden", "mask", "offsets", "advantages"))
+    hidden, mask, offsets = (given[name] for name in ("hidden", "mask", "offsets"))
     wide = _statistics.statistics_dtype(hidden)
     counted = torch.ones_like(given["labels"], dtype=torch.bool) if mask is None else mask
     number_of_tokens = counted.sum().to(wide)
     number_of_sequences = number_of_tokens.new_full((), offsets.shape[0] - 1)
-    if advantages.shape[0] != hidden.shape[0] or advantages.shape[0] == offsets.shape[0] - 1:
-        advantages = advantages[sequences.group_index(offsets, hidden.shape[0])]
     normalizer, entropy_normalizer = given["normalizer"], given["entropy_normalizer"]
     if normalizer is None:
         loss = LOSSES[form.loss_type]
@@ -276,7 +297,7 @@ def _tokens_of(given: dict[str, Any], form: LossOptions, rows: Tensor | None) ->
     tokens = Tokens(
         logprob=hidden.new_empty(0, dtype=wide),
         old=take(given["old"], rows),
-        advantages=take(advantages, rows),
+        advantages=take(advantages_per_token(given), rows),
         mask=mask if rows is None else None,
         offsets=offsets,
         ref=take(given["ref"], rows),

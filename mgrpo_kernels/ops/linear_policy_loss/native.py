@@ -28,11 +28,16 @@ def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def forward_backward(
-    hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    coefficients_of: tiled.CoefficientsOf,
+    need: tuple[bool, bool, bool],
+    live: int,
 ) -> tiled.Gradients:
-    """Return the gradients of hidden, bias and weight, float32, None where `need` is False."""
+    """Return the gradients of hidden, bias and weight, float32, None where `need` is False. Rows from `live` on have none."""
     return tiled.forward_backward(
-        hidden, head, labels, coefficients_of, need, native.CpuPasses(), COLUMNS, WORKSPACE_BYTES
+        hidden, head, labels, coefficients_of, need, native.CpuPasses(), COLUMNS, WORKSPACE_BYTES, live
     )
 
 

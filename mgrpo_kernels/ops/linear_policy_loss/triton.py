@@ -26,15 +26,20 @@ def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def forward_backward(
-    hidden: Tensor, head: Head, labels: Tensor, coefficients_of: tiled.CoefficientsOf, need: tuple[bool, bool, bool]
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    coefficients_of: tiled.CoefficientsOf,
+    need: tuple[bool, bool, bool],
+    live: int,
 ) -> tiled.Gradients:
-    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False."""
+    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False. Rows from `live` on have none."""
     passes = triton.passes_of(hidden, head)
     everything = head.weight.shape[
         0
     ]  # columns at once: one matmul of a block's logits, and one over the whole vocabulary
     return tiled.forward_backward(
-        hidden, head, labels, coefficients_of, need, passes, everything, tuning.of(hidden.device).workspace_bytes
+        hidden, head, labels, coefficients_of, need, passes, everything, tuning.of(hidden.device).workspace_bytes, live
     )
 
 

@@ -281,8 +281,11 @@ def forward_backward(
     passes: Passes,
     columns_at_once: int,
     workspace_bytes: int,
+    live: int,
 ) -> Gradients:
     """Return the gradients of hidden, bias (float32) and weight (its dtype), with the matmul of the logits done only once.
+
+    Only the first `live` rows have a gradient; of the others, `coefficients_of` is told the statistics.
 
     A block of rows keeps all its logits until `coefficients_of` has said, from its statistics, what the gradient is. The larger
     the block, the fewer times the weight's gradient, with several blocks a float32 accumulator, is read and written. What will be
@@ -298,11 +301,11 @@ def forward_backward(
         row_bytes += _padded(gradient_columns, passes.padding) * hidden.element_size()
     bound = head.workspace_bytes or workspace_bytes
     fitting = max(1, bound // row_bytes)
-    weight = _result(hidden, head) if need[1] else None
+    weight = _result(hidden[:live], head) if need[1] else None
     total, workspace = weight, None
-    several = number > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device, hidden.dtype))
+    several = live > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device, hidden.dtype))
     several = several or gradient_dtype(head) != hidden.dtype
-    if weight is not None and weight.dtype != torch.float32 and several:
+    if live and weight is not None and weight.dtype != torch.float32 and several:
         total = torch.empty(weight.shape, device=weight.device)
         room = weight.numel() * weight.element_size() // head.raw_dtype.itemsize
         if room // stride > fitting:
@@ -317,7 +320,10 @@ def forward_backward(
             gradient_columns = max(1, min(gradient_columns, fitting_columns - fitting_columns % ALIGNED))
         gradients = _workspace(hidden, min(fitting, number), gradient_columns, passes.padding, hidden.dtype)
     sums = _Sums(hidden, head, need)
-    for rows in spans(number, fitting, ALIGNED):
+    if sums.hidden is not None:
+        sums.hidden[live:].zero_()
+    without_gradient = (slice(live + each.start, live + each.stop) for each in spans(number - live, fitting, ALIGNED))
+    for rows in (*spans(live, fitting, ALIGNED), *without_gradient):
         state = empty_state(rows.stop - rows.start, hidden.device)
         for columns in spans(vocab, columns_at_once, ALIGNED):
             tile_head = of_tile(head, rows, columns)
@@ -325,6 +331,8 @@ def forward_backward(
             passes.fill(x, hidden[rows], tile_head, labels[rows], state)
         statistics = _statistics.finish(state, labels[rows])
         coefficients = coefficients_of(rows, statistics)
+        if rows.start >= live:
+            continue
         for columns in spans(vocab, columns_at_once, ALIGNED):
             tile = _tile(workspace, rows, columns, passes.padding, keep=True)
             for part in spans(columns.stop - columns.start, gradient_columns, ALIGNED):
