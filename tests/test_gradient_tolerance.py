@@ -143,7 +143,12 @@ def test_impossible_logits_get_no_gradient(backend):
     for row in range(0, 36, 5):  # a bias is the same for all rows
         bias = torch.where(impossible[row], -torch.inf, 0.0)
         stats = linear_token_stats(
-            hidden[row : row + 1], weight, labels[row : row + 1], bias=bias, gradient_tolerance=TOLERANCE, backend=backend
+            hidden[row : row + 1],
+            weight,
+            labels[row : row + 1],
+            bias=bias,
+            gradient_tolerance=TOLERANCE,
+            backend=backend,
         )
         (grad,) = torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), hidden)
         assert (grad[row][impossible[row]] == 0).all()

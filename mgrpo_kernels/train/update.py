@@ -65,8 +65,8 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """Add the gradient of the batch's loss to the parameters; return the loss and the sums of its metrics.
 
-    The loss of every micro-batch is divided by the count of the whole batch, so the split into micro-batches changes only rounding. Rollouts
-    without a gradient are counted, but do not pass through the model.
+    The loss of every micro-batch is divided by the count of the whole batch, so the split into micro-batches changes only rounding.
+    Rollouts without a gradient are counted, but do not pass through the model.
 
     Args:
         policy: model that trains.
@@ -84,7 +84,9 @@ def accumulate_gradient(
     sums: dict[str, Tensor] = {}
     mismatch: dict[str, Tensor] = {}
     of_live = [batch.prompts[row] for row in live], [lengths[row] for row in live]
-    batches = [[live[each] for each in rows] for rows in micro_batches(*of_live, budget, packed=policy.unpackable is None)]
+    batches = [
+        [live[each] for each in rows] for rows in micro_batches(*of_live, budget, packed=policy.unpackable is None)
+    ]
     for rows in [*batches, *([[]] * (int(parallel.largest(len(batches))) - len(batches)))]:
         if not rows:  # another rank has more micro-batches
             parallel.idle_pass(policy)
@@ -136,7 +138,9 @@ def rows_with_gradient(batch: Batch, options: dict[str, Any]) -> list[int]:
     rows = range(len(batch.prompts))
     if options["kl_coef"] != 0 or options["entropy_coef"] != 0:
         return list(rows)
-    return [row for row, advantage in zip(rows, batch.advantages.tolist(), strict=True) if advantage != 0] or list(rows[:1])
+    return [row for row, advantage in zip(rows, batch.advantages.tolist(), strict=True) if advantage != 0] or list(
+        rows[:1]
+    )
 
 
 @torch.no_grad()

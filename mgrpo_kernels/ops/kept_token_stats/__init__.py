@@ -16,6 +16,7 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
+from mgrpo_kernels.ops._head import check_rows
 from mgrpo_kernels.ops.kept_token_stats import native, reference, triton
 from mgrpo_kernels.ops.kept_token_stats.specs import label_columns, local_ids
 from mgrpo_kernels.ops.linear_token_stats.specs import Head, transform, transform_gradient
@@ -84,8 +85,6 @@ def _check(
     temperature_per_row: Tensor | None,
     ids: Tensor,
 ) -> None:
-    from mgrpo_kernels.ops.linear_token_stats import check_rows  # late: that module imports this one
-
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
     checks.check_tensor("kept", ids, dtypes=checks.INTS, dim=2, device=hidden.device)
     if ids.shape[0] != hidden.shape[0] or ids.shape[1] < 1:

@@ -33,7 +33,10 @@ def forward_backward(
     need: tuple[bool, bool, bool],
     live: int,
 ) -> tiled.Gradients:
-    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False. Rows from `live` on have none."""
+    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False.
+
+    Rows from `live` on have none.
+    """
     passes = triton.passes_of(hidden, head)
     everything = head.weight.shape[
         0

@@ -12,10 +12,18 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
+from mgrpo_kernels.ops._head import (
+    check_gradient_tolerance,
+    check_head,
+    check_head_options,
+    check_kept,
+    check_logits_dtype,
+    check_rows,
+    check_tp_group,
+)
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
-from mgrpo_kernels.ops.linear_token_stats.autocast import cast_weight
-from mgrpo_kernels.ops.linear_token_stats.specs import MIN_WORKSPACE, Entries, Head
+from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
 OP = "linear_token_stats"
@@ -119,7 +127,9 @@ def linear_token_stats(
     )  # fmt: skip
     options = (number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype)
     if kept is None:
-        logprob, entropy, self_certainty, *_ = linear_token_stats_op(*tensors, *options, gradient_tolerance, debug, name)
+        logprob, entropy, self_certainty, *_ = linear_token_stats_op(
+            *tensors, *options, gradient_tolerance, debug, name
+        )
     else:
         logprob, entropy, self_certainty, *_ = kept_token_stats_op(*tensors, kept, *options, debug, name)
     return TokenStats(
@@ -144,76 +154,6 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return logits if bias is None else logits.add_(bias)
 
 
-def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check a head's tensors against each other and cast them to the autocast dtype, if one is in force."""
-    checks.check_tensor("hidden", hidden)
-    if hidden.dim() < 1:
-        raise ValueError("hidden: expected shape (..., H), got ()")
-    checks.check_tensor("weight", weight, dim=2, device=hidden.device)
-    if weight.shape[1] != hidden.shape[-1] or weight.shape[0] < 1:
-        raise ValueError(
-            f"weight: expected shape (V, {hidden.shape[-1]}) with V >= 1 to match hidden, got {checks.shape_text(weight.shape)}"
-        )
-    if bias is not None:
-        checks.check_tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), cast_weight(weight, dtype), None if bias is None else bias.to(dtype)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name}: expected hidden's dtype {hidden.dtype}, got {tensor.dtype}")
-    return hidden, weight, bias
-
-
-def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> None:
-    """Check what is neither tensor nor group."""
-    checks.check_number("logit_scale", logit_scale)
-    if softcap is not None:
-        checks.check_number("softcap", softcap, above=0.0)
-    if workspace_bytes is not None:
-        checks.check_number("workspace_bytes", workspace_bytes, at_least=MIN_WORKSPACE)
-
-
-def check_kept(kept: Any, rows: torch.Size, device: torch.device) -> Tensor | None:
-    """Return the kept ids as ``(N, K)``, or None."""
-    if kept is None:
-        return None
-    checks.check_tensor("kept", kept, dtypes=checks.INTS, device=device)
-    if kept.shape[:-1] != rows or kept.shape[-1] < 1:
-        wanted = checks.shape_text(rows).rstrip(",)") + ", K)" if rows else "(K,)"
-        raise ValueError(f"kept: expected shape {wanted} with K >= 1, got {checks.shape_text(kept.shape)}")
-    return kept.reshape(-1, kept.shape[-1])  # type: ignore[no-any-return]
-
-
-def check_logits_dtype(logits_dtype: Any, dtype: torch.dtype) -> None:
-    """Check the workspace's dtype against that of hidden and weight."""
-    if not isinstance(logits_dtype, torch.dtype):
-        raise TypeError(f"logits_dtype: expected a torch.dtype, got {type(logits_dtype).__name__}")
-    if logits_dtype not in (torch.float32, dtype):
-        raise ValueError(f"logits_dtype: expected torch.float32 or hidden's dtype {dtype}, got {logits_dtype}")
-
-
-def check_gradient_tolerance(tolerance: Any) -> None:
-    """Check the share of a row's gradient that may be left out."""
-    if tolerance is not None:
-        checks.check_number("gradient_tolerance", tolerance, above=0.0, below=1.0)
-
-
-def check_tp_group(
-    tp_group: dist.ProcessGroup | None, vocab_start: int | None, weight: Tensor
-) -> tuple[str | None, int]:
-    """Return the group's name (None: the vocabulary is whole) and this rank's first vocabulary entry."""
-    if tp_group is None:
-        if vocab_start not in (None, 0):
-            raise ValueError(f"vocab_start: expected None or 0 without a tp_group, got {vocab_start}")
-        return None, 0
-    if vocab_start is None:
-        sizes: list[int | None] = [None] * dist.get_world_size(tp_group)
-        dist.all_gather_object(sizes, weight.shape[0], group=tp_group)
-        vocab_start = sum(size or 0 for size in sizes[: dist.get_rank(tp_group)])
-    return tp_group.group_name, int(checks.check_number("vocab_start", vocab_start, at_least=0))
-
-
 @torch.library.custom_op("mgrpo_kernels::linear_token_stats", mutates_args=())
 def linear_token_stats_op(
     hidden: Tensor,  # (N, H)
@@ -234,7 +174,8 @@ def linear_token_stats_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``; the size of the whole vocabulary, 0-d; and the four tensors of
-    :class:`Entries`, empty where the backward pass does without. Of masked rows, which may have none, those come last."""
+    :class:`Entries`, empty where the backward pass does without. Of masked rows, which may have none, those come last.
+    """
     _autograd.refuse_tangents("linear_token_stats", hidden, weight, bias)
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
     checks.check_temperature_values(temperature_per_row)
@@ -271,30 +212,6 @@ def entries_room(backend: str, weight: Tensor, tolerance: float | None) -> int:
     """Return for how many entries of a row there is room between the passes: 0 where the gradient is formed without."""
     room = getattr(backends.implementation(OP, backend), "entries_room", None)
     return 0 if tolerance is None or room is None else int(room(weight.shape[0]))
-
-
-def check_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    temperature_per_row: Tensor | None,
-) -> None:
-    """Check the tensors that the ops of a fused head have in common."""
-    checks.check_tensor("hidden", hidden, dim=2)
-    checks.check_tensor("weight", weight, dim=2)
-    if weight.shape[0] < 1:
-        raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {checks.shape_text(weight.shape)}")
-    (number, width), vocab = hidden.shape, weight.shape[0]
-    checks.check_inside(
-        hidden.device,
-        ("weight", weight, (vocab, width), (hidden.dtype,)),
-        ("bias", bias, (vocab,), (hidden.dtype,)),
-        ("labels", labels, (number,), checks.INTS),
-        ("mask", mask, (number,), checks.BOOL),
-        ("temperature_per_row", temperature_per_row, (number,), checks.WIDE_FLOATS),
-    )
 
 
 @linear_token_stats_op.register_fake

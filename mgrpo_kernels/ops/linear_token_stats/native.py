@@ -11,9 +11,16 @@ from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
 __all__ = ["CpuPasses", "backward", "forward", "sparse_backward", "sparse_forward", "tile_shape", "unsupported"]
 
-MAX_ROOM, ROOM_STEP = 4096, 16  # entries kept of a row at most, and what their number is a multiple of: csrc/cpu/top_entries.h
-VOCAB_PER_ENTRY = 16  # of the vocabulary for each entry kept: with more, gathered rows of the weight take as long as a dense product
-SMALLEST = 32.0  # an entry is kept from this multiple of tolerance / V on, as a share of the probability beside the largest
+MAX_ROOM, ROOM_STEP = (
+    4096,
+    16,
+)  # entries kept of a row at most, and what their number is a multiple of: csrc/cpu/top_entries.h
+VOCAB_PER_ENTRY = (
+    16  # of the vocabulary for each entry kept: with more, gathered rows of the weight take as long as a dense product
+)
+SMALLEST = (
+    32.0  # an entry is kept from this multiple of tolerance / V on, as a share of the probability beside the largest
+)
 
 
 def tile_shape(dtype: torch.dtype) -> tiled.TileShape:
@@ -71,9 +78,7 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
     return tiled.forward(hidden, head, labels, CpuPasses(), shape)
 
 
-def sparse_forward(
-    hidden: Tensor, head: Head, labels: Tensor | None, tolerance: float, entries: Entries
-) -> Tensor:
+def sparse_forward(hidden: Tensor, head: Head, labels: Tensor | None, tolerance: float, entries: Entries) -> Tensor:
     """Return the same state, and keep of each row what :func:`sparse_backward` needs in `entries`."""
     shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
     passes = TopPasses(entries, head.vocab_start, SMALLEST * tolerance / head.weight.shape[0])

@@ -74,7 +74,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False.
 
-    With a tolerance, what is left out of each row are the smallest logit gradients whose share of the row's absolute gradient is below it in all.
+    With a tolerance, the smallest logit gradients of each row are left out, as many as have a smaller share of its absolute gradient in all.
     """
     need_hidden, need_weight, need_bias = need
     wide = logsumexp.dtype

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MIN_WORKSPACE = 64 * 1024
-
 
 class Head(NamedTuple):
     """A language-model head, or one rank's shard of it, with everything between hidden state and final logits z.
