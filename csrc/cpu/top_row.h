@@ -10,8 +10,8 @@
 namespace mgrpo {
 inline namespace CPU_CAPABILITY {
 
-// What is kept are all logits above a bound. The bound is that of probabilities which are a tiny share of what lies beside the row's largest, and
-// rises to the median of what is kept where the room is used up.
+// What is kept are all logits above a bound. The bound is that of probabilities which are a tiny share of what lies beside the row's largest.
+// Where the room is used up, it rises until a quarter of the kept logits, the smallest, go to the rest.
 class TopRow {
  public:
   // `state` is that of the tiles before, in units of z.
@@ -95,9 +95,9 @@ class TopRow {
     keep_above(bound_); // it has risen since the first ones came
     if (count_ > top_.room / 4 * 3) {
       float sorted[MAX_ROOM];
-      float *end = std::copy(logits_ + 1, logits_ + count_, sorted), *middle = sorted + (count_ - 1) / 2;
-      std::nth_element(sorted, middle, end);
-      bound_ = *middle;
+      float *end = std::copy(logits_ + 1, logits_ + count_, sorted), *quarter = sorted + (count_ - 1) / 4;
+      std::nth_element(sorted, quarter, end);
+      bound_ = *quarter;
       keep_above(bound_);
     }
   }

@@ -74,7 +74,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False.
 
-    With a tolerance, the smallest logit gradients of each row are left out, as many as have a smaller share of its absolute gradient in all.
+    With a tolerance, as many of a row's smallest logit gradients are left out as have in all a smaller share of its absolute gradient.
     """
     need_hidden, need_weight, need_bias = need
     wide = logsumexp.dtype

@@ -1,0 +1,93 @@
+"""Rows whose logits have no gradient are left out of the backward pass on a CPU, and change nothing else."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
+from mgrpo_kernels.ops.linear_policy_loss import triton as loss_triton
+from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
+
+HEADS = {"reference": reference, "native": native, "triton": triton}
+LOSSES = {"native": loss_native, "triton": loss_triton}
+
+
+def make(rows=40, width=24, vocab=701):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).requires_grad_()
+    return hidden, weight, torch.randint(0, vocab, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("backend", HEADS)
+def test_statistics_compute_the_gradient_of_rows_that_have_one(backend):
+    hidden, weight, labels = make()
+    by = (torch.arange(40) % 4 == 1).float()
+    with mock.patch.object(HEADS[backend], "backward", wraps=HEADS[backend].backward) as backward:
+        stats = linear_token_stats(hidden, weight, labels, backend=backend)
+        got = torch.autograd.grad((stats.logprob * by).sum(), [hidden, weight])
+    assert backward.call_args.args[0].shape == (10, 24)
+    want = torch.autograd.grad(((hidden @ weight.T).log_softmax(-1)[range(40), labels] * by).sum(), [hidden, weight])
+    assert (got[0][by == 0] == 0).all()
+    for each, other in zip(got, want, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", HEADS)
+def test_a_nan_coefficient_is_a_gradient(backend):
+    hidden, weight, labels = make()
+    by = torch.zeros(40)
+    by[3] = torch.nan
+    stats = linear_token_stats(hidden, weight, labels, backend=backend)
+    grad, _ = torch.autograd.grad((stats.logprob * by).sum(), [hidden, weight])
+    assert grad[3].isnan().all()
+    assert (grad[torch.arange(40) != 3] == 0).all()
+
+
+def loss_of(tensors, advantages, backend, **options):
+    hidden, weight, labels = tensors
+    offsets = torch.arange(0, 41, 10, dtype=torch.int32)
+    result = linear_policy_loss(
+        hidden, weight, labels, None, advantages, cu_seqlens=offsets, backend=backend, workspace_bytes=2**16, **options
+    )
+    return result, torch.autograd.grad(result.loss, [hidden, weight])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", LOSSES)
+def test_the_loss_computes_the_gradient_of_tokens_with_an_advantage(backend, masked):
+    tensors, advantages = make(), torch.tensor([0.0, 1.5, 0.0, -0.5])
+    mask = (torch.arange(40) % 5 != 0) if masked else None
+    with mock.patch.object(tiled, "forward_backward", wraps=tiled.forward_backward) as forward_backward:
+        result, grads = loss_of(tensors, advantages, backend, mask=mask)
+    assert forward_backward.call_args.args[-1] == (16 if masked else 20)
+    want, want_grads = loss_of(tensors, advantages, "reference", mask=mask)
+    torch.testing.assert_close(result.loss, want.loss)
+    for name, value in want.metrics.items():
+        torch.testing.assert_close(result.metrics[name], value, msg=name)
+    for got, each in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, each, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", LOSSES)
+@pytest.mark.parametrize("term", ["entropy_coef", "kl_coef"])
+def test_a_penalty_gives_every_token_a_gradient(backend, term):
+    tensors, advantages = make(), torch.zeros(4)
+    options = {term: 0.1, "ref_logprobs": torch.randn(40) - 5.0}
+    with mock.patch.object(tiled, "forward_backward", wraps=tiled.forward_backward) as forward_backward:
+        _, grads = loss_of(tensors, advantages, backend, **options)
+    assert forward_backward.call_args.args[-1] == 40
+    _, want = loss_of(tensors, advantages, "reference", **options)
+    for got, each in zip(grads, want, strict=True):
+        assert each.norm() > 0
+        torch.testing.assert_close(got, each, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", LOSSES)
+def test_no_token_has_an_advantage(backend):
+    result, grads = loss_of(make(), torch.zeros(4), backend)
+    assert result.loss == 0
+    assert result.metrics["tokens"] == 40
+    assert all(bool((grad == 0).all()) for grad in grads)
