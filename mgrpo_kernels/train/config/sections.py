@@ -34,10 +34,7 @@ class ModelConfig(Section):
         metavar="DIR_OR_HUB_NAME",
     )
     revision: str | None = option(
-        None,
-        "revision of a --model on the Hugging Face Hub: a branch, a tag or a commit",
-        if_none="its main branch",
-        metavar="NAME",
+        None, "branch, tag or commit of a --model on the Hugging Face Hub", if_none="the main branch", metavar="NAME"
     )
     trust_remote_code: bool = option(
         False, "run the Python code that comes with the model, with your rights on this machine"
@@ -164,8 +161,7 @@ class DataConfig(Section):
     )
     system_prompt: str | None = option(
         None,
-        "system message, as text or as the name of a text file, that precedes the question in the chat template, unless the data have "
-        "one of their own",
+        "system message, as text or as the name of a text file, that precedes the question if the data have none of their own",
         if_none="no system message",
         metavar="TEXT_OR_FILE",
     )
