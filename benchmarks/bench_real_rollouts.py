@@ -1,7 +1,7 @@
 """The head on a real model's own responses: exact gradients, and gradients to a tolerance of 2^-8.
 
-In units of the bare ``hidden @ weight.T``, forward + backward of the log-prob; ``loss`` is `linear_policy_loss` with an advantage of 0 for half of the
-sequences. `error` is that of the gradients of hidden and weight against float64, of plain PyTorch in bfloat16 too. The responses are made by
+In units of the bare ``hidden @ weight.T``. The statistic is the log-prob; the loss is `linear_policy_loss` with an advantage of 0 for half of the
+sequences. `errors` are those of the gradients of hidden and weight against float64. The responses are made by
 ``python scripts/real_rollouts.py``; the rows are skipped where that has not run.
 """
 

