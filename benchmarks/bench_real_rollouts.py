@@ -1,6 +1,6 @@
 """The head on a real model's own responses: exact gradients, and gradients to a tolerance of 2^-8.
 
-In units of the bare ``hidden @ weight.T``. The statistic is the log-prob; the loss is `linear_policy_loss` with an advantage of 0 for half of the
+In units of the bare ``hidden @ weight.T``. The statistic is the log-prob; the loss has an advantage of 0 for half of the
 sequences. `errors` are those of the gradients of hidden and weight against float64. The responses are made by
 ``python scripts/real_rollouts.py``; the rows are skipped where that has not run.
 """

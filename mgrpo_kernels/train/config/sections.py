@@ -17,10 +17,9 @@ from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
 from mgrpo_kernels.train.rollout.truncation import MOST_KEPT, Truncation
 
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
-LEAST_TEMPERATURE = 1e-4
-"""Below it, the rounding of the logits, divided by the temperature, is larger than the log-probabilities that are to be compared."""
-LossName = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
+LEAST_TEMPERATURE = 1e-4  # below it, logits over the temperature are rounded by more than log-probs differ
 # A test compares these names with the table of loss types.
+LossName = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,8 @@ class ModelConfig(Section):
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of ``from_pretrained`` for this model, its tokenizer and its configuration."""
-        return {
-            "trust_remote_code": self.trust_remote_code,
-            **({} if self.revision is None else {"revision": self.revision}),
-        }
+        revision = {} if self.revision is None else {"revision": self.revision}
+        return {"trust_remote_code": self.trust_remote_code, **revision}
 
 
 @dataclass(frozen=True)
