@@ -70,9 +70,8 @@ def linear_policy_loss(
 
     Where a token's gradient depends on that token alone (every loss but vespo, importance and behaviour weights per token) and the
     hardware gains by it, the gradient is formed in the forward pass, while a block of rows has its logits at hand: 3 matmuls
-    instead of 4, for one float32 accumulator of the weight's gradient. Else the two ops are composed. Which, and why, is logged
-    once; both agree to rounding. With `kept` the two ops are
-    composed, because three matmuls of N K H in place of four would save little.
+    instead of 4, for one float32 accumulator of the weight's gradient. Else the two ops are composed, as with `kept`, where three products
+    of N K H instead of four would save little. Which, and why, is logged once; both agree to rounding.
 
     Args:
         hidden: padded ``(B, L, H)``, or packed ``(N, H)`` with `cu_seqlens`.
@@ -81,8 +80,8 @@ def linear_policy_loss(
         old_logprobs: of labels' shape, or None: on-policy.
         advantages: ``(B,)`` or of labels' shape.
         bias, temperature, logit_scale, softcap, kept, logits_dtype, tp_group, vocab_start: as in :func:`linear_token_stats`.
-        gradient_tolerance: as in :func:`linear_token_stats`. With a number the two ops are composed where the backend leaves entries out,
-            because the backward pass then takes a small part of a matmul.
+        gradient_tolerance: as in :func:`linear_token_stats`. Where the backend leaves entries out the two ops are composed, because the
+            backward pass then takes a small part of a matmul.
         workspace_bytes: bound of the logits workspace, whatever the number of tokens, at least 64 KiB, and at least one row's logits where
             the gradient is formed in the forward pass. None: there 224 MiB (native) or 512 MiB (triton), elsewhere the default of
             :func:`linear_token_stats`.
