@@ -346,6 +346,15 @@ def test_several_blocks_of_rows_are_summed_in_float32(backend, monkeypatch):
     assert set(dtypes) == {torch.float32}
 
 
+def test_a_label_outside_the_vocabulary_has_no_logprob():
+    """On a GPU nobody looks before: an op on a CPU raises."""
+    z = torch.randn(4, 9)
+    labels = torch.tensor([0, -1, 9, 8])
+    statistics = _statistics.finish(_statistics.row_state(z, labels), labels)
+    assert statistics.logprob.isnan().tolist() == [False, True, True, False]
+    assert not statistics.entropy.isnan().any()
+
+
 def test_shards_whose_logits_are_all_impossible_merge():
     state = tiled.empty_state(2, torch.device("cpu"))
     state[_statistics.COUNT] = 3

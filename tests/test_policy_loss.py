@@ -636,6 +636,24 @@ def test_bad_groups(call, error, message):
         call()
 
 
+def test_bad_offsets_are_refused_before_the_backend():
+    with pytest.raises(ValueError, match="cu_seqlens: expected ascending offsets"):
+        policy_loss(torch.zeros(6), None, torch.zeros(3), cu_seqlens=torch.tensor([0, 4, 2, 6]), backend="reference")
+
+
+@each_backend(OP)
+def test_cispo_bounds_its_weight_from_above_alone_and_counts_advantages_above_0(backend):
+    old = torch.zeros(1, 4)
+    logprobs = torch.tensor([[3.0, 3.0, -3.0, -3.0]]).requires_grad_()  # ratios of 20 and of 0.05
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    options = {"loss_type": "cispo", "cispo_cap": 1.5, "normalizer": 1.0, "backend": backend}
+    result = policy_loss(logprobs, old, advantages, **options)
+    (grad,) = torch.autograd.grad(result.loss, logprobs)
+    torch.testing.assert_close(grad, -advantages * torch.tensor([[1.5, 1.5, math.exp(-3.0), math.exp(-3.0)]]))
+    assert result.metrics["clip_high_count"] == 1
+    assert result.metrics["clip_low_count"] == 0
+
+
 @pytest.mark.parametrize("function", [policy_loss, grpo_loss, linear_policy_loss])
 def test_defaults_are_those_of_the_contract(function):
     parameters = inspect.signature(function).parameters

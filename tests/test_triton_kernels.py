@@ -44,6 +44,17 @@ def same_bits(got, want):
 # --------------------------------------------------------------------------------------------------------------- shapes
 
 
+def test_a_masked_row_of_a_tile_is_not_read_by_the_heads_gradient():
+    x, coefficients, out = torch.randn(3, 40), torch.randn(4, 3), torch.full((3, 40), 7.0)
+    x[1], coefficients[:, 1] = torch.nan, 0.0
+    head = Head(torch.empty(40, 1), None, 1.0, 1.0, None, 0, None)
+    labels = torch.zeros(3, dtype=torch.int64)
+    linear_triton.GpuPasses().gradient(x, head, labels, coefficients, torch.zeros(3), out)
+    assert (out[1] == 0).all()
+    assert out[[0, 2]].isfinite().all()
+    assert (out[[0, 2]] != 7.0).all()
+
+
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("threads", [128, 256])
 def test_row_tiles(element_size, threads):

@@ -110,6 +110,7 @@ def test_a_formula_that_hangs_is_given_up(worker, caplog):
     _key_of_short.cache_clear()
     assert not answers_equal(HANGS, "8")  # known by now: not asked again
     assert worker._process.pid == pid
+    assert alive(pid)
 
 
 def test_a_vote_survives_a_formula_that_hangs(worker):

@@ -164,6 +164,12 @@ def test_held_out_accuracy_alone_is_enough_and_names_its_figures() -> None:
     assert warnings(lines) == [(40, [f"{ACCURACY} 0.760, 0.040 below its best 0.800"])]
 
 
+def test_the_best_is_a_mean_of_two_evaluations() -> None:
+    bare = {"eval_greedy": None, "eval_maj_at_k": None}
+    lines = [line(10 * i, value, **bare) for i, value in enumerate((0.5, 0.5, 0.9, 0.88, 0.5))]
+    assert warnings(lines) == [(40, [f"{ACCURACY} 0.500, 0.390 below its best 0.890"])]
+
+
 def test_best_is_by_the_next_evaluation() -> None:
     guard = Guard(PROMPTS, SAMPLES)
     for step, accuracy in ((0, 0.4), (20, 0.6), (40, 0.7), (60, 0.5)):

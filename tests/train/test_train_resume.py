@@ -299,6 +299,15 @@ def test_bytes_in_a_checkpoint_are_refused(halfway: Path, tmp_path: Path) -> Non
     assert not witness.exists()
 
 
+def test_an_entry_that_is_neither_tensor_nor_bytes_is_refused(halfway: Path) -> None:
+    file = halfway / "checkpoints" / "step_2" / ".metadata"
+    content = pickle.loads(file.read_bytes())
+    content.state_dict_metadata["model.extra"] = "a text"
+    file.write_bytes(pickle.dumps(content))
+    with pytest.raises(Exception, match="expected tensors alone, got str"):
+        checkpoint.read(file.parent, "model.")
+
+
 def test_a_checkpoint_does_not_refer_to_files_elsewhere(halfway: Path) -> None:
     file = halfway / "checkpoints" / "step_2" / ".metadata"
     content = pickle.loads(file.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 NAMES = {
     "step": "step",
     "loss": "loss",
+    "gradient_share": "rollouts with a gradient",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "skipped_steps": "skipped steps",
