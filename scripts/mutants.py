@@ -2,6 +2,7 @@
 
     make mutants                              every mutation, in two processes; writes tests/mutations/report.json and report.md
     make mutants ARGS="--only 'vote-*'"       mutations whose name matches; writes no report
+    make mutants ARGS="--only 'vote-*' --update"   the same, and renews their rows of the report; each row names its commit
     make mutants ARGS=--list                  names only
 
 The selected tests run once on the unchanged copy first, and must pass. Then each mutation is one of
@@ -158,36 +159,40 @@ class Check:
 
 
 def write_report(root: Path, mutations: list[Mutation], results: dict[str, Result]) -> None:
-    """Write report.json, and report.md for readers."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", *SOURCES], cwd=root, capture_output=True, text=True, check=False
-    )
-    lines = [line for line in changed.stdout.splitlines() if not line[3:].startswith(LEFT_OUT)]
-    counts = {
-        outcome: sum(r.outcome == outcome for r in results.values())
-        for outcome in ("killed", "survived", "stale", "error")
-    }
-    rows = [
-        {
-            "name": m.name,
-            "file": m.file,
-            "outcome": results[m.name].outcome,
-            "by": results[m.name].by.partition(" - ")[0],
-        }
-        for m in mutations
-    ]  # without pytest's messages, which may have a machine's paths
+    """Write report.json, and report.md for readers. Mutations without a result keep the row that they have in report.json."""
+    place = root / LISTS / "report.json"
+    rows = {}
+    if len(results) < len(mutations) and place.exists():
+        rows = {row["name"]: row for row in json.loads(place.read_text(encoding="utf-8"))["mutations"]}
+    commit = commit_of(root)
+    for mutation in mutations:
+        if result := results.get(mutation.name):
+            # Without pytest's messages, which may have a machine's paths.
+            by = result.by.partition(" - ")[0]
+            rows[mutation.name] = {
+                "name": mutation.name, "file": mutation.file, "outcome": result.outcome, "by": by, "commit": commit
+            }  # fmt: skip
+    judged = [rows[mutation.name] for mutation in mutations if mutation.name in rows]
+    outcomes = [row["outcome"] for row in judged]
     report: dict[str, Any] = {
-        "commit": commit + (" with uncommitted changes" if lines else ""),
         "versions": versions(),
-        "counts": counts,
-        "mutations": rows,
+        "counts": {outcome: outcomes.count(outcome) for outcome in ("killed", "survived", "stale", "error")},
+        "mutations": judged,
     }
-    place = root / LISTS
-    (place / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (place / "report.md").write_text(page(report, mutations), encoding="utf-8")
+    place.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    place.with_suffix(".md").write_text(page(report, mutations), encoding="utf-8")
+
+
+def commit_of(root: Path) -> str:
+    """Return the commit of the product and the tests, and whether they have been changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout
+
+    changed = [
+        line for line in git("status", "--porcelain", "--", *SOURCES).splitlines() if not line[3:].startswith(LEFT_OUT)
+    ]
+    return git("rev-parse", "HEAD").strip()[:10] + (" with uncommitted changes" if changed else "")
 
 
 def page(report: dict[str, Any], mutations: list[Mutation]) -> str:
@@ -196,12 +201,12 @@ def page(report: dict[str, Any], mutations: list[Mutation]) -> str:
     counts = ", ".join(f"{number} {outcome}" for outcome, number in report["counts"].items())
     named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        "# Mutation check", "", f"{counts}. Commit {report['commit']}; {named}.", "",
+        "# Mutation check", "", f"{counts}. {named}.", "",
         "`make mutants` writes this page. CONTRIBUTING.md says how to add a mutation.", "",
-        "| mutation | file | fault | outcome | by |", "|---|---|---|---|---|",
+        "| mutation | file | fault | outcome | by | commit |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in report["mutations"]:
-        cells = [row["name"], f"`{row['file']}`", reasons[row["name"]], row["outcome"], row["by"]]
+        cells = [row["name"], f"`{row['file']}`", reasons[row["name"]], row["outcome"], row["by"], row["commit"]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -217,6 +222,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PATTERN",
         help="names of mutations to run, as shell patterns; writes no report",
     )
+    parser.add_argument(
+        "--update", action="store_true", help="with --only: renew the rows of these mutations in the report"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of all mutations and stop")
     parser.add_argument("--jobs", type=int, default=2, help="number of mutations tested at once (default: 2)")
     parser.add_argument(
@@ -230,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to test (default: this one)")
     options = parser.parse_args(arguments)
-    mutations = load(options.root)
+    everything = mutations = load(options.root)
     if options.only:
         mutations = [m for m in mutations if any(fnmatch.fnmatchcase(m.name, pattern) for pattern in options.only)]
         if not mutations:
@@ -241,8 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         scratch = options.scratch or Path(temporary)
         results = Check(options.root, mutations, scratch, options.timeout, options.fresh).run(options.jobs)
-    if not options.only:
-        write_report(options.root, mutations, results)
+    if options.update or not options.only:
+        write_report(options.root, everything, results)
     bad = {name: result for name, result in sorted(results.items()) if result.outcome != "killed"}
     for name, result in bad.items():
         print(f"{result.outcome}: {name}: {result.by}")

@@ -137,6 +137,17 @@ def test_a_part_of_the_list_writes_no_report(project):
         check(project, *entries, arguments=["--only", "nothing"])
 
 
+def test_a_part_of_the_list_renews_its_rows_of_the_report(project):
+    entries = entry("killed", "a if a > b else b", "b if a > b else a"), entry("stale", "no such text", "other text")
+    assert check(project, *entries)[1]["stale"][0] == "stale"
+    mended = entry("stale", "return len(values)", "return 2 * len(values)")
+    status, found = check(project, entries[0], mended, arguments=["--only", "stale", "--update"])
+    assert (status, found["stale"][0], found["killed"][0]) == (1, "survived", "killed")
+    report = json.loads((project / mutants.LISTS / "report.json").read_text())
+    assert report["counts"] == {"killed": 1, "survived": 1, "stale": 0, "error": 0}
+    assert all(len(row["commit"]) == 10 for row in report["mutations"])
+
+
 def test_the_copy_is_what_is_tested(project):
     (project / "mgrpo_kernels").rename(project / "elsewhere")  # the installed package is then found in its place
     with pytest.raises(RuntimeError, match="stopped") as stopped:
