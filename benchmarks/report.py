@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
     @property
     def provider(self) -> str:
-        return self.params["provider"]
+        return self.params.get("provider", self.info.get("provider", ""))
 
     @property
     def step(self) -> str:
@@ -121,7 +121,7 @@ def table(rows: list[Row]) -> str:
     for row in sorted(rows, key=order):
         info = row.info
         cells = [
-            *(str(row.params[name]) for name in names), row.provider, info["computes"],
+            *(str(row.params[name]) for name in names), row.provider, info.get("computes", ""),
             f"{three_digits(info['p50_ms'])} ({three_digits(info['p20_ms'])} - {three_digits(info['p80_ms'])})", row.times_ours,
             f"{info['ratio']:.2f} {info['ceiling']}", percent(info["share_of_ceiling"]), str(info.get("gemms", "")), row.rate,
             f"{row.memory:.0f}",

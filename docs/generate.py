@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import families_table  # noqa: F401 - likewise
-import method_tables  # noqa: F401 - its tables are figures too
+import figures_of_rollouts  # noqa: F401 - its tables are figures too
+import method_tables  # noqa: F401 - likewise
 import spans
 import torture_table  # noqa: F401 - likewise
 from figures import FIGURES, PUBLISHED, RESULTS, report
