@@ -6,7 +6,9 @@ from contract import each_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native
+from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
 V = 701
 TOLERANCE = 2.0**-8
@@ -210,6 +212,32 @@ def test_opcheck_and_compile(backend):
     for rows in (36, 20, 11):
         torch.testing.assert_close(compiled(hidden[:rows], labels[:rows]), loss(hidden[:rows], labels[:rows]))
     assert counter.frame_count <= 2
+
+
+def test_shards_of_a_vocabulary_keep_to_the_tolerance_together():
+    logits, labels = rows_of_logits()
+    _, exact = gradients(logits, labels, "native", None, (1.0, 0.2, 0.0), temperature=0.9)
+    weight = torch.eye(V)
+    parts, states = [], []
+    for start, stop in ((0, 300), (300, 450), (450, V)):
+        head = Head(weight[start:stop], None, 0.9, 1.0, None, start, None)
+        entries = Entries.empty(len(labels), native.entries_room(stop - start), logits.device)
+        states.append(native.sparse_forward(logits, head, labels, TOLERANCE, entries))
+        parts.append((head, entries))
+    statistics = _statistics.finish(_statistics.merge(torch.stack(states)), labels)
+    ones = torch.ones(len(labels))
+    coefficients = _statistics.gradient_coefficients(
+        ones, 0.2 * ones, None, statistics.entropy, V, None, statistics.logsumexp
+    )
+    got = torch.zeros_like(logits)
+    for head, entries in parts:
+        need = (True, False, False)
+        got += native.sparse_backward(
+            logits, head, labels, coefficients, statistics.logsumexp, need, TOLERANCE, entries
+        )[0]
+    left_out = (got - exact).abs().sum(-1)
+    assert (left_out <= TOLERANCE * 1.001 * exact.abs().sum(-1) + 1e-4).all()
+    assert (got == 0).any(-1).sum() > 6
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 2, float("nan"), True, "exact"])
