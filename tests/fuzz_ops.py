@@ -160,6 +160,7 @@ def linear_token_stats(draw: random.Random, backend: str) -> Call:
     vocab = inputs[1].shape[0]
     kept = torch.randint(-1, vocab, (*rows, draw.choice((1, 4, 9))), dtype=draw.choice((torch.int32, torch.int64)))
     keywords |= {"stats": tuple(stats), "mask": some(draw, bools(*rows)), "kept": some(draw, kept)}
+    keywords["gradient_tolerance"] = draw.choice((None, 0.01))
     return Call("linear_token_stats", mgrpo_kernels.linear_token_stats, tuple(inputs), keywords)
 
 

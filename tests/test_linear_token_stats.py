@@ -294,7 +294,7 @@ def test_opcheck(backend):
     mask = torch.tensor([True, True, False, True])
     torch.library.opcheck(
         linear_token_stats_op,
-        (h, w, b, labels, mask, None, 0.9, 1.1, 5.0, None, 0, None, torch.float32, False, backend),
+        (h, w, b, labels, mask, None, 0.9, 1.1, 5.0, None, 0, None, torch.float32, None, False, backend),
     )
 
 

@@ -24,7 +24,7 @@ CSRC = Path(__file__).parents[1] / "csrc" / "cpu"
 FUNCTIONS = [policy_loss, grpo_loss, linear_policy_loss]
 BEFORE = "mask=None, cu_seqlens=None, ref_logprobs=None, entropy=None, behaviour_logprobs=None"
 HEAD = (
-    "bias=None, temperature=1.0, logit_scale=1.0, softcap=None, workspace_bytes=None, "
+    "bias=None, temperature=1.0, logit_scale=1.0, softcap=None, kept=None, gradient_tolerance=None, workspace_bytes=None, "
     "logits_dtype=torch.float32, tp_group=None, vocab_start=None"
 )
 CONTRACT = """loss_type='grpo', importance_level='token', clip_low=0.2, clip_high=0.2, clip_delta=None, kl_coef=0.0, kl_estimator='k3',

@@ -258,9 +258,19 @@ def linear_token_stats_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in their dtypes; those not needed are empty."""
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
-    for name, required in (("entropy", entropy), ("logsumexp", logsumexp), ("vocab", vocab)):
-        checks.check_tensor(name, required)  # not None, which the dispatcher lets pass
+    given = {"entropy": entropy, "logsumexp": logsumexp, "vocab": vocab}
+    given |= {
+        "entry_ids": entry_ids,
+        "entry_logits": entry_logits,
+        "entry_counts": entry_counts,
+        "entry_rest": entry_rest,
+    }
+    for name, required in given.items():
+        # not None, which the dispatcher lets pass
+        checks.check_tensor(name, required, dtypes=(*checks.FLOATS, torch.int32))
     rows_shape, wide = hidden.shape[:1], (_statistics.statistics_dtype(hidden),)
+    room = entry_ids.shape[-1] if entry_ids.dim() else 0
+    entries_rows = hidden.shape[0] if room else 0
     checks.check_inside(
         hidden.device,
         ("grad_logprob", grad_logprob, rows_shape, wide),
@@ -269,6 +279,10 @@ def linear_token_stats_backward_op(
         ("entropy", entropy, rows_shape, wide),
         ("logsumexp", logsumexp, rows_shape, wide),
         ("vocab", vocab, (), wide),
+        ("entry_ids", entry_ids, (entries_rows, room), (torch.int32,)),
+        ("entry_logits", entry_logits, (entries_rows, room), (torch.float32,)),
+        ("entry_counts", entry_counts, (entries_rows,), (torch.int32,)),
+        ("entry_rest", entry_rest, (4, entries_rows), (torch.float32,)),
     )
     coefficients = _statistics.gradient_coefficients(
         grad_logprob, grad_entropy, grad_self_certainty, entropy, vocab, mask, logsumexp
