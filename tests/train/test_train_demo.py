@@ -101,7 +101,7 @@ def test_a_few_steps_of_the_demonstration(
     (output,) = (tmp_path / "runs").iterdir()
     assert output.name.startswith("mgrpo-")
     assert len(tiny.lines(output)) == 3
-    assert "Warm start" in text
+    assert "warm start, step 0 of at most 5:" in text
     assert "\x1b" not in text  # plain where there is no terminal
     assert text.splitlines()[-4] == "try next:"
     assert text.splitlines()[-5].startswith(f"written: {Path('runs') / output.name}/report.html")
