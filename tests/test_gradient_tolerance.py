@@ -109,6 +109,22 @@ def test_every_gradient_is_within_the_tolerance(backend, dtype, bias):
         assert error <= 2.0**-6 + rounding
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_rows_that_cannot_keep_to_the_tolerance_are_computed_exactly(backend):
+    generator = torch.Generator().manual_seed(3)
+    hidden = 0.1 * torch.randn(50, 24, generator=generator)  # flat rows: every entry counts
+    weight, bias = 0.6 * torch.randn(V, 24, generator=generator), 0.1 * torch.randn(V, generator=generator)
+    labels = torch.randint(0, V, (50,), generator=generator)
+    leaves = [each.requires_grad_() for each in (hidden, weight, bias)]
+
+    def run(tolerance):
+        stats = linear_token_stats(hidden, weight, labels, bias=bias, gradient_tolerance=tolerance, backend=backend)
+        return torch.autograd.grad(stats.logprob.sum() + 0.1 * stats.entropy.sum(), leaves)
+
+    for got, want in zip(run(TOLERANCE), run(None), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @each_backend(OP)
 def test_masked_rows_and_rows_without_a_gradient(backend):
     logits, labels = rows_of_logits()
