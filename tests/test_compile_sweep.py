@@ -17,7 +17,8 @@ def swept():
     if not sys.platform.startswith("linux"):
         pytest.skip("there is no triton for this platform")  # on Linux it is a dependency: its absence is an error
     return compiled_sweep.run(
-        ["token_stats", "ema", "iqr_filter", "policy_loss"], ["linear_token_stats", "linear_policy_loss"]
+        ["token_stats", "ema", "iqr_filter", "policy_loss"],
+        ["linear_token_stats", "kept_token_stats", "linear_policy_loss"],
     )
 
 

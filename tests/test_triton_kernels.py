@@ -18,6 +18,9 @@ from mgrpo_kernels.ops.ema import triton as ema_triton
 from mgrpo_kernels.ops.ema.specs import Batch, Span
 from mgrpo_kernels.ops.iqr_filter import reference as iqr_reference
 from mgrpo_kernels.ops.iqr_filter import triton as iqr_triton
+from mgrpo_kernels.ops.kept_token_stats import reference as kept_reference
+from mgrpo_kernels.ops.kept_token_stats import triton as kept_triton
+from mgrpo_kernels.ops.kept_token_stats.specs import ABSENT, local_ids
 from mgrpo_kernels.ops.linear_token_stats import triton as linear_triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Head, transform, transform_gradient
 from mgrpo_kernels.ops.policy_loss import reference as loss_reference
@@ -222,6 +225,15 @@ def test_head_passes_where_a_size_is_1(dtype, rows, vocab, first):
     torch.testing.assert_close(x.float(), want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "kept", "vocab", "width"), [(1, 1, 1, 1), (1, 5, 9, 40), (6, 1, 9, 40), (6, 5, 1, 40), (6, 5, 9, 1)]
+)
+def test_kept_sets_where_a_size_is_1(dtype, rows, kept, vocab, width):
+    ids = local_ids(torch.randint(-1, vocab, (rows, kept)), None, 0, vocab)
+    kept_kernels_meet_their_reference(torch.randn(rows, width).to(dtype), torch.randn(vocab, width).to(dtype), ids)
+
+
 def test_one_token_one_group_one_element():
     one, offsets = torch.randn(1), torch.tensor([0, 1])
     tokens = specs.Tokens(one, one + 0.1, one, None, offsets, one, one, None, None, None)
@@ -286,6 +298,72 @@ def test_head_passes_over_uneven_tiles(dtype, bias, logit_scale, softcap, per_ro
         linear_triton.GpuPasses().gradient(part, tile, labels, coefficients, got.logsumexp, part)
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
         torch.testing.assert_close(part.float(), expected[:, a:b], equal_nan=True, **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------------ kept sets
+
+
+def kept_kernels_meet_their_reference(hidden, weight, ids):
+    """Compare the logits and both gradients, twice; return them."""
+    grad = torch.randn(ids.shape).masked_fill(ids == ABSENT, 0.0)
+    results = []
+    for backend in (kept_reference, kept_triton, kept_triton):
+        x = backend.logits(hidden, weight, ids, None)
+        of_hidden = backend.hidden_gradient(grad, weight, ids, None)
+        of_weight, of_bias = backend.weight_gradient(grad, hidden, ids, weight, True, None)
+        assert of_weight.dtype == weight.dtype
+        results.append([x, of_hidden, of_bias, of_weight])
+    want, got, again = results
+    same_bits(got, again)
+    alone, absent = kept_triton.weight_gradient(grad, hidden, ids, weight, False, None)
+    assert absent is None
+    same_bits([alone], got[3:])
+    assert (got[0][ids == ABSENT] == 0).all()
+    want[0] = want[0].masked_fill(ids == ABSENT, 0.0)  # the reference may leave any number there
+    close(got[:3], want[:3], rtol=1e-5, atol=1e-4)
+    close(got[3:], want[3:], rtol=1e-5 if weight.dtype == torch.float32 else 1e-2, atol=1e-4)
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [31, 32, 33, kept_triton.COLUMNS, kept_triton.COLUMNS + 1])
+@pytest.mark.parametrize("kept", [kept_triton.ENTRIES - 1, kept_triton.ENTRIES, 2 * kept_triton.ENTRIES + 1])
+def test_kept_sets_around_tiles(dtype, width, kept):
+    """Rows of a matrix with gaps, a row without ids, an entry that more tokens keep than a program has in flight, one that none keeps."""
+    rows, vocab = kept_triton.ENTRIES + 2, 24
+    hidden = torch.randn(rows, width + 5).to(dtype)[:, 2:-3]
+    weight = torch.randn(vocab, width + 3).to(dtype)[:, :-3]
+    kept_ids = torch.rand(rows, vocab).topk(kept).indices
+    kept_ids[kept_ids == 0] = ABSENT
+    kept_ids[:, 0], kept_ids[3] = 5, ABSENT
+    weight[0], hidden[3] = NAN, NAN  # nothing reads them
+    ids = local_ids(kept_ids, None, 0, vocab)
+    x, of_hidden, of_bias, of_weight = kept_kernels_meet_their_reference(hidden, weight, ids)
+    assert all(each.isfinite().all() for each in (x, of_hidden, of_bias, of_weight))
+    assert (of_hidden[3] == 0).all()
+    assert (of_weight[0] == 0).all()
+    assert of_bias[0] == 0
+
+
+def test_kept_sets_of_matrices_whose_rows_are_not_contiguous():
+    hidden, weight = torch.randn(40, 7).t(), torch.randn(40, 11).t()
+    ids = local_ids(torch.randint(-1, 11, (7, 9)), torch.arange(7) != 2, 0, 11)
+    kept_kernels_meet_their_reference(hidden, weight, ids)
+
+
+def test_an_id_past_the_weight_is_not_read():
+    """On a GPU ids are not checked before the kernels run."""
+    hidden, weight, grad = torch.randn(2, 40), torch.randn(11, 40), torch.randn(2, 3)
+    ids = torch.tensor([[4, 11, 2**31 - 1], [-1, -(2**31), 3]], dtype=torch.int32)
+    inside = torch.where((ids >= 0) & (ids < 11), ids, ABSENT)
+    same_bits([kept_triton.logits(hidden, weight, ids, None)], [kept_triton.logits(hidden, weight, inside, None)])
+    results = [kept_triton.hidden_gradient(grad, weight, each, None) for each in (ids, inside)]
+    results += kept_triton.weight_gradient(grad, hidden, ids, weight, True, None)
+    results += kept_triton.weight_gradient(grad, hidden, inside, weight, True, None)
+    same_bits([results[0], *results[2:4]], [results[1], *results[4:]])
+
+
+# --------------------------------------------------------------------------------------------------- rows of infinities
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -540,6 +618,7 @@ def test_every_kernel_meets_its_reference_in_the_interpreter():
         test_the_momentum_update_has_the_reference_bits(True, True)
         test_the_filter_of_large_groups()
         test_gradients_are_scaled_in_place()
+        test_kept_sets_around_tiles(torch.bfloat16, 33, 9)
         stack.enter_context(mock.patch.object(tuning, "of", return_value=test_fused_head.SMALL))
         stack.enter_context(mock.patch.object(linear_triton, "FUSED_FROM", 1))
         test_fused_head.test_passes(torch.bfloat16, 17, 24, 33, {})

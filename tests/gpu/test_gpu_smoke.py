@@ -69,6 +69,17 @@ def test_head_with_our_own_matmul():
         hold(head, head_inputs(), plain="plain")
 
 
+def test_head_over_kept_sets():
+    inputs = head_inputs() | {"bias": torch.randn(VOCAB).bfloat16().requires_grad_(), "mask": torch.arange(ROWS) != 3}
+    inputs["kept"] = torch.randint(-1, VOCAB, (ROWS, 20))  # some rows have fewer than 20 ids, or one twice
+    inputs["kept"][:, 7] = inputs["labels"]
+
+    def function(inputs, backend):
+        return linear_token_stats(**inputs, stats=BOTH, backend=backend)[:2]
+
+    hold(function, inputs)
+
+
 def loss_inputs():
     sequences, length = 8, ROWS // 8
     logprobs = (torch.randn(sequences, length) * 0.3).requires_grad_()
