@@ -75,7 +75,8 @@ def test_stopped_from_outside_it_leaves_a_summary_of_what_was_finished(check, nu
         return
     assert process.returncode == 1
     assert text in printed
-    assert not alive(pid.read_text())
+    # It was sent SIGKILL, but the command does not wait for it, and a process with PyTorch takes up to 0.1 s to free its memory.
+    wait_for(lambda: not alive(pid.read_text()), 20)
     assert f"LOST tests/gpu/test_gpu_linear.py test_hangs: cut off: stopped by {number.name}" in text
     assert f"NOT RUN tests/gpu/test_gpu_linear.py: 1 row (test_after): stopped by {number.name}" in text
     assert f"stopped by {number.name} before these stages: other sizes, other benchmarks" in text
