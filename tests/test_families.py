@@ -31,7 +31,7 @@ FEW = (
 
 def check(family: str, place: Path) -> dict[str, Any]:
     """Return what comes of an architecture, which must be right or refused in a line."""
-    with family_sweep.quiet():
+    with family_sweep.settled():
         row = family_sweep.tried(family, place)
     assert row["outcome"] != "wrong", row["notes"]
     assert not row.get("fused_head", "yes").startswith("wrong"), row["fused_head"]
@@ -74,7 +74,7 @@ def test_the_sweep_sees_a_fault(fault: str, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(family_sweep, "sampled", lambda learner, momentum: sample(learner, momentum=False))
     else:
         monkeypatch.setattr(family_sweep.checkpoint, "resume", lambda *_: None)
-    with family_sweep.quiet():
+    with family_sweep.settled():
         row = family_sweep.tried("llama", tmp_path)
     assert row["outcome"] == "wrong"
     assert fault in row["notes"]

@@ -77,7 +77,7 @@ def read_model(
     """Return a model's shape from its configuration or its name, without loading weights; with LoRA, the adapter is included.
 
     Raises:
-        UsageError: the configuration cannot be read, or the adapter does not fit the model.
+        UsageError: the configuration cannot be read or lacks a size that the plan needs, or the adapter does not fit the model.
     """
     try:
         config = AutoConfig.from_pretrained(model, **loading) if isinstance(model, str) else model
@@ -87,6 +87,13 @@ def read_model(
         raise UsageError(unreadable(str(model), error)) from error
     if lora is not None and lora.lora_rank is not None:
         Adapter(empty, lora, seed=0)
+    sizes = empty.config.get_text_config()
+    missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if not hasattr(sizes, name)]
+    if missing:
+        raise UsageError(
+            f"model: expected a configuration with hidden_size, num_hidden_layers and vocab_size, got {type(sizes).__name__}, "
+            f"which lacks {' and '.join(missing)}: choose a model of another architecture"
+        )
     return model_of(empty)
 
 
