@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "train
 import torture_faults  # noqa: E402 - it lies beside this file
 
 STEPS = 10
-EVENTS = {"rollout": (20, 100), "checkpoint": (1, 36), "line": (2, 5 * STEPS), "update": (1, STEPS - 1)}
+EVENTS = {"rollout": (20, 100), "checkpoint": (1, 460), "line": (2, 5 * STEPS), "update": (1, STEPS - 1)}
 """Kinds of event, and the range that the n-th is drawn from: of tokens, disk operations, lines of metrics.jsonl
 and samples.jsonl, optimizer steps."""
 MOMENTS = {
@@ -50,12 +50,12 @@ def die_at(event: str, number: int) -> None:
     from mgrpo_kernels.train.run.stopping import Interrupt
     from mgrpo_kernels.train.watch.lines import Lines
 
-    left = number
+    left, torch_save = number, torch.save
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             nonlocal left
-            left -= 1
+            left -= event != "checkpoint" or function is torch_save or in_checkpoints(args[0])
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **options)
@@ -71,6 +71,12 @@ def die_at(event: str, number: int) -> None:
     for owner, names in places:
         for name in names:
             setattr(owner, name, counted(getattr(owner, name)))
+
+
+def in_checkpoints(target: int | Path) -> bool:
+    """Return whether a path, or the file of a descriptor, is that of a checkpoint: other files of a run are synced and replaced, too."""
+    place = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(target).parent
+    return "checkpoints" in place.parts
 
 
 def child(event: str, number: int, arguments: Sequence[str]) -> int:
