@@ -25,6 +25,7 @@ FEW = (
     "bart",  # ignores positions
     "recurrent_gemma",  # state outside the cache, and a soft cap
     "xlnet",  # not causal
+    "blt",  # sizes under other names, in parts of its configuration
     "bert",  # a head of several layers
 )
 
