@@ -404,7 +404,6 @@ def small_run(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
 def test_every_peer_that_is_here_agrees_and_is_timed(small_run, peers, report):
     """`measure` has held each to the reference, outputs and gradients."""
     _, rows = report.read(small_run)
@@ -427,7 +426,6 @@ def test_every_peer_that_is_here_agrees_and_is_timed(small_run, peers, report):
         assert "bytes" in info or info["flops"] == 2.0 * info["tokens"] * 64 * 1000 * info["gemms"]
 
 
-@pytest.mark.slow
 def test_report_of_a_run(small_run, report, tmp_path, capsys):
     report.main([str(small_run), "--plots", str(tmp_path)])
     text = capsys.readouterr().out

@@ -107,7 +107,6 @@ def test_a_few_steps_of_the_demonstration(
     assert text.splitlines()[-5].startswith(f"written: {Path('runs') / output.name}/report.html")
 
 
-@pytest.mark.slow
 def test_the_demonstration_keeps_its_promise(tmp_path: Path) -> None:
     """The whole of it, as `make train` runs it; `python benchmarks/demo_seeds.py` does five seeds and compares the bits of two runs."""
     began, before = time.monotonic(), os.times()

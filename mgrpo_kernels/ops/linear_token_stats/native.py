@@ -120,19 +120,17 @@ def sparse_backward(
     ids, gradient, outside = ops.entry_gradient(
         *entries, coefficients, logsumexp, per_row, number, head.logit_scale, head.softcap, tolerance
     )
-    grad_hidden = ops.kept_hidden_gradient(gradient, head.weight, ids) if need[0] else None
-    grad_weight = grad_bias = None
+    grads: list[Tensor | None] = [ops.kept_hidden_gradient(gradient, head.weight, ids) if need[0] else None, None, None]
     if need[1] or need[2]:
-        grad_weight, grad_bias = ops.kept_weight_gradient(gradient, hidden, ids, head.weight.shape[0])
+        of_weight, of_bias = ops.kept_weight_gradient(gradient, hidden, ids, head.weight.shape[0])
+        grads[1:] = of_weight if need[1] else None, of_bias if need[2] else None
     dense = outside.nonzero().squeeze(-1)
     if dense.numel():
         rows = head._replace(temperature=per_row[dense] if per_row is not None else number)
         of_labels = None if labels is None else labels[dense]
         parts = backward(hidden[dense], rows, of_labels, coefficients[:, dense], logsumexp[dense], need)
-        if grad_hidden is not None:
-            grad_hidden.index_add_(0, dense, parts[0])
-        if need[1]:
-            grad_weight.add_(parts[1])
-        if need[2]:
-            grad_bias.add_(parts[2])
-    return grad_hidden, grad_weight if need[1] else None, grad_bias.to(hidden.dtype) if need[2] else None
+        for total, part in zip(grads, parts, strict=True):
+            if total is not None and part is not None:
+                total.index_add_(0, dense, part) if part is parts[0] else total.add_(part)
+    grad_hidden, grad_weight, grad_bias = grads
+    return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
