@@ -1,8 +1,7 @@
 """The head on a real model's own responses: exact gradients, and gradients to a tolerance of 2^-8.
 
-In units of the bare ``hidden @ weight.T``. The statistic is the log-prob; the loss has an advantage of 0 for half of the
-sequences. `errors` are those of the gradients of hidden and weight against float64. The responses are made by
-``python scripts/real_rollouts.py``; the rows are skipped where that has not run.
+In units of the bare ``hidden @ weight.T``. The statistic is the log-prob. `errors` are those of the gradients of hidden and weight against float64.
+The responses are made by ``python scripts/real_rollouts.py``; the rows are skipped where that has not run.
 """
 
 import functools
@@ -12,7 +11,7 @@ import pytest
 import torch
 from timing import GPU, SMALL, measure
 
-from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels import linear_token_stats
 
 OP = "real_rollouts"
 FILE = Path(__file__).resolve().parents[1] / "build" / "real_rollouts.pt"
@@ -88,32 +87,3 @@ def bench_real_rollouts(benchmark, provider, step, temperature, dtype):
         ours=None if provider.startswith("ours") else ("ours, tolerance 2^-8", ours(TOLERANCE)), tokens=len(labels),
     )  # fmt: skip
     benchmark.extra_info["errors"] = dict(errors)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("provider", ["ours", "ours, tolerance 2^-8"])
-def bench_loss_of_real_rollouts(benchmark, provider, dtype):
-    hidden, labels = load()["rollouts"][1.0]
-    device = "cuda" if GPU else "cpu"
-    leaves = [each.to(device, getattr(torch, dtype)).requires_grad_() for each in (hidden, load()["weight"])]
-    labels = labels.to(device)
-    matmul = leaves[0].detach(), leaves[1].detach().t()
-    offsets = torch.linspace(0, len(labels), 9, device=device).int()
-    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0, 0.5, 0.0, -0.5, 0.0], device=device)
-
-    def call():
-        return (
-            linear_policy_loss(
-                *leaves, labels, None, advantages, cu_seqlens=offsets, gradient_tolerance=PROVIDERS[provider]
-            ).loss,
-        )
-
-    def check(results, gradients):
-        dead = (advantages.repeat_interleave(offsets.diff()) == 0).to(gradients[0].device)
-        assert (gradients[0][dead] == 0).all()
-        assert all(each.isfinite().all() for each in gradients)
-
-    measure(
-        benchmark, "both", call, leaves, (torch.ones((), device=device),), provider=provider, check=check,
-        ceiling=lambda: matmul[0] @ matmul[1], ceiling_name="matmul", ceilings=3, ours=None, tokens=len(labels),
-    )  # fmt: skip
