@@ -1,7 +1,7 @@
 """The head on a real model's own responses: exact gradients, and gradients to a tolerance of 2^-8.
 
-In units of the bare ``hidden @ weight.T``. The statistic is the log-prob. `errors` are those of the gradients of hidden and weight against float64.
-The responses are made by ``python scripts/real_rollouts.py``; the rows are skipped where that has not run.
+In units of the bare ``hidden @ weight.T``. The statistic is the log-prob. `errors` are those of the gradients of hidden and weight, against
+float64. The responses are made by ``python scripts/real_rollouts.py``; the rows are skipped where that has not run.
 """
 
 import functools

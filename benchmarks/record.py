@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What the pages need most comes first: a run that is cut has that.
 FILES = (
-    "bench_linear_token_stats", "bench_linear_policy_loss", "bench_kept_token_stats", "bench_real_rollouts", "bench_loss_of_real_rollouts", "bench_token_stats",
+    "bench_linear_token_stats", "bench_linear_policy_loss", "bench_kept_token_stats", "bench_real_rollouts",
+    "bench_loss_of_real_rollouts", "bench_token_stats",
     "bench_logits_policy_loss", "bench_ema", "bench_policy_loss", "bench_iqr_filter", "bench_trainer", "bench_scaling",
 )  # fmt: skip
 LIMIT = 0.1  # cores that all other processes may use
