@@ -5,6 +5,7 @@ import torch
 from contract import each_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mgrpo_kernels import backend as backends
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native
@@ -254,6 +255,20 @@ def test_shards_of_a_vocabulary_keep_to_the_tolerance_together():
     left_out = (got - exact).abs().sum(-1)
     assert (left_out <= TOLERANCE * 1.001 * exact.abs().sum(-1) + 1e-4).all()
     assert (got == 0).any(-1).sum() > 6
+
+
+def test_the_entropy_of_what_is_not_kept_is_held_against_the_tolerance():
+    """One entry has p = 0.905, and 14 of probability e^-5 are not kept: they have most of the entropy's gradient."""
+    backends.choose(OP, "native", torch.device("cpu"), torch.float32)
+    ids = torch.zeros(1, 16, dtype=torch.int32)
+    ids[0, 0] = -1
+    logits = torch.full((1, 16), 4.9)
+    counts, rest = torch.tensor([2], dtype=torch.int32), torch.tensor([[0.0], [14.0], [0.0], [-1.0]])
+    coefficients = torch.tensor([[0.0], [-1.0], [0.0], [0.0]])
+    *_, outside = torch.ops.mgrpo_native.entry_gradient(
+        ids, logits, counts, rest, coefficients, torch.tensor([5.0]), None, 1.0, 1.0, None, 0.5
+    )
+    assert outside.tolist() == [True]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 2, float("nan"), True, "exact"])
