@@ -113,6 +113,13 @@ def test_a_formula_that_hangs_is_given_up(worker, caplog):
     assert alive(pid)
 
 
+def test_a_formula_that_hung_is_not_asked_about_again(worker, monkeypatch):
+    worker.limit = 0.5
+    assert worker.evaluate(HANGS) == (True, None)
+    monkeypatch.setattr(worker, "_running", pytest.fail)
+    assert worker.evaluate(HANGS) == (True, None)
+
+
 def test_a_vote_survives_a_formula_that_hangs(worker):
     worker.limit = 0.5
     vote = majority_vote([HALF, HANGS, r"\frac12", "3", HANGS], 5, seconds=100.0)

@@ -137,3 +137,14 @@ def test_the_engine_says_how_it_samples() -> None:
     assert engine.how() == SharedCache.HOW
     engine.policy.unpackable = "for this test"
     assert engine.how() == PaddedCache.HOW
+
+
+def test_prompts_of_equal_length_apart_get_their_own_logits(policy: Policy) -> None:
+    prompts = policy.encode(["1+2=", "1+2+3=", "4+5="])
+    assert len(prompts[0]) == len(prompts[2]) != len(prompts[1])
+    with torch.no_grad():
+        logits = UnpaddedCache(policy, prompts, 1, 2).start()
+        for row, prompt in zip(logits, prompts, strict=True):
+            torch.testing.assert_close(
+                row, policy.model(torch.tensor([prompt])).logits[0, -1].float(), rtol=1e-4, atol=1e-4
+            )

@@ -174,6 +174,9 @@ def test_changes_are_paired_and_nothing_within_its_error_is_best(tmp_path: Path)
     unpaired = (found[0]["eval_accuracy_error"] ** 2 + found[10]["eval_accuracy_error"] ** 2) ** 0.5
     assert error < 0.5 * unpaired
     assert found[20]["eval_best_step"] is None  # step 10 has as many right answers, and others
+    lucky = held_out_of(tmp_path / "lucky")
+    lucky.record(0, answered(4, 0, 4, 0, 4, 1))
+    assert lucky.record(10, answered(0, 4, 0, 4, 0, 4))["eval_best_step"] is None  # one more right answer is luck
     fallen = kept.record(30, answered(0, 1, 2, 3, 4, 1))
     assert fallen["eval_best_step"] == 20
     assert fallen["eval_accuracy_change"] == 0.0
