@@ -159,9 +159,13 @@ class BuildNative(BuildExtension):
     def build_extension(self, ext):
         for isa, flags in ISAS.items():
             ext.extra_objects += self.compiler.compile(
-                sources(kernels=True), output_dir=f"{self.build_temp}/{isa}", include_dirs=ext.include_dirs, debug=self.debug,
-                extra_postargs=[*FLAGS, *flags, f"-DCPU_CAPABILITY={isa}"], depends=ext.depends,
-            )  # fmt: skip
+                sources(kernels=True),
+                output_dir=f"{self.build_temp}/{isa}",
+                include_dirs=ext.include_dirs,
+                debug=self.debug,
+                extra_postargs=[*FLAGS, *flags, f"-DCPU_CAPABILITY={isa}"],
+                depends=ext.depends,
+            )
         super().build_extension(ext)
 
 

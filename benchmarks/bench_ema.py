@@ -50,7 +50,15 @@ def bench_ema(benchmark, provider):
         return forward
 
     measure(
-        benchmark, "forward", call(peer.function), provider=provider, ours=beside("ema", peer, call), check=check, reset=reset,
-        ceiling=copy_of(12 * elements), ceiling_name="copy", bytes=12 * elements,
+        benchmark,
+        "forward",
+        call(peer.function),
+        provider=provider,
+        ours=beside("ema", peer, call),
+        check=check,
+        reset=reset,
+        ceiling=copy_of(12 * elements),
+        ceiling_name="copy",
+        bytes=12 * elements,
         computes=peer.computes,
-    )  # fmt: skip
+    )

@@ -22,7 +22,14 @@ def bench_iqr_filter(benchmark, provider):
         return lambda: (function(entropy, GROUP),)
 
     measure(
-        benchmark, "forward", call(peer.function), provider=provider, ours=beside("iqr_filter", peer, call), check=check,
-        ceiling=entropy.clone, ceiling_name="copy",
-        bytes=5 * entropy.numel(), computes=peer.computes,
-    )  # fmt: skip
+        benchmark,
+        "forward",
+        call(peer.function),
+        provider=provider,
+        ours=beside("iqr_filter", peer, call),
+        check=check,
+        ceiling=entropy.clone,
+        ceiling_name="copy",
+        bytes=5 * entropy.numel(),
+        computes=peer.computes,
+    )

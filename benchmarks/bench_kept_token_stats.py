@@ -39,7 +39,19 @@ def bench_kept_token_stats(benchmark, dtype, step):
     gemms = {"forward": 1, "hidden": 2, "both": 3}[step]
     upstream = tuple(torch.ones(TOKENS, device=device) for _ in range(2))
     measure(
-        benchmark, "forward" if step == "forward" else "both", call, trained or leaves, upstream, provider="ours", check=check,
-        ceiling=lambda: hidden.detach() @ weight.detach().t(), ceiling_name="matmul", ceilings=1, gemms=gemms,
-        ours=None, flops=2.0 * TOKENS * KEPT * WIDTH * gemms, tokens=TOKENS,
-    )  # fmt: skip
+        benchmark,
+        "forward" if step == "forward" else "both",
+        call,
+        trained or leaves,
+        upstream,
+        provider="ours",
+        check=check,
+        ceiling=lambda: hidden.detach() @ weight.detach().t(),
+        ceiling_name="matmul",
+        ceilings=1,
+        gemms=gemms,
+        ours=None,
+        computes="logprob, entropy",
+        flops=2.0 * TOKENS * KEPT * WIDTH * gemms,
+        tokens=TOKENS,
+    )

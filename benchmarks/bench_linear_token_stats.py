@@ -40,13 +40,24 @@ def time_it(benchmark, shape, dtype, provider, step, tokens, patient=False):
         return lambda: function(*leaves, labels)
 
     measure(
-        benchmark, step, call(peer.function), leaves, truth.upstream, provider=provider, ours=beside(OP, peer, call),
+        benchmark,
+        step,
+        call(peer.function),
+        leaves,
+        truth.upstream,
+        provider=provider,
+        ours=beside(OP, peer, call),
         check=check_against(truth, TOLERANCE[hidden.dtype]),
-        ceiling=lambda: hidden @ weight.t(), ceiling_name="matmul", ceilings=gemms, gemms=gemms,
-        flops=2.0 * tokens * width * vocab * gemms, computes=peer.computes, tokens=tokens,
+        ceiling=lambda: hidden @ weight.t(),
+        ceiling_name="matmul",
+        ceilings=gemms,
+        gemms=gemms,
+        flops=2.0 * tokens * width * vocab * gemms,
+        computes=peer.computes,
+        tokens=tokens,
         patient=patient or (peer.slow_on_cpu and not GPU),
         gradient_bytes=0 if step == "forward" else (hidden.numel() + weight.numel()) * hidden.element_size(),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("shape", "dtype", "provider", "step"), rows(OP))

@@ -30,9 +30,13 @@ def truth_of(logits, labels, old, advantages):
         some = logits[i, :-1].float().requires_grad_()
         logprob = token_stats_from_logits(some, labels[i], stats=("logprob",), backend="reference").logprob
         part = policy_loss(
-            logprob[None], old[i : i + 1], advantages[i : i + 1], loss_type="dapo", normalizer=float(SEQUENCES * length),
+            logprob[None],
+            old[i : i + 1],
+            advantages[i : i + 1],
+            loss_type="dapo",
+            normalizer=float(SEQUENCES * length),
             backend="reference",
-        ).loss  # fmt: skip
+        ).loss
         loss = loss + part.detach()
     return Truth((loss,), (torch.ones_like(loss),), torch.autograd.grad(part, some))
 
@@ -59,7 +63,18 @@ def bench_logits_policy_loss(benchmark, shape, dtype, provider, step):
         return lambda: function(leaf, labels, old, advantages)
 
     measure(
-        benchmark, step, call(peer.function), (leaf,), truth.upstream, provider=provider, ours=beside(OP, peer, call),
+        benchmark,
+        step,
+        call(peer.function),
+        (leaf,),
+        truth.upstream,
+        provider=provider,
+        ours=beside(OP, peer, call),
         check=lambda outputs, grads: compare(outputs, (grads[0][0, :-1],)),
-        ceiling=copy_of(3 * once), ceiling_name="copy", bytes=3 * once, computes=peer.computes, tokens=ROWS, gradient_bytes=once,
-    )  # fmt: skip
+        ceiling=copy_of(3 * once),
+        ceiling_name="copy",
+        bytes=3 * once,
+        computes=peer.computes,
+        tokens=ROWS,
+        gradient_bytes=once,
+    )

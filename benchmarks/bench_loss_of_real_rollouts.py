@@ -34,6 +34,17 @@ def bench_loss_of_real_rollouts(benchmark, provider, dtype):
         assert all(each.isfinite().all() for each in gradients)
 
     measure(
-        benchmark, "both", call, leaves, (torch.ones((), device=device),), provider=provider, check=check,
-        ceiling=lambda: matmul[0] @ matmul[1], ceiling_name="matmul", ceilings=3, ours=None, tokens=len(labels),
-    )  # fmt: skip
+        benchmark,
+        "both",
+        call,
+        leaves,
+        (torch.ones((), device=device),),
+        provider=provider,
+        check=check,
+        ceiling=lambda: matmul[0] @ matmul[1],
+        ceiling_name="matmul",
+        ceilings=3,
+        ours=None,
+        computes="loss",
+        tokens=len(labels),
+    )

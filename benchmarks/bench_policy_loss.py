@@ -34,7 +34,18 @@ def bench_policy_loss(benchmark, provider, step):
         return lambda: function(leaf, old, ref, rewards, GROUP)
 
     measure(
-        benchmark, step, call(peer.function), (leaf,), truth.upstream, provider=provider, ours=beside(OP, peer, call),
-        check=check_against(truth, 1e-4), ceiling=copy_of(moved), ceiling_name="copy", bytes=moved, computes=peer.computes,
-        tokens=logprobs.numel(), gradient_bytes=0 if step == "forward" else 4 * logprobs.numel(),
-    )  # fmt: skip
+        benchmark,
+        step,
+        call(peer.function),
+        (leaf,),
+        truth.upstream,
+        provider=provider,
+        ours=beside(OP, peer, call),
+        check=check_against(truth, 1e-4),
+        ceiling=copy_of(moved),
+        ceiling_name="copy",
+        bytes=moved,
+        computes=peer.computes,
+        tokens=logprobs.numel(),
+        gradient_bytes=0 if step == "forward" else 4 * logprobs.numel(),
+    )

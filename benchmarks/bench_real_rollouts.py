@@ -82,8 +82,18 @@ def bench_real_rollouts(benchmark, provider, step, temperature, dtype):
             assert errors[name] < TOLERANCE + rounding
 
     measure(
-        benchmark, step, call, leaves, (torch.ones(len(labels), device=device),) if step == "both" else (), provider=provider,
-        check=check, ceiling=lambda: matmul[0] @ matmul[1], ceiling_name="matmul", ceilings=1 if step == "forward" else 3,
-        ours=None if provider.startswith("ours") else ("ours, tolerance 2^-8", ours(TOLERANCE)), tokens=len(labels),
-    )  # fmt: skip
+        benchmark,
+        step,
+        call,
+        leaves,
+        (torch.ones(len(labels), device=device),) if step == "both" else (),
+        provider=provider,
+        check=check,
+        ceiling=lambda: matmul[0] @ matmul[1],
+        ceiling_name="matmul",
+        ceilings=1 if step == "forward" else 3,
+        ours=None if provider.startswith("ours") else ("ours, tolerance 2^-8", ours(TOLERANCE)),
+        computes="logprob",
+        tokens=len(labels),
+    )
     benchmark.extra_info["errors"] = dict(errors)

@@ -65,8 +65,18 @@ def bench_token_stats(benchmark, shape, dtype, provider, step):
         return lambda: function(leaf, labels)
 
     measure(
-        benchmark, step, call(peer.function), (leaf,), truth.upstream, provider=provider, ours=beside(OP, peer, call),
+        benchmark,
+        step,
+        call(peer.function),
+        (leaf,),
+        truth.upstream,
+        provider=provider,
+        ours=beside(OP, peer, call),
         check=lambda outputs, grads: compare(tuple(out[::16] for out in outputs), tuple(grad[::16] for grad in grads)),
-        ceiling=logits.sum if reads_only else copy_of(moved), ceiling_name="sum" if reads_only else "copy", bytes=moved,
-        computes=peer.computes, tokens=ROWS, gradient_bytes=0 if step == "forward" else once,
-    )  # fmt: skip
+        ceiling=logits.sum if reads_only else copy_of(moved),
+        ceiling_name="sum" if reads_only else "copy",
+        bytes=moved,
+        computes=peer.computes,
+        tokens=ROWS,
+        gradient_bytes=0 if step == "forward" else once,
+    )

@@ -64,10 +64,17 @@ def make_model(shape: Size, place: Path) -> None:
     torch.manual_seed(0)
     end = shape.vocabulary  # which the head does not have
     config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=2 * shape.width, num_hidden_layers=shape.layers,
-        num_attention_heads=4, max_position_embeddings=512, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=2 * shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(place)
     words = Tokenizer(models.WordLevel({str(number): number for number in range(end + 1)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -83,11 +90,23 @@ def make_task(shape: Size) -> Task:
 
 
 def make_ours(shape: Size, place: Path, task: Task, **changes: Any) -> Learner:
-    config = build({
-        "model": str(place), "data": "of the task", "method": "srt", "prompts_per_step": shape.prompts, "rollouts": shape.group,
-        "max_response_tokens": shape.response_tokens, "temperature": 1.0, "kl_coef": 0.0, "learning_rate": RATE, "warmup": 0.0,
-        "lr_schedule": "constant", "eval_every": 0, **changes,
-    })  # fmt: skip
+    config = build(
+        {
+            "model": str(place),
+            "data": "of the task",
+            "method": "srt",
+            "prompts_per_step": shape.prompts,
+            "rollouts": shape.group,
+            "max_response_tokens": shape.response_tokens,
+            "temperature": 1.0,
+            "kl_coef": 0.0,
+            "learning_rate": RATE,
+            "warmup": 0.0,
+            "lr_schedule": "constant",
+            "eval_every": 0,
+            **changes,
+        }
+    )
     model: Any = LlamaForCausalLM.from_pretrained(place)
     return make_learner(config, task, Policy(model.to(DEVICE), PreTrainedTokenizerFast.from_pretrained(place)))
 
@@ -242,9 +261,14 @@ def bench_trainer(benchmark: Any, shape: str, work: str, provider: str, tmp_path
     rounds = [Round(other, mine, other) for mine, other in zip(ours, others, strict=True)]
     benchmark.extra_info.update(
         figures([Round(other, None, mine) for other, mine, _ in rounds], 0.0),
-        ceiling="TRL's step" if work == "grpo" else "our step without", ceiling_p50_ms=1e3 * percentile(others, 0.5),
-        peak_memory_bytes=memory, computes=work, bytes=4 * parameters * (of.response_tokens + 2 + 7),
-        shares=shares(metrics, ours), parameters=parameters, **of._asdict(),
-    )  # fmt: skip
+        ceiling="TRL's step" if work == "grpo" else "our step without",
+        ceiling_p50_ms=1e3 * percentile(others, 0.5),
+        peak_memory_bytes=memory,
+        computes=work,
+        bytes=4 * parameters * (of.response_tokens + 2 + 7),
+        shares=shares(metrics, ours),
+        parameters=parameters,
+        **of._asdict(),
+    )
     if work == "grpo":
         benchmark.extra_info.update(pair(rounds), peer="trl")

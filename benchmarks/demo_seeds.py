@@ -49,9 +49,11 @@ def result(seed: int, output: Path, took: dict[str, float]) -> dict[str, Any]:
     evaluated = [line for line in read_lines(output / "metrics.jsonl") if line.get("eval_accuracy") is not None]
     values = {key: [line[key] for line in evaluated] for key in FIGURES}
     return {
-        "seed": seed, **took, "steps": [line["step"] for line in evaluated],
+        "seed": seed,
+        **took,
+        "steps": [line["step"] for line in evaluated],
         **{key: {"start": v[0], "best": max(v), "end": v[-1], "all": v} for key, v in values.items()},
-    }  # fmt: skip
+    }
 
 
 def same_bits(one: Path, other: Path) -> bool:

@@ -76,10 +76,14 @@ def rows(op: str, shapes: Sequence[str] = HERE, dtypes: Sequence[str] = DTYPES, 
                     main = shape == MAIN_SHAPE and dtype == "bfloat16" and peer.name.startswith(MAIN_PEERS)
                     cases.append(
                         pytest.param(
-                            shape, dtype, peer.name, step, id=f"{shape}-{dtype}-{peer.name}-{step}",
+                            shape,
+                            dtype,
+                            peer.name,
+                            step,
+                            id=f"{shape}-{dtype}-{peer.name}-{step}",
                             marks=[pytest.mark.gpu_check] if main else [],
                         )
-                    )  # fmt: skip
+                    )
     return cases
 
 

@@ -57,11 +57,16 @@ def describe() -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor['name']} ({processor['generation']})"
     return {
-        "device": name, "cpu": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "python_version": platform.python_version(),
-        "torch": torch.__version__, "peers": {each: installed[each] for each in PEERS if each in installed},
+        "device": name,
+        "cpu": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python_version": platform.python_version(),
+        "torch": torch.__version__,
+        "peers": {each: installed[each] for each in PEERS if each in installed},
         "backend": backend.choose("linear_token_stats", None, device, torch.bfloat16),
-    }  # fmt: skip
+    }
 
 
 def slug(machine: dict[str, Any]) -> str:
@@ -91,9 +96,12 @@ def stamp() -> dict[str, Any]:
     """Return what a page says of the figures of a script: machine, version, day, commit, and the load beside it."""
     here = describe()
     return {
-        "CPU": f"{here['device']}, {here['cores']} cores, {here['threads']} threads", "torch": here["torch"], "date": today(),
-        "commit": commit(), "load_average": list(os.getloadavg()),
-    }  # fmt: skip
+        "CPU": f"{here['device']}, {here['cores']} cores, {here['threads']} threads",
+        "torch": here["torch"],
+        "date": today(),
+        "commit": commit(),
+        "load_average": list(os.getloadavg()),
+    }
 
 
 class Sample(NamedTuple):

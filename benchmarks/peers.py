@@ -89,9 +89,15 @@ PEERS: dict[str, dict[str, Peer]] = collections.defaultdict(dict)  # op -> name 
 
 
 def provider(
-    op: str, name: str, computes: str, *, gemms: Any = (0, 0, 0), needs: str = "", gpu_only: bool = False,
+    op: str,
+    name: str,
+    computes: str,
+    *,
+    gemms: Any = (0, 0, 0),
+    needs: str = "",
+    gpu_only: bool = False,
     slow_on_cpu: bool = False,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter the decorated function under `op`."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -278,9 +284,13 @@ def _(hidden, weight, labels):
 
 
 @provider(
-    "linear_token_stats", "liger, cross-entropy", PART, gemms=IN_FORWARD,
-    needs="liger_kernel.ops:LigerFusedLinearCrossEntropyFunction", gpu_only=True,
-)  # fmt: skip
+    "linear_token_stats",
+    "liger, cross-entropy",
+    PART,
+    gemms=IN_FORWARD,
+    needs="liger_kernel.ops:LigerFusedLinearCrossEntropyFunction",
+    gpu_only=True,
+)
 def _(hidden, weight, labels):
     """Liger 0.8's fused linear cross-entropy, summed: the gradient is formed in the forward pass. One number, no log-probs.
 
@@ -319,9 +329,13 @@ def _(hidden, weight, labels):
 
 
 @provider(
-    "linear_token_stats", "verl", STATS, gemms=RECOMPUTE,
-    needs="verl.utils.kernel.linear_cross_entropy:linear_cross_entropy", gpu_only=True,
-)  # fmt: skip
+    "linear_token_stats",
+    "verl",
+    STATS,
+    gemms=RECOMPUTE,
+    needs="verl.utils.kernel.linear_cross_entropy:linear_cross_entropy",
+    gpu_only=True,
+)
 def _(hidden, weight, labels):
     """verl 0.9's ``linear_cross_entropy``: the matmul is a Triton kernel of its own."""
     return tuple(
@@ -330,9 +344,13 @@ def _(hidden, weight, labels):
 
 
 @provider(
-    "linear_token_stats", "quack", PART, gemms=IN_FORWARD, needs="quack.linear_cross_entropy:chunked_linear_cross_entropy",
+    "linear_token_stats",
+    "quack",
+    PART,
+    gemms=IN_FORWARD,
+    needs="quack.linear_cross_entropy:chunked_linear_cross_entropy",
     gpu_only=True,
-)  # fmt: skip
+)
 def _(hidden, weight, labels):
     """QuACK 0.6's ``chunked_linear_cross_entropy``, summed: the gradient is formed in the forward pass. One number, no log-probs."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
@@ -388,16 +406,33 @@ def trl_loss(logprobs, entropies, old, advantages, ref=None, kl_coef=0.0):
             gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1, sync_gradients=True
         ),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token",
-        beta=kl_coef, loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2, use_vllm=False, model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, use_adaptive_entropy=False, entropy_coef=0.0,
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=kl_coef,
+        loss_type="dapo",
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        use_vllm=False,
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        use_adaptive_entropy=False,
+        entropy_coef=0.0,
         _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
-    )  # fmt: skip
+    )
     ones = torch.ones_like(logprobs, dtype=torch.int64)
     inputs = {
-        "prompt_ids": ones[:, :1], "prompt_mask": ones[:, :1], "completion_ids": ones, "completion_mask": ones,
-        "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": ones.sum(),
-    }  # fmt: skip
+        "prompt_ids": ones[:, :1],
+        "prompt_mask": ones[:, :1],
+        "completion_ids": ones,
+        "completion_mask": ones,
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": ref,
+        "num_items_in_batch": ones.sum(),
+    }
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
@@ -468,9 +503,19 @@ def _(logits, labels, old, advantages):
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     loss, _ = triton_grpo_loss(
-        logits, old, None, labels, advantages, temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2, inplace=False,
-        loss_type="dapo", reduce=True,
-    )  # fmt: skip
+        logits,
+        old,
+        None,
+        labels,
+        advantages,
+        temperature=1.0,
+        beta=0.0,
+        eps_low=0.2,
+        eps_high=0.2,
+        inplace=False,
+        loss_type="dapo",
+        reduce=True,
+    )
     return (loss,)
 
 

@@ -71,10 +71,18 @@ def write_files(case: Case, place: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     end = case.vocabulary - 1
     config = LlamaConfig(
-        vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=case.width * 5 // 2, num_hidden_layers=case.layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=end,
-        pad_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=case.vocabulary,
+        hidden_size=case.width,
+        intermediate_size=case.width * 5 // 2,
+        num_hidden_layers=case.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
     LlamaForCausalLM(config).save_pretrained(place / "model")
     words = Tokenizer(models.WordLevel({str(number): number for number in range(end + 1)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -83,11 +91,21 @@ def write_files(case: Case, place: Path) -> dict[str, Any]:
     text = "".join(json.dumps({"question": " ".join(map(str, row))}) + "\n" for row in rows)
     (place / "data.jsonl").write_text(text, encoding="utf-8")
     return {
-        "model": str(place / "model"), "data": str(place / "data.jsonl"), "prompt_template": "{question}", "chat_template": "off",
-        "prompts_per_step": case.prompts, "rollouts": case.group, "max_response_tokens": case.response_tokens,
-        "tokens_per_microbatch": case.budget, "steps": STEPS, "eval_every": 0, "checkpoint_every": 0, "temperature": 1.0, "guard": "off",
+        "model": str(place / "model"),
+        "data": str(place / "data.jsonl"),
+        "prompt_template": "{question}",
+        "chat_template": "off",
+        "prompts_per_step": case.prompts,
+        "rollouts": case.group,
+        "max_response_tokens": case.response_tokens,
+        "tokens_per_microbatch": case.budget,
+        "steps": STEPS,
+        "eval_every": 0,
+        "checkpoint_every": 0,
+        "temperature": 1.0,
+        "guard": "off",
         **dict(case.options),
-    }  # fmt: skip
+    }
 
 
 def child(place: Path) -> None:
@@ -114,11 +132,17 @@ def child(place: Path) -> None:
         work = work_of(config, case.prompt_tokens, 0, case.ranks)
         memory = memory_of(config, model, work, case.ranks, "cpu")
         (place / "estimate.json").write_text(
-            json.dumps({
-                "parameters": model.parameters, "memory": memory.total, "moment": memory.moment, "rates": rates._asdict(),
-                "parts": {"held": memory.held, **memory.moments}, **seconds(config, model, work, case.ranks, rates),
-            })
-        )  # fmt: skip
+            json.dumps(
+                {
+                    "parameters": model.parameters,
+                    "memory": memory.total,
+                    "moment": memory.moment,
+                    "rates": rates._asdict(),
+                    "parts": {"held": memory.held, **memory.moments},
+                    **seconds(config, model, work, case.ranks, rates),
+                }
+            )
+        )
     sys.exit(status)
 
 
@@ -153,9 +177,13 @@ def check(case: Case, least: int, scratch: Path) -> dict[str, Any]:
     ratio = {name: round(said[name] / value, 3) for name, value in measured.items() if value}
     tokens = statistics.mean(line["response_tokens"] for line in lines)
     return {
-        "case": case._asdict(), "load_average": round(load, 1), "response_tokens": round(tokens, 1), "estimate": said,
-        "measured": measured, "estimate over measured": ratio,
-    }  # fmt: skip
+        "case": case._asdict(),
+        "load_average": round(load, 1),
+        "response_tokens": round(tokens, 1),
+        "estimate": said,
+        "measured": measured,
+        "estimate over measured": ratio,
+    }
 
 
 def main() -> int:

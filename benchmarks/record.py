@@ -27,10 +27,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What the pages need most comes first: a run that is cut has that.
 FILES = (
-    "bench_linear_token_stats", "bench_linear_policy_loss", "bench_kept_token_stats", "bench_real_rollouts",
-    "bench_loss_of_real_rollouts", "bench_token_stats",
-    "bench_logits_policy_loss", "bench_ema", "bench_policy_loss", "bench_iqr_filter", "bench_trainer", "bench_scaling",
-)  # fmt: skip
+    "bench_linear_token_stats",
+    "bench_linear_policy_loss",
+    "bench_kept_token_stats",
+    "bench_real_rollouts",
+    "bench_loss_of_real_rollouts",
+    "bench_token_stats",
+    "bench_logits_policy_loss",
+    "bench_ema",
+    "bench_policy_loss",
+    "bench_iqr_filter",
+    "bench_trainer",
+    "bench_scaling",
+)
 LIMIT = 0.1  # cores that all other processes may use
 LOOK, PATIENCE = 2.0, 60.0  # seconds
 NOT_OF_A_FILE = ("device", "cpu", "cores", "threads", "torch", "peers", "python_version", "backend")
@@ -106,10 +115,13 @@ def run_file(name: str, even_if_busy: bool) -> tuple[list[dict[str, Any]], dict[
             f"{name}: other processes used {during:.2f} cores meanwhile, allowed {LIMIT}: nothing of it is recorded"
         )
     return rows, {
-        "date": machine.today(), "commit": machine.commit(),
-        "seconds": round(time.monotonic() - start), "load_average_before": list(load), "load_average_after": list(os.getloadavg()),
+        "date": machine.today(),
+        "commit": machine.commit(),
+        "seconds": round(time.monotonic() - start),
+        "load_average_before": list(load),
+        "load_average_after": list(os.getloadavg()),
         "cores_used_by_others": {"before": round(before, 3), "during": round(during, 3)},
-    }  # fmt: skip
+    }
 
 
 def merge(result: dict[str, Any], name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:

@@ -102,9 +102,17 @@ def table(rows: list[Row]) -> str:
     """Return one op's table."""
     names = [name for name in ("op", "shape", "dtype", "tokens", "step") if name in rows[0].params]
     head = [
-        *({"step": "pass"}.get(name, name) for name in names), "provider", "computes", "ms (p20 - p80)", "times ours", "times its ceiling",
-        "share of ceiling", "matmuls", "rate", "memory, MiB",
-    ]  # fmt: skip
+        *({"step": "pass"}.get(name, name) for name in names),
+        "provider",
+        "computes",
+        "ms (p20 - p80)",
+        "times ours",
+        "times its ceiling",
+        "share of ceiling",
+        "matmuls",
+        "rate",
+        "memory, MiB",
+    ]
 
     def order(row: Row) -> list[tuple[int, float, str]]:
         keys = [
@@ -115,17 +123,23 @@ def table(rows: list[Row]) -> str:
             else (0, 0.0, value)
             for value in (row.params[name] for name in names)
         ]
-        return [*keys, (0, -len(row.info["computes"]), ""), (0, row.info["p50_ms"], "")]
+        return [*keys, (0, -len(row.info.get("computes", "")), ""), (0, row.info["p50_ms"], "")]
 
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in sorted(rows, key=order):
         info = row.info
         cells = [
-            *(str(row.params[name]) for name in names), row.provider, info.get("computes", ""),
-            f"{three_digits(info['p50_ms'])} ({three_digits(info['p20_ms'])} - {three_digits(info['p80_ms'])})", row.times_ours,
-            f"{info['ratio']:.2f} {info['ceiling']}", percent(info["share_of_ceiling"]), str(info.get("gemms", "")), row.rate,
+            *(str(row.params[name]) for name in names),
+            row.provider,
+            info.get("computes", ""),
+            f"{three_digits(info['p50_ms'])} ({three_digits(info['p20_ms'])} - {three_digits(info['p80_ms'])})",
+            row.times_ours,
+            f"{info['ratio']:.2f} {info['ceiling']}",
+            percent(info["share_of_ceiling"]),
+            str(info.get("gemms", "")),
+            row.rate,
             f"{row.memory:.0f}",
-        ]  # fmt: skip
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -178,9 +192,14 @@ def plot_scaling(data: dict, rows: list[Row], path: Path) -> None:
                 ys = [value(line[x]) for x in xs]
                 ours = provider == "ours"
                 axes.plot(
-                    xs, ys, marker="o", markersize=6 if ours else 4, linewidth=2.8 if ours else 1.6, color=colour(provider),
+                    xs,
+                    ys,
+                    marker="o",
+                    markersize=6 if ours else 4,
+                    linewidth=2.8 if ours else 1.6,
+                    color=colour(provider),
                     zorder=3 if ours else 2,
-                )  # fmt: skip
+                )
                 ends.append((ys[-1], xs[-1], provider))
             axes.set(xscale="log", yscale="log", xlim=(sizes[0] * 0.85, sizes[-1] * 2.1))
             axes.xaxis.set_major_locator(FixedLocator(sizes))
@@ -214,9 +233,14 @@ def label_ends(axes: Any, ends: list[tuple[float, int, str]]) -> None:
     for y, x, provider in sorted(ends):
         at = max(y, at * apart)
         axes.annotate(
-            provider, (x, y), xytext=(x * 1.12, at), va="center", color=colour(provider), fontsize=10,
+            provider,
+            (x, y),
+            xytext=(x * 1.12, at),
+            va="center",
+            color=colour(provider),
+            fontsize=10,
             fontweight="bold" if provider == "ours" else "normal",
-        )  # fmt: skip
+        )
 
 
 def heading(data: dict, what: str) -> str:
@@ -271,9 +295,14 @@ def plot_roofline(data: dict, rows: list[Row], path: Path) -> None:
             )
             text += "" if count is None else f", {count} matmul{'' if count == 1 else 's'}"
             axes.text(
-                shares[i] + 0.012 * most, i, text, va="center", fontsize=8.5, color="#222222",
+                shares[i] + 0.012 * most,
+                i,
+                text,
+                va="center",
+                fontsize=8.5,
+                color="#222222",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-            )  # fmt: skip
+            )
         axes.set_yticks(range(len(some)), [row.provider for row in some])
         for label, row in zip(axes.get_yticklabels(), some, strict=True):
             label.set(color=colour(row.provider), fontweight="bold" if row.provider.startswith("ours") else "normal")

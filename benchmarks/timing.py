@@ -247,8 +247,10 @@ def figures(rounds: Sequence[Round], ceilings: float) -> dict[str, Any]:
     ratio = percentile([each.provider / each.ceiling for each in rounds], 0.5)
     return {
         **{f"p{share}_ms": 1e3 * percentile(samples, share / 100) for share in (20, 50, 80)},
-        "rounds": len(rounds), "ratio": ratio, "share_of_ceiling": ceilings / ratio if ceilings else None,
-    }  # fmt: skip
+        "rounds": len(rounds),
+        "ratio": ratio,
+        "share_of_ceiling": ceilings / ratio if ceilings else None,
+    }
 
 
 def pair(rounds: Sequence[Round]) -> dict[str, float]:

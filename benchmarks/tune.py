@@ -118,7 +118,10 @@ def sweep(work: Workloads | None = None) -> dict[str, tuple[list[Any], Callable[
     """Return field -> (candidates, its workload), those first whose choice matters most."""
     rows = 0 if work is None else work.sizes.rows
     return {
-        "forward_tile": ([(8192, columns) for columns in (2048, 4096, 8192, 16384, 32768)], lambda: work.head(grad=False)),
+        "forward_tile": (
+            [(8192, columns) for columns in (2048, 4096, 8192, 16384, 32768)],
+            lambda: work.head(grad=False),
+        ),
         "fused_tile": (FUSED_TILES, lambda: work.head_both()),
         "matmul": (["library", "fused"], lambda: work.head_both()),
         "tile_state": (THREADS_AND_LOADS, lambda: work.head(grad=False)),
@@ -128,8 +131,11 @@ def sweep(work: Workloads | None = None) -> dict[str, tuple[list[Any], Callable[
         "stats_forward": (THREADS_AND_LOADS, lambda: work.logits(rows, grad=False)),
         "stats_backward": (THREADS_AND_LOADS, lambda: work.logits(rows, grad=True)),
         "programs_per_processor": ([2, 4, 8], lambda: work.logits(max(1, rows // 128), grad=False)),
-        "ema": ([(16384, 2048, 8), (32768, 2048, 8), (65536, 2048, 8), (32768, 1024, 4), (32768, 4096, 8)], lambda: work.ema()),
-    }  # fmt: skip
+        "ema": (
+            [(16384, 2048, 8), (32768, 2048, 8), (65536, 2048, 8), (32768, 1024, 4), (32768, 4096, 8)],
+            lambda: work.ema(),
+        ),
+    }
 
 
 def milliseconds(run: Run, device: torch.device) -> float:
@@ -195,8 +201,12 @@ class Sweep:
             self.table[field] = in_order(candidates, getattr(default, field), dry)
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         self.about = {
-            "device": name, "torch": torch.__version__, "triton": triton.__version__, "commit": commit(), "sizes": sizes._asdict()
-        }  # fmt: skip
+            "device": name,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "commit": commit(),
+            "sizes": sizes._asdict(),
+        }
 
     def save(self) -> dict[str, Any]:
         """Write what is known so far, and return it."""

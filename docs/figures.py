@@ -116,12 +116,17 @@ COLUMNS = {"eager": "eager PyTorch", "compile": "`torch.compile`", "trl": "TRL",
 PACKAGE = {"trl": "trl", "liger": "liger-kernel"}
 PASS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 OF_README = (
-    ("linear_token_stats", "bfloat16", "forward"), ("linear_token_stats", "bfloat16", "both"),
+    ("linear_token_stats", "bfloat16", "forward"),
+    ("linear_token_stats", "bfloat16", "both"),
     ("linear_token_stats", "float32", "both"),
-    ("linear_policy_loss", "bfloat16", "both"), ("linear_policy_loss", "float32", "both"),
-    ("token_stats", "bfloat16", "both"), ("token_stats", "float32", "forward"), ("logits_policy_loss", "bfloat16", "both"),
-    ("policy_loss", "both"), ("ema",),
-)  # fmt: skip
+    ("linear_policy_loss", "bfloat16", "both"),
+    ("linear_policy_loss", "float32", "both"),
+    ("token_stats", "bfloat16", "both"),
+    ("token_stats", "float32", "forward"),
+    ("logits_policy_loss", "bfloat16", "both"),
+    ("policy_loss", "both"),
+    ("ema",),
+)
 
 
 @figure
@@ -180,10 +185,12 @@ def runs() -> str:
 
 TARGETS = (  # of the design for two cores, in times the ceiling or, for the last, times as fast
     ("linear_token_stats", ("bfloat16", "forward"), 1.0),
-    ("linear_token_stats", ("bfloat16", "both"), 4.2), ("linear_token_stats", ("float32", "both"), 4.2),
-    ("linear_policy_loss", ("bfloat16", "both"), 4.2), ("linear_policy_loss", ("float32", "both"), 3.2),
+    ("linear_token_stats", ("bfloat16", "both"), 4.2),
+    ("linear_token_stats", ("float32", "both"), 4.2),
+    ("linear_policy_loss", ("bfloat16", "both"), 4.2),
+    ("linear_policy_loss", ("float32", "both"), 3.2),
     ("token_stats", ("float32", "forward"), 1.25),
-)  # fmt: skip
+)
 
 
 @figure
@@ -293,10 +300,14 @@ def plan() -> str:
     for name, row in read_json("plan-check")["rows"].items():
         said, got, ratio = row["estimate"], row["measured"], row["estimate over measured"]
         cells = [
-            name, f"{said['parameters'] / 1e6:.1f}", f"{said['memory'] / 2**20:.0f} / {got['memory'] / 2**20:.0f}",
-            f"{ratio['memory']:.2f}", f"{said['step']:.2f} / {got['step']:.2f}", f"{ratio['step']:.2f}",
+            name,
+            f"{said['parameters'] / 1e6:.1f}",
+            f"{said['memory'] / 2**20:.0f} / {got['memory'] / 2**20:.0f}",
+            f"{ratio['memory']:.2f}",
+            f"{said['step']:.2f} / {got['step']:.2f}",
+            f"{ratio['step']:.2f}",
             *(f"{ratio[p]:.2f}" if ratio.get(p) else "-" for p in phases),
-        ]  # fmt: skip
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

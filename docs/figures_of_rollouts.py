@@ -37,8 +37,11 @@ def matmuls(row: report.Row | None) -> str:
 def real_rollouts() -> str:
     """Return the time of forward + backward on real responses, in bare matmuls, and the errors of the gradients."""
     columns = {
-        "ours": "exact", "ours, tolerance 2^-8": "tolerance 2^-8", "eager": "eager PyTorch", "compile": "`torch.compile`",
-    }  # fmt: skip
+        "ours": "exact",
+        "ours, tolerance 2^-8": "tolerance 2^-8",
+        "eager": "eager PyTorch",
+        "compile": "`torch.compile`",
+    }
     lines = [f"| | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
     of_op = [row for row in rows("real_rollouts") if row.step == "both"]
     for dtype, temperature in dict.fromkeys((row.params["dtype"], row.params["temperature"]) for row in of_op):

@@ -41,9 +41,15 @@ for step in range(args.steps):
     batch = tokenizer(prompts[step * P : (step + 1) * P], return_tensors="pt", padding=True).to(model.device)
     width = batch.input_ids.shape[1]
     ids = model.generate(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=True, top_k=0, temperature=TEMPERATURE,
-        num_return_sequences=G, max_new_tokens=R, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        do_sample=True,
+        top_k=0,
+        temperature=TEMPERATURE,
+        num_return_sequences=G,
+        max_new_tokens=R,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     labels = ids[:, width:]  # (B, R)
     ended = (labels == tokenizer.eos_token_id).int().cumsum(1)
     mask = (ended - (labels == tokenizer.eos_token_id).int()) == 0  # up to and including the first end of sequence
@@ -58,9 +64,16 @@ for step in range(args.steps):
         )
     for _ in range(2):  # the second update is off-policy, so the clip has an effect
         found = linear_policy_loss(
-            hidden_states(ids, seen), head.weight, labels, old.logprob, advantages, bias=head.bias, temperature=TEMPERATURE,
-            mask=mask, loss_type="dapo",
-        )  # fmt: skip
+            hidden_states(ids, seen),
+            head.weight,
+            labels,
+            old.logprob,
+            advantages,
+            bias=head.bias,
+            temperature=TEMPERATURE,
+            mask=mask,
+            loss_type="dapo",
+        )
         optimizer.zero_grad()
         found.loss.backward()
         optimizer.step()

@@ -67,19 +67,38 @@ def run(args):
     """Print one run's log as a line of JSON."""
     set_seed(0)
     config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.width, intermediate_size=2 * args.width, num_hidden_layers=2,
-        num_attention_heads=args.width // 64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        intermediate_size=2 * args.width,
+        num_hidden_layers=2,
+        num_attention_heads=args.width // 64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     with tempfile.TemporaryDirectory() as place:
         trainer = Timed(
-            model=LlamaForCausalLM(config), processing_class=demo.make_tokenizer(), reward_funcs=even_tokens,
+            model=LlamaForCausalLM(config),
+            processing_class=demo.make_tokenizer(),
+            reward_funcs=even_tokens,
             train_dataset=Dataset.from_list([{"prompt": each.prompt} for each in demo.make_task(0).train]),
             args=GRPOConfig(
-                output_dir=place, max_steps=args.steps, learning_rate=1e-4, num_generations=8, per_device_train_batch_size=8,
-                gradient_accumulation_steps=1, num_iterations=2, max_completion_length=args.tokens, logging_steps=1, report_to=[],
-                save_strategy="no", bf16=torch.cuda.is_available(), disable_tqdm=True,
+                output_dir=place,
+                max_steps=args.steps,
+                learning_rate=1e-4,
+                num_generations=8,
+                per_device_train_batch_size=8,
+                gradient_accumulation_steps=1,
+                num_iterations=2,
+                max_completion_length=args.tokens,
+                logging_steps=1,
+                report_to=[],
+                save_strategy="no",
+                bf16=torch.cuda.is_available(),
+                disable_tqdm=True,
             ),
-        )  # fmt: skip
+        )
         before = peak()
         with patched(strict=True) if args.run == "patched" else contextlib.nullcontext():
             trainer.train()

@@ -35,11 +35,22 @@ with tempfile.TemporaryDirectory() as temporary:
         train_dataset=Dataset.from_list([{"prompt": each.prompt} for each in demo.make_task(0).train]),
         extract=extract_answer if args.model else demo.after_hash,
         args=MGRPOConfig(
-            output_dir=args.output or temporary, max_steps=args.steps, learning_rate=args.learning_rate, momentum_rollouts=4,
-            num_generations=16, per_device_train_batch_size=32, gradient_accumulation_steps=4, logging_steps=1, report_to=[],
-            max_completion_length=12 if args.model is None else 512, save_strategy="no", lr_scheduler_type="constant",
-            equivalence="math" if args.model else "exact", disable_tqdm=True, bf16=torch.cuda.is_available(),
+            output_dir=args.output or temporary,
+            max_steps=args.steps,
+            learning_rate=args.learning_rate,
+            momentum_rollouts=4,
+            num_generations=16,
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=4,
+            logging_steps=1,
+            report_to=[],
+            max_completion_length=12 if args.model is None else 512,
+            save_strategy="no",
+            lr_scheduler_type="constant",
+            equivalence="math" if args.model else "exact",
+            disable_tqdm=True,
+            bf16=torch.cuda.is_available(),
         ),
-    )  # fmt: skip
+    )
     with patched(strict=True):
         trainer.train()

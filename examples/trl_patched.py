@@ -38,11 +38,20 @@ with tempfile.TemporaryDirectory() as temporary:
         reward_funcs=sevens,
         train_dataset=Dataset.from_list([{"prompt": each.prompt} for each in demo.make_task(0).train]),
         args=GRPOConfig(
-            output_dir=args.output or temporary, max_steps=args.steps, learning_rate=args.learning_rate, num_generations=8,
-            per_device_train_batch_size=8, gradient_accumulation_steps=4, max_completion_length=8, logging_steps=1, report_to=[],
-            save_strategy="no", lr_scheduler_type="constant", disable_tqdm=True,
+            output_dir=args.output or temporary,
+            max_steps=args.steps,
+            learning_rate=args.learning_rate,
+            num_generations=8,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=4,
+            max_completion_length=8,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            lr_scheduler_type="constant",
+            disable_tqdm=True,
             bf16=torch.cuda.is_available(),
         ),
-    )  # fmt: skip
+    )
     with contextlib.nullcontext() if args.plain else patched(strict=True):  # the second
         trainer.train()

@@ -49,9 +49,14 @@ def run(args):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     else:
         config = Qwen2Config(
-            vocab_size=args.vocabulary, hidden_size=args.width, intermediate_size=2 * args.width, num_hidden_layers=1,
-            num_attention_heads=args.width // 64, num_key_value_heads=1, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=args.vocabulary,
+            hidden_size=args.width,
+            intermediate_size=2 * args.width,
+            num_hidden_layers=1,
+            num_attention_heads=args.width // 64,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
         model = Qwen2ForCausalLM(config).to(dtype)
     if args.run != "logits":
         with contextlib.redirect_stdout(sys.stderr):

@@ -121,9 +121,16 @@ def fuse_lm_head(
         kwargs.setdefault("use_cache", False)  # the statistics of a whole sequence need no cache
         hidden = decoder_of(model, model.base_model)(*args, **kwargs).last_hidden_state
         return linear_token_stats(
-            hidden, head.weight, labels, bias=head.bias, stats=stats, temperature=temperature, logit_scale=head.logit_scale,
-            softcap=head.softcap, mask=labels != IGNORED,
-        )  # fmt: skip
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            stats=stats,
+            temperature=temperature,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            mask=labels != IGNORED,
+        )
 
     _check(model)
     model.forward = forward
@@ -150,9 +157,14 @@ def _check(model: Any) -> None:
             hidden = decoder_of(model, model.base_model)(input_ids=tokens, use_cache=False).last_hidden_state
             labels = torch.stack([own.argmin(-1), own.argmax(-1), tokens[0]])  # (3, L)
             mine = linear_token_stats(
-                hidden.expand(3, -1, -1), head.weight, labels, bias=head.bias, stats=("logprob",),
-                logit_scale=head.logit_scale, softcap=head.softcap,
-            ).logprob  # fmt: skip
+                hidden.expand(3, -1, -1),
+                head.weight,
+                labels,
+                bias=head.bias,
+                stats=("logprob",),
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+            ).logprob
     except Exception as error:  # a model may raise any error for a keyword that it does not know
         reason = str(error).split("\n")[0]
         raise ValueError(

@@ -170,8 +170,12 @@ def write_report(root: Path, mutations: list[Mutation], results: dict[str, Resul
             # Without pytest's messages, which may have a machine's paths.
             by = result.by.partition(" - ")[0]
             rows[mutation.name] = {
-                "name": mutation.name, "file": mutation.file, "outcome": result.outcome, "by": by, "commit": commit
-            }  # fmt: skip
+                "name": mutation.name,
+                "file": mutation.file,
+                "outcome": result.outcome,
+                "by": by,
+                "commit": commit,
+            }
     judged = [rows[mutation.name] for mutation in mutations if mutation.name in rows]
     outcomes = [row["outcome"] for row in judged]
     report: dict[str, Any] = {
@@ -201,10 +205,15 @@ def page(report: dict[str, Any], mutations: list[Mutation]) -> str:
     counts = ", ".join(f"{number} {outcome}" for outcome, number in report["counts"].items())
     named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        "# Mutation check", "", f"{counts}. {named}.", "",
-        "`make mutants` writes this page. CONTRIBUTING.md says how to add a mutation.", "",
-        "| mutation | file | fault | outcome | by | commit |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "# Mutation check",
+        "",
+        f"{counts}. {named}.",
+        "",
+        "`make mutants` writes this page. CONTRIBUTING.md says how to add a mutation.",
+        "",
+        "| mutation | file | fault | outcome | by | commit |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in report["mutations"]:
         cells = [row["name"], f"`{row['file']}`", reasons[row["name"]], row["outcome"], row["by"], row["commit"]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")

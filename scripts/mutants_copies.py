@@ -17,9 +17,19 @@ from typing import NamedTuple
 
 # Imported once for all tests of a copy; the package itself is imported anew for each.
 PRELOADED = (
-    "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "triton", "numpy", "hypothesis",
-    "xdist.plugin", "pytest_benchmark.plugin", "transformers", "transformers.models.qwen2", "trl.trainer.grpo_trainer",
-)  # fmt: skip
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "triton",
+    "numpy",
+    "hypothesis",
+    "xdist.plugin",
+    "pytest_benchmark.plugin",
+    "transformers",
+    "transformers.models.qwen2",
+    "trl.trainer.grpo_trainer",
+)
 # Raised by code that cannot run at all: such a mutant shows nothing about the tests.
 BROKEN = {
     "SyntaxError",
@@ -88,14 +98,23 @@ class Copy:
     def process(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """Start a command in the copy, with the copy's package."""
         settings = {
-            **os.environ, "PYTHONPATH": str(self.place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "PYTHONPATH": str(self.place),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
             "COLUMNS": "240",  # pytest shortens messages to the width of the terminal
             **environment,
-        }  # fmt: skip
+        }
         return subprocess.Popen(
-            command, cwd=self.place, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command,
+            cwd=self.place,
+            env=settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             errors="replace",
-        )  # fmt: skip
+        )
 
     def ask(self, *arguments: str) -> tuple[int | None, str]:
         """Run pytest in the copy; return its exit status, None past the time limit, and what it printed."""
@@ -194,8 +213,14 @@ class NativeCopy(Copy):
     def build(self) -> str:
         """Build what has changed; return why it cannot be built, empty if it can."""
         process = self.process(
-            sys.executable, "setup.py", "build_ext", "--inplace", MGRPO_REQUIRE_NATIVE="1", MGRPO_ISAS="DEFAULT", MAX_JOBS="1",
-        )  # fmt: skip
+            sys.executable,
+            "setup.py",
+            "build_ext",
+            "--inplace",
+            MGRPO_REQUIRE_NATIVE="1",
+            MGRPO_ISAS="DEFAULT",
+            MAX_JOBS="1",
+        )
         text = process.communicate()[0]
         if process.returncode == 0:
             return ""

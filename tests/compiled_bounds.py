@@ -77,10 +77,18 @@ def table(versions):
         columns = []
         for entry in (entries[key] for entries in versions.values()):
             found = bounds(entry, *bytes_of(key))
-            columns.append([
-                str(entry["registers"]), str(entry["warps"]), f"{entry['loop']:.1f}", f"{found['issue']:.0%}", f"{found['alu']:.0%}",
-                f"{found['mufu']:.0%}", f"{found['in flight'] / 1024:.0f}", f"{found['bandwidth']:.0%}",
-            ])  # fmt: skip
+            columns.append(
+                [
+                    str(entry["registers"]),
+                    str(entry["warps"]),
+                    f"{entry['loop']:.1f}",
+                    f"{found['issue']:.0%}",
+                    f"{found['alu']:.0%}",
+                    f"{found['mufu']:.0%}",
+                    f"{found['in flight'] / 1024:.0f}",
+                    f"{found['bandwidth']:.0%}",
+                ]
+            )
         cells = [" / ".join(dict.fromkeys(each)) for each in zip(*columns, strict=True)]
         cells[-2] += f" ({found['needed'] / 1024:.0f})"
         lines.append(f"| {key} | {' | '.join(cells)} |")

@@ -95,9 +95,14 @@ def policy_loss(backend, dtype):
         level, mode = specs.IMPORTANCE_LEVELS[kind % 2], specs.BEHAVIOUR_MODES[kind % 4]
         mode = mode.replace("sequence", "token") if loss_type == "vespo" else mode
         options = specs.LossOptions(
-            loss_type, level, kl_estimator=specs.KL_ESTIMATORS[kind % 3], kl_bias_correction=kind % 2 == 1, behaviour_mode=mode,
-            max_response_tokens=512, clip_delta=2.0 if kind == 0 else None,
-        )  # fmt: skip
+            loss_type,
+            level,
+            kl_estimator=specs.KL_ESTIMATORS[kind % 3],
+            kl_bias_correction=kind % 2 == 1,
+            behaviour_mode=mode,
+            max_response_tokens=512,
+            clip_delta=2.0 if kind == 0 else None,
+        )
         some = values if kind % 2 else None
         advantages = values if kind % 3 else values[:8]
         tokens = specs.Tokens(values, values, advantages, mask, offsets, some, some, values, None, None)

@@ -105,22 +105,42 @@ def policy_loss(backend, dtype):
         sequences, length = ((8, 512), (1, 1))[number % 2]
         values = torch.zeros(sequences * length, dtype=dtype)
         everything = specs.Tokens(
-            values, values.float(), values, values.bool(), torch.arange(0, sequences * length + 1, length),
-            values, values, values.half(), torch.ones(()), torch.ones(()), values.float(),
-        )  # fmt: skip
+            values,
+            values.float(),
+            values,
+            values.bool(),
+            torch.arange(0, sequences * length + 1, length),
+            values,
+            values,
+            values.half(),
+            torch.ones(()),
+            torch.ones(()),
+            values.float(),
+        )
         # Of the optional tensors one is absent, or all but one, each in its turn.
         one = optional[number % len(optional)]
         absent = [one] if number // len(optional) % 2 else [name for name in optional if name != one]
         tokens = everything._replace(**dict.fromkeys(absent))
         options = specs.LossOptions(
-            loss_type, level, clip_delta=(None, 2)[number % 2], kl_coef=1, kl_estimator=specs.KL_ESTIMATORS[number % 3],
-            kl_bias_correction=number % 4 < 2, entropy_coef=1, behaviour_mode=mode, max_response_tokens=1,
-        )  # fmt: skip
+            loss_type,
+            level,
+            clip_delta=(None, 2)[number % 2],
+            kl_coef=1,
+            kl_estimator=specs.KL_ESTIMATORS[number % 3],
+            kl_bias_correction=number % 4 < 2,
+            entropy_coef=1,
+            behaviour_mode=mode,
+            max_response_tokens=1,
+        )
         rewards = torch.zeros(sequences)
         groups = specs.Groups(
-            rewards, torch.tensor([0, sequences]), rewards.bool() if number % 2 else None,
-            specs.BASELINES[number % 2], specs.SCALES[number % 3], 1,
-        )  # fmt: skip
+            rewards,
+            torch.tensor([0, sequences]),
+            rewards.bool() if number % 2 else None,
+            specs.BASELINES[number % 2],
+            specs.SCALES[number % 3],
+            1,
+        )
         yield f"{loss_type}, {level} ratio, {mode}, {sequences} x {length}, without {', '.join(absent)}"
         if number % 3:
             backend.forward(

@@ -31,8 +31,14 @@ def python(code, **environment):
 def test_every_tensor_op_has_three_backends_and_all_run_here():
     table = backends("cpu")
     assert set(table) == {
-        "token_stats", "linear_token_stats", "kept_token_stats", "policy_loss", "linear_policy_loss", "ema", "iqr_filter",
-    }  # fmt: skip
+        "token_stats",
+        "linear_token_stats",
+        "kept_token_stats",
+        "policy_loss",
+        "linear_policy_loss",
+        "ema",
+        "iqr_filter",
+    }
     for op, reasons in table.items():
         assert reasons == dict.fromkeys(BACKENDS, "ok"), op
 

@@ -92,9 +92,16 @@ def timed_on(machine, timing, monkeypatch, provider, seconds, ours, **options):
     monkeypatch.setattr(timing, "ROUNDS", (21, 21))
     recorder = Recorder()
     timing.measure(
-        recorder, "forward", machine.work(seconds), provider=provider, check=lambda outputs, grads: None,
-        ours=None if ours is None else ("ours", machine.work(ours)), ceiling=machine.work(0.5), ceiling_name="copy", **options,
-    )  # fmt: skip
+        recorder,
+        "forward",
+        machine.work(seconds),
+        provider=provider,
+        check=lambda outputs, grads: None,
+        ours=None if ours is None else ("ours", machine.work(ours)),
+        ceiling=machine.work(0.5),
+        ceiling_name="copy",
+        **options,
+    )
     return recorder.extra_info
 
 
@@ -129,9 +136,15 @@ def test_each_round_calls_the_three_in_turn(timing, monkeypatch):
 
     monkeypatch.setattr(timing, "ROUNDS", (5, 5))
     timing.measure(
-        Recorder(), "forward", called("peer"), provider="trl", ours=("ours", called("ours")), check=lambda outputs, grads: None,
-        ceiling=called("ceiling"), ceiling_name="copy",
-    )  # fmt: skip
+        Recorder(),
+        "forward",
+        called("peer"),
+        provider="trl",
+        ours=("ours", called("ours")),
+        check=lambda outputs, grads: None,
+        ceiling=called("ceiling"),
+        ceiling_name="copy",
+    )
     assert calls == ["ceiling", "ours", "peer", "peer", *["ceiling", "ours", "peer"] * 5]
 
 
@@ -160,9 +173,16 @@ def test_a_wrong_result_of_either_is_refused(timing, wrong, patient):
 
     with pytest.raises(AssertionError, match="wrong"):
         timing.measure(
-            recorder, "forward", gives(2.0 if wrong == "peer" else 1.0), provider="trl", check=check, patient=patient,
-            ours=("ours", gives(2.0 if wrong == "ours" else 1.0)), ceiling=lambda: None, ceiling_name="copy",
-        )  # fmt: skip
+            recorder,
+            "forward",
+            gives(2.0 if wrong == "peer" else 1.0),
+            provider="trl",
+            check=check,
+            patient=patient,
+            ours=("ours", gives(2.0 if wrong == "ours" else 1.0)),
+            ceiling=lambda: None,
+            ceiling_name="copy",
+        )
     assert recorder.extra_info == {}
 
 
@@ -196,11 +216,20 @@ def squares(harness, timing, recorder, step, spoil=lambda outputs: outputs, spoi
             return spoil_grad * grad * 2 * ctx.saved_tensors[0]
 
     timing.measure(
-        recorder, step, lambda: spoil((Square.apply(x),)), (x,), (upstream,), provider="trl",
-        ours=("ours", lambda: (x * x,)), check=harness.check_against(truth, 1e-6),
-        ceiling=lambda: x.detach() * 1, ceiling_name="copy", ceilings=2, note="kept",
+        recorder,
+        step,
+        lambda: spoil((Square.apply(x),)),
+        (x,),
+        (upstream,),
+        provider="trl",
+        ours=("ours", lambda: (x * x,)),
+        check=harness.check_against(truth, 1e-6),
+        ceiling=lambda: x.detach() * 1,
+        ceiling_name="copy",
+        ceilings=2,
+        note="kept",
         **options,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("step", ["forward", "backward", "both"])
@@ -308,9 +337,17 @@ def test_only_backward_is_inside_the_clock(harness, timing, monkeypatch):
     truth = harness.Truth((torch.full((3,), 2.0),), (torch.ones(3),), (torch.full((3,), 2.0),))
     recorder = Recorder()
     timing.measure(
-        recorder, "backward", forward, (x,), truth.upstream, provider="eager", ours=("ours", forward),
-        check=harness.check_against(truth, 1e-6), ceiling=lambda: None, ceiling_name="nothing",
-    )  # fmt: skip
+        recorder,
+        "backward",
+        forward,
+        (x,),
+        truth.upstream,
+        provider="eager",
+        ours=("ours", forward),
+        check=harness.check_against(truth, 1e-6),
+        ceiling=lambda: None,
+        ceiling_name="nothing",
+    )
     assert not any(built)
     assert len(built) == 2 * recorder.rounds + 3  # and one to check ours, one to check the peer, one for its memory
 
@@ -423,7 +460,8 @@ def test_every_peer_that_is_here_agrees_and_is_timed(small_run, peers, report):
         if not row.provider.startswith("ours"):
             assert info["ratio_to_ours"] > 0
             assert info["ours"] == ("ours, logprob" if info["computes"] == "logprob" else "ours")
-        assert "bytes" in info or info["flops"] == 2.0 * info["tokens"] * 64 * 1000 * info["gemms"]
+        entries = 8 if row.op == "kept_token_stats" else 1000
+        assert "bytes" in info or info["flops"] == 2.0 * info["tokens"] * 64 * entries * info["gemms"]
 
 
 def test_report_of_a_run(small_run, report, tmp_path, capsys):
@@ -432,6 +470,7 @@ def test_report_of_a_run(small_run, report, tmp_path, capsys):
     for op in (
         "linear_token_stats",
         "linear_policy_loss",
+        "kept_token_stats",
         "token_stats",
         "policy_loss",
         "ema",
@@ -445,10 +484,23 @@ def test_report_of_a_run(small_run, report, tmp_path, capsys):
 
 def made_up(tmp_path, *, with_percentiles=True):
     info = {
-        "p20_ms": 300.0, "p50_ms": 400.0, "p80_ms": 500.0, "ratio": 4.0, "ceiling": "matmul", "share_of_ceiling": 0.75, "gemms": 3,
-        "flops": 8e11, "peak_memory_bytes": 30 * 2**20, "gradient_bytes": 10 * 2**20, "computes": "logprob", "tokens": 8,
-        "ratio_to_ours": 8.0, "ratio_to_ours_p20": 7.5, "ratio_to_ours_p80": 9.25, "ours": "ours, logprob",
-    }  # fmt: skip
+        "p20_ms": 300.0,
+        "p50_ms": 400.0,
+        "p80_ms": 500.0,
+        "ratio": 4.0,
+        "ceiling": "matmul",
+        "share_of_ceiling": 0.75,
+        "gemms": 3,
+        "flops": 8e11,
+        "peak_memory_bytes": 30 * 2**20,
+        "gradient_bytes": 10 * 2**20,
+        "computes": "logprob",
+        "tokens": 8,
+        "ratio_to_ours": 8.0,
+        "ratio_to_ours_p20": 7.5,
+        "ratio_to_ours_p80": 9.25,
+        "ours": "ours, logprob",
+    }
     if not with_percentiles:
         del info["p50_ms"]
     params = {"shape": "qwen2.5-7b", "dtype": "bfloat16", "provider": "trl, logprob", "step": "backward"}

@@ -62,9 +62,13 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 exec(code, namespace)
         else:
             done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", block.text], env=environment, timeout=LIMIT, check=False,
-                capture_output=True, text=True,
-            )  # fmt: skip
+                ["bash", "-euo", "pipefail", "-c", block.text],
+                env=environment,
+                timeout=LIMIT,
+                check=False,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, (
                 f"{place}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
             )
@@ -222,12 +226,21 @@ def test_a_typed_figure_is_found(generate: Any, line: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "text",
     [
-        "Python 3.11, torch 2.13, TRL 1.16.0", "512 x 151936 logits, 8 x 16 rollouts", "sm_90, float32, 2^20 elements, 1e-4", "over 9000 steps",
-        "`--timeout 3 s` in code", "```text\n12 ms\n```", "| step | 1 |\n", "<!-- figure: machine -->12 ms<!-- /figure -->", "arXiv 2512.13070",
-        "<!-- typed: 224 MiB, 3 s; limits of the code -->\nAt most 224 MiB,\nfor 3 s.", "<!-- typed: all; predicted -->\n\n| a | 12.4 |\n| b | 5 ms |",
-        "[a page](of/12ms.md)", "vLLM 0.32 and OpenRLHF 0.11.2",
+        "Python 3.11, torch 2.13, TRL 1.16.0",
+        "512 x 151936 logits, 8 x 16 rollouts",
+        "sm_90, float32, 2^20 elements, 1e-4",
+        "over 9000 steps",
+        "`--timeout 3 s` in code",
+        "```text\n12 ms\n```",
+        "| step | 1 |\n",
+        "<!-- figure: machine -->12 ms<!-- /figure -->",
+        "arXiv 2512.13070",
+        "<!-- typed: 224 MiB, 3 s; limits of the code -->\nAt most 224 MiB,\nfor 3 s.",
+        "<!-- typed: all; predicted -->\n\n| a | 12.4 |\n| b | 5 ms |",
+        "[a page](of/12ms.md)",
+        "vLLM 0.32 and OpenRLHF 0.11.2",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_typed_figure(generate: Any, text: str) -> None:
     assert generate.spans.typed(text) == []
 

@@ -95,8 +95,11 @@ def drift(backend):
 
 
 PATHS = {
-    "reference": ("reference", None), "native": ("native", None), "native, widened": ("native", missing), "triton": ("triton", None),
-}  # fmt: skip
+    "reference": ("reference", None),
+    "native": ("native", None),
+    "native, widened": ("native", missing),
+    "triton": ("triton", None),
+}
 
 
 @contextlib.contextmanager

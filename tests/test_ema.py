@@ -435,9 +435,14 @@ def test_an_update_from_a_gpu_is_of_the_weights_as_they_were(as_from_a_gpu, dtyp
     assert len(as_from_a_gpu) == len(list(model.parameters()))
     want = {name: p.detach().to(dtype, copy=True) for name, p in model.named_parameters()}
     readers = (
-        lambda: late.ema, lambda: late.state_dict(), lambda: late.distance(model), lambda: late.copy_to(Tied()),
-        lambda: late.swapped_into(model).__enter__(), lambda: late.load_state_dict(late.state_dict()), lambda: late.update(),
-    )  # fmt: skip
+        lambda: late.ema,
+        lambda: late.state_dict(),
+        lambda: late.distance(model),
+        lambda: late.copy_to(Tied()),
+        lambda: late.swapped_into(model).__enter__(),
+        lambda: late.load_state_dict(late.state_dict()),
+        lambda: late.update(),
+    )
     for number, read in enumerate(readers):
         step(model)
         late.update(0.1 * number, overlap=overlap)

@@ -60,9 +60,20 @@ def test_trl_mgrpo(run, tmp_path):
 def test_trl_before_after(run, tmp_path):
     """Its processes are its own; here only that they run, and agree, and that a page gets what it asks for."""
     out, _ = run(
-        "trl_before_after.py", "--vocabulary", "50", "--width", "64", "--tokens", "4", "--steps", "3", "--pairs", "1",
-        "--out", str(tmp_path / "result.json"),
-    )  # fmt: skip
+        "trl_before_after.py",
+        "--vocabulary",
+        "50",
+        "--width",
+        "64",
+        "--tokens",
+        "4",
+        "--steps",
+        "3",
+        "--pairs",
+        "1",
+        "--out",
+        str(tmp_path / "result.json"),
+    )
     written = json.loads((tmp_path / "result.json").read_text())
     assert written["table"].count("\n") == 3
     assert all(value > 0 for value in written["times"].values())

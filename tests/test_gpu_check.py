@@ -42,9 +42,13 @@ def pytest_of_gpu_tests(*arguments, **environment):
     }
     paths = os.pathsep.join(filter(None, [str(ROOT / "scripts"), settings.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *arguments], cwd=ROOT, capture_output=True,
-        text=True, check=False, env={**settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+    )
 
 
 # A pytest plugin that names the kernels which Triton's interpreter ran.
@@ -125,9 +129,13 @@ def test_the_head_runs_beside_eager_compile_and_every_peer(monkeypatch, tmp_path
     stages.head_benchmarks(check, 140.0)
     ((command, environment),) = commands
     done = subprocess.run(
-        [sys.executable, "-c", COLLECTS, *command[command.index("-p") :]], cwd=ROOT, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", COLLECTS, *command[command.index("-p") :]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, **check.environment, **environment, rows.LOG: str(tmp_path / "log"), rows.RUN: "head"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     collected = [line.partition("[")[2].rstrip("]") for line in done.stdout.splitlines() if "[" in line]
     assert all(name.startswith("qwen2.5-7b-bfloat16-") for name in collected)
@@ -142,11 +150,20 @@ def test_targets_are_met_or_missed_by_how_much(tmp_path, monkeypatch):
 
     def benchmark(op, provider, step, share, milliseconds, **paired):
         params = {"provider": provider, "step": step, "shape": MAIN_SHAPE, "dtype": "bfloat16"}
-        rows.append(log, {
-            "run": f"benchmarks/bench_{op}.py", "row": f"{op}[{provider}-{step}]", "outcome": "passed", "params": params, "benchmark": {
-                "name": f"bench_{op}[x]", "params": params, "extra_info": {"share_of_ceiling": share, "p50_ms": milliseconds, **paired},
+        rows.append(
+            log,
+            {
+                "run": f"benchmarks/bench_{op}.py",
+                "row": f"{op}[{provider}-{step}]",
+                "outcome": "passed",
+                "params": params,
+                "benchmark": {
+                    "name": f"bench_{op}[x]",
+                    "params": params,
+                    "extra_info": {"share_of_ceiling": share, "p50_ms": milliseconds, **paired},
+                },
             },
-        })  # fmt: skip
+        )
 
     def test(name, outcome, figures, text):
         line = {"run": "tests/gpu/a.py", "row": name, "outcome": outcome, "figures": figures, "text": text}

@@ -42,9 +42,13 @@ def supervise(tmp_path):
             "faulthandler_timeout=2",
         ]
         done = supervisor.run(
-            file, command, seconds=seconds, row_seconds=row_seconds, start_seconds=start_seconds,
+            file,
+            command,
+            seconds=seconds,
+            row_seconds=row_seconds,
+            start_seconds=start_seconds,
             environment={"PYTHONPATH": str(ROOT / "scripts")},
-        )  # fmt: skip
+        )
         assert not supervisor.running
         return rows.read(tmp_path / "rows.jsonl").get(file, rows.Run(file)), done
 

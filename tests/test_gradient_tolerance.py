@@ -37,9 +37,14 @@ def gradients(logits, labels, backend, tolerance, weights=(1.0, 0.0, 0.0), **opt
     """Return statistics and the gradient of the raw logits: a head whose weight is the identity hands it on unchanged."""
     hidden, weight = logits.clone().requires_grad_(), torch.eye(V, dtype=logits.dtype)
     stats = linear_token_stats(
-        hidden, weight, labels, stats=("logprob", "entropy", "self_certainty"), backend=backend,
-        gradient_tolerance=tolerance, **options,
-    )  # fmt: skip
+        hidden,
+        weight,
+        labels,
+        stats=("logprob", "entropy", "self_certainty"),
+        backend=backend,
+        gradient_tolerance=tolerance,
+        **options,
+    )
     loss = sum(by * stat.sum() for by, stat in zip(weights, stats, strict=True) if by != 0)
     return stats, torch.autograd.grad(loss, hidden)[0]
 

@@ -410,9 +410,18 @@ def _rank(rank, world, path, backend, results):
     for start in (None, edges[rank]):
         leaves = [t.clone().requires_grad_() for t in (h, w[shard], b[shard])]
         stats = linear_token_stats(
-            leaves[0], leaves[1], labels, bias=leaves[2], stats=ALL, mask=mask, softcap=6.0, kept=kept,
-            tp_group=dist.group.WORLD, vocab_start=start, backend=backend,
-        )  # fmt: skip
+            leaves[0],
+            leaves[1],
+            labels,
+            bias=leaves[2],
+            stats=ALL,
+            mask=mask,
+            softcap=6.0,
+            kept=kept,
+            tp_group=dist.group.WORLD,
+            vocab_start=start,
+            backend=backend,
+        )
         sum(stat.sum() * (i + 1) for i, stat in enumerate(stats)).backward()
     loss = policy(leaves[0], leaves[1], labels, kept, tp_group=dist.group.WORLD, backend=backend)
     results[rank] = [stat.detach() for stat in stats] + [leaf.grad for leaf in leaves] + [loss.detach()]
@@ -470,9 +479,11 @@ def test_the_policy_loss_is_that_of_the_statistics(backend):
 
 
 GOOD = {
-    "hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torch.zeros(2, dtype=torch.int64),
+    "hidden": torch.zeros(2, 3),
+    "weight": torch.zeros(5, 3),
+    "labels": torch.zeros(2, dtype=torch.int64),
     "kept": torch.zeros(2, 4, dtype=torch.int32),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -483,10 +494,18 @@ GOOD = {
         ({"kept": torch.zeros(2, 0).int()}, ValueError, r"kept: expected shape \(2, K\) with K >= 1, got \(2, 0\)"),
         ({"kept": torch.zeros(2).int()}, ValueError, r"kept: expected shape \(2, K\) with K >= 1, got \(2,\)"),
         ({"kept": [[0], [0]]}, TypeError, "kept: expected a tensor, got list"),
-        ({"kept": torch.zeros(2, 4, device="meta").int()}, ValueError, "kept: expected a tensor on cpu, got one on meta"),
-        ({"labels": torch.tensor([0, 5])}, ValueError, r"labels: expected values in \[0, 5\) where the mask is True, got 5"),
+        (
+            {"kept": torch.zeros(2, 4, device="meta").int()},
+            ValueError,
+            "kept: expected a tensor on cpu, got one on meta",
+        ),
+        (
+            {"labels": torch.tensor([0, 5])},
+            ValueError,
+            r"labels: expected values in \[0, 5\) where the mask is True, got 5",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         linear_token_stats(**{**GOOD, **change})
@@ -494,6 +513,11 @@ def test_bad_input(change, error, message):
         given = {**GOOD, **change}
         with pytest.raises(error, match=message):
             linear_policy_loss(
-                given["hidden"], given["weight"], given["labels"], None, torch.ones(1), kept=given["kept"],
+                given["hidden"],
+                given["weight"],
+                given["labels"],
+                None,
+                torch.ones(1),
+                kept=given["kept"],
                 cu_seqlens=torch.tensor([0, 2]),
-            )  # fmt: skip
+            )

@@ -33,18 +33,26 @@ def batch(seed=0, *, bias=True, L=L):
     hidden[~mask], labels[~mask] = torch.nan, -100
     old = noise(B, L, scale=0.2) - 6
     return {
-        "head": [hidden, weight, noise(V) if bias else None], "labels": labels, "mask": mask, "old": old,
-        "ref_logprobs": old + noise(B, L, scale=0.1), "behaviour": old + noise(B, L, scale=0.5), "advantages": noise(B),
-    }  # fmt: skip
+        "head": [hidden, weight, noise(V) if bias else None],
+        "labels": labels,
+        "mask": mask,
+        "old": old,
+        "ref_logprobs": old + noise(B, L, scale=0.1),
+        "behaviour": old + noise(B, L, scale=0.5),
+        "advantages": noise(B),
+    }
 
 
 def run(data, *, times=1.0, fused=True, behaviour=True, **options):
     leaves = [None if t is None else t.clone().requires_grad_() for t in data["head"]]
     hidden, weight, bias = leaves
     common = {
-        "mask": data["mask"], "ref_logprobs": data["ref_logprobs"], "kl_coef": 0.1, "max_response_tokens": L,
+        "mask": data["mask"],
+        "ref_logprobs": data["ref_logprobs"],
+        "kl_coef": 0.1,
+        "max_response_tokens": L,
         "behaviour_logprobs": data["behaviour"] if behaviour else None,
-    }  # fmt: skip
+    }
     head = {"bias": bias, "temperature": 0.9, "softcap": 8.0}
     workspace = options.pop("workspace_bytes", None)
     if fused:
@@ -107,9 +115,14 @@ def test_packed_is_padded(backend):
         backend=backend,
     )
     packed = linear_policy_loss(
-        hidden[keep], weight.clone().requires_grad_(), data["labels"][keep], data["old"][keep], data["advantages"],
-        cu_seqlens=offsets, backend=backend,
-    )  # fmt: skip
+        hidden[keep],
+        weight.clone().requires_grad_(),
+        data["labels"][keep],
+        data["old"][keep],
+        data["advantages"],
+        cu_seqlens=offsets,
+        backend=backend,
+    )
     torch.testing.assert_close(padded.loss, packed.loss)
     for name in METRICS:
         torch.testing.assert_close(padded.metrics[name], packed.metrics[name])
@@ -150,9 +163,18 @@ def test_frozen_parts_get_nothing(backend, frozen):
     whole = run(data, backend=backend)[1]
     leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(data["head"][:2])]
     linear_policy_loss(
-        *leaves, data["labels"], data["old"], data["advantages"], mask=data["mask"], ref_logprobs=data["ref_logprobs"], kl_coef=0.1,
-        behaviour_logprobs=data["behaviour"], temperature=0.9, softcap=8.0, backend=backend,
-    ).loss.backward()  # fmt: skip
+        *leaves,
+        data["labels"],
+        data["old"],
+        data["advantages"],
+        mask=data["mask"],
+        ref_logprobs=data["ref_logprobs"],
+        kl_coef=0.1,
+        behaviour_logprobs=data["behaviour"],
+        temperature=0.9,
+        softcap=8.0,
+        backend=backend,
+    ).loss.backward()
     assert leaves[frozen].grad is None
     assert torch.equal(leaves[1 - frozen].grad, whole[1 - frozen])
 
@@ -329,9 +351,12 @@ def test_second_derivative_is_refused():
 
 
 GOOD = {
-    "hidden": torch.zeros(2, 3, 4, requires_grad=True), "weight": torch.zeros(5, 4), "labels": torch.zeros(2, 3, dtype=torch.int64),
-    "old_logprobs": None, "advantages": torch.zeros(2),
-}  # fmt: skip
+    "hidden": torch.zeros(2, 3, 4, requires_grad=True),
+    "weight": torch.zeros(5, 4),
+    "labels": torch.zeros(2, 3, dtype=torch.int64),
+    "old_logprobs": None,
+    "advantages": torch.zeros(2),
+}
 
 
 @pytest.mark.parametrize(
@@ -339,8 +364,16 @@ GOOD = {
     [
         ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels: expected shape \(2, 3\), got \(2,\)"),
         ({"labels": None}, TypeError, "labels: expected a tensor, got NoneType"),
-        ({"labels": torch.full((2, 3), 5)}, ValueError, r"labels: expected values in \[0, 5\) where the mask is True, got 5"),
-        ({"hidden": torch.zeros(6, 4), "labels": torch.zeros(6, dtype=torch.int64)}, ValueError, r"labels: expected padded \(B, L\), or packed"),
+        (
+            {"labels": torch.full((2, 3), 5)},
+            ValueError,
+            r"labels: expected values in \[0, 5\) where the mask is True, got 5",
+        ),
+        (
+            {"hidden": torch.zeros(6, 4), "labels": torch.zeros(6, dtype=torch.int64)},
+            ValueError,
+            r"labels: expected padded \(B, L\), or packed",
+        ),
         ({"weight": torch.zeros(5, 3)}, ValueError, r"weight: expected shape \(V, 4\)"),
         ({"advantages": torch.zeros(3)}, ValueError, r"advantages: expected shape \(2,\) or \(2, 3\), got \(3,\)"),
         ({"kl_coef": 1.0}, ValueError, "ref_logprobs: expected a tensor with kl_coef 1.0, got None"),
@@ -350,7 +383,7 @@ GOOD = {
         ({"vocab_start": 1}, ValueError, "vocab_start: expected None or 0 without a tp_group"),
         ({"temperature": 0}, ValueError, "temperature: expected more than 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         linear_policy_loss(**{**GOOD, **change})

@@ -384,9 +384,17 @@ def _rank(rank, world, path, backend, results):
     for start in (None, edges[rank]):
         leaves = [t.clone().requires_grad_() for t in (h, w[shard], b[shard])]
         stats = linear_token_stats(
-            leaves[0], leaves[1], labels, bias=leaves[2], stats=ALL, mask=mask, softcap=6.0,
-            tp_group=dist.group.WORLD, vocab_start=start, backend=backend,
-        )  # fmt: skip
+            leaves[0],
+            leaves[1],
+            labels,
+            bias=leaves[2],
+            stats=ALL,
+            mask=mask,
+            softcap=6.0,
+            tp_group=dist.group.WORLD,
+            vocab_start=start,
+            backend=backend,
+        )
         sum(stat.sum() * (i + 1) for i, stat in enumerate(stats)).backward()
     loss = policy(leaves[0], leaves[1], labels, tp_group=dist.group.WORLD, backend=backend)
     results[rank] = [stat.detach() for stat in stats] + [leaf.grad for leaf in leaves] + [loss.detach()]
@@ -436,12 +444,24 @@ GOOD = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torc
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"weight": torch.zeros(5, 4)}, ValueError, r"weight: expected shape \(V, 3\) with V >= 1 to match hidden, got \(5, 4\)"),
+        (
+            {"weight": torch.zeros(5, 4)},
+            ValueError,
+            r"weight: expected shape \(V, 3\) with V >= 1 to match hidden, got \(5, 4\)",
+        ),
         ({"weight": torch.zeros(3)}, ValueError, r"weight: expected 2 dimension\(s\), got shape \(3,\)"),
-        ({"weight": torch.zeros(5, 3).bfloat16()}, TypeError, "weight: expected hidden's dtype torch.float32, got torch.bfloat16"),
+        (
+            {"weight": torch.zeros(5, 3).bfloat16()},
+            TypeError,
+            "weight: expected hidden's dtype torch.float32, got torch.bfloat16",
+        ),
         ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(5,\), got \(4,\)"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: expected shape \(2,\), got \(3,\)"),
-        ({"labels": torch.tensor([0, 5])}, ValueError, r"labels: expected values in \[0, 5\) where the mask is True, got 5 at \[1\]"),
+        (
+            {"labels": torch.tensor([0, 5])},
+            ValueError,
+            r"labels: expected values in \[0, 5\) where the mask is True, got 5 at \[1\]",
+        ),
         ({"labels": None}, ValueError, 'labels: expected a tensor when stats has "logprob"'),
         ({"softcap": 0.0}, ValueError, "softcap: expected more than 0.0, got 0.0"),
         ({"logit_scale": float("inf")}, ValueError, "logit_scale: expected a finite number, got inf"),
@@ -451,7 +471,7 @@ GOOD = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torc
         ({"temperature": -1}, ValueError, "temperature: expected more than 0"),
         ({"mask": torch.ones(2, 1, dtype=torch.bool)}, ValueError, r"mask: expected shape \(2,\), got \(2, 1\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         linear_token_stats(**{**GOOD, **change})

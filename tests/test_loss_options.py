@@ -37,11 +37,23 @@ SIGNATURES = [
     f"(hidden, weight, labels, old_logprobs, advantages, *, {HEAD}, {BEFORE.replace(' entropy=None,', '')}, {CONTRACT})",
 ]
 OTHER = {
-    "loss_type": "sapo", "importance_level": "sequence", "clip_low": 0.11, "clip_high": 0.12, "clip_delta": 1.13, "kl_coef": 0.14,
-    "kl_estimator": "k1", "kl_bias_correction": True, "entropy_coef": 0.15, "behaviour_mode": "sequence_mask",
-    "behaviour_cap": 1.16, "cispo_cap": 1.17, "sapo_temperature": (1.18, 1.19), "vespo_k": (1.20, 1.21),
-    "vespo_lambda": (1.22, 1.23), "max_response_tokens": 124,
-}  # fmt: skip
+    "loss_type": "sapo",
+    "importance_level": "sequence",
+    "clip_low": 0.11,
+    "clip_high": 0.12,
+    "clip_delta": 1.13,
+    "kl_coef": 0.14,
+    "kl_estimator": "k1",
+    "kl_bias_correction": True,
+    "entropy_coef": 0.15,
+    "behaviour_mode": "sequence_mask",
+    "behaviour_cap": 1.16,
+    "cispo_cap": 1.17,
+    "sapo_temperature": (1.18, 1.19),
+    "vespo_k": (1.20, 1.21),
+    "vespo_lambda": (1.22, 1.23),
+    "max_response_tokens": 124,
+}
 """A value of each option that is neither its default nor that of another option."""
 
 
@@ -174,9 +186,16 @@ def loss_of(backend, **changes):
     mask = torch.arange(40) < torch.tensor([40, 7, 20, 31, 12, 25])[:, None]
     form = {"kl_coef": 0.1, "entropy_coef": 0.05, "max_response_tokens": 40, "behaviour_cap": 1.1, **changes}
     loss, metrics = policy_loss(
-        logprobs, old, torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, -2.0]), mask=mask, ref_logprobs=old + noise(0.3), entropy=noise(1.0).abs(),
-        behaviour_logprobs=old + noise(0.1), backend=backend, **form,
-    )  # fmt: skip
+        logprobs,
+        old,
+        torch.tensor([1.0, -1.0, 0.5, 2.0, -0.5, -2.0]),
+        mask=mask,
+        ref_logprobs=old + noise(0.3),
+        entropy=noise(1.0).abs(),
+        behaviour_logprobs=old + noise(0.1),
+        backend=backend,
+        **form,
+    )
     return torch.cat(
         [loss.detach()[None], torch.autograd.grad(loss, logprobs)[0].flatten(), *(m[None] for m in metrics.values())]
     )

@@ -103,9 +103,17 @@ def test_every_outcome_is_reported(project):
     )
     assert status == 1
     assert {name: outcome for name, (outcome, _) in found.items()} == {
-        "killed": "killed", "survives": "survived", "stale": "stale", "twice": "stale", "no-syntax": "error", "no-name": "error",
-        "crash": "killed", "hang": "killed", "fails-without": "error", "no-tests": "error",
-    }  # fmt: skip
+        "killed": "killed",
+        "survives": "survived",
+        "stale": "stale",
+        "twice": "stale",
+        "no-syntax": "error",
+        "no-name": "error",
+        "crash": "killed",
+        "hang": "killed",
+        "fails-without": "error",
+        "no-tests": "error",
+    }
     assert found["killed"][1] == "tests/test_product.py::test_larger"
     assert found["crash"][1] == "crash: signal 6"
     assert found["hang"][1] == "timeout"

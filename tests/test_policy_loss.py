@@ -36,9 +36,12 @@ def batch(seed=0, *, dtype=torch.float32, empty=True):
     logprobs = noise(0.5) - 1.5
     old = logprobs + noise(0.3)
     tensors = {
-        "logprobs": logprobs, "old_logprobs": old, "ref_logprobs": logprobs + noise(0.3),
-        "behaviour_logprobs": old + noise(0.5), "entropy": noise(1.0).abs(),
-    }  # fmt: skip
+        "logprobs": logprobs,
+        "old_logprobs": old,
+        "ref_logprobs": logprobs + noise(0.3),
+        "behaviour_logprobs": old + noise(0.5),
+        "entropy": noise(1.0).abs(),
+    }
     advantages = torch.randn(B, generator=generator)
     advantages[1] = 0.0
     return {name: t.to(dtype) for name, t in tensors.items()}, mask, advantages.to(dtype)
@@ -67,11 +70,15 @@ def trl_loss(
         use_adaptive_entropy=False, entropy_coef=entropy_coef, _metrics=metrics, get_gamma_weights=GRPOTrainer.get_gamma_weights,
     )  # fmt: skip
     inputs = {
-        "prompt_ids": torch.zeros(B, 1, dtype=torch.int64), "prompt_mask": torch.ones(B, 1, dtype=torch.int64),
-        "completion_ids": torch.zeros(B, L, dtype=torch.int64), "completion_mask": mask.long(), "advantages": advantages,
-        "old_per_token_logps": tensors["old_logprobs"], "ref_per_token_logps": tensors["ref_logprobs"],
+        "prompt_ids": torch.zeros(B, 1, dtype=torch.int64),
+        "prompt_mask": torch.ones(B, 1, dtype=torch.int64),
+        "completion_ids": torch.zeros(B, L, dtype=torch.int64),
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": tensors["old_logprobs"],
+        "ref_per_token_logps": tensors["ref_logprobs"],
         "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+    }
     if behaviour_mode is not None:  # as _generate_and_score_completions makes it
         difference = (tensors["old_logprobs"] - tensors["behaviour_logprobs"]) * mask
         ratio = (difference.sum(-1, keepdim=True) if behaviour_mode.startswith("sequence") else difference).exp()
@@ -109,17 +116,39 @@ def test_means_what_trl_means(backend, loss_type, level, mode, variant):
             if mode is None:
                 del given["behaviour_logprobs"]
             result = policy_loss(
-                given.pop("logprobs"), given.pop("old_logprobs"), advantages, mask=mask, **given, loss_type=loss_type,
-                importance_level=level, clip_low=0.2, clip_high=0.28, clip_delta=delta, kl_coef=kl_coef,
-                kl_bias_correction=bias_correction, entropy_coef=entropy_coef, behaviour_mode=mode or "token_truncate",
-                behaviour_cap=1.4, max_response_tokens=11, backend=backend,
-            )  # fmt: skip
+                given.pop("logprobs"),
+                given.pop("old_logprobs"),
+                advantages,
+                mask=mask,
+                **given,
+                loss_type=loss_type,
+                importance_level=level,
+                clip_low=0.2,
+                clip_high=0.28,
+                clip_delta=delta,
+                kl_coef=kl_coef,
+                kl_bias_correction=bias_correction,
+                entropy_coef=entropy_coef,
+                behaviour_mode=mode or "token_truncate",
+                behaviour_cap=1.4,
+                max_response_tokens=11,
+                backend=backend,
+            )
             loss, metrics = result
         else:
             loss, seen = trl_loss(
-                leaves, mask, advantages, loss_type=loss_type, level=level, kl_coef=kl_coef, bias_correction=bias_correction,
-                delta=delta, behaviour_mode=mode, cap=1.4, entropy_coef=entropy_coef,
-            )  # fmt: skip
+                leaves,
+                mask,
+                advantages,
+                loss_type=loss_type,
+                level=level,
+                kl_coef=kl_coef,
+                bias_correction=bias_correction,
+                delta=delta,
+                behaviour_mode=mode,
+                cap=1.4,
+                entropy_coef=entropy_coef,
+            )
         grads = torch.autograd.grad(loss, [leaves["logprobs"], leaves["entropy"]], allow_unused=True)
         results.append((loss.detach(), grads[0], torch.zeros_like(mask.float()) if grads[1] is None else grads[1]))
     for theirs, mine in zip(*results, strict=True):
@@ -200,10 +229,20 @@ def test_everything_masked(backend):
     logprobs = torch.full((B, L), torch.nan, requires_grad=True)
     for loss_type, level in itertools.product(LOSS_TYPES, ("token", "sequence")):
         result = policy_loss(
-            logprobs, logprobs.detach(), torch.ones(B), mask=torch.zeros(B, L, dtype=torch.bool), loss_type=loss_type,
-            importance_level=level, max_response_tokens=L, entropy=torch.full((B, L), torch.nan), entropy_coef=0.1,
-            ref_logprobs=logprobs.detach(), kl_coef=0.1, behaviour_logprobs=logprobs.detach(), backend=backend,
-        )  # fmt: skip
+            logprobs,
+            logprobs.detach(),
+            torch.ones(B),
+            mask=torch.zeros(B, L, dtype=torch.bool),
+            loss_type=loss_type,
+            importance_level=level,
+            max_response_tokens=L,
+            entropy=torch.full((B, L), torch.nan),
+            entropy_coef=0.1,
+            ref_logprobs=logprobs.detach(),
+            kl_coef=0.1,
+            behaviour_logprobs=logprobs.detach(),
+            backend=backend,
+        )
         assert result.loss == 0
         assert (torch.autograd.grad(result.loss, logprobs)[0] == 0).all()
         assert result.metrics["tokens"] == 0
@@ -345,9 +384,14 @@ def test_grpo_loss_is_advantages_then_loss(backend, baseline, scale, loss_type):
         )
     advantages = group_advantages(rewards, 3, mask=keep, baseline=baseline, scale=scale, backend=backend)
     want = policy_loss(
-        theirs, old, advantages, mask=mask & keep.unsqueeze(1), loss_type=loss_type, backend=backend,
+        theirs,
+        old,
+        advantages,
+        mask=mask & keep.unsqueeze(1),
+        loss_type=loss_type,
+        backend=backend,
         normalizer=keep.sum() if loss_type == "grpo" else None,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(torch.autograd.grad(got.loss, mine)[0], torch.autograd.grad(want.loss, theirs)[0])
     assert got.metrics["sequences"] == 5
@@ -365,11 +409,23 @@ def test_gradcheck_in_float64(loss_type, level, mode, bias_correction, estimator
 
     def function(logprobs, entropy):
         return policy_loss(
-            logprobs, tensors["old_logprobs"], advantages, mask=mask, ref_logprobs=tensors["ref_logprobs"], entropy=entropy,
-            behaviour_logprobs=None if mode is None else tensors["behaviour_logprobs"], behaviour_mode=mode or "token_truncate",
-            loss_type=loss_type, importance_level=level, kl_coef=0.1, kl_estimator=estimator, kl_bias_correction=bias_correction,
-            entropy_coef=0.1, clip_delta=1.3, max_response_tokens=L,
-        ).loss  # fmt: skip
+            logprobs,
+            tensors["old_logprobs"],
+            advantages,
+            mask=mask,
+            ref_logprobs=tensors["ref_logprobs"],
+            entropy=entropy,
+            behaviour_logprobs=None if mode is None else tensors["behaviour_logprobs"],
+            behaviour_mode=mode or "token_truncate",
+            loss_type=loss_type,
+            importance_level=level,
+            kl_coef=0.1,
+            kl_estimator=estimator,
+            kl_bias_correction=bias_correction,
+            entropy_coef=0.1,
+            clip_delta=1.3,
+            max_response_tokens=L,
+        ).loss
 
     torch.autograd.gradcheck(function, (tensors["logprobs"].requires_grad_(), tensors["entropy"].requires_grad_()))
 
@@ -392,9 +448,17 @@ def test_opcheck(backend):
     tensors, mask, advantages = batch(empty=False)
     options = check_options(LossOptions(kl_coef=0.1, entropy_coef=0.1))
     tokens = check_tokens(
-        tensors["logprobs"].requires_grad_(), tensors["old_logprobs"], mask, None, tensors["ref_logprobs"],
-        tensors["entropy"].requires_grad_(), tensors["behaviour_logprobs"], None, 3.0, options,
-    )._replace(advantages=advantages)  # fmt: skip
+        tensors["logprobs"].requires_grad_(),
+        tensors["old_logprobs"],
+        mask,
+        None,
+        tensors["ref_logprobs"],
+        tensors["entropy"].requires_grad_(),
+        tensors["behaviour_logprobs"],
+        None,
+        3.0,
+        options,
+    )._replace(advantages=advantages)
     torch.library.opcheck(policy_loss_op, (*pack(tokens, None, options), backend))
 
 
@@ -506,8 +570,15 @@ def test_numbers_that_are_none(backend, loss_type, clip, delta):
             logprobs.requires_grad_()
             given = torch.tensor([[0.5, advantage, -0.5]])
             loss, metrics = policy_loss(
-                logprobs, torch.zeros(1, 3), given, loss_type=loss_type, clip_low=clip, clip_high=clip, clip_delta=delta, backend=name
-            )  # fmt: skip
+                logprobs,
+                torch.zeros(1, 3),
+                given,
+                loss_type=loss_type,
+                clip_low=clip,
+                clip_high=clip,
+                clip_delta=delta,
+                backend=name,
+            )
             grad = torch.autograd.grad(loss, logprobs)[0]
             results.append([loss.detach(), grad, *metrics.values()])
         for want, got in zip(*results, strict=True):
@@ -527,9 +598,16 @@ def test_the_native_exponential():
     )
     logprobs = x.clone().requires_grad_()
     loss = policy_loss(
-        logprobs, torch.zeros_like(x), torch.full_like(x, -1.0), cu_seqlens=torch.tensor([0, x.shape[0]]), loss_type="dapo",
-        clip_low=1.0, clip_high=0.0, normalizer=1.0, backend="native",
-    ).loss  # fmt: skip
+        logprobs,
+        torch.zeros_like(x),
+        torch.full_like(x, -1.0),
+        cu_seqlens=torch.tensor([0, x.shape[0]]),
+        loss_type="dapo",
+        clip_low=1.0,
+        clip_high=0.0,
+        normalizer=1.0,
+        backend="native",
+    ).loss
     got, want = torch.autograd.grad(loss, logprobs)[0][:-1], x[:-1].double().exp()
     rounded = want.float()
     assert torch.equal(got.isinf(), rounded.isinf())
@@ -571,8 +649,11 @@ def test_other_instruction_sets(isa):
     names = "native and (any_number or none or exponential or trl)"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": isa}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "ATEN_CPU_CAPABILITY": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout
 
 
@@ -582,13 +663,25 @@ GOOD = {"logprobs": torch.zeros(2, 3), "old_logprobs": torch.zeros(2, 3), "advan
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"logprobs": torch.zeros(6)}, ValueError, r"logprobs: expected padded \(B, L\), or packed \(N,\) with cu_seqlens, got \(6,\) without"),
-        ({"cu_seqlens": torch.tensor([0, 2])}, ValueError, r"logprobs: expected packed \(N,\) with cu_seqlens, got \(2, 3\)"),
+        (
+            {"logprobs": torch.zeros(6)},
+            ValueError,
+            r"logprobs: expected padded \(B, L\), or packed \(N,\) with cu_seqlens, got \(6,\) without",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 2])},
+            ValueError,
+            r"logprobs: expected packed \(N,\) with cu_seqlens, got \(2, 3\)",
+        ),
         ({"old_logprobs": torch.zeros(3, 2)}, ValueError, r"old_logprobs: expected shape \(2, 3\), got \(3, 2\)"),
         ({"advantages": torch.zeros(3)}, ValueError, r"advantages: expected shape \(2,\) or \(2, 3\), got \(3,\)"),
         ({"advantages": [1.0, 2.0]}, TypeError, "advantages: expected a tensor, got list"),
         ({"mask": torch.ones(2, dtype=torch.bool)}, ValueError, r"mask: expected shape \(2, 3\), got \(2,\)"),
-        ({"loss_type": "ppo"}, ValueError, "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo, luspo, got 'ppo'"),
+        (
+            {"loss_type": "ppo"},
+            ValueError,
+            "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo, luspo, got 'ppo'",
+        ),
         ({"importance_level": "word"}, ValueError, "importance_level: expected one of token, sequence"),
         ({"kl_estimator": "k4"}, ValueError, "kl_estimator: expected one of k1, k2, k3"),
         ({"behaviour_mode": "clip"}, ValueError, "behaviour_mode: expected one of"),
@@ -609,10 +702,11 @@ GOOD = {"logprobs": torch.zeros(2, 3), "old_logprobs": torch.zeros(2, 3), "advan
         ({"kl_bias_correction": "yes"}, TypeError, "kl_bias_correction: expected a bool"),
         (
             {"loss_type": "vespo", "behaviour_logprobs": torch.zeros(2, 3), "behaviour_mode": "sequence_mask"},
-            ValueError, "behaviour_mode: expected token_truncate or token_mask with loss_type 'vespo'",
+            ValueError,
+            "behaviour_mode: expected token_truncate or token_mask with loss_type 'vespo'",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         policy_loss(**{**GOOD, **change})
@@ -658,11 +752,25 @@ def test_cispo_bounds_its_weight_from_above_alone_and_counts_advantages_above_0(
 def test_defaults_are_those_of_the_contract(function):
     parameters = inspect.signature(function).parameters
     want = {
-        "loss_type": "grpo", "importance_level": "token", "clip_low": 0.2, "clip_high": 0.2, "clip_delta": None, "kl_coef": 0.0,
-        "kl_estimator": "k3", "kl_bias_correction": False, "entropy_coef": 0.0, "behaviour_mode": "token_truncate", "behaviour_cap": 2.0,
-        "cispo_cap": 5.0, "sapo_temperature": (1.0, 1.05), "vespo_k": (2.0, 3.0), "vespo_lambda": (3.0, 2.0),
-        "max_response_tokens": None, "normalizer": None, "entropy_normalizer": None,
-    }  # fmt: skip
+        "loss_type": "grpo",
+        "importance_level": "token",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "clip_delta": None,
+        "kl_coef": 0.0,
+        "kl_estimator": "k3",
+        "kl_bias_correction": False,
+        "entropy_coef": 0.0,
+        "behaviour_mode": "token_truncate",
+        "behaviour_cap": 2.0,
+        "cispo_cap": 5.0,
+        "sapo_temperature": (1.0, 1.05),
+        "vespo_k": (2.0, 3.0),
+        "vespo_lambda": (3.0, 2.0),
+        "max_response_tokens": None,
+        "normalizer": None,
+        "entropy_normalizer": None,
+    }
     assert {name: parameters[name].default for name in want} == want
 
 
@@ -672,9 +780,16 @@ def test_the_entropy_of_dropped_rollouts_and_masked_tokens_has_no_gradient(backe
     mask, rollouts = torch.ones(4, 3, dtype=torch.bool), torch.tensor([True, True, False, True])
     mask[0, 2] = False
     grpo_loss(
-        logprobs, None, torch.tensor([0.0, 1.0, 1.0, 0.0]), 4, rollout_mask=rollouts, mask=mask, entropy=entropy, entropy_coef=0.5,
+        logprobs,
+        None,
+        torch.tensor([0.0, 1.0, 1.0, 0.0]),
+        4,
+        rollout_mask=rollouts,
+        mask=mask,
+        entropy=entropy,
+        entropy_coef=0.5,
         backend=backend,
-    ).loss.backward()  # fmt: skip
+    ).loss.backward()
     counts = mask & rollouts[:, None]
     torch.testing.assert_close(entropy.grad, torch.where(counts, -0.5 / counts.sum(), 0.0))
 
@@ -697,9 +812,17 @@ def test_kl_estimators_are_schulmans(backend, estimator, corrected):
     old, ref = logprobs.detach() + 0.3 * torch.randn(3, 5), logprobs.detach() + 0.5 * torch.randn(3, 5)
     mask = torch.rand(3, 5) > 0.3
     found = policy_loss(
-        logprobs, old, torch.zeros(3), mask=mask, ref_logprobs=ref, loss_type="bnpo", kl_coef=0.7, kl_estimator=estimator,
-        kl_bias_correction=corrected, backend=backend,
-    )  # fmt: skip
+        logprobs,
+        old,
+        torch.zeros(3),
+        mask=mask,
+        ref_logprobs=ref,
+        loss_type="bnpo",
+        kl_coef=0.7,
+        kl_estimator=estimator,
+        kl_bias_correction=corrected,
+        backend=backend,
+    )
     (got,) = torch.autograd.grad(found.loss, logprobs)
     apart = ref - logprobs
     kl = {"k1": -apart, "k2": apart.square() / 2, "k3": apart.exp() - apart - 1}[estimator]
@@ -716,8 +839,14 @@ def test_vespos_weight_has_a_least_sequence_weight(backend):
         (1, 4), -30.0, requires_grad=True
     )  # far below the old ones: the sequence's weight is bounded by 1e-8
     loss = policy_loss(
-        logprobs, torch.full((1, 4), -1.0), torch.ones(1), loss_type="vespo", vespo_k=(0.1, 0.1), vespo_lambda=(3.0, 2.0), backend=backend
-    ).loss  # fmt: skip
+        logprobs,
+        torch.full((1, 4), -1.0),
+        torch.ones(1),
+        loss_type="vespo",
+        vespo_k=(0.1, 0.1),
+        vespo_lambda=(3.0, 2.0),
+        backend=backend,
+    ).loss
     (grad,) = torch.autograd.grad(loss, logprobs)
     weight = math.exp(3.0 + 0.1 * math.log(1e-8) - 3.0 * 1e-8)
     torch.testing.assert_close(grad, torch.full((1, 4), -weight / 4), rtol=1e-5, atol=0)

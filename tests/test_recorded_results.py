@@ -13,9 +13,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("machine", "record", "report")
 HERE = {
-    "device": "AMD EPYC (Zen 5)", "cpu": {"name": "AMD EPYC", "generation": "Zen 5", "instruction_sets": ["avx2"]}, "cores": 2,
-    "threads": 2, "torch": "2.13.0", "peers": {"trl": "1.16.0"}, "python_version": "3.11.7", "backend": "native", "cpu_capability": "AVX512",
-}  # fmt: skip
+    "device": "AMD EPYC (Zen 5)",
+    "cpu": {"name": "AMD EPYC", "generation": "Zen 5", "instruction_sets": ["avx2"]},
+    "cores": 2,
+    "threads": 2,
+    "torch": "2.13.0",
+    "peers": {"trl": "1.16.0"},
+    "python_version": "3.11.7",
+    "backend": "native",
+    "cpu_capability": "AVX512",
+}
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +224,15 @@ def test_the_account_of_the_machine(machine, tmp_path):
 @pytest.mark.parametrize(
     "vendor, family, model, name",
     [
-        ("AuthenticAMD", 23, 49, "Zen 2"), ("AuthenticAMD", 25, 1, "Zen 3"), ("AuthenticAMD", 25, 17, "Zen 4"), ("AuthenticAMD", 26, 2, "Zen 5"),
-        ("GenuineIntel", 6, 143, "Sapphire Rapids"), ("GenuineIntel", 6, 1, "model 1"), ("other", 9, 9, "family 9 model 9"),
+        ("AuthenticAMD", 23, 49, "Zen 2"),
+        ("AuthenticAMD", 25, 1, "Zen 3"),
+        ("AuthenticAMD", 25, 17, "Zen 4"),
+        ("AuthenticAMD", 26, 2, "Zen 5"),
+        ("GenuineIntel", 6, 143, "Sapphire Rapids"),
+        ("GenuineIntel", 6, 1, "model 1"),
+        ("other", 9, 9, "family 9 model 9"),
     ],
-)  # fmt: skip
+)
 def test_generations(machine, vendor, family, model, name):
     assert machine.generation(vendor, family, model) == name
 
@@ -228,10 +240,11 @@ def test_generations(machine, vendor, family, model, name):
 @pytest.mark.parametrize(
     "name, generation, slug",
     [
-        ("AMD EPYC", "Zen 5", "cpu-epyc-zen5-2cores"), ("AMD EPYC 7763 64-Core Processor", "Zen 3", "cpu-epyc-zen3-2cores"),
+        ("AMD EPYC", "Zen 5", "cpu-epyc-zen5-2cores"),
+        ("AMD EPYC 7763 64-Core Processor", "Zen 3", "cpu-epyc-zen3-2cores"),
         ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "Sapphire Rapids", "cpu-xeon-sapphirerapids-2cores"),
     ],
-)  # fmt: skip
+)
 def test_a_file_for_each_kind_of_machine(machine, name, generation, slug):
     here = HERE | {"device": f"{name} ({generation})", "cpu": {"name": name, "generation": generation}}
     assert machine.slug(here) == slug

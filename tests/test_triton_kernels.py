@@ -181,10 +181,17 @@ def test_the_interpreter_treats_an_argument_of_1_as_the_compiler_does():
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [
-        ((5, 1), (1, 1)), ((1, 1), (1, 1)), ((1, 50), (50, 1)), ((4, 50), (0, 1)), ((4, 50), (1, 1)), ((4, 1), (0, 1)),
-        ((2, 1, 3), (3, 3, 1)), ((2, 3, 1), (7, 1, 1)), ((3, 2, 4), (1, 9, 1)),
+        ((5, 1), (1, 1)),
+        ((1, 1), (1, 1)),
+        ((1, 50), (50, 1)),
+        ((4, 50), (0, 1)),
+        ((4, 50), (1, 1)),
+        ((4, 1), (0, 1)),
+        ((2, 1, 3), (3, 3, 1)),
+        ((2, 3, 1), (7, 1, 1)),
+        ((3, 2, 4), (1, 9, 1)),
     ],
-)  # fmt: skip
+)
 def test_token_stats_where_a_size_or_stride_is_1(dtype, labels_dtype, shape, strides):
     logits = torch.randn(100).to(dtype).as_strided(shape, strides)
     rows = shape[:-1]
@@ -432,8 +439,17 @@ def long_tokens(options, seed=0):
 
 
 OPTIONS = [
-    specs.LossOptions(loss_type, level, clip_delta=delta, kl_coef=0.1, kl_estimator=estimator, kl_bias_correction=bias,
-                      entropy_coef=0.01, behaviour_mode=mode, max_response_tokens=900)
+    specs.LossOptions(
+        loss_type,
+        level,
+        clip_delta=delta,
+        kl_coef=0.1,
+        kl_estimator=estimator,
+        kl_bias_correction=bias,
+        entropy_coef=0.01,
+        behaviour_mode=mode,
+        max_response_tokens=900,
+    )
     for (loss_type, level), (delta, estimator, bias), mode in zip(
         itertools.product(specs.LOSS_TYPES, specs.IMPORTANCE_LEVELS),
         itertools.cycle([(None, "k3", False), (1.1, "k2", True), (None, "k1", True)]),
@@ -441,7 +457,7 @@ OPTIONS = [
         strict=False,
     )
     if not (loss_type == "vespo" and mode.startswith("sequence"))
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: f"{options.loss_type}-{options.importance_level}")
@@ -452,9 +468,13 @@ def test_policy_loss_of_long_sequences(options):
     close(got, loss_reference.forward(tokens, None, options), rtol=1e-4, atol=1e-5)
 
     groups = specs.Groups(
-        torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0], dtype=torch.float64), torch.tensor([0, 3, 3, 5]),
-        torch.tensor([True, True, True, False, True]), "mean", "batch", 1e-6,
-    )  # fmt: skip
+        torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0], dtype=torch.float64),
+        torch.tensor([0, 3, 3, 5]),
+        torch.tensor([True, True, True, False, True]),
+        "mean",
+        "batch",
+        1e-6,
+    )
     tokens = tokens._replace(
         advantages=None, old=None, behaviour=None, normalizer=torch.tensor(3.0), entropy_normalizer=torch.tensor(70.0)
     )

@@ -48,9 +48,12 @@ def test_the_sweep_runs_and_the_library_reads_what_it_writes(tmp_path):
     out = tmp_path / "tuning.json"
     subprocess.run(
         [sys.executable, "benchmarks/tune.py", "--dry-run", "--out", out],
-        check=True, cwd=REPOSITORY, env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}, timeout=300,
+        check=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        timeout=300,
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     result = json.loads(out.read_text())
     fields = {field.name for field in dataclasses.fields(tuning.Tuning)}
     assert set(result["measured"]) == fields  # no size is left to a guess
@@ -97,9 +100,14 @@ def test_a_candidate_that_fails_is_recorded_and_skipped_whatever_it_did(tmp_path
     script, out = tmp_path / "faulty.py", tmp_path / "tuning.json"
     script.write_text(FAULTY_SWEEP.replace("CANDIDATES", str(candidates)))
     done = subprocess.run(
-        [sys.executable, script, "--dry-run", "--out", out, "--seconds-per-candidate", "4"], check=False, cwd=REPOSITORY,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}, timeout=300, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, script, "--dry-run", "--out", out, "--seconds-per-candidate", "4"],
+        check=False,
+        cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     measured = {tuple(each["value"]): each for each in result["measured"]["stats_forward"]}
@@ -129,9 +137,14 @@ def test_a_sweep_cut_short_keeps_what_it_measured(tmp_path):
     script, out = tmp_path / "faulty.py", tmp_path / "tuning.json"
     script.write_text(FAULTY_SWEEP.replace("CANDIDATES", "[(256, 4), (512, 2), (4, 0), (512, 4)]"))
     done = subprocess.run(
-        [sys.executable, script, "--dry-run", "--out", out, "--minutes", "0.5"], check=True, cwd=REPOSITORY,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}, timeout=300, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, script, "--dry-run", "--out", out, "--minutes", "0.5"],
+        check=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
     result = json.loads(out.read_text())
     assert [each["value"] for each in result["measured"]["stats_forward"] if "ms" in each] == [[256, 4], [512, 2]]
     assert result["tuning"]["stats_forward"] == [512, 2]

@@ -91,9 +91,14 @@ def test_token_stats(backend, dtype, masked):
         mask = torch.arange(number) % 4 != 0 if masked else None
         with watch_memory() as memory:
             stats = linear_token_stats(
-                hidden, weight, labels, mask=mask, backend=backend, workspace_bytes=WORKSPACE,
+                hidden,
+                weight,
+                labels,
+                mask=mask,
+                backend=backend,
+                workspace_bytes=WORKSPACE,
                 stats=("logprob", "entropy", "self_certainty"),
-            )  # fmt: skip
+            )
         forwards.append(memory)
         loss = sum(stat.sum() for stat in stats)
         with watch_memory() as memory:
@@ -116,16 +121,25 @@ def test_policy_loss(backend, dtype, level):
         hidden, labels = hidden.detach().view(4, -1, H).requires_grad_(), labels.view(4, -1)
         with watch_memory() as memory:
             loss = linear_policy_loss(
-                hidden, weight, labels, None, torch.tensor([1.0, -1.0, 0.5, 0.0]), importance_level=level, entropy_coef=0.1,
-                workspace_bytes=WORKSPACE, backend=backend,
-            ).loss  # fmt: skip
+                hidden,
+                weight,
+                labels,
+                None,
+                torch.tensor([1.0, -1.0, 0.5, 0.0]),
+                importance_level=level,
+                entropy_coef=0.1,
+                workspace_bytes=WORKSPACE,
+                backend=backend,
+            ).loss
         forwards.append(memory)
         with watch_memory() as memory:
             loss.backward()
         backwards.append(memory)
     fused = level == "token" and (backend, dtype) in {
-        ("native", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16),
-    }  # fmt: skip
+        ("native", torch.float32),
+        ("triton", torch.float32),
+        ("triton", torch.bfloat16),
+    }
     workspace = workspace_of(backend, whole_rows=fused)
     largest, returned = gradients_of_weight(backend, dtype, fused=fused)
     matmul = of_matmul(backend, dtype, V if fused else 256)

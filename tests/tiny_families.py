@@ -59,15 +59,23 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers"), 1),
     "hidden_size_per_layer_input": HEAD,
     "num_kv_shared_layers": 2,
-}  # fmt: skip
+}
 """The largest value of each size. A default that is smaller stays."""
 
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 HYBRID = ["linear_attention", "full_attention"] * (LAYERS // 2)
 ASSISTANT = {
-    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "head_dim": HEAD,
-    "num_attention_heads": HEADS, "num_key_value_heads": 2, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": LAYERS,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "head_dim": HEAD,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": LAYERS,
+}
 QSA = {
     "indexer_n_heads": 16,
     "indexer_kv_heads": 1,

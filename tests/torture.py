@@ -32,9 +32,11 @@ EVENTS = {"rollout": (20, 100), "checkpoint": (1, 460), "line": (2, 5 * STEPS), 
 """Kinds of event, and the range that the n-th is drawn from: of tokens, disk operations, lines of metrics.jsonl
 and samples.jsonl, optimizer steps."""
 MOMENTS = {
-    "rollout": "a random token", "checkpoint": "a random disk operation of a checkpoint", "line": "a random line of metrics or samples",
+    "rollout": "a random token",
+    "checkpoint": "a random disk operation of a checkpoint",
+    "line": "a random line of metrics or samples",
     "update": "a random optimizer step",
-}  # fmt: skip
+}
 
 
 def flags() -> list[str]:
@@ -66,8 +68,13 @@ def die_at(event: str, number: int) -> None:
         "rollout": [(Interrupt, ["check"])],
         "line": [(Lines, ["write"])],
         "update": [(torch.optim.AdamW, ["step"])],
-        "checkpoint": [(os, ["fsync"]), (Path, ["mkdir", "rename", "replace", "symlink_to"]), (torch, ["save"]), (shutil, ["rmtree"])],
-    }[event]  # fmt: skip
+        "checkpoint": [
+            (os, ["fsync"]),
+            (Path, ["mkdir", "rename", "replace", "symlink_to"]),
+            (torch, ["save"]),
+            (shutil, ["rmtree"]),
+        ],
+    }[event]
     for owner, names in places:
         for name in names:
             setattr(owner, name, counted(getattr(owner, name)))
@@ -91,8 +98,13 @@ def killed(event: str, number: int, output: Path, *more: str) -> bool:
     """Start a run that dies at the event; return whether it did, not having ended before."""
     command = [sys.executable, str(HERE), "child", event, str(number), *flags(), *more, "--output", str(output)]
     done = subprocess.run(
-        command, text=True, capture_output=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=HERE.parents[1]
-    )  # fmt: skip
+        command,
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1],
+    )
     assert done.returncode in (0, -signal.SIGKILL), done.stdout + done.stderr
     return done.returncode != 0
 

@@ -118,9 +118,13 @@ def rank(event: str, number: int, where: int, arguments: list[str]) -> int:
 def started(command: list[str], **environment: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join(sys.path[:3])
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=HERE.parents[1],
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=HERE.parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
-    )  # fmt: skip
+    )
 
 
 def ended(process: subprocess.Popen[str], limit: float = LIMIT) -> tuple[int, str]:
@@ -147,9 +151,23 @@ def ranks(
     """Return the command of two ranks on this machine, the second of which has the fault."""
     where = ["--standalone", "--nproc-per-node", "2"] if nodes == 1 else ["--nproc-per-node", "1"]
     return [
-        sys.executable, "-m", "torch.distributed.run", *where, "--max-restarts", str(restarts), "--monitor-interval", "0.1",
-        str(HERE), "rank", event, str(number), "1", *flags, "--output", str(output),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *where,
+        "--max-restarts",
+        str(restarts),
+        "--monitor-interval",
+        "0.1",
+        str(HERE),
+        "rank",
+        event,
+        str(number),
+        "1",
+        *flags,
+        "--output",
+        str(output),
+    ]
 
 
 def alone(output: Path, *flags: str, event: str = "none") -> list[str]:

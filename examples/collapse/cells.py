@@ -6,9 +6,16 @@ All cells share :data:`COMMON`, and each adds its own options. ``base`` is not a
 from __future__ import annotations
 
 COMMON = {
-    "steps": 2000, "learning_rate": 2e-4, "lr_schedule": "constant", "warmup": 0.0, "eval_every": 50, "checkpoint_every": 0,
-    "samples_per_step": 0, "guard": "off", "log_every": 1000,
-}  # fmt: skip
+    "steps": 2000,
+    "learning_rate": 2e-4,
+    "lr_schedule": "constant",
+    "warmup": 0.0,
+    "eval_every": 50,
+    "checkpoint_every": 0,
+    "samples_per_step": 0,
+    "guard": "off",
+    "log_every": 1000,
+}
 """The built-in task with its own learning rate, kept constant, for several times as many steps as `make train` takes."""
 
 WARM_STEPS = 1500

@@ -76,10 +76,14 @@ def main() -> None:
             [each for group in some for each in group if each["pruned"]],
         )
         figures = [
-            len(go) / (len(stay) + len(go)), right(stay), right(go),
-            labels_right(some, survivors=False), labels_right(some, survivors=True),
-            sum(map(is_dead, some)) / len(some), sum(is_dead(kept(group)) for group in some) / len(some),
-        ]  # fmt: skip
+            len(go) / (len(stay) + len(go)),
+            right(stay),
+            right(go),
+            labels_right(some, survivors=False),
+            labels_right(some, survivors=True),
+            sum(map(is_dead, some)) / len(some),
+            sum(is_dead(kept(group)) for group in some) / len(some),
+        ]
         print(
             f"| {first} - {last or max(group[0]['step'] for group in some)} | {' | '.join(f'{each:.3f}' for each in figures)} |"
         )

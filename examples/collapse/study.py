@@ -98,15 +98,22 @@ def take(cell: str, seed: int, options: dict[str, object], device: str, base: Pa
         shutil.copytree(base, f"{place}/run/base")  # a run of the built-in task uses a model that is already here
         done = subprocess.run(
             [*command, "--output", f"{place}/run"],
-            capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if done.returncode:
             raise RuntimeError(f"{cell}, seed {seed}: exit status {done.returncode}\n{done.stderr[-2000:]}")
         lines = read_lines(Path(place, "run", "metrics.jsonl"))
     return {
-        "cell": cell, "seed": seed, "options": options, "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
-        "seconds": round(time.perf_counter() - start), "curve": curve_of(lines),
-    }  # fmt: skip
+        "cell": cell,
+        "seed": seed,
+        "options": options,
+        "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "seconds": round(time.perf_counter() - start),
+        "curve": curve_of(lines),
+    }
 
 
 def read(path: Path) -> list[dict[str, Any]]:

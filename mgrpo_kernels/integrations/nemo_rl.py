@@ -107,9 +107,13 @@ def from_parallel_hidden_states_to_logprobs(
             hidden = _GatherSequence.apply(hidden, tp_group)  # (L, B, H)
         checks.check_tensor("target", target, dtypes=checks.INTS, shape=(hidden.shape[1], hidden.shape[0]))
         logprob = linear_token_stats(
-            hidden[:-1], output_weight_layer, target.t()[1:], stats=("logprob",), tp_group=tp_group if ranks > 1 else None,
+            hidden[:-1],
+            output_weight_layer,
+            target.t()[1:],
+            stats=("logprob",),
+            tp_group=tp_group if ranks > 1 else None,
             vocab_start=vocab_start_index,
-        ).logprob  # fmt: skip
+        ).logprob
     assert logprob is not None
     return logprob.t()
 

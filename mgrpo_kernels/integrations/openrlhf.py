@@ -101,9 +101,18 @@ def _forward(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         def call() -> Any:
             return own(
-                self, sequences, action_mask, attention_mask, return_output, allgather_logits, return_logprobs, ring_attn_group,
-                packed_seq_lens, return_entropy, **mm_inputs,
-            )  # fmt: skip
+                self,
+                sequences,
+                action_mask,
+                attention_mask,
+                return_output,
+                allgather_logits,
+                return_logprobs,
+                ring_attn_group,
+                packed_seq_lens,
+                return_entropy,
+                **mm_inputs,
+            )
 
         if action_mask is None and not return_logprobs:
             return call()  # what is asked for are the logits

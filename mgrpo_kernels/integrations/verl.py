@@ -215,9 +215,16 @@ def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
         # A weight is never negative: it scales the surrogate whichever side of the clip it is on.
         weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
         value = policy_loss(
-            log_prob, old_log_prob, weighted, mask=mask, loss_type=loss_type, clip_low=low, clip_high=high, clip_delta=most,
+            log_prob,
+            old_log_prob,
+            weighted,
+            mask=mask,
+            loss_type=loss_type,
+            clip_low=low,
+            clip_high=high,
+            clip_delta=most,
             normalizer=normalizer,
-        ).loss  # fmt: skip
+        ).loss
         return value, _metrics(log_prob.detach(), old_log_prob, advantages, mask, low, high, most)
 
     return loss

@@ -59,7 +59,7 @@ _ALIASES: dict[str, Key] = {
     **dict.fromkeys(("∞", "+∞", "infinity", "positiveinfinity"), ("infinity", 1)),
     "n/a": ("text", "n/a"),
     **dict.fromkeys(("-∞", "-infinity", "negativeinfinity"), ("infinity", -1)),
-}  # fmt: skip
+}
 _NO_DIFFERENCE = re.compile(r"(?<![\d.]) | (?![\d.])")  # every space but the one between two digits
 _DASHED_DIGITS = re.compile(r"\d+(?:-\d+){2,}")  # 3-4-5 is a triangle, and 2020-01-15 a date
 _ONLY_LETTERS = re.compile(

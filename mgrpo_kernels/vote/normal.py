@@ -24,10 +24,24 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("×·∙⋅✕∗", "*"),
         **dict.fromkeys("’‘ʼ′", "'"),
         **dict.fromkeys("ºᵒ˚", "°"),
-        "÷": "/", "⁄": "/", "∕": "/", "℃": "°C", "℉": "°F", "⋯": "…", "≦": "≤", "≧": "≥", "∼": "≈", "〈": "⟨", "〉": "⟩",
-        "ϕ": "φ", "ϵ": "ε", "∧": " and ", "∨": " or ", "Ω": "Ω",
+        "÷": "/",
+        "⁄": "/",
+        "∕": "/",
+        "℃": "°C",
+        "℉": "°F",
+        "⋯": "…",
+        "≦": "≤",
+        "≧": "≥",
+        "∼": "≈",
+        "〈": "⟨",
+        "〉": "⟩",
+        "ϕ": "φ",
+        "ϵ": "ε",
+        "∧": " and ",
+        "∨": " or ",
+        "Ω": "Ω",
     }
-)  # fmt: skip
+)
 _KEPT = set("…ℝℤℕℚℂ℮°ϕ")  # NFKC would make other texts of these
 
 _GREEK_NAMES = (
@@ -110,12 +124,15 @@ _AFTER: list[tuple[re.Pattern[str], Any]] = [
         (r"√\s*(\d+(?:\.\d+)?|[A-Za-zα-ω])", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt"),
         (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),
-        (r"(?<![\d.,'_])(\d{1,3})((?:'\d{3})+|(?:_\d{3})+)(?![\d'_])", lambda match: match[1] + re.sub(r"['_]", "", match[2])),
+        (
+            r"(?<![\d.,'_])(\d{1,3})((?:'\d{3})+|(?:_\d{3})+)(?![\d'_])",
+            lambda match: match[1] + re.sub(r"['_]", "", match[2]),
+        ),
         (r"(?<![\d.,^_{])(\d{1,3})((?: \d{3})+)(?!\d|\s*/|[,.]\d)", lambda match: match[1] + match[2].replace(" ", "")),
         (r"(?<![\d.,^_{])(\d{1,3})((?: \d{3})+)(?=\.\d)", lambda match: match[1] + match[2].replace(" ", "")),
         (r"\s+", " "),
     ]
-]  # fmt: skip
+]
 
 
 def normal_form(answer: str) -> str:

@@ -34,7 +34,7 @@ _NAME = re.compile(
     r"|\\frac\{d ?[a-z]?\}\{d ?[a-z]\}|d[a-z]?/d[a-z]"  # dy/dx
     r"|m?\s?[∠△]\s?[A-Za-z]+|\|?\s?(?:\\overline\{)?[A-Z]{2,4}\}?\s?\|?|\|[A-Za-z]\|"  # ∠A, AB, |AB|
     r"|[A-Za-z]{2,}(?:[ '-]+[A-Za-z]+)*"  # Area, Total cost
-)  # fmt: skip
+)
 _NOT_NAMES = re.compile(r"\b(?:sin|cos|tan|log|ln|exp|sqrt|mod|and|or|if|lim|max|min)\b")
 _TURNED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 

@@ -31,9 +31,11 @@ MGRPO_COMMIT's, that of a file COMMIT in the tree, or git's. The exit code is 1 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(
-        prog="gpu_check", description="Tests, benchmarks and tuning on one GPU, in which no hang, crash or cut-off loses a finished row.",
-        epilog=FILES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="gpu_check",
+        description="Tests, benchmarks and tuning on one GPU, in which no hang, crash or cut-off loses a finished row.",
+        epilog=FILES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("gpu-check"), help="folder for the results (default: %(default)s)"
     )
@@ -42,9 +44,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="also write profile.json")
     parser.add_argument(
-        "--wheels", type=Path, metavar="DIR",
+        "--wheels",
+        type=Path,
+        metavar="DIR",
         help="folder of wheels to import peers from, as `make gpu-wheels` collects them (default: build/gpu-wheels, if it exists)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dry-run-on-cpu", action="store_true", help="prove this script on a machine without a GPU, on tiny shapes"
     )

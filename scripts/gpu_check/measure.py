@@ -73,9 +73,13 @@ def environment(on_cpu: bool) -> dict[str, Callable[[], dict[str, Any]]]:
         import triton
 
         return {
-            "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__, "commit": commit(),
-            "python": platform.python_version(), "cpu_cores": os.cpu_count(),
-        }  # fmt: skip
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+            "commit": commit(),
+            "python": platform.python_version(),
+            "cpu_cores": os.cpu_count(),
+        }
 
     def the_device() -> dict[str, Any]:
         if on_cpu:
@@ -84,9 +88,12 @@ def environment(on_cpu: bool) -> dict[str, Callable[[], dict[str, Any]]]:
             }
         properties = torch.cuda.get_device_properties(0)
         return {
-            "device": properties.name, "capability": [properties.major, properties.minor],
-            "multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory, "driver": driver(),
-        }  # fmt: skip
+            "device": properties.name,
+            "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver": driver(),
+        }
 
     def copy() -> dict[str, Any]:
         source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)

@@ -79,10 +79,14 @@ def pytest_runtest_makereport(item, call):
         text = "" if report.passed else str(why)[-6000:]
         measured = benchmark_of(item) if report.when == "call" and report.passed else None
         write(
-            row=item.nodeid, outcome=report.outcome, when=report.when, seconds=round(report.duration, 3), text=text,
+            row=item.nodeid,
+            outcome=report.outcome,
+            when=report.when,
+            seconds=round(report.duration, 3),
+            text=text,
             figures=dict(item.user_properties),
             **({} if measured is None else {"benchmark": measured}),
-        )  # fmt: skip
+        )
         if report.failed and rows.is_sticky(f"{text}\n{call.excinfo.value if call.excinfo else ''}"):
             rows.leave()
     return report

@@ -41,12 +41,14 @@ def benchmarks(runs: dict[str, Run]) -> dict[str, Any]:
         measured = [row["benchmark"] for row in run.rows.values() if row.get("benchmark")]
         result["benchmarks"] += [each for each in measured if "p50_ms" in each["extra_info"]]
         result["runs"][run.name.removeprefix(BENCHMARKS)] = {
-            "ends": run.ends, "not_finished": run.not_finished,
+            "ends": run.ends,
+            "not_finished": run.not_finished,
             "not_measured": {
                 row["row"].rpartition("::")[2]: f"{row['outcome']}: {row.get('text', '')[-500:]}"
-                for row in run.rows.values() if not row.get("benchmark")
+                for row in run.rows.values()
+                if not row.get("benchmark")
             },
-        }  # fmt: skip
+        }
     return result
 
 
@@ -79,8 +81,11 @@ def write_all(out: Path) -> dict[str, Run]:
     """Write every JSON file for which there is a row, and return what the log says."""
     runs = read(out / "rows.jsonl")
     for name, content in (
-        ("environment", environment(runs)), ("tests", tests(runs)), ("benchmarks", benchmarks(runs)), ("profile", profile(runs)),
-    ):  # fmt: skip
+        ("environment", environment(runs)),
+        ("tests", tests(runs)),
+        ("benchmarks", benchmarks(runs)),
+        ("profile", profile(runs)),
+    ):
         if content and content.get("runs", True):
             write(out / f"{name}.json", content)
     return runs

@@ -27,8 +27,14 @@ PATIENCE_ON_CPU = 6.0  # times as long for a row in Triton's interpreter, on a m
 SMOKE = "smoke"
 # Those that compile longest first.
 TESTS = (
-    "policy_loss", "token_stats", "linear_policy_loss", "promises", "linear", "momentum_and_filter", "memory",
-)  # fmt: skip
+    "policy_loss",
+    "token_stats",
+    "linear_policy_loss",
+    "promises",
+    "linear",
+    "momentum_and_filter",
+    "memory",
+)
 HEAD = "linear_token_stats"
 OTHER_BENCHMARKS = ("token_stats", "linear_policy_loss", "ema", HEAD, "policy_loss", "iqr_filter", "logits_policy_loss")
 PROVIDERS = ("ours", "eager", "compile", "trl", "liger", "verl", "cce", "torch", "quack", "flash-attn")
@@ -119,9 +125,12 @@ class Check:
     def run(self, run: str, command: Sequence[object], kind: str, seconds: float, **environment: str) -> Finished:
         """Run a file's rows for at most `seconds`, and mention what went wrong with the file as a whole."""
         done = self.supervisor.run(
-            run, command, seconds=min(seconds, self.left()), row_seconds=self.row_seconds(kind),
+            run,
+            command,
+            seconds=min(seconds, self.left()),
+            row_seconds=self.row_seconds(kind),
             environment=self.environment | environment,
-        )  # fmt: skip
+        )
         reason = done.reason
         if not reason and run not in rows.read(self.log):
             reason = "its process wrote no row"
@@ -235,9 +244,13 @@ def benchmarks(check: Check, names: Sequence[str], chosen: Sequence[str], second
             select = ["-k", "ours or foreach"]
         settings = {"MGRPO_BENCH_SMALL": "1"} if check.dry else {"TRITON_INTERPRET": "0"}
         check.run(
-            file, [*pytest_of(check, file, "benchmarks"), "--benchmark-only", *select], "benchmarks", min(left, _file_seconds(check)),
-            GPU_CHECK_FIRST=",".join(f"-{name}-" for name in PROVIDERS), **settings,
-        )  # fmt: skip
+            file,
+            [*pytest_of(check, file, "benchmarks"), "--benchmark-only", *select],
+            "benchmarks",
+            min(left, _file_seconds(check)),
+            GPU_CHECK_FIRST=",".join(f"-{name}-" for name in PROVIDERS),
+            **settings,
+        )
 
 
 def head_benchmarks(check: Check, seconds: float) -> None:

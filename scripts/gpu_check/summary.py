@@ -229,8 +229,12 @@ def summary(out: Path, runs: dict[str, Run], *, seconds: float, notes: list[str]
 
     lines = [f"gpu-check{' (dry run on a CPU: no figure here means anything)' if dry else ''}: {seconds:.0f} s"]
     for write in (
-        lambda: about_machine(runs), lambda: about_tests(runs), lambda: about_lost_rows(runs), targets, lambda: about_peers(runs),
+        lambda: about_machine(runs),
+        lambda: about_tests(runs),
+        lambda: about_lost_rows(runs),
+        targets,
+        lambda: about_peers(runs),
         lambda: about_tuning(out, runs),
-    ):  # fmt: skip
+    ):
         lines += part(write)
     return "\n".join([*lines, *notes]) + "\n"

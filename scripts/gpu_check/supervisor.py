@@ -125,9 +125,14 @@ class Supervisor:
         reader = rows.Reader(self.log, run)
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
-                [sys.executable, *map(str, command)], cwd=self.folder, env=settings, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, *map(str, command)],
+                cwd=self.folder,
+                env=settings,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             self.running.add(process)
             begin = last = time.monotonic()
             how, row, collected, begun = "", None, None, set()

@@ -118,19 +118,28 @@ def endless(handler: BaseHTTPRequestHandler) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[BaseHTTPRequestHandler], None], str]] = {
-    "redirect": (sending(b"", 302, Location="http://elsewhere/"), "got 302, a redirect to http://elsewhere/, which is not followed"),
-    "HTML": (sending(b"<html>\x1b[2JLog in</html>", Content_Type="text/html"), r"expected a JSON object, got text/html: <html> \[2JLog in"),
+    "redirect": (
+        sending(b"", 302, Location="http://elsewhere/"),
+        "got 302, a redirect to http://elsewhere/, which is not followed",
+    ),
+    "HTML": (
+        sending(b"<html>\x1b[2JLog in</html>", Content_Type="text/html"),
+        r"expected a JSON object, got text/html: <html> \[2JLog in",
+    ),
     "empty": (sending(b""), "expected a JSON object, got no type: "),
     "null": (sending(None), "expected a JSON object, got null"),
     "a list": (sending([1]), r"expected a JSON object, got \[1\]"),
     "its own error": (sending({"error": {"message": "no \x1b[31mmodel\r\n"}}, 404), r"404: no  \[31mmodel"),
     "an error of null": (sending({"error": None}, 500), '500: {"error": null}'),
     "an error in HTML": (sending(b"<p>busy</p>", 503), "503: <p>busy</p>"),
-    "compressed": (sending(b"\x1f\x8b", Content_Encoding="gzip"), "expected an answer that is not compressed, got gzip"),
+    "compressed": (
+        sending(b"\x1f\x8b", Content_Encoding="gzip"),
+        "expected an answer that is not compressed, got gzip",
+    ),
     "a repeated key": (sending({"error": {"message": f"no access with {KEY}"}}, 403), r"403: no access with \*\*\*"),
     "dripping": (dripping, "expected a complete answer by now, got"),
     "endless": (endless, "expected at most 1000 bytes, got more"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -170,10 +179,13 @@ UNUSABLE = {
     "a negative token": (changed(0, token_ids=[2, 3, -1]), "expected tokens from 0 to 9, got -1"),
     "a boolean": (changed(0, token_ids=[2, 3, True]), "expected tokens from 0 to 9, got True"),
     "a text": (changed(0, token_ids=[2, 3, "\x1b4"]), "expected tokens from 0 to 9, got "),
-    "a log-prob of null": (changed(0, logprobs={"token_logprobs": [None] * 3}), "expected numbers as log-probabilities, got None"),
+    "a log-prob of null": (
+        changed(0, logprobs={"token_logprobs": [None] * 3}),
+        "expected numbers as log-probabilities, got None",
+    ),
     "an end inside": (changed(0, token_ids=[2, 1, 3]), r"with such a token at \[1\]"),
     "cut short": (changed(0, **choice(1, [2, 3])), "got 2 tokens with such a token at none"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", UNUSABLE)

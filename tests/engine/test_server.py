@@ -61,9 +61,21 @@ def started(
         port = free_port()
         with (logs / f"{port}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "mgrpo_kernels.train.serve", str(base), "--port", str(port), "--kv-cache-memory-bytes", "50000000"],
-                env=clean, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "mgrpo_kernels.train.serve",
+                    str(base),
+                    "--port",
+                    str(port),
+                    "--kv-cache-memory-bytes",
+                    "50000000",
+                ],
+                env=clean,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         servers.append((f"http://127.0.0.1:{port}", process))
     try:
         deadline = time.monotonic() + START

@@ -286,9 +286,17 @@ def small(**changes: Any) -> Policy:
     """Return a small Qwen2 with tied embeddings and biases."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(demo.CHARACTERS) + 2, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(demo.CHARACTERS) + 2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
     model: Any = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():

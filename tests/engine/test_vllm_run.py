@@ -16,8 +16,18 @@ from mgrpo_kernels.train.extras import how_to_install
 
 STEPS = 4
 FLAGS = [
-    *tiny.FLAGS, "--engine", "vllm", "--vllm-cache-gib", "0.1", "--steps", str(STEPS), "--checkpoint-every", "1", "--lr-schedule", "constant",
-]  # fmt: skip
+    *tiny.FLAGS,
+    "--engine",
+    "vllm",
+    "--vllm-cache-gib",
+    "0.1",
+    "--steps",
+    str(STEPS),
+    "--checkpoint-every",
+    "1",
+    "--lr-schedule",
+    "constant",
+]
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def linear_policy_loss(sizes: Sizes, device: torch.device) -> Call:
     def run():
         result = mk.linear_policy_loss(
             hidden.view(*old.shape, -1), weight, labels, old, advantages, mask=mask, backend="triton"
-        )  # fmt: skip
+        )
         return result.loss.detach(), *torch.autograd.grad(result.loss, (hidden, weight))
 
     return Call(run, (hidden, weight, old, advantages))

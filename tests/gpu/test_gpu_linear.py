@@ -48,7 +48,7 @@ def head(inputs, backend, **options):
     if backend != "plain":
         return linear_token_stats(
             hidden, weight, labels, bias=bias, stats=ALL, temperature=temperature, mask=mask, backend=backend, **options
-        )  # fmt: skip
+        )
     hidden = hidden if mask is None else torch.where(mask.unsqueeze(1), hidden, 0.0)
     y = linear(hidden, weight, bias).float() * options.get("logit_scale", 1.0)
     if softcap := options.get("softcap"):

@@ -28,9 +28,16 @@ def batch(dtype, *, bias=True):
     old = (logprob + torch.tensor([-0.5, 0.0, 0.5])[torch.randint(0, 3, labels.shape)]).float()
     behaviour = old + torch.tensor([-1.0, 0.3])[torch.randint(0, 2, labels.shape)]
     inputs = {
-        "hidden": hidden, "weight": weight, "bias": added, "labels": labels, "mask": mask, "old": old,
-        "ref_logprobs": old + 0.1 * torch.randn(labels.shape), "behaviour_logprobs": behaviour, "advantages": torch.randn(SEQUENCES),
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "bias": added,
+        "labels": labels,
+        "mask": mask,
+        "old": old,
+        "ref_logprobs": old + 0.1 * torch.randn(labels.shape),
+        "behaviour_logprobs": behaviour,
+        "advantages": torch.randn(SEQUENCES),
+    }
     for values in (hidden, old, behaviour, inputs["ref_logprobs"]):
         values[~mask] = NAN
     labels[~mask] = -100
@@ -43,14 +50,26 @@ def batch(dtype, *, bias=True):
 def loss(inputs, backend, *, form="fused", workspace_bytes=None, **options):
     hidden, weight, labels, mask, bias = (inputs[name] for name in ("hidden", "weight", "labels", "mask", "bias"))
     options = {
-        "mask": mask, "ref_logprobs": inputs["ref_logprobs"], "kl_coef": 0.1, "max_response_tokens": LENGTH,
-        "behaviour_logprobs": inputs["behaviour_logprobs"], **options,
-    }  # fmt: skip
+        "mask": mask,
+        "ref_logprobs": inputs["ref_logprobs"],
+        "kl_coef": 0.1,
+        "max_response_tokens": LENGTH,
+        "behaviour_logprobs": inputs["behaviour_logprobs"],
+        **options,
+    }
     rest = inputs["old"], inputs["advantages"]
     if form == "fused" and backend != "plain":
         result = linear_policy_loss(
-            hidden, weight, labels, *rest, bias=bias, **HEAD, workspace_bytes=workspace_bytes, backend=backend, **options
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            *rest,
+            bias=bias,
+            **HEAD,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            **options,
+        )
         return result.loss, *result.metrics.values()
     if backend == "plain":
         y = linear(torch.where(mask.unsqueeze(-1), hidden, 0.0), weight, bias).float()
@@ -70,9 +89,10 @@ def loss(inputs, backend, *, form="fused", workspace_bytes=None, **options):
 @pytest.mark.parametrize("blocks", ["one block", "many blocks"])
 def test_loss_types(loss_type, blocks):
     options = {
-        "loss_type": loss_type, "entropy_coef": 0.02 * (LOSS_TYPES.index(loss_type) % 2),
+        "loss_type": loss_type,
+        "entropy_coef": 0.02 * (LOSS_TYPES.index(loss_type) % 2),
         "workspace_bytes": SMALL if blocks == "many blocks" else None,
-    }  # fmt: skip
+    }
     inputs = batch(torch.float32)
     got = hold(
         lambda inputs, backend: loss(inputs, backend, **options), inputs, plain="plain", floor=2e-5

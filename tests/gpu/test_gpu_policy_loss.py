@@ -40,10 +40,16 @@ def batch(length, *, whole_sequences=False, shifted=False):
 def test_losses(loss_type, level, mode):
     i = CASES.index((loss_type, level, mode))
     options = {
-        "loss_type": loss_type, "importance_level": level, "behaviour_mode": mode or "token_mask", "kl_coef": 0.1, "entropy_coef": 0.02,
-        "kl_estimator": ("k3", "k2", "k1")[i % 3], "kl_bias_correction": i % 2 == 1, "max_response_tokens": 64,
+        "loss_type": loss_type,
+        "importance_level": level,
+        "behaviour_mode": mode or "token_mask",
+        "kl_coef": 0.1,
+        "entropy_coef": 0.02,
+        "kl_estimator": ("k3", "k2", "k1")[i % 3],
+        "kl_bias_correction": i % 2 == 1,
+        "max_response_tokens": 64,
         "clip_delta": 1.15 if i % 4 == 1 else None,
-    }  # fmt: skip
+    }
     inputs = batch(
         SHORT if i % 4 == 3 else LONG,
         whole_sequences="sequence" in f"{level} {mode}" or loss_type == "vespo",
@@ -54,9 +60,16 @@ def test_losses(loss_type, level, mode):
 
     def function(inputs, backend):
         result = policy_loss(
-            inputs["logprobs"], inputs["old"], inputs["advantages"], mask=inputs["mask"], ref_logprobs=inputs["ref"],
-            entropy=inputs["entropy"], behaviour_logprobs=None if mode is None else inputs["behaviour"], backend=backend, **options,
-        )  # fmt: skip
+            inputs["logprobs"],
+            inputs["old"],
+            inputs["advantages"],
+            mask=inputs["mask"],
+            ref_logprobs=inputs["ref"],
+            entropy=inputs["entropy"],
+            behaviour_logprobs=None if mode is None else inputs["behaviour"],
+            backend=backend,
+            **options,
+        )
         return result.loss, *result.metrics.values()
 
     hold(function, inputs, floor=1e-5)  # scalars: one draw each
@@ -119,9 +132,17 @@ def test_grpo_loss(scale):
 
     def function(inputs, backend):
         result = grpo_loss(
-            inputs["logprobs"], inputs["old"], inputs["rewards"], 3, rollout_mask=inputs["kept"], scale=scale, mask=inputs["mask"],
-            ref_logprobs=inputs["ref"], kl_coef=0.01, backend=backend,
-        )  # fmt: skip
+            inputs["logprobs"],
+            inputs["old"],
+            inputs["rewards"],
+            3,
+            rollout_mask=inputs["kept"],
+            scale=scale,
+            mask=inputs["mask"],
+            ref_logprobs=inputs["ref"],
+            kl_coef=0.01,
+            backend=backend,
+        )
         return result.loss, *result.metrics.values()
 
     del inputs["entropy"]

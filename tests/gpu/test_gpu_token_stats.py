@@ -27,8 +27,14 @@ def batch(rows, vocab, dtype, *, labels_each=None, label_dtype=torch.int64, trou
 
 def everything(inputs, backend, **options):
     return token_stats_from_logits(
-        inputs["logits"], inputs["labels"], stats=ALL, mask=inputs["mask"], temperature=inputs["temperature"], backend=backend, **options
-    )  # fmt: skip
+        inputs["logits"],
+        inputs["labels"],
+        stats=ALL,
+        mask=inputs["mask"],
+        temperature=inputs["temperature"],
+        backend=backend,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from mgrpo_kernels.train.rollout.vllm import ENVIRONMENT
+from mgrpo_kernels.train.rollout.vllm_start import ENVIRONMENT
 
 os.environ |= {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 version = importlib.metadata.version
@@ -90,7 +90,14 @@ assert all(torch.equal(value, before[name]) for name, value in tiny_trl.weights(
 trainer.train()
 moved = max((value - before[name]).abs().max().item() for name, value in tiny_trl.weights(trainer.model).items())
 check()
-print(json.dumps({
-    "own": max(far["own"]), "other": min(far["other"]), "rows": len(far["own"]), "moved": moved,
-    "gradients": [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line],
-}))  # fmt: skip
+print(
+    json.dumps(
+        {
+            "own": max(far["own"]),
+            "other": min(far["other"]),
+            "rows": len(far["own"]),
+            "moved": moved,
+            "gradients": [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line],
+        }
+    )
+)

@@ -176,9 +176,17 @@ class Enough(Exception):
 
 def by_trainer(case: Case, learner_of: Any, monkeypatch: Any) -> Found:
     """Return what a step of ``python -m mgrpo_kernels.train`` makes of a case."""
-    config = build({
-        **demo.OPTIONS, "prompts_per_step": P, "rollouts": case.G, "kl_coef": 0.0, "kl_reference": "none", "seed": SEED, **case.options,
-    })  # fmt: skip
+    config = build(
+        {
+            **demo.OPTIONS,
+            "prompts_per_step": P,
+            "rollouts": case.G,
+            "kl_coef": 0.0,
+            "kl_reference": "none",
+            "seed": SEED,
+            **case.options,
+        }
+    )
     learner, caught = learner_of(config), []
     learner.engine = Scripted(case)
 

@@ -61,9 +61,16 @@ from mgrpo_kernels.integrations import IntegrationError, openrlhf
 
 NAMES = ("log_probs_from_logits", "compute_entropy", "unpad_and_slice_tensor")
 SIZES = {
-    "vocab_size": 203, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 203,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.fixture(autouse=True)

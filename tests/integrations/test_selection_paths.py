@@ -44,9 +44,14 @@ def both(base: str, policy: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
             rows = paths.P * case.G
             data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"]})
             args = tiny_trl.settings(
-                tmp_path, num_generations=case.G, per_device_train_batch_size=rows, gradient_accumulation_steps=1, seed=paths.SEED,
-                beta=0.0, **{"equivalence": "exact", **case.options},
-            )  # fmt: skip
+                tmp_path,
+                num_generations=case.G,
+                per_device_train_batch_size=rows,
+                gradient_accumulation_steps=1,
+                seed=paths.SEED,
+                beta=0.0,
+                **{"equivalence": "exact", **case.options},
+            )
             trainer = MGRPOTrainer(base, None, MGRPOConfig(**args), train_dataset=data, extract=demo.after_hash)
             return ours, paths.by_trl(case, trainer, patch)
 
@@ -63,20 +68,32 @@ def test_trl_makes_of_rollouts_what_our_trainer_makes(both: Any, case: paths.Cas
 
 DEVIATIONS: dict[str, Any] = {
     "TRL takes the first rollouts for the momentum model's": (
-        MGRPOTrainer, "by_momentum", lambda self, rows: torch.arange(rows) % self.num_generations < self.momentum_rollouts,
+        MGRPOTrainer,
+        "by_momentum",
+        lambda self, rows: torch.arange(rows) % self.num_generations < self.momentum_rollouts,
     ),
     "TRL draws other coin flips": (MGRPOTrainer, "_generator", lambda self: torch.Generator().manual_seed(9)),
     "TRL prunes with another k": (
-        of_trl, "select", lambda *a, select=of_trl.select, **k: select(*a[:3], dataclasses.replace(a[3], iqr_k=0.0), **k),
+        of_trl,
+        "select",
+        lambda *a, select=of_trl.select, **k: select(*a[:3], dataclasses.replace(a[3], iqr_k=0.0), **k),
     ),
-    "the trainer scales advantages otherwise": (steps, "select", lambda *a, select=steps.select, **k: select(*a, **k, scale="none")),
+    "the trainer scales advantages otherwise": (
+        steps,
+        "select",
+        lambda *a, select=steps.select, **k: select(*a, **k, scale="none"),
+    ),
     "the trainer does not know who sampled": (
-        steps, "select", lambda *a, select=steps.select, **k: select(*a, **{**k, "by_momentum": None}),
+        steps,
+        "select",
+        lambda *a, select=steps.select, **k: select(*a, **{**k, "by_momentum": None}),
     ),
     "the trainer gives other true answers": (
-        steps, "select", lambda *a, select=steps.select, **k: select(*a, **{**k, "gold": ["9"] * len(k["gold"])}),
+        steps,
+        "select",
+        lambda *a, select=steps.select, **k: select(*a, **{**k, "gold": ["9"] * len(k["gold"])}),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("deviation", DEVIATIONS)

@@ -184,9 +184,14 @@ FAMILIES = {
 def test_every_multiplier_that_trl_honours(family, dtype):
     config, options = FAMILIES[family]
     sizes = {
-        "vocab_size": 199, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 199,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config(**{**sizes, **options})).to(dtype)
     with torch.no_grad():

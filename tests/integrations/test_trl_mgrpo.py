@@ -52,9 +52,15 @@ def base(tmp_path_factory):
 
 def settings(place, **changes):
     options = {
-        "num_generations": G, "momentum_rollouts": N, "per_device_train_batch_size": G, "gradient_accumulation_steps": P,
-        "equivalence": "exact", "beta": 0.0, "decay": 0.9, **changes,
-    }  # fmt: skip
+        "num_generations": G,
+        "momentum_rollouts": N,
+        "per_device_train_batch_size": G,
+        "gradient_accumulation_steps": P,
+        "equivalence": "exact",
+        "beta": 0.0,
+        "decay": 0.9,
+        **changes,
+    }
     return tiny_trl.settings(place, **options)
 
 
@@ -63,9 +69,13 @@ def trainer_of(base, place, reward_funcs=None, **changes):
     extract = changes.pop("extract", demo.after_hash)
     eval_dataset = changes.pop("eval_dataset", None)
     return MGRPOTrainer(
-        base, reward_funcs, MGRPOConfig(**settings(place, **changes)), train_dataset=tiny_trl.prompts(),
-        eval_dataset=eval_dataset, extract=extract,
-    )  # fmt: skip
+        base,
+        reward_funcs,
+        MGRPOConfig(**settings(place, **changes)),
+        train_dataset=tiny_trl.prompts(),
+        eval_dataset=eval_dataset,
+        extract=extract,
+    )
 
 
 def responses(seed=0):
@@ -89,10 +99,19 @@ def shake(momentum):
 
 def own_trainers(base, script, monkeypatch, **options):
     """Return what our trainer's step makes of the script: rewards, who trains, advantages."""
-    config = build({
-        **demo.OPTIONS, "prompts_per_step": P, "rollouts": G, "momentum_rollouts": N, "kl_reference": "none", "iqr_k": 0.25,
-        "iqr_min_spread": 0.0, "kl_coef": 0.0, **options,
-    })  # fmt: skip
+    config = build(
+        {
+            **demo.OPTIONS,
+            "prompts_per_step": P,
+            "rollouts": G,
+            "momentum_rollouts": N,
+            "kl_reference": "none",
+            "iqr_k": 0.25,
+            "iqr_min_spread": 0.0,
+            "kl_coef": 0.0,
+            **options,
+        }
+    )
     learner = make_learner(config, demo.make_task(0), load_policy(base, torch.device("cpu"), torch.float32))
     shake(learner.momentum)
 
@@ -207,13 +226,21 @@ def test_rollouts_that_do_not_train_have_no_part_in_the_loss(base, tmp_path, mon
     assert 0 < rows.sum() < P * (G - N)
     with torch.no_grad():
         logprobs, _, _ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, torch.cat([inputs["prompt_ids"], ids], 1)[rows],
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)[rows], ids.shape[1],
-        )  # fmt: skip
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], ids], 1)[rows],
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)[rows],
+            ids.shape[1],
+        )
     want = policy_loss(
-        logprobs, old[rows], inputs["advantages"][rows], mask=mask[rows], loss_type=loss_type, clip_low=0.1, clip_high=0.1,
+        logprobs,
+        old[rows],
+        inputs["advantages"][rows],
+        mask=mask[rows],
+        loss_type=loss_type,
+        clip_low=0.1,
+        clip_high=0.1,
         max_response_tokens=10,
-    ).loss  # fmt: skip
+    ).loss
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert abs(want) > 1e-3
 
@@ -340,9 +367,13 @@ def test_every_method_trains_and_is_evaluated(base, tmp_path, method):
     data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"]})
     args = settings(tmp_path, **{"momentum_rollouts": None, "max_steps": 2, "beta": 0.0, "method": method, **momentum})
     trainer = MGRPOTrainer(
-        base, None, MGRPOConfig(**args, per_device_eval_batch_size=G), train_dataset=data, eval_dataset=data.select(range(2)),
+        base,
+        None,
+        MGRPOConfig(**args, per_device_eval_batch_size=G),
+        train_dataset=data,
+        eval_dataset=data.select(range(2)),
         extract=first_digit,
-    )  # fmt: skip
+    )
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert len(lines) == 2
@@ -446,8 +477,10 @@ def test_a_group_split_over_two_processes(base, tmp_path, monkeypatch):
     trainer.model.train()
     output = trainer._generate_and_score_completions(examples(trainer))
     want = {
-        "advantages": output["advantages"], "trains": output["completion_mask"].bool().any(1), "tokens": output["num_items_in_batch"],
-    }  # fmt: skip
+        "advantages": output["advantages"],
+        "trains": output["completion_mask"].bool().any(1),
+        "tokens": output["num_items_in_batch"],
+    }
     torch.save(want, tmp_path / "want.pt")
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]

@@ -38,9 +38,14 @@ def batch(seed=0, rows=6, length=11):
 
 def actor(mode="token-mean", low=0.2, high=0.28, most=3.0, name="vanilla", **batch_info):
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode, clip_ratio_low=low,
-        clip_ratio_high=high, clip_ratio_c=most,
-    )  # fmt: skip
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        loss_agg_mode=mode,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=most,
+    )
     config.global_batch_info.update(batch_info)
     config.policy_loss.__dict__["loss_mode"] = name
     return config
@@ -49,9 +54,14 @@ def actor(mode="token-mean", low=0.2, high=0.28, most=3.0, name="vanilla", **bat
 def run(function, config, old, new, advantages, mask, weights):
     new = new.clone().requires_grad_()
     loss, metrics = function(
-        old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask, loss_agg_mode=config.loss_agg_mode,
-        config=config, rollout_is_weights=weights,
-    )  # fmt: skip
+        old_log_prob=old,
+        log_prob=new,
+        advantages=advantages,
+        response_mask=mask,
+        loss_agg_mode=config.loss_agg_mode,
+        config=config,
+        rollout_is_weights=weights,
+    )
     loss.backward()
     return loss.detach(), new.grad, metrics
 

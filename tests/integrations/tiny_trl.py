@@ -38,19 +38,36 @@ def share_of_digits(completions: list[str], **_: Any) -> list[float]:
 
 def settings(place: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "output_dir": str(place), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4,
-        "max_completion_length": 10, "max_steps": 3, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [], "seed": 3,
-        "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "lr_scheduler_type": "constant", **changes,
-    }  # fmt: skip
+        "output_dir": str(place),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": [],
+        "seed": 3,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+        **changes,
+    }
 
 
 def trainer_of(base: str, place: Path, kind: str = "grpo", model: Any = None, **changes: Any) -> Any:
     trainer, config = KINDS[kind]
     peft_config = changes.pop("peft_config", None)
     return trainer(
-        model=base if model is None else model, reward_funcs=share_of_digits, args=config(**settings(place, **changes)),
-        train_dataset=prompts(), peft_config=peft_config,
-    )  # fmt: skip
+        model=base if model is None else model,
+        reward_funcs=share_of_digits,
+        args=config(**settings(place, **changes)),
+        train_dataset=prompts(),
+        peft_config=peft_config,
+    )
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

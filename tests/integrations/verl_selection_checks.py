@@ -29,17 +29,32 @@ def fill(queue, case):
         for prompt in range(paths.P):
             i = prompt * case.G + place
             text, ones = case.texts[i], torch.ones(len(case.texts[i]), dtype=torch.long)
-            rows.append({
-                "uid": f"prompt{prompt}", "responses": torch.tensor([ord(c) for c in text], dtype=torch.long), "response_mask": ones,
-                "loss_mask": ones, "entropy": scores[i, : len(text)], "rm_scores": torch.zeros(len(text)),
-                "old_log_probs": torch.zeros(len(text)), "reward_model": {"ground_truth": answers[i]},
-            })  # fmt: skip
+            rows.append(
+                {
+                    "uid": f"prompt{prompt}",
+                    "responses": torch.tensor([ord(c) for c in text], dtype=torch.long),
+                    "response_mask": ones,
+                    "loss_mask": ones,
+                    "entropy": scores[i, : len(text)],
+                    "rm_scores": torch.zeros(len(text)),
+                    "old_log_probs": torch.zeros(len(text)),
+                    "reward_model": {"ground_truth": answers[i]},
+                }
+            )
             keys.append(f"prompt{prompt}_{place}_0")
     zero = torch.zeros(1)
-    rows.append({
-        "uid": "pad", "responses": torch.tensor([0]), "response_mask": zero.long(), "loss_mask": zero.long(), "entropy": zero,
-        "rm_scores": zero, "old_log_probs": zero, "reward_model": {"ground_truth": "1"},
-    })  # fmt: skip
+    rows.append(
+        {
+            "uid": "pad",
+            "responses": torch.tensor([0]),
+            "response_mask": zero.long(),
+            "loss_mask": zero.long(),
+            "entropy": zero,
+            "rm_scores": zero,
+            "old_log_probs": zero,
+            "reward_model": {"ground_truth": "1"},
+        }
+    )
     tags = [{} for _ in keys] + [{"is_padding": True}]
     queue.kv_batch_put([*keys, "pad_0_0"], "train", list_of_dict_to_tensordict(rows))
     batch = KVBatchMeta(partition_id="train", keys=[*keys, "pad_0_0"], tags=tags)

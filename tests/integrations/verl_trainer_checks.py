@@ -36,13 +36,19 @@ class Tokenizer:
 
 
 def settings(**changes):
-    config = OmegaConf.create({
-        "algorithm": {
-            "adv_estimator": "grpo", "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0, "norm_adv_by_std_in_grpo": True,
-            "rollout_correction": None,
-        },
-        "actor_rollout_ref": {"rollout": {"n": 6, "temperature": 1.0}},
-    })  # fmt: skip
+    config = OmegaConf.create(
+        {
+            "algorithm": {
+                "adv_estimator": "grpo",
+                "use_kl_in_reward": False,
+                "gamma": 1.0,
+                "lam": 1.0,
+                "norm_adv_by_std_in_grpo": True,
+                "rollout_correction": None,
+            },
+            "actor_rollout_ref": {"rollout": {"n": 6, "temperature": 1.0}},
+        }
+    )
     for name, value in changes.items():
         OmegaConf.update(config, name.replace("__", "."), value, force_add=True)
     return config
@@ -83,13 +89,31 @@ def fill(queue, extra=()):
             level = torch.full(tokens.shape, LEVELS[uid][i])
             scores = torch.zeros(tokens.shape)
             scores[-1] = 0.25
-            rows.append({"uid": uid, "responses": tokens, "response_mask": ones, "loss_mask": ones, "entropy": level,
-                         "rm_scores": scores, "old_log_probs": -level})  # fmt: skip
+            rows.append(
+                {
+                    "uid": uid,
+                    "responses": tokens,
+                    "response_mask": ones,
+                    "loss_mask": ones,
+                    "entropy": level,
+                    "rm_scores": scores,
+                    "old_log_probs": -level,
+                }
+            )
             keys.append(f"{uid}_{i}_0")
             tags.append({"seq_len": len(tokens)})
     zero = torch.zeros(1)
-    rows.append({"uid": "pad", "responses": torch.tensor([0]), "response_mask": zero.long(), "loss_mask": zero.long(),
-                 "entropy": zero + 5, "rm_scores": zero, "old_log_probs": zero})  # fmt: skip
+    rows.append(
+        {
+            "uid": "pad",
+            "responses": torch.tensor([0]),
+            "response_mask": zero.long(),
+            "loss_mask": zero.long(),
+            "entropy": zero + 5,
+            "rm_scores": zero,
+            "old_log_probs": zero,
+        }
+    )
     keys.append("pad_0_0")
     tags.append({"is_padding": True})
     for key in extra:

@@ -87,8 +87,17 @@ def test_what_a_method_reads_and_its_highest_reward(method: str) -> None:
 
 def test_the_table_is_complete() -> None:
     assert list(METHODS) == [
-        "mgrpo", "srt", "ttrl", "soft_vote", "empo", "intuitor", "rent", "co_rewarding", "gold", "random",
-    ]  # fmt: skip
+        "mgrpo",
+        "srt",
+        "ttrl",
+        "soft_vote",
+        "empo",
+        "intuitor",
+        "rent",
+        "co_rewarding",
+        "gold",
+        "random",
+    ]
     assert {name for name, row in METHODS.items() if row.filters} == {"mgrpo"}
     assert {name for name, row in METHODS.items() if row.momentum_share} == {"mgrpo", "co_rewarding"}
     assert {name for name, row in METHODS.items() if row.needs_gold} == {"gold"}

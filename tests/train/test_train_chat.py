@@ -36,10 +36,20 @@ def make(place: Path, template: str | None, **options: Any) -> tuple[str, Any]:
 @pytest.mark.parametrize(
     ("template", "mode", "prompt", "said"),
     [
-        (CHAT, "auto", "user: 1+1<end>\nassistant: ", ["chat_template: on, because the model ends its responses with the template's end-of-turn token"]),
+        (
+            CHAT,
+            "auto",
+            "user: 1+1<end>\nassistant: ",
+            ["chat_template: on, because the model ends its responses with the template's end-of-turn token"],
+        ),
         (CHAT, "on", "user: 1+1<end>\nassistant: ", []),
         (CHAT, "off", "1+1", []),
-        (BASE, "auto", "1+1", ["chat_template: off, because the model does not end its responses with the template's end-of-turn token"]),
+        (
+            BASE,
+            "auto",
+            "1+1",
+            ["chat_template: off, because the model does not end its responses with the template's end-of-turn token"],
+        ),
         (
             BASE,
             "on",
@@ -49,7 +59,7 @@ def make(place: Path, template: str | None, **options: Any) -> tuple[str, Any]:
         (None, "auto", "1+1", []),
         (None, "off", "1+1", []),
     ],
-)  # fmt: skip
+)
 def test_when_it_is_used(tmp_path: Path, template: str | None, mode: str, prompt: str, said: list[str]) -> None:
     lines: list[str] = []
     assert wrapper(*make(tmp_path, template), mode, lambda text, *values: lines.append(text % values))("1+1") == prompt
@@ -149,9 +159,12 @@ def test_the_options_reach_the_prompts(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}) + "\n")
     options = {
-        "model": str(tmp_path / "model"), "data": str(data), "eval_data": None, "system_prompt": str(tmp_path / "system.txt"),
+        "model": str(tmp_path / "model"),
+        "data": str(data),
+        "eval_data": None,
+        "system_prompt": str(tmp_path / "system.txt"),
         "chat_template_kwargs": {"enable_thinking": False},
-    }  # fmt: skip
+    }
     (example,) = load_task(tiny.config(**options)).train
     assert example.prompt == "system: From a file.<end>\nuser: 1+1<end>\nassistant: <no>"
     for wrong in ("{", "[1]"):
@@ -165,9 +178,10 @@ def test_revision_and_trust_reach_transformers(tmp_path: Path, monkeypatch: pyte
     for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
         real = getattr(policy_module, name).from_pretrained
         monkeypatch.setattr(
-            getattr(policy_module, name), "from_pretrained",
+            getattr(policy_module, name),
+            "from_pretrained",
             lambda *a, real=real, **k: seen.append((k.get("revision"), k.get("trust_remote_code"))) or real(*a, **k),
-        )  # fmt: skip
+        )
     chosen = tiny.config(model=str(tmp_path), data=str(DATA), eval_data=None, revision="v2", trust_remote_code=True)
     policy_module.read_tokenizer(str(tmp_path), chosen.model.loading)
     policy_module.load_policy(str(tmp_path), torch.device("cpu"), torch.float32, loading=chosen.model.loading)

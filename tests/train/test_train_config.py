@@ -271,9 +271,22 @@ def test_resume_wants_an_output(capsys: pytest.CaptureFixture[str]) -> None:
 OPTIONS = {name: option for section in SECTIONS.values() for name, option in fields_of(section).items()}
 NUMBERS = [name for name, option in OPTIONS.items() if {int, float, PAIR} & set(option.kinds)]
 DIMENSIONLESS = (
-    "share", "ratio", "factor", "coefficient", "weight", "decay", "rank", "temperature", "learning rate", "norm", "exponents", "rates",
-    "random seed", "threshold", "number",
-)  # fmt: skip
+    "share",
+    "ratio",
+    "factor",
+    "coefficient",
+    "weight",
+    "decay",
+    "rank",
+    "temperature",
+    "learning rate",
+    "norm",
+    "exponents",
+    "rates",
+    "random seed",
+    "threshold",
+    "number",
+)
 """Words that say what a number without a unit is."""
 
 
@@ -322,8 +335,17 @@ def test_the_most_used_options_come_first(make_parser: Callable[[], argparse.Arg
 def test_ten_options_of_training_come_first() -> None:
     first = next(iter(groups(command.make_parser()).values()))
     assert [action.dest for action in first] == [
-        "config", "model", "data", "method", "output", "steps", "prompts_per_step", "rollouts", "learning_rate", "engine",
-    ]  # fmt: skip
+        "config",
+        "model",
+        "data",
+        "method",
+        "output",
+        "steps",
+        "prompts_per_step",
+        "rollouts",
+        "learning_rate",
+        "engine",
+    ]
 
 
 def test_short_help_is_the_first_group_alone(capsys: pytest.CaptureFixture[str]) -> None:

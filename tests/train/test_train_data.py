@@ -320,7 +320,9 @@ def assert_golds_score_in_a_box(golds: list[Any]) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["gsm8k/train.jsonl", "gsm8k/test.jsonl", "math-ttt/math.json", "math-ttt/amc.json", "math-ttt/aime.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["gsm8k/train.jsonl", "gsm8k/test.jsonl", "math-ttt/math.json", "math-ttt/amc.json", "math-ttt/aime.json"]
+)
 def test_true_answers_of_the_benchmarks_themselves(name: str) -> None:
     if not (SHARED / name).exists():
         pytest.skip(f"{name} is not in ../shared/data")

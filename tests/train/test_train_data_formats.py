@@ -111,8 +111,10 @@ def test_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
 def test_gzip(tmp_path: Path, ending: str) -> None:
     texts = {
-        "jsonl": '{"question": "1+1", "answer": 2}\n', "json": '[{"question": "1+1", "answer": 2}]', "csv": "question,answer\n1+1,2\n",
-    }  # fmt: skip
+        "jsonl": '{"question": "1+1", "answer": 2}\n',
+        "json": '[{"question": "1+1", "answer": 2}]',
+        "csv": "question,answer\n1+1,2\n",
+    }
     file = tmp_path / f"a.{ending}.gz"
     file.write_bytes(gzip.compress(texts[ending].encode()))
     assert read(str(file)) == [("1+1", "2")]

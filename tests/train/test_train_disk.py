@@ -28,8 +28,17 @@ from mgrpo_kernels.train.run import checkpoint, files, loop, output, start
 from mgrpo_kernels.train.watch.lines import Lines, read_lines
 
 FLAGS = [
-    *tiny.FLAGS, "--steps", "4", "--checkpoint-every", "2", "--eval-every", "0", "--keep-checkpoints", "0", "--plain",
-]  # fmt: skip
+    *tiny.FLAGS,
+    "--steps",
+    "4",
+    "--checkpoint-every",
+    "2",
+    "--eval-every",
+    "0",
+    "--keep-checkpoints",
+    "0",
+    "--plain",
+]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

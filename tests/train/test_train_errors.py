@@ -109,10 +109,18 @@ def test_a_value_of_another_type_is_refused_in_the_same_words(
 @pytest.mark.parametrize(
     ("name", "is_path"),
     [
-        ("gpt2", False), ("Qwen/Qwen2.5-0.5B-Instruct", False), ("openai/gsm8k", False), ("./model", True), ("/a/model", True),
-        ("~/model", True), ("runs/mine/final", True), ("model.gguf", True), ("questions.txt", True), ("a\\b", True),
+        ("gpt2", False),
+        ("Qwen/Qwen2.5-0.5B-Instruct", False),
+        ("openai/gsm8k", False),
+        ("./model", True),
+        ("/a/model", True),
+        ("~/model", True),
+        ("runs/mine/final", True),
+        ("model.gguf", True),
+        ("questions.txt", True),
+        ("a\\b", True),
     ],
-)  # fmt: skip
+)
 def test_which_names_can_only_be_paths(name: str, is_path: bool) -> None:
     assert looks_like_path(name) == is_path
 
@@ -185,8 +193,11 @@ def test_a_directory_that_is_no_models_names_the_one_that_is(tmp_path: Path) -> 
 def test_a_reader_that_has_read_enough_is_no_error(module: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", module, "--help"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()  # before anything is written

@@ -304,9 +304,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def flags(model: str) -> list[str]:
     return [
-        "--model", model, "--eval-data", str(DATA), "--eval-samples", "6", "--eval-pass-k", "2", "--eval-temperature", "1.5",
-        "--max-response-tokens", "8", "--eval-prompts", "5", "--seed", "3",
-    ]  # fmt: skip
+        "--model",
+        model,
+        "--eval-data",
+        str(DATA),
+        "--eval-samples",
+        "6",
+        "--eval-pass-k",
+        "2",
+        "--eval-temperature",
+        "1.5",
+        "--max-response-tokens",
+        "8",
+        "--eval-prompts",
+        "5",
+        "--seed",
+        "3",
+    ]
 
 
 def test_it_runs_by_itself_as_before_the_first_step_of_training(

@@ -314,12 +314,18 @@ def test_what_the_plan_says_trains(base: Path, tmp_path: Path, capsys: pytest.Ca
         (["--lora-rank", "0"], "error: --lora-rank: expected at least 1, got 0"),
         (["--lora-rank", "2", "--lora-alpha", "0"], "error: --lora-alpha: expected more than 0.0, got 0.0"),
         (["--lora-alpha", "2"], "error: --lora-alpha: expected --lora-rank with it"),
-        (["--lora-rank", "2", "--lora-targets", "q_proj,"], "error: --lora-targets: expected names separated by commas, got 'q_proj,'"),
+        (
+            ["--lora-rank", "2", "--lora-targets", "q_proj,"],
+            "error: --lora-targets: expected names separated by commas, got 'q_proj,'",
+        ),
         (["--lora-rank", "2", "--lora-targets", "q_proj,qproj"], "v_proj, got 'qproj', which matches nothing"),
         (["--lora-rank", "2", "--lora-targets", "embed_tokens"], "got 'embed_tokens', which is a Embedding"),
-        (["--lora-rank", "2", "--lora-targets", "q_proj,lm_head"], "(not the head, whose weight the fused loss takes as it is), got 'lm_head'"),
+        (
+            ["--lora-rank", "2", "--lora-targets", "q_proj,lm_head"],
+            "(not the head, whose weight the fused loss takes as it is), got 'lm_head'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*tiny.FLAGS, *flags, "--output", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err

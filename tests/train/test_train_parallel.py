@@ -27,8 +27,15 @@ from mgrpo_kernels.train.score import response_states
 
 STEPS = 6
 FLAGS = [
-    *tiny.FLAGS, "--steps", str(STEPS), "--eval-prompts", "5", "--keep-checkpoints", "0", "--plain",
-]  # fmt: skip
+    *tiny.FLAGS,
+    "--steps",
+    str(STEPS),
+    "--eval-prompts",
+    "5",
+    "--keep-checkpoints",
+    "0",
+    "--plain",
+]
 """3 prompts a step and 5 held-out ones: ranks get different numbers of each."""
 SPLIT = ["--tokens-per-microbatch", "64", "--gradient-checkpointing"]
 """Many micro-batches, and not as many on each rank; the single process has one."""
@@ -119,9 +126,12 @@ def assert_close(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
 def assert_same_run(output: Path, single: Path) -> None:
     assert_close(tiny.lines(output), tiny.lines(single))
     samples = [
-        [{key: each[key] for key in ("step", "prompt", "response", "label", "reward", "pruned")} for each in tiny.lines(run, "samples.jsonl")]
+        [
+            {key: each[key] for key in ("step", "prompt", "response", "label", "reward", "pruned")}
+            for each in tiny.lines(run, "samples.jsonl")
+        ]
         for run in (output, single)
-    ]  # fmt: skip
+    ]
     assert samples[0] == samples[1]
     weights = [load_file(run / "final" / "model.safetensors") for run in (output, single)]
     for name, value in weights[1].items():

@@ -343,9 +343,14 @@ def test_the_plan_begins_with_what_differs_and_has_human_units() -> None:
     assert "  steps: 7" in lines[: lines.index("model:")]
     assert not [line for line in lines[: lines.index("model:")] if line.startswith("  loss_type")]
     for spent, text in (
-        (0.035, "35 ms"), (4.2, "4.2 s"), (720, "12 min"), (12_000, "3 h 20 min"), (7200, "2 h"), (4.31e5, "5 days"),
+        (0.035, "35 ms"),
+        (4.2, "4.2 s"),
+        (720, "12 min"),
+        (12_000, "3 h 20 min"),
+        (7200, "2 h"),
+        (4.31e5, "5 days"),
         (5.99e4 * 3600, "6.8 years"),
-    ):  # fmt: skip
+    ):
         assert duration(spent) == text
     shown = lines_of(tiny.config(steps=10**11), Target(1), probe=True)
     assert "years" in shown

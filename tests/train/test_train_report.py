@@ -43,25 +43,53 @@ def chromium() -> Iterator[Any]:
 def evaluation(step: int) -> dict[str, float]:
     done = step / STEPS
     return {
-        "eval_accuracy": 0.4 + 0.4 * done, "eval_greedy": 0.5 + 0.4 * done, "eval_pass_at_k": 0.8, "eval_maj_at_k": 0.6 + 0.3 * done,
-        "eval_accuracy_error": 0.03, "eval_accuracy_change": 0.4 * done, "eval_accuracy_change_error": 0.02,
-    }  # fmt: skip
+        "eval_accuracy": 0.4 + 0.4 * done,
+        "eval_greedy": 0.5 + 0.4 * done,
+        "eval_pass_at_k": 0.8,
+        "eval_maj_at_k": 0.6 + 0.3 * done,
+        "eval_accuracy_error": 0.03,
+        "eval_accuracy_change": 0.4 * done,
+        "eval_accuracy_change_error": 0.02,
+    }
 
 
 def values(step: int) -> dict[str, Any]:
     return {
-        "step": step, "loss": 0.1, "reward_mean": 0.5, "vote_share": 0.5 + 0.4 * step / STEPS, "label_accuracy": 0.7, "entropy": 1.0 / step,
-        "distinct_labels": 0.9, "top_answer_share": 0.2, "pruned_fraction": 0.05, "momentum_distance": 0.001 * step, "kl": math.nan,
-        "time_rollout": 0.06, "time_score": 0.01, "time_vote": 0.005, "time_update": 0.02, "time_ema": 0.005,
-    }  # fmt: skip
+        "step": step,
+        "loss": 0.1,
+        "reward_mean": 0.5,
+        "vote_share": 0.5 + 0.4 * step / STEPS,
+        "label_accuracy": 0.7,
+        "entropy": 1.0 / step,
+        "distinct_labels": 0.9,
+        "top_answer_share": 0.2,
+        "pruned_fraction": 0.05,
+        "momentum_distance": 0.001 * step,
+        "kl": math.nan,
+        "time_rollout": 0.06,
+        "time_score": 0.01,
+        "time_vote": 0.005,
+        "time_update": 0.02,
+        "time_ema": 0.005,
+    }
 
 
 def sample(step: int, correct: bool | None, **changes: Any) -> dict[str, Any]:
     return {
-        "step": step, "prompt": "3+4=", "response": "77#7$" if correct else "#3$", "answer": "7" if correct else "3", "label": "7",
-        "gold": "7", "reward": float(bool(correct)), "entropy": 0.5, "pruned": False, "finished": True, "sampled_by": "policy",
-        "correct": correct, **changes,
-    }  # fmt: skip
+        "step": step,
+        "prompt": "3+4=",
+        "response": "77#7$" if correct else "#3$",
+        "answer": "7" if correct else "3",
+        "label": "7",
+        "gold": "7",
+        "reward": float(bool(correct)),
+        "entropy": 0.5,
+        "pruned": False,
+        "finished": True,
+        "sampled_by": "policy",
+        "correct": correct,
+        **changes,
+    }
 
 
 def write_run(output: Path, lines: list[dict[str, Any]], samples: list[dict[str, Any]], **changes: Any) -> Path:

@@ -17,8 +17,17 @@ from mgrpo_kernels.train import export
 from mgrpo_kernels.train.run import checkpoint
 
 FLAGS = [
-    *tiny.FLAGS, "--steps", "4", "--checkpoint-every", "2", "--eval-every", "0", "--keep-checkpoints", "0", "--plain",
-]  # fmt: skip
+    *tiny.FLAGS,
+    "--steps",
+    "4",
+    "--checkpoint-every",
+    "2",
+    "--eval-every",
+    "0",
+    "--keep-checkpoints",
+    "0",
+    "--plain",
+]
 ODD = "\u2028, \u2029, \u0085, \x0b, \x0c, \x1c"
 """Characters at which str.splitlines ends a line and a JSONL file does not."""
 

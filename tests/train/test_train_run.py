@@ -35,9 +35,18 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_output_directory(whole: Path) -> None:
     assert {each.name for each in whole.iterdir()} == {
-        "base", "checkpoints", "config.yaml", "curves.png", "final", "held_out", "log.txt", "metrics.jsonl", "plan.txt", "report.html",
+        "base",
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "final",
+        "held_out",
+        "log.txt",
+        "metrics.jsonl",
+        "plan.txt",
+        "report.html",
         "samples.jsonl",
-    }  # fmt: skip
+    }
     assert build(read_yaml(whole / "config.yaml")) == build({**tiny.OPTIONS, "steps": STEPS})
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().split("\n")[:-1]]
     assert [line["step"] for line in lines] == list(range(STEPS + 1))

@@ -22,8 +22,17 @@ INSTALL = "pip install 'trl==1.16.*'"
 LIBRARY = "trl"
 
 _HEAD = (
-    "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
-)  # fmt: skip
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
 _UTILS = "trl.trainer.utils"
 
 

@@ -46,9 +46,15 @@ class FusedHead:
         # As TRL: outside autocast the head's parameters are cast to the hidden states' dtype.
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         stats = linear_token_stats(
-            hidden, weight, targets, bias=bias, stats=("logprob", "entropy") if "entropy" in outputs else ("logprob",),
-            temperature=temperature, logit_scale=logit_scale, softcap=final_logit_softcapping,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            stats=("logprob", "entropy") if "entropy" in outputs else ("logprob",),
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=final_logit_softcapping,
+        )
         return stats.logprob, stats.entropy, None, None, None
 
 

@@ -13,12 +13,28 @@ from mgrpo_kernels.integrations import Patch
 from mgrpo_kernels.ops.policy_loss.loss_types import CISPO, CLIP, LOSSES, TOKENS, VESPO
 
 _IMAGES = (
-    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes",
-    "token_type_ids", "mm_token_type_ids", "image_position_ids",
-)  # fmt: skip
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 SCORING = (
-    "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss", *_IMAGES,
-)  # fmt: skip
+    "self",
+    "model",
+    "input_ids",
+    "attention_mask",
+    "logits_to_keep",
+    "batch_size",
+    "compute_entropy",
+    "compute_aux_loss",
+    *_IMAGES,
+)
 """What ``_get_per_token_logps_and_entropies`` takes."""
 
 _OVER_GENERATION_BATCH = tuple(name for name, row in LOSSES.items() if row.counts == TOKENS and name != "bnpo")
@@ -96,15 +112,27 @@ def grpo_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     advantages = inputs["advantages"]  # (B,) or (B, T)
     weighted = advantages if weights is None else (per_token(advantages) * weights).expand_as(logprobs)
     found = policy_loss(
-        logprobs, old, weighted, mask=mask, entropy=entropy.detach(),
+        logprobs,
+        old,
+        weighted,
+        mask=mask,
+        entropy=entropy.detach(),
         ref_logprobs=inputs["ref_per_token_logps"] if trainer.beta != 0 else None,
-        behaviour_logprobs=behaviour, behaviour_cap=_NO_CAP, loss_type=trainer.loss_type,
-        importance_level=trainer.importance_sampling_level, clip_low=trainer.epsilon_low, clip_high=trainer.epsilon_high,
-        clip_delta=args.delta, cispo_cap=trainer.epsilon_high if trainer.loss_type == "cispo" else _NO_CAP, kl_coef=trainer.beta,
+        behaviour_logprobs=behaviour,
+        behaviour_cap=_NO_CAP,
+        loss_type=trainer.loss_type,
+        importance_level=trainer.importance_sampling_level,
+        clip_low=trainer.epsilon_low,
+        clip_high=trainer.epsilon_high,
+        clip_delta=args.delta,
+        cispo_cap=trainer.epsilon_high if trainer.loss_type == "cispo" else _NO_CAP,
+        kl_coef=trainer.beta,
         kl_bias_correction=args.use_bias_correction_kl,
-        sapo_temperature=(args.sapo_temperature_pos, args.sapo_temperature_neg), vespo_k=(args.vespo_k_pos, args.vespo_k_neg),
-        vespo_lambda=(args.vespo_lambda_pos, args.vespo_lambda_neg), normalizer=normalizer(trainer, inputs, mask),
-    )  # fmt: skip
+        sapo_temperature=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+        vespo_k=(args.vespo_k_pos, args.vespo_k_neg),
+        vespo_lambda=(args.vespo_lambda_pos, args.vespo_lambda_neg),
+        normalizer=normalizer(trainer, inputs, mask),
+    )
     loss, log, gather = found.loss, trainer._metrics[mode], trainer.accelerator.gather
     if trainer.entropy_coef != 0:
         scale = 1 if trainer.loss_type in _OVER_GENERATION_BATCH else accumulation
@@ -134,10 +162,12 @@ def token_weights(
     weights: Tensor | None = None if acts is mask else acts.to(logprobs.dtype)
     if trainer.off_policy_mask_threshold is not None:
         keep = trainer.get_off_policy_mask(
-            advantages=per_token(inputs["advantages"]), per_token_logps=logprobs,
-            sampling_per_token_logps=inputs.get("sampling_per_token_logps", old), mask=mask.long(),
+            advantages=per_token(inputs["advantages"]),
+            per_token_logps=logprobs,
+            sampling_per_token_logps=inputs.get("sampling_per_token_logps", old),
+            mask=mask.long(),
             off_policy_threshold=trainer.off_policy_mask_threshold,
-        )  # fmt: skip
+        )
         weights = keep.to(logprobs.dtype) if weights is None else weights * keep
     if not (trainer.use_vllm and trainer.vllm_importance_sampling_correction):
         return weights, None
@@ -187,10 +217,15 @@ def log_ratios(trainer: Any, log: Any, inputs: dict[str, Any], logprobs: Tensor,
     if surrogate is VESPO:
         args = trainer.args
         gamma = trainer.get_gamma_weights(
-            advantages=advantages, log_ratio_per_token=log_ratio, mask=mask,
-            importance_sampling_ratio=inputs.get("importance_sampling_ratio"), k_pos=args.vespo_k_pos,
-            lambda_pos=args.vespo_lambda_pos, k_neg=args.vespo_k_neg, lambda_neg=args.vespo_lambda_neg,
-        )  # fmt: skip
+            advantages=advantages,
+            log_ratio_per_token=log_ratio,
+            mask=mask,
+            importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+            k_pos=args.vespo_k_pos,
+            lambda_pos=args.vespo_lambda_pos,
+            k_neg=args.vespo_k_neg,
+            lambda_neg=args.vespo_lambda_neg,
+        )
         log["vespo/phi_seq_mean"].append(mean_where(trainer, gamma, mask))
         return
     if trainer.importance_sampling_level == "sequence":

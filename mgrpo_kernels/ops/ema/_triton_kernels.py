@@ -100,9 +100,22 @@ def _round_stochastically(values, index, key_0, key_1, dtype: tl.constexpr):
 
 @triton.jit
 def _block(
-    ema, param, emit, i, numel, decay, base, inner, stride, key_0, key_1,
-    HAS_EMIT: tl.constexpr, ROUNDED: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
+    ema,
+    param,
+    emit,
+    i,
+    numel,
+    decay,
+    base,
+    inner,
+    stride,
+    key_0,
+    key_1,
+    HAS_EMIT: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Update elements i of a tensor: ema + (1 - decay) (param - ema), from the nearer end."""
     both: tl.constexpr = _wider(ema.dtype.element_ty, param.dtype.element_ty)
     widest: tl.constexpr = _wider(both, emit.dtype.element_ty) if HAS_EMIT else both
@@ -131,9 +144,15 @@ def _block(
 
 @triton.jit
 def update_kernel(
-    table, tensor_of_chunk, decay,
-    SEEN: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    table,
+    tensor_of_chunk,
+    decay,
+    SEEN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Update chunk ``program_id(0)``. SEEN has a bit for each combination of dtypes: for each the code is compiled in."""
     chunk = tl.program_id(0)
     row = table + tl.load(tensor_of_chunk + chunk).to(tl.int64) * COLUMNS
@@ -155,10 +174,38 @@ def update_kernel(
             for first in range(begin, whole, BLOCK):
                 i = first + tl.arange(0, BLOCK)
                 _block(
-                    ema, param, emit, i, numel, rate, base, inner, stride, key_0, key_1, has_emit, rounded, False, ALIGNED
-                )  # fmt: skip
+                    ema,
+                    param,
+                    emit,
+                    i,
+                    numel,
+                    rate,
+                    base,
+                    inner,
+                    stride,
+                    key_0,
+                    key_1,
+                    has_emit,
+                    rounded,
+                    False,
+                    ALIGNED,
+                )
             if whole < end:
                 i = whole + tl.arange(0, BLOCK)
                 _block(
-                    ema, param, emit, i, numel, rate, base, inner, stride, key_0, key_1, has_emit, rounded, True, ALIGNED
-                )  # fmt: skip
+                    ema,
+                    param,
+                    emit,
+                    i,
+                    numel,
+                    rate,
+                    base,
+                    inner,
+                    stride,
+                    key_0,
+                    key_1,
+                    has_emit,
+                    rounded,
+                    True,
+                    ALIGNED,
+                )

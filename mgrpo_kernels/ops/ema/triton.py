@@ -50,11 +50,20 @@ def _launch(batch: Batch, members: list[int], *, aligned: bool) -> None:
         seen |= 1 << combination
     tensor_of_chunk = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(chunks))
     launch(
-        kernels.update_kernel, (first_chunk,), like,
-        _on_device(torch.tensor(rows, dtype=torch.int64), like), _on_device(tensor_of_chunk, like), batch.decay,
-        SEEN=seen, STOCHASTIC=bool(batch.keys), ALIGNED=aligned, CHUNK=chunk, BLOCK=block, num_warps=num_warps,
+        kernels.update_kernel,
+        (first_chunk,),
+        like,
+        _on_device(torch.tensor(rows, dtype=torch.int64), like),
+        _on_device(tensor_of_chunk, like),
+        batch.decay,
+        SEEN=seen,
+        STOCHASTIC=bool(batch.keys),
+        ALIGNED=aligned,
+        CHUNK=chunk,
+        BLOCK=block,
+        num_warps=num_warps,
         enable_fp_fusion=False,
-    )  # fmt: skip
+    )
 
 
 def _on_device(table: Tensor, like: Tensor) -> Tensor:

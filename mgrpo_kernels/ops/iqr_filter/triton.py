@@ -23,9 +23,20 @@ def forward(entropy: Tensor, offsets: Tensor, mask: Tensor | None, k: float) -> 
 
         # Without contraction, so that the limit has the reference's bits: at k = 0 members lie exactly on it.
         launch(
-            kernels.filter_kernel, (groups,), entropy,
-            entropy, offsets.contiguous(), None if mask is None else mask.contiguous().view(torch.uint8),
-            keep.view(torch.uint8), lower, q1, q3, float(k), entropy.shape[0],
-            BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+            kernels.filter_kernel,
+            (groups,),
+            entropy,
+            entropy,
+            offsets.contiguous(),
+            None if mask is None else mask.contiguous().view(torch.uint8),
+            keep.view(torch.uint8),
+            lower,
+            q1,
+            q3,
+            float(k),
+            entropy.shape[0],
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
     return keep, lower, q1, q3

@@ -17,9 +17,18 @@ def gathered(weight, ids, place, inside, column, vocab, width, stride):
 
 @triton.jit
 def logits_kernel(
-    hidden, weight, ids, x, vocab, width, kept, hidden_stride, weight_stride,
-    ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    ids,
+    x,
+    vocab,
+    width,
+    kept,
+    hidden_stride,
+    weight_stride,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Write the products of one row of `hidden` with ENTRIES of its rows of the weight; 0 where there is none."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
@@ -38,7 +47,7 @@ def logits_kernel(
 @triton.jit
 def hidden_gradient_kernel(
     grad, weight, ids, out, vocab, width, kept, weight_stride, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+):
     """Write COLUMNS of one row of the gradient of `hidden`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -55,7 +64,7 @@ def hidden_gradient_kernel(
 @triton.jit
 def weight_gradient_kernel(
     grad, hidden, order, bounds, out, bias, width, kept, hidden_stride, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+):
     """Write COLUMNS of the gradient of one row of the weight, which is the row's own: zeros where no token kept it."""
     index = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

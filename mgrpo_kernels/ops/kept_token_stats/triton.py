@@ -31,10 +31,21 @@ def logits(hidden: Tensor, weight: Tensor, ids: Tensor, workspace_bytes: int | N
     hidden, weight, x = _rows(hidden), _rows(weight), torch.empty(ids.shape, device=ids.device)
     if x.numel():
         launch(
-            kernels.logits_kernel, (ids.shape[0], -(-ids.shape[1] // ENTRIES)), hidden,
-            hidden, weight, ids, x, *weight.shape, ids.shape[1], hidden.stride(0), weight.stride(0),
-            ENTRIES=ENTRIES, COLUMNS=_columns(weight.shape[1]), num_warps=WARPS,
-        )  # fmt: skip
+            kernels.logits_kernel,
+            (ids.shape[0], -(-ids.shape[1] // ENTRIES)),
+            hidden,
+            hidden,
+            weight,
+            ids,
+            x,
+            *weight.shape,
+            ids.shape[1],
+            hidden.stride(0),
+            weight.stride(0),
+            ENTRIES=ENTRIES,
+            COLUMNS=_columns(weight.shape[1]),
+            num_warps=WARPS,
+        )
     return x
 
 
@@ -46,10 +57,20 @@ def hidden_gradient(grad: Tensor, weight: Tensor, ids: Tensor, workspace_bytes: 
     columns = _columns(weight.shape[1])
     if out.numel():
         launch(
-            kernels.hidden_gradient_kernel, (ids.shape[0], -(-weight.shape[1] // columns)), grad,
-            grad, weight, ids, out, *weight.shape, ids.shape[1], weight.stride(0),
-            ENTRIES=ENTRIES, COLUMNS=columns, num_warps=WARPS,
-        )  # fmt: skip
+            kernels.hidden_gradient_kernel,
+            (ids.shape[0], -(-weight.shape[1] // columns)),
+            grad,
+            grad,
+            weight,
+            ids,
+            out,
+            *weight.shape,
+            ids.shape[1],
+            weight.stride(0),
+            ENTRIES=ENTRIES,
+            COLUMNS=columns,
+            num_warps=WARPS,
+        )
     return out
 
 
@@ -69,8 +90,20 @@ def weight_gradient(
     bias = torch.empty(vocab, device=grad.device) if need_bias else None
     columns = _columns(width)
     launch(
-        kernels.weight_gradient_kernel, (vocab, -(-width // columns)), grad,
-        grad, hidden, order, bounds, total, bias, width, ids.shape[1], hidden.stride(0),
-        ENTRIES=ENTRIES, COLUMNS=columns, num_warps=WARPS,
-    )  # fmt: skip
+        kernels.weight_gradient_kernel,
+        (vocab, -(-width // columns)),
+        grad,
+        grad,
+        hidden,
+        order,
+        bounds,
+        total,
+        bias,
+        width,
+        ids.shape[1],
+        hidden.stride(0),
+        ENTRIES=ENTRIES,
+        COLUMNS=columns,
+        num_warps=WARPS,
+    )
     return total, bias

@@ -103,10 +103,18 @@ def linear_policy_loss(
     wide = _statistics.statistics_dtype(hidden)
     like = torch.empty((), dtype=wide, device=hidden.device).expand(rows)  # of the log-probs to come
     tokens = check_tokens(
-        logprobs=like, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs, entropy=like,
-        behaviour_logprobs=behaviour_logprobs, normalizer=normalizer, entropy_normalizer=entropy_normalizer, options=form,
+        logprobs=like,
+        old_logprobs=old_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        ref_logprobs=ref_logprobs,
+        entropy=like,
+        behaviour_logprobs=behaviour_logprobs,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        options=form,
         name="labels",
-    )  # fmt: skip
+    )
     tokens = tokens._replace(advantages=flat_advantages(advantages, like, tokens), entropy=None)
     check_head_options(logit_scale, softcap, workspace_bytes)
     check_logits_dtype(logits_dtype, hidden.dtype)

@@ -104,7 +104,11 @@ def _block(tokens: Tokens, block: slice) -> Tokens:
         return None if values is None else values[block]
 
     return tokens._replace(
-        old=cut(tokens.old), advantages=cut(tokens.advantages), mask=cut(tokens.mask), ref=cut(tokens.ref),
-        behaviour=cut(tokens.behaviour), weights=cut(tokens.weights),
+        old=cut(tokens.old),
+        advantages=cut(tokens.advantages),
+        mask=cut(tokens.mask),
+        ref=cut(tokens.ref),
+        behaviour=cut(tokens.behaviour),
+        weights=cut(tokens.weights),
         offsets=torch.arange(number + 1, device=tokens.offsets.device),
-    )  # fmt: skip
+    )

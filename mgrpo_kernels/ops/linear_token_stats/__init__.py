@@ -122,9 +122,13 @@ def linear_token_stats(
     kept = check_kept(kept, rows, hidden.device)
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
     tensors = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels,
-        None if mask is None else mask.reshape(-1), None if per_row is None else per_row.reshape(-1),
-    )  # fmt: skip
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels,
+        None if mask is None else mask.reshape(-1),
+        None if per_row is None else per_row.reshape(-1),
+    )
     options = (number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype)
     if kept is None:
         logprob, entropy, self_certainty, *_ = linear_token_stats_op(
@@ -296,9 +300,13 @@ def linear_token_stats_backward_op(
     if rows is None and mask is not None:
         kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
     inputs = (
-        kept, head._replace(temperature=take(head.temperature, rows)), take(labels, rows),
-        coefficients if rows is None else coefficients[:, rows], take(logsumexp, rows), (need_hidden, need_weight, need_bias),
-    )  # fmt: skip
+        kept,
+        head._replace(temperature=take(head.temperature, rows)),
+        take(labels, rows),
+        coefficients if rows is None else coefficients[:, rows],
+        take(logsumexp, rows),
+        (need_hidden, need_weight, need_bias),
+    )
     if sparse:
         entries = Entries(entry_ids, entry_logits, entry_counts, entry_rest).of_rows(slice(kept.shape[0]))
         grad_hidden, grad_weight, grad_bias = implementation.sparse_backward(*inputs, gradient_tolerance, entries)
@@ -315,9 +323,14 @@ def linear_token_stats_backward_op(
 
 @linear_token_stats_backward_op.register_fake
 def _(
-    grad_logprob: Any, grad_entropy: Any, grad_self_certainty: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    grad_logprob: Any,
+    grad_entropy: Any,
+    grad_self_certainty: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     need_hidden, need_weight, need_bias, _ = rest[-4:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

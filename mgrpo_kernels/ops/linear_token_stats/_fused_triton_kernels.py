@@ -24,9 +24,7 @@ def _place(tile, tiles_m, tiles_n):
 
 
 @triton.jit
-def _logits(
-    hidden, weight, row, column, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+def _logits(hidden, weight, row, column, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Return float32 raw logits ``(BLOCK_M, BLOCK_N)``. Beyond the operands' ends the descriptors give zeros.
 
     A descriptor takes places of 32 bits and describes no more, so the casts lose nothing.
@@ -91,7 +89,7 @@ def state_kernel(
 @triton.jit(do_not_specialize=["number", "tiles", "state_stride"])
 def merge_kernel(
     states, state, number, tiles, columns, state_stride, state_row_stride, PARTS: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+):
     """Fold the states of tiles of columns into `state` ``(6, number)``, in one fixed order. A program takes ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < number

@@ -62,10 +62,23 @@ def gradient(z, slope, hit, alpha, beta, gamma, delta, lse, inverse, logit_scale
 
 @triton.jit(do_not_specialize=["first", "state_stride"])  # they change from tile to tile, or with the number of rows
 def state_kernel(
-    x, bias, labels, temperature, state,
-    scale, logit_scale, softcap, first, width, row_stride, state_stride, state_row_stride,
-    PLAIN: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    x,
+    bias,
+    labels,
+    temperature,
+    state,
+    scale,
+    logit_scale,
+    softcap,
+    first,
+    width,
+    row_stride,
+    state_stride,
+    state_row_stride,
+    PLAIN: tl.constexpr,
+    STEPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Fold a row of a tile ``(n, width)``, vocabulary entries `first` and on, into its state, a column of ``(6, n)``.
 
     PLAIN says that final logits are raw ones times a positive number: then the row's sums take that factor, not its elements.

@@ -30,10 +30,21 @@ class GpuPasses(tiled.Passes):
         tile = row_tile(x.shape[1], x.element_size(), *tuning.of(x.device).tile_state)
         plain = head.bias is None and head.softcap is None and head.logit_scale > 0
         launch(
-            kernels.state_kernel, (x.shape[0],), x,
-            x, head.bias, _contiguous(labels), *_numbers(head, state), x.shape[1], x.stride(0), *state.stride(),
-            PLAIN=plain, STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
-        )  # fmt: skip
+            kernels.state_kernel,
+            (x.shape[0],),
+            x,
+            x,
+            head.bias,
+            _contiguous(labels),
+            *_numbers(head, state),
+            x.shape[1],
+            x.stride(0),
+            *state.stride(),
+            PLAIN=plain,
+            STEPS=tile.steps,
+            LANES=tile.lanes,
+            num_warps=tile.num_warps,
+        )
 
     def gradient(
         self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor, out: Tensor
@@ -43,11 +54,22 @@ class GpuPasses(tiled.Passes):
 
         tile = row_tile(x.shape[1], x.element_size(), *tuning.of(x.device).tile_gradient)
         launch(
-            kernels.gradient_kernel, (x.shape[0],), x,
-            x, out, head.bias, _contiguous(labels), *_numbers(head, coefficients, logsumexp.contiguous()),
-            x.shape[1], x.stride(0), out.stride(0), *coefficients.stride(),
-            STEPS=tile.steps, LANES=tile.lanes, num_warps=tile.num_warps,
-        )  # fmt: skip
+            kernels.gradient_kernel,
+            (x.shape[0],),
+            x,
+            x,
+            out,
+            head.bias,
+            _contiguous(labels),
+            *_numbers(head, coefficients, logsumexp.contiguous()),
+            x.shape[1],
+            x.stride(0),
+            out.stride(0),
+            *coefficients.stride(),
+            STEPS=tile.steps,
+            LANES=tile.lanes,
+            num_warps=tile.num_warps,
+        )
 
 
 class FusedPasses(GpuPasses):
@@ -65,9 +87,19 @@ class FusedPasses(GpuPasses):
         sizes = (number, columns, width, 0 if x is None else x.stride(0))
         self._launch(kernels.state_kernel, hidden, head, (_contiguous(labels), x, states), sizes)
         launch(
-            kernels.merge_kernel, (-(-number // 32),), hidden, states, state, number, states.shape[0], columns, *state.stride(),
-            PARTS=32, ROWS=32, num_warps=4,
-        )  # fmt: skip
+            kernels.merge_kernel,
+            (-(-number // 32),),
+            hidden,
+            states,
+            state,
+            number,
+            states.shape[0],
+            columns,
+            *state.stride(),
+            PARTS=32,
+            ROWS=32,
+            num_warps=4,
+        )
 
     def fill_gradient(
         self,
@@ -94,11 +126,21 @@ class FusedPasses(GpuPasses):
         block_m, block_n, block_k, stages, num_warps = tuning.of(hidden.device).fused_tile
         labels, *rest = tensors
         launch(
-            kernel, (processors(hidden.device),), hidden,
-            TensorDescriptor.from_tensor(hidden, [block_m, block_k]), TensorDescriptor.from_tensor(head.weight, [block_n, block_k]),
-            head.bias, labels, *_numbers(head, *rest), *sizes,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_stages=stages, num_warps=num_warps,
-        )  # fmt: skip
+            kernel,
+            (processors(hidden.device),),
+            hidden,
+            TensorDescriptor.from_tensor(hidden, [block_m, block_k]),
+            TensorDescriptor.from_tensor(head.weight, [block_n, block_k]),
+            head.bias,
+            labels,
+            *_numbers(head, *rest),
+            *sizes,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_stages=stages,
+            num_warps=num_warps,
+        )
 
 
 def _contiguous(values: Tensor | None) -> Tensor | None:

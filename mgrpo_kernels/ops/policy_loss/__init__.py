@@ -17,9 +17,19 @@ from mgrpo_kernels.ops.policy_loss.options import LossKeywords, check_options, m
 from mgrpo_kernels.ops.policy_loss.specs import PolicyLoss
 
 __all__ = [
-    "OP", "check_options", "check_tokens", "flat_advantages", "group_advantages", "grpo_loss", "make_options", "pack",
-    "policy_loss", "policy_loss_op", "run", "takes_options",
-]  # fmt: skip
+    "OP",
+    "check_options",
+    "check_tokens",
+    "flat_advantages",
+    "group_advantages",
+    "grpo_loss",
+    "make_options",
+    "pack",
+    "policy_loss",
+    "policy_loss_op",
+    "run",
+    "takes_options",
+]
 
 
 def group_advantages(
@@ -115,10 +125,17 @@ def policy_loss(
     """
     form = make_options("policy_loss", options)
     tokens = check_tokens(
-        logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
-        entropy=entropy, behaviour_logprobs=behaviour_logprobs, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+        behaviour_logprobs=behaviour_logprobs,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
         options=form,
-    )  # fmt: skip
+    )
     tokens = tokens._replace(advantages=flat_advantages(advantages, logprobs, tokens))
     return run(tokens, None, form, backends.choose(OP, backend, logprobs.device, logprobs.dtype))
 
@@ -165,10 +182,17 @@ def grpo_loss(
     """
     form = make_options("grpo_loss", options)
     tokens = check_tokens(
-        logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
-        entropy=entropy, behaviour_logprobs=behaviour_logprobs, normalizer=normalizer, entropy_normalizer=entropy_normalizer,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        ref_logprobs=ref_logprobs,
+        entropy=entropy,
+        behaviour_logprobs=behaviour_logprobs,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
         options=form,
-    )  # fmt: skip
+    )
     checked = check_groups(rewards, groups, rollout_mask, "rollout_mask", baseline, scale, eps)
     number = tokens.offsets.shape[0] - 1
     if rewards.shape[0] != number or rewards.device != logprobs.device:

@@ -52,9 +52,22 @@ def kl_term(difference, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def surrogate_term(
-    x, ratio, advantage, vespo_log_weight, lower, upper, clip_delta, cispo_cap, sapo_temperature_high, sapo_temperature_low,
-    vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low, SURROGATE: tl.constexpr,
-):  # fmt: skip
+    x,
+    ratio,
+    advantage,
+    vespo_log_weight,
+    lower,
+    upper,
+    clip_delta,
+    cispo_cap,
+    sapo_temperature_high,
+    sapo_temperature_low,
+    vespo_k_high,
+    vespo_k_low,
+    vespo_lambda_high,
+    vespo_lambda_low,
+    SURROGATE: tl.constexpr,
+):
     """Return the surrogate's loss of log-probs x, and its slopes: directly in the log-prob, and in the log importance weight."""
     zero = tl.zeros(x.shape, tl.float32)
     if SURROGATE == "cispo":  # the weight is clipped and held constant
@@ -76,8 +89,18 @@ def surrogate_term(
 
 @triton.jit
 def count_clips(
-    low, high, keep, ratio, advantage, lower, upper, clip_delta, cispo_cap, SURROGATE: tl.constexpr, HAS_DELTA: tl.constexpr
-):  # fmt: skip
+    low,
+    high,
+    keep,
+    ratio,
+    advantage,
+    lower,
+    upper,
+    clip_delta,
+    cispo_cap,
+    SURROGATE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+):
     """Add to the counts the tokens whose ratio was clipped, from below and from above."""
     if SURROGATE == "cispo":
         high += (keep & (ratio > cispo_cap) & (advantage > 0)).to(tl.float32)

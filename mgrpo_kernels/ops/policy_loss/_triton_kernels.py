@@ -58,9 +58,17 @@ def _deviation(number, squares):
 
 @triton.jit
 def _advantage(
-    rollout, rewards, offsets, rollout_mask, batch, groups, eps,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rollout,
+    rewards,
+    offsets,
+    rollout_mask,
+    batch,
+    groups,
+    eps,
+    BASELINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Return a rollout's advantage over its group. Every program of a group computes the same: no launch waits for it."""
     group = 0
     for first in range(0, groups, BLOCK):
@@ -88,9 +96,17 @@ def _advantage(
 
 @triton.jit(do_not_specialize=["batch", "groups"])
 def advantages_kernel(
-    rewards, group_offsets, rollout_mask, advantages, batch, groups, eps,
-    BASELINE: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    group_offsets,
+    rollout_mask,
+    advantages,
+    batch,
+    groups,
+    eps,
+    BASELINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write the advantage of rollout ``program_id(0)``."""
     rollout = tl.program_id(0)
     result = _advantage(rollout, rewards, group_offsets, rollout_mask, batch, groups, eps, BASELINE, SCALE, BLOCK)
@@ -113,9 +129,18 @@ def _kept(mask, rollout_kept, i, inside):
 
 @triton.jit
 def _finish(
-    partial, batch, normalizer, entropy_normalizer, entropy_coef, max_response_tokens, loss, metrics, scales,
-    COUNTS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    partial,
+    batch,
+    normalizer,
+    entropy_normalizer,
+    entropy_coef,
+    max_response_tokens,
+    loss,
+    metrics,
+    scales,
+    COUNTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Add up all sequences in one fixed order, so that the bits do not depend on who finished last."""
     sums = tl.zeros([16, WIDTH], tl.float32)
     highest = tl.zeros([WIDTH], tl.float32)
@@ -160,10 +185,20 @@ def _finish(
 
 @triton.jit
 def _sequence_sums(
-    logprob, old, behaviour, mask, rollout_kept, begin, end, behaviour_cap,
-    SURROGATE: tl.constexpr, BY_SEQUENCE: tl.constexpr, TRUNCATE: tl.constexpr, BEHAVIOUR_BY_SEQUENCE: tl.constexpr,
+    logprob,
+    old,
+    behaviour,
+    mask,
+    rollout_kept,
+    begin,
+    end,
+    behaviour_cap,
+    SURROGATE: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr,
+    TRUNCATE: tl.constexpr,
+    BEHAVIOUR_BY_SEQUENCE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Return what a token needs of its sequence: tokens, mean log ratio, log behaviour weight, and vespo's log weight."""
     length = tl.zeros([BLOCK], tl.float32)
     log_ratios = tl.zeros([BLOCK], tl.float32)
@@ -195,7 +230,7 @@ def _sequence_sums(
 @triton.jit
 def _behaviour_weight(
     behaviour, before, i, inside, keep, log_behaviour_sum, cap, TRUNCATE: tl.constexpr, BY_SEQUENCE: tl.constexpr
-):  # fmt: skip
+):
     """Return the bounded weight exp(old - behaviour) of tokens i, or of their sequence."""
     log_behaviour = before - _at(behaviour, i, inside, keep)
     if BY_SEQUENCE:
@@ -230,7 +265,7 @@ def _add_through_ratio(gradient, through, divisor, mask, rollout_kept, begin, en
 @triton.jit
 def _store_sums(
     partial, sequence, batch, values, tokens, rollout_kept, kls, entropies, ratios, ratio_max, clips_low, clips_high
-):  # fmt: skip
+):
     """Write a sequence's sums to its column of the partial sums."""
     stride = tl.cast(batch, tl.int64)
     place = partial + sequence
@@ -269,9 +304,22 @@ def _token_pass(
         advantage = _at(advantages, i, inside, keep) if PER_TOKEN else tl.where(keep, sequence_advantage, 0.0)
         ratio = tl.exp((zero + mean_log_ratio) if BY_SEQUENCE else (x - before))
         value, by_logprob, by_log_weight = surrogate_term(
-            x, ratio, advantage, vespo_log_weight, lower, upper, clip_delta, cispo_cap, sapo_temperature_high, sapo_temperature_low,
-            vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low, SURROGATE,
-        )  # fmt: skip
+            x,
+            ratio,
+            advantage,
+            vespo_log_weight,
+            lower,
+            upper,
+            clip_delta,
+            cispo_cap,
+            sapo_temperature_high,
+            sapo_temperature_low,
+            vespo_k_high,
+            vespo_k_low,
+            vespo_lambda_high,
+            vespo_lambda_low,
+            SURROGATE,
+        )
         if behaviour is not None and SURROGATE != "vespo":
             weight = _behaviour_weight(
                 behaviour, before, i, inside, keep, log_behaviour_sum, behaviour_cap, TRUNCATE, BEHAVIOUR_BY_SEQUENCE
@@ -323,9 +371,20 @@ def loss_kernel(
     if rollout_mask is not None:
         rollout_kept = exists & (tl.load(rollout_mask + sequence, mask=exists, other=0) != 0)
     tokens, mean_log_ratio, log_behaviour_sum, vespo_log_weight = _sequence_sums(
-        logprob, old, behaviour, mask, rollout_kept, begin, end, behaviour_cap,
-        SURROGATE, BY_SEQUENCE, TRUNCATE, BEHAVIOUR_BY_SEQUENCE, BLOCK,
-    )  # fmt: skip
+        logprob,
+        old,
+        behaviour,
+        mask,
+        rollout_kept,
+        begin,
+        end,
+        behaviour_cap,
+        SURROGATE,
+        BY_SEQUENCE,
+        TRUNCATE,
+        BEHAVIOUR_BY_SEQUENCE,
+        BLOCK,
+    )
     divisor = tl.maximum(tokens, 1.0)
     sequence_advantage = 0.0
     if rewards is not None:
@@ -361,6 +420,15 @@ def loss_kernel(
     tl.debug_barrier()  # all of this program's sums are written before it counts as done
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         _finish(
-            partial, batch, normalizer, entropy_normalizer, entropy_coef, max_response_tokens, loss, metrics, scales,
-            COUNTS, FINISH_WIDTH,
-        )  # fmt: skip
+            partial,
+            batch,
+            normalizer,
+            entropy_normalizer,
+            entropy_coef,
+            max_response_tokens,
+            loss,
+            metrics,
+            scales,
+            COUNTS,
+            FINISH_WIDTH,
+        )

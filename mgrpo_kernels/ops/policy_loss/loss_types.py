@@ -20,9 +20,7 @@ CLIP = Surrogate(
     "-min(min(r, clip_delta) A, clip(r, 1 - clip_low, 1 + clip_high) A)",
     options=("clip_low", "clip_high", "clip_delta"),
 )
-CISPO = Surrogate(
-    "cispo", "-min(r, cispo_cap) A logprob, with the weight held constant", options=("cispo_cap",)
-)  # fmt: skip
+CISPO = Surrogate("cispo", "-min(r, cispo_cap) A logprob, with the weight held constant", options=("cispo_cap",))
 SAPO = Surrogate("sapo", "-4 sigmoid(tau (r - 1)) / tau A, with tau = sapo_temperature", options=("sapo_temperature",))
 VESPO = Surrogate(
     "vespo",

@@ -57,9 +57,7 @@ class LossForm:
         "whether the importance ratio belongs to the token, or is the geometric mean over its sequence (GSPO, arXiv 2507.18071)",
         choices=IMPORTANCE_LEVELS,
     )
-    clip_low: float = option(
-        0.2, "the importance ratio is clipped below 1 minus this value", at_least=0.0, at_most=1.0
-    )  # fmt: skip
+    clip_low: float = option(0.2, "the importance ratio is clipped below 1 minus this value", at_least=0.0, at_most=1.0)
     clip_high: float = option(0.2, "the importance ratio is clipped above 1 plus this value", at_least=0.0)
     clip_delta: float | None = option(
         None,
@@ -89,13 +87,13 @@ class LossForm:
     cispo_cap: float = option(5.0, "largest importance ratio of the cispo loss", above=0.0)
     sapo_temperature: tuple[float, float] = option(
         (1.0, 1.05), "temperatures of the sapo loss's gate, for positive advantages and for the others", above=0.0
-    )  # fmt: skip
+    )
     vespo_k: tuple[float, float] = option(
         (2.0, 3.0), "exponents k of the vespo loss's weight, for advantages >= 0 and < 0", at_least=0.0
-    )  # fmt: skip
+    )
     vespo_lambda: tuple[float, float] = option(
         (3.0, 2.0), "rates lambda of the vespo loss's weight, for advantages >= 0 and < 0", at_least=0.0
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)

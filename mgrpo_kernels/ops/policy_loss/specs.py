@@ -16,13 +16,32 @@ from mgrpo_kernels.ops.policy_loss.options import (
 )
 
 __all__ = [
-    "BASELINES", "BEHAVIOUR_MODES", "IMPORTANCE_LEVELS", "KL_ESTIMATORS", "LOSSES", "LOSS_TYPES", "METRICS", "SCALES",
-    "Groups", "LossOptions", "PolicyLoss", "Tokens", "check_options", "is_token_level",
-]  # fmt: skip
+    "BASELINES",
+    "BEHAVIOUR_MODES",
+    "IMPORTANCE_LEVELS",
+    "KL_ESTIMATORS",
+    "LOSSES",
+    "LOSS_TYPES",
+    "METRICS",
+    "SCALES",
+    "Groups",
+    "LossOptions",
+    "PolicyLoss",
+    "Tokens",
+    "check_options",
+    "is_token_level",
+]
 
 METRICS = (
-    "tokens", "sequences", "kl_sum", "entropy_sum", "ratio_sum", "ratio_max", "clip_low_count", "clip_high_count",
-)  # fmt: skip
+    "tokens",
+    "sequences",
+    "kl_sum",
+    "entropy_sum",
+    "ratio_sum",
+    "ratio_max",
+    "clip_low_count",
+    "clip_high_count",
+)
 BASELINES = ("mean", "leave_one_out")
 SCALES = ("std", "batch", "none")
 

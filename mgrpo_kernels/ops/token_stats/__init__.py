@@ -214,9 +214,19 @@ def token_stats_backward_op(
     )
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _backward_into(
-        out, grad_logprob, grad_entropy, grad_self_certainty, logits, labels, mask, temperature_per_row, temperature, logsumexp,
-        entropy, backend,
-    )  # fmt: skip
+        out,
+        grad_logprob,
+        grad_entropy,
+        grad_self_certainty,
+        logits,
+        labels,
+        mask,
+        temperature_per_row,
+        temperature,
+        logsumexp,
+        entropy,
+        backend,
+    )
     return out
 
 

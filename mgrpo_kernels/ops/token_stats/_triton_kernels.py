@@ -22,10 +22,22 @@ def _inverse(scale, temperature, row):
 
 @triton.jit
 def _write_row(
-    row, x, inverse, maximum, sum_exp, sum_expz, total, vocab,
-    labels, number_of_labels, logprob, entropy, self_certainty, logsumexp,
+    row,
+    x,
+    inverse,
+    maximum,
+    sum_exp,
+    sum_expz,
+    total,
+    vocab,
+    labels,
+    number_of_labels,
+    logprob,
+    entropy,
+    self_certainty,
+    logsumexp,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Write the statistics of a row that starts at pointer x, from its state."""
     log_sum = tl.log(sum_exp)
     tl.store(logsumexp + row, maximum * inverse + log_sum)
@@ -46,9 +58,7 @@ def _write_row(
 
 
 @triton.jit
-def _write_masked_row(
-    row, number_of_labels, logprob, entropy, self_certainty, logsumexp, BLOCK_K: tl.constexpr
-):  # fmt: skip
+def _write_masked_row(row, number_of_labels, logprob, entropy, self_certainty, logsumexp, BLOCK_K: tl.constexpr):
     tl.store(logsumexp + row, 0.0)
     if entropy is not None:
         tl.store(entropy + row, 0.0)
@@ -91,9 +101,22 @@ def forward_kernel(
     row_total = tl.sum(total, 0)
     if states is None:
         _write_row(
-            row, x, inverse, row_maximum, row_exp, row_expz, row_total, vocab,
-            labels, number_of_labels, logprob, entropy, self_certainty, logsumexp, BLOCK_K,
-        )  # fmt: skip
+            row,
+            x,
+            inverse,
+            row_maximum,
+            row_exp,
+            row_expz,
+            row_total,
+            vocab,
+            labels,
+            number_of_labels,
+            logprob,
+            entropy,
+            self_certainty,
+            logsumexp,
+            BLOCK_K,
+        )
     else:
         state = states + (row * tl.num_programs(1) + tl.program_id(1)) * 4
         tl.store(state, row_maximum)
@@ -104,11 +127,25 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["inner", "parts"])
 def merge_kernel(
-    logits, labels, mask, temperature, scale,
-    logprob, entropy, self_certainty, logsumexp, states,
-    vocab, parts, number_of_labels, inner, outer_stride, inner_stride,
-    PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    logits,
+    labels,
+    mask,
+    temperature,
+    scale,
+    logprob,
+    entropy,
+    self_certainty,
+    logsumexp,
+    states,
+    vocab,
+    parts,
+    number_of_labels,
+    inner,
+    outer_stride,
+    inner_stride,
+    PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Write a row's statistics from the states of its parts, which are merged in one fixed order."""
     row = tl.program_id(0).to(tl.int64)
     if mask is not None and tl.load(mask + row) == 0:
@@ -123,10 +160,22 @@ def merge_kernel(
     total = tl.load(state + 3, mask=i < parts, other=0.0)
     row_maximum, row_exp, row_expz = merge_lanes(inverse * LOG2_E, maximum, sum_exp, sum_expz)
     _write_row(
-        row, logits + _row_start(row, inner, outer_stride, inner_stride), inverse,
-        row_maximum, row_exp, row_expz, tl.sum(total, 0), vocab,
-        labels, number_of_labels, logprob, entropy, self_certainty, logsumexp, BLOCK_K,
-    )  # fmt: skip
+        row,
+        logits + _row_start(row, inner, outer_stride, inner_stride),
+        inverse,
+        row_maximum,
+        row_exp,
+        row_expz,
+        tl.sum(total, 0),
+        vocab,
+        labels,
+        number_of_labels,
+        logprob,
+        entropy,
+        self_certainty,
+        logsumexp,
+        BLOCK_K,
+    )
 
 
 @triton.jit(do_not_specialize=["inner", "out_inner"])

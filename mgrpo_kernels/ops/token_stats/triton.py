@@ -53,14 +53,33 @@ def forward(
     block_k = min(64, power_of_2(number_of_labels))
     addressing = (number_of_labels, *_rows(logits))
     launch(
-        kernels.forward_kernel, (rows, parts), logits, *inputs, *outputs, vocab, part, *addressing,
-        STEPS=tile.steps, LANES=tile.lanes, BLOCK_K=block_k, num_warps=tile.num_warps,
-    )  # fmt: skip
+        kernels.forward_kernel,
+        (rows, parts),
+        logits,
+        *inputs,
+        *outputs,
+        vocab,
+        part,
+        *addressing,
+        STEPS=tile.steps,
+        LANES=tile.lanes,
+        BLOCK_K=block_k,
+        num_warps=tile.num_warps,
+    )
     if states is not None:
         launch(
-            kernels.merge_kernel, (rows,), logits, *inputs, *outputs, vocab, parts, *addressing,
-            PARTS=power_of_2(parts), BLOCK_K=block_k, num_warps=1,
-        )  # fmt: skip
+            kernels.merge_kernel,
+            (rows,),
+            logits,
+            *inputs,
+            *outputs,
+            vocab,
+            parts,
+            *addressing,
+            PARTS=power_of_2(parts),
+            BLOCK_K=block_k,
+            num_warps=1,
+        )
     return logprob, entropy, self_certainty, logsumexp
 
 

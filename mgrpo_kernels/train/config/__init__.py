@@ -14,14 +14,13 @@ from mgrpo_kernels.train.config.layers import (
     preset_files,
     read_yaml,
 )
+from mgrpo_kernels.train.config.model_sections import LoraConfig, ModelConfig
 from mgrpo_kernels.train.config.run_sections import EvalConfig, RunConfig
 from mgrpo_kernels.train.config.sections import (
     DEFAULT_TEMPLATE,
     DataConfig,
-    LoraConfig,
     LossConfig,
     MethodConfig,
-    ModelConfig,
     OptimConfig,
     RolloutConfig,
     VllmConfig,

@@ -13,13 +13,12 @@ from mgrpo_kernels.method.fields import fields_of
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES
 from mgrpo_kernels.ops.policy_loss.options import DECLARED
 from mgrpo_kernels.train.config.fields import Section
+from mgrpo_kernels.train.config.model_sections import LoraConfig, ModelConfig
 from mgrpo_kernels.train.config.run_sections import EvalConfig, RunConfig
 from mgrpo_kernels.train.config.sections import (
     DataConfig,
-    LoraConfig,
     LossConfig,
     MethodConfig,
-    ModelConfig,
     OptimConfig,
     RolloutConfig,
     VllmConfig,

@@ -103,9 +103,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def model_config() -> LlamaConfig:
     """Return the model's shape: 2 layers of width 64."""
     return LlamaConfig(
-        vocab_size=len(CHARACTERS) + 2, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(CHARACTERS) + 2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
 
 
 def make_model(

@@ -176,8 +176,11 @@ def read_source(config: Config, source: str, option: str, needs_gold: bool) -> l
     if unread:
         log_info(
             "%s: %d of %d rows have no answer in %r that can be read; label_accuracy leaves them out",
-            option, unread, len(rows), answer_field,
-        )  # fmt: skip
+            option,
+            unread,
+            len(rows),
+            answer_field,
+        )
     return drafts
 
 
@@ -236,8 +239,11 @@ def warn_of_repeats(train: Sequence[Example | Draft], held_out: Sequence[Example
         if len(different) < len(examples):
             log_info(
                 "%s: %d of %d prompts repeat another, %d with another answer; each counts as often as it stands there",
-                option, len(examples) - len(different), len(examples), len(answers) - len(different),
-            )  # fmt: skip
+                option,
+                len(examples) - len(different),
+                len(examples),
+                len(answers) - len(different),
+            )
     trained = {same(example) for example in train}
     seen = sum(same(example) in trained for example in held_out)
     if seen:
@@ -296,8 +302,10 @@ def check_answers(examples: Sequence[Example | Draft], tokenizer: Any, context: 
     if too_long:
         log_info(
             "max_response_tokens: %d of %d different true answers are longer than %d tokens: no response can give them",
-            too_long, len(golds), longest,
-        )  # fmt: skip
+            too_long,
+            len(golds),
+            longest,
+        )
 
 
 # --- Steps

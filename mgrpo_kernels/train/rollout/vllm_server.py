@@ -14,10 +14,11 @@ from mgrpo_kernels.train.config import VllmConfig
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.truncation import Truncation
-from mgrpo_kernels.train.rollout.vllm import Completion, VllmEngine, import_vllm
+from mgrpo_kernels.train.rollout.vllm import Completion, VllmEngine
 from mgrpo_kernels.train.rollout.vllm_answers import Asked, ServerError, field
 from mgrpo_kernels.train.rollout.vllm_batch import Batch
 from mgrpo_kernels.train.rollout.vllm_control import Control, Source, check_server, join_transfer
+from mgrpo_kernels.train.rollout.vllm_start import import_vllm
 from mgrpo_kernels.train.text import one_line
 
 logger = logging.getLogger("mgrpo_kernels")
@@ -122,13 +123,25 @@ class VllmServers(VllmEngine):
         each = 1 if temperature == 0 else copies  # more are refused where all are alike
         requests = [
             {
-                "prompt": list(prompt), "n": each, "seed": seed, "temperature": temperature, "max_tokens": self.max_tokens,
-                "stop_token_ids": self.policy.eos, "ignore_eos": True,  # the trainer's list of ends is the only one
-                "logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True,
-                "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+                "prompt": list(prompt),
+                "n": each,
+                "seed": seed,
+                "temperature": temperature,
+                "max_tokens": self.max_tokens,
+                "stop_token_ids": self.policy.eos,
+                "ignore_eos": True,  # the trainer's list of ends is the only one
+                "logprobs": 0,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
             }
             for prompt, seed in zip(prompts, seeds, strict=True)
-        ]  # fmt: skip
+        ]
         asked = Asked(each, self.max_tokens, self.policy.head()[0].shape[0], self.policy.eos)
         batch = Batch(requests, asked, self._urls, self._lose, self.check, deadline)
         answers = asyncio.run(batch.run())

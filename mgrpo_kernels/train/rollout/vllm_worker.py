@@ -121,8 +121,11 @@ class GlooTrainerEngine(NCCLTrainerWeightTransferEngine):
         """Meet every worker, and return what sends to them."""
         engine = cls(client=client, source=source)
         workers = NCCLWeightTransferInitInfo(
-            master_address=init_info.master_address, master_port=init_info.master_port, rank_offset=1, world_size=init_info.world_size,
-        )  # fmt: skip
+            master_address=init_info.master_address,
+            master_port=init_info.master_port,
+            rank_offset=1,
+            world_size=init_info.world_size,
+        )
         with ThreadPoolExecutor(1) as pool:  # a worker answers when all are there
             joined = pool.submit(client.init_weight_transfer_engine, worker_init_payload(workers))
             group: Any = Group(init_info, 0)

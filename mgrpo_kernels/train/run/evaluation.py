@@ -80,11 +80,19 @@ def examine(policy: Policy, engine: RolloutEngine, task: Task, config: Config) -
     labels_right, greedy_right = right(labels, gold), right(best, gold)
     return [
         Question(
-            example, sampled[i * n : (i + 1) * n], answers[i * n : (i + 1) * n], hits[i * n : (i + 1) * n],
-            labels[i], labels_right[i], greedy[i], best[i], greedy_right[i], task.sets[i] if task.sets else "",
+            example,
+            sampled[i * n : (i + 1) * n],
+            answers[i * n : (i + 1) * n],
+            hits[i * n : (i + 1) * n],
+            labels[i],
+            labels_right[i],
+            greedy[i],
+            best[i],
+            greedy_right[i],
+            task.sets[i] if task.sets else "",
         )
         for i, example in enumerate(task.held_out)
-    ]  # fmt: skip
+    ]
 
 
 def values_of(questions: Sequence[Question], k: int) -> dict[str, list[float]]:

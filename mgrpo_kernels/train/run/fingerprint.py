@@ -15,8 +15,11 @@ from mgrpo_kernels.train.data.task import Example, Task
 from mgrpo_kernels.train.errors import UsageError
 
 NAMES = {
-    "data": "training prompts", "eval_data": "held-out prompts", "model": "weights of the base model", "tokenizer": "tokenizer",
-}  # fmt: skip
+    "data": "training prompts",
+    "eval_data": "held-out prompts",
+    "model": "weights of the base model",
+    "tokenizer": "tokenizer",
+}
 
 
 def of_task(task: Task) -> dict[str, str]:

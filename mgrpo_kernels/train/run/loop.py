@@ -71,9 +71,13 @@ class Run:
         # The last step's result, whose evaluation is still to come.
         self.pending: StepResult | None = None if found is None else found["pending"]
         self.writer = checkpoint.Writer(
-            self.checkpoints, config.run.keep_checkpoints, background=config.run.async_checkpoints, write_line=view.warn,
-            newest=None if found is None else found["path"], fingerprints=fingerprints,
-        )  # fmt: skip
+            self.checkpoints,
+            config.run.keep_checkpoints,
+            background=config.run.async_checkpoints,
+            write_line=view.warn,
+            newest=None if found is None else found["path"],
+            fingerprints=fingerprints,
+        )
         self.taken = self.skipped = 0  # steps of this process
         self.proven: Path | None = None  # the newest checkpoint after which a step has succeeded
         learner.engine.check = interrupt.check

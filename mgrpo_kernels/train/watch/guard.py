@@ -40,8 +40,14 @@ UNPARSED = 0.5
 NEARLY_ALL = 0.9
 """Fraction of the responses without an answer that alone causes a warning, because the vote elects whatever is left."""
 STEP_KEYS = (
-    "vote_share", "distinct_labels", "top_answer_share", "entropy", "pruned_fraction", "unparsed_fraction", "groups_with_signal",
-)  # fmt: skip
+    "vote_share",
+    "distinct_labels",
+    "top_answer_share",
+    "entropy",
+    "pruned_fraction",
+    "unparsed_fraction",
+    "groups_with_signal",
+)
 ACCURACY, MAJORITY = "held-out accuracy", "held-out majority"
 
 

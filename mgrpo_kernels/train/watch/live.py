@@ -23,9 +23,18 @@ POINTS = 256
 """Largest number of points of a curve; beyond it, two neighbours are replaced by their mean."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 FIGURES = (
-    "eval_accuracy", "eval_greedy", "eval_maj_at_k", "vote_share", "label_accuracy", "distinct_labels", "top_answer_share", "entropy",
-    "pruned_fraction", "momentum_distance", "tokens_per_second",
-)  # fmt: skip
+    "eval_accuracy",
+    "eval_greedy",
+    "eval_maj_at_k",
+    "vote_share",
+    "label_accuracy",
+    "distinct_labels",
+    "top_answer_share",
+    "entropy",
+    "pruned_fraction",
+    "momentum_distance",
+    "tokens_per_second",
+)
 DIGITS = {"tokens_per_second": 0, "momentum_distance": 4, "kl": 4}
 MORE = ("reward_mean", "kl", "response_tokens", "grad_norm")
 """Metrics that are shown if the terminal is high enough."""

@@ -47,9 +47,14 @@ def write_report(output: Path, device: torch.device) -> None:
     evaluated = [step for step, _ in points_of(lines, "eval_accuracy")] or [0]
     kept = [output / DIRECTORY / f"step_{step}.jsonl" for step in (evaluated[0], evaluated[-1])]
     run = Run(
-        output.resolve().name, read_yaml(file), file.read_text(encoding="utf-8"), lines, read_lines(output / "samples.jsonl"),
-        [read_lines(each) if each.exists() else [] for each in kept], environment(device),
-    )  # fmt: skip
+        output.resolve().name,
+        read_yaml(file),
+        file.read_text(encoding="utf-8"),
+        lines,
+        read_lines(output / "samples.jsonl"),
+        [read_lines(each) if each.exists() else [] for each in kept],
+        environment(device),
+    )
     write_bytes(output / "curves.png", draw(run.lines, PANELS))
     write_text(output / "report.html", page(run))
 
@@ -227,11 +232,19 @@ def summary(run: Run) -> dict[str, Any]:
         "config": run.config,
         "environment": run.environment,
         "evaluation": {
-            key: {"start": points[0][1], "end": points[-1][1], "errors": [each for _, each in points_of(run.lines, f"{key}_error")]}
-            for key in ACCURACIES if (points := points_of(run.lines, key))
+            key: {
+                "start": points[0][1],
+                "end": points[-1][1],
+                "errors": [each for _, each in points_of(run.lines, f"{key}_error")],
+            }
+            for key in ACCURACIES
+            if (points := points_of(run.lines, key))
         },
         "best_step": next((line["eval_best_step"] for line in reversed(run.lines) if "eval_best_step" in line), None),
         "seconds": phases(run.lines),
-        "guard": [{"step": line["step"], "did": line["guard"], "signs": line.get("guard_signs")} for line in run.lines
-                  if line.get("guard") is not None],
-    }  # fmt: skip
+        "guard": [
+            {"step": line["step"], "did": line["guard"], "signs": line.get("guard_signs")}
+            for line in run.lines
+            if line.get("guard") is not None
+        ],
+    }

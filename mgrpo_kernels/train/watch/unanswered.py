@@ -31,8 +31,10 @@ def warn_of_answers(
             "no answer was found in %d of %d responses, so they have no part in the vote. For example: %s. Check that --prompt-template "
             "(or the chat template) asks for a form that --answer-from reads, or set --answer-pattern or --answer-extractor; a response "
             "that was cut needs a larger --max-response-tokens",
-            len(without), len(texts), _examples(without),
-        )  # fmt: skip
+            len(without),
+            len(texts),
+            _examples(without),
+        )
         return True
     counted = Counter(label for label in labels if label is not None)
     label, count = counted.most_common(1)[0] if counted else ("", 0)
@@ -41,8 +43,11 @@ def warn_of_answers(
         log_info(
             "%s is the label of %d of %d prompts, as if it were read from what all responses share. For example: %s. If it is no "
             "answer, set --answer-from, --answer-pattern or --answer-extractor",
-            shown(label), count, len(prompts), _examples(same),
-        )  # fmt: skip
+            shown(label),
+            count,
+            len(prompts),
+            _examples(same),
+        )
         return True
     return False
 

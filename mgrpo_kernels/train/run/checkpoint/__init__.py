@@ -26,6 +26,20 @@ from mgrpo_kernels.train.run.checkpoint.state import not_finite, state_of
 from mgrpo_kernels.train.run.checkpoint.writing import Writer, save
 
 __all__ = [
-    "NONE_YET", "Facts", "Writer", "candidates", "complete", "latest", "load", "not_finite", "read", "restore", "resume", "save",
-    "saved_steps", "sizes", "state_of", "step_of",
-]  # fmt: skip
+    "NONE_YET",
+    "Facts",
+    "Writer",
+    "candidates",
+    "complete",
+    "latest",
+    "load",
+    "not_finite",
+    "read",
+    "restore",
+    "resume",
+    "save",
+    "saved_steps",
+    "sizes",
+    "state_of",
+    "step_of",
+]

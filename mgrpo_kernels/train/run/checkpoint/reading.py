@@ -127,9 +127,16 @@ def checked(facts: Any) -> Facts:
         raise ValueError(f"{FACTS}: expected an object, got {type(facts).__name__}")
     facts = {"unwritten": {}, "fingerprints": {}, "pending": None, **facts}
     kinds: dict[str, tuple[type, ...]] = {
-        "step": (int,), "metrics_bytes": (int,), "samples_bytes": (int,), "ranks": (int,), "momentum_updates": (int, type(None)),
-        "unwritten": (dict,), "fingerprints": (dict,), "files": (dict,), "pending": (list, type(None)),
-    }  # fmt: skip
+        "step": (int,),
+        "metrics_bytes": (int,),
+        "samples_bytes": (int,),
+        "ranks": (int,),
+        "momentum_updates": (int, type(None)),
+        "unwritten": (dict,),
+        "fingerprints": (dict,),
+        "files": (dict,),
+        "pending": (list, type(None)),
+    }
     for name, wanted in kinds.items():
         if type(facts.get(name)) not in wanted or (wanted == (int,) and facts[name] < 0):
             raise ValueError(f"{FACTS}: expected {name} of type {wanted[0].__name__}, got {facts.get(name)!r}")

@@ -113,10 +113,15 @@ class Writer:
         if parallel.from_first(self.newest == path):
             return path  # the very step that the run was resumed from
         facts = {
-            "step": step, "metrics_bytes": metrics_bytes, "samples_bytes": samples_bytes, "unwritten": dict(unwritten or {}),
-            "pending": pending, "ranks": parallel.world(), "fingerprints": self.fingerprints,
+            "step": step,
+            "metrics_bytes": metrics_bytes,
+            "samples_bytes": samples_bytes,
+            "unwritten": dict(unwritten or {}),
+            "pending": pending,
+            "ranks": parallel.world(),
+            "fingerprints": self.fingerprints,
             "momentum_updates": None if learner.momentum is None else learner.momentum.updates,
-        }  # fmt: skip
+        }
         new = parallel.from_first(self._free_name(step))
         self._saving = saving = Saving(new, path, facts, (best, proven), Future())
         self._start(learner, saving, background=self.background and not wait)
