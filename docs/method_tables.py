@@ -20,6 +20,13 @@ def methods() -> str:
     return "\n".join([head, "|---|---|---|---|---|", *lines])
 
 
+@figure
+def inferred() -> str:
+    """Return the table of what is inferred in the methods, or differs from their publications."""
+    lines = [f"| {name} | {row.inferred} |" for name, row in METHODS.items() if row.inferred]
+    return "\n".join(["| method | inferred here, or different from the publication |", "|---|---|", *lines])
+
+
 def share(of_group: float) -> str:
     """Return a share of G rollouts."""
     return f"G / {1 / of_group:g}" if of_group else "-"

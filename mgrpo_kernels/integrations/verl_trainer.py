@@ -25,7 +25,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from mgrpo_kernels import extract_answer
-from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, read_gold, select
+from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, answer_tokens, read_gold, select
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
 
@@ -52,6 +52,8 @@ class MGRPOTrainer(PPOTrainerSync):
                 f"batch: expected one output for each rollout, got {most} of one: M-GRPO votes on whole responses"
             )
         names = ["uid", "responses", "response_mask", "loss_mask", "entropy", "rm_scores", "reward_model"]
+        if self.options.row.needs_logprob:
+            names.append("old_log_probs")
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
         lengths, offsets = data["response_mask"].offsets().diff(), data["response_mask"].offsets()
         real = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
@@ -78,7 +80,13 @@ class MGRPOTrainer(PPOTrainerSync):
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["response_mask", "loss_mask"]
         )
         trains = trains.bool().repeat_interleave(lengths)
-        advantages = advantages.repeat_interleave(lengths) * mask["response_mask"].values()
+        if chosen.token_advantages is None:
+            advantages = advantages.repeat_interleave(lengths)
+        else:
+            by_token = chosen.token_advantages.new_zeros(len(texts), chosen.token_advantages.shape[1])
+            by_token = by_token.index_copy(0, order, chosen.token_advantages)
+            advantages = by_token[torch.arange(by_token.shape[1]) < lengths[:, None]]
+        advantages = advantages * mask["response_mask"].values()
         self._put(
             batch,
             advantages=_nested(advantages, offsets),
@@ -91,22 +99,49 @@ class MGRPOTrainer(PPOTrainerSync):
 
     def _select(self, data: TensorDict, texts: Sequence[str], order: Tensor, groups: Tensor) -> Selection:
         """Return what becomes of the rollouts `order`, which has each prompt's together; `groups` are their offsets."""
-        padded = data.select("entropy", "response_mask").to_padded_tensor()
+        row, rows = self.options.row, order.tolist()
+        fields = {
+            "entropy": True,
+            "response_mask": True,
+            "responses": row.needs_tokens,
+            "old_log_probs": row.needs_logprob,
+        }
+        padded = data.select(*(name for name, needed in fields.items() if needed)).to_padded_tensor()
         truth = data.get("reward_model", None)
         gold = [None] * len(texts) if truth is None else [_gold(each) for each in truth.tolist()]
-        rows, longest = order.tolist(), self.config.get("data", {}).get("max_response_length", None)
+        longest = self.config.get("data", {}).get("max_response_length", None)
         mask = padded["response_mask"][order].bool()
         finished = [longest is None or length < longest for length in mask.sum(-1).tolist()]
+        answers = read_answers(extract_answer, [texts[row] for row in rows], finished)
         return select(
             mask,
-            read_answers(extract_answer, [texts[row] for row in rows], finished),
+            answers,
             groups,
             self.options,
             entropy=padded["entropy"][order].float(),
+            logprob=padded["old_log_probs"][order].float() if row.needs_logprob else None,
+            tokens=padded["responses"][order].long() if row.needs_tokens else None,
+            answer_tokens=self._answer_tokens(data, texts, rows, answers, mask)
+            if self.options.weight_of_answer < 1.0
+            else None,
             gold=[gold[row] for row in rows],
             scale="std" if self.config.algorithm.get("norm_adv_by_std_in_grpo", True) else "none",
-            generator=self._generator() if self.options.row.needs_generator else None,
+            generator=self._generator() if row.needs_generator else None,
         )
+
+    def _answer_tokens(
+        self, data: TensorDict, texts: Sequence[str], rows: Sequence[int], answers: Sequence[str | None], mask: Tensor
+    ) -> Tensor:
+        """Return which tokens of the rollouts `rows` spell their answers; `mask`, ``(B, L)``, has these rollouts in this order."""
+        responses = data["responses"].unbind()
+        ids = [responses[row][mask[i, : len(responses[row])]].tolist() for i, row in enumerate(rows)]
+
+        def decode(tokens: list[int]) -> str:
+            return str(self.tokenizer.decode(torch.tensor(tokens, dtype=torch.int64), skip_special_tokens=True))
+
+        # These are the masked tokens without gaps; the mask may have gaps.
+        found = answer_tokens(ids, [texts[row] for row in rows], answers, decode, mask.shape[1])
+        return torch.zeros_like(mask).masked_scatter(mask, found[torch.arange(mask.shape[1]) < mask.sum(-1)[:, None]])
 
     def _generator(self) -> torch.Generator:
         """Return what this step's coin flips are drawn from, as ``python -m mgrpo_kernels.train`` draws them."""

@@ -5,12 +5,14 @@ metrics. :data:`METHODS` is the table of methods, and :class:`MethodOptions` hol
 for verl, call these.
 """
 
+from mgrpo_kernels.method.answer_span import answer_tokens
 from mgrpo_kernels.method.fields import Declared, check_fields, fields_of, help_of, option
 from mgrpo_kernels.method.gold import ANSWER_FIELDS, Gold, equal_to_gold, read_gold
-from mgrpo_kernels.method.methods import METHODS, Method, MethodName, Signals
+from mgrpo_kernels.method.methods import METHODS, Method, MethodName
 from mgrpo_kernels.method.options import MOMENTUM_OPTIONS, SCOPES, SCORERS, MethodOptions
 from mgrpo_kernels.method.pruning import survivors
 from mgrpo_kernels.method.selection import Selection, select, who_trains
+from mgrpo_kernels.method.signals import Outcome, Signals
 
 __all__ = [
     "ANSWER_FIELDS",
@@ -22,8 +24,10 @@ __all__ = [
     "Method",
     "MethodName",
     "MethodOptions",
+    "Outcome",
     "Selection",
     "Signals",
+    "answer_tokens",
     "check_fields",
     "Gold",
     "equal_to_gold",

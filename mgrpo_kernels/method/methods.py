@@ -10,30 +10,19 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import sequences
-from mgrpo_kernels.vote import Vote
+from mgrpo_kernels.method.signals import Outcome, Signals
 
 EMPO_MOST_ENTROPY = 0.9
 """EMPO sets the rewards of a group to 0 if the entropy of its answers, as a share of the largest possible one, is above this."""
 
 
-class Signals(NamedTuple):
-    """The inputs from which a method computes rewards: B rollouts in P groups, on the CPU."""
-
-    vote: Vote
-    offsets: Tensor  # (P+1,) int64: the start of each group, and the end of the last
-    nonempty: Tensor  # (B,) bool: the response has at least one token
-    entropy: Tensor | None  # (B,) mean over the tokens, nats; NaN for an empty response; None if it was not given
-    self_certainty: Tensor | None  # (B,) mean over the tokens; None if it was not given
-    correct: Tensor | None  # (B,) 1 if the answer equals the true one, else 0; None if the method does not need it
-    generator: torch.Generator | None  # for methods that draw random numbers
-
-
 class Method(NamedTuple):
     """One method: its reward, its defaults and its requirements."""
 
-    rewards: Callable[[Signals], Tensor]  # returns (B,) float32
+    rewards: Callable[[Signals], Tensor | Outcome]  # returns (B,) float32, or more than the rewards
     text: str  # the reward of a rollout, for --help and the tables in the documentation
     source: str = ""  # publication of the method, in Markdown, for the documentation
+    inferred: str = ""  # what differs from the publication or is inferred here, for the documentation
     momentum_share: float = 0.0  # default share of a prompt's rollouts that the momentum model generates
     filters: bool = False  # whether the IQR filter prunes by default
     reads: Literal["label", "shares", "nothing"] = "label"  # the part of the vote that the reward depends on
@@ -41,9 +30,13 @@ class Method(NamedTuple):
     voters: Literal["survivors", "momentum"] = "survivors"  # of the filter: all, or only the momentum model's
     train_share: float = 1.0  # share of a prompt's policy rollouts that train; the others only vote
     decay_end: float | None = None  # default decay of the momentum model at the last step, reached along a cosine
+    answer_weight: float = 1.0  # default weight of the final answer's tokens in the loss
+    own_advantages: bool = False  # whether the method computes advantages from more than its rewards
     needs_gold: bool = False
     needs_entropy: bool = False
     needs_self_certainty: bool = False
+    needs_logprob: bool = False
+    needs_tokens: bool = False
     needs_generator: bool = False
 
 
@@ -90,7 +83,9 @@ def _arxiv(number: str, before: str = "") -> str:
 
 
 # A test compares these names with those of the table.
-MethodName = Literal["mgrpo", "srt", "ttrl", "soft_vote", "empo", "intuitor", "rent", "co_rewarding", "gold", "random"]
+MethodName = Literal[
+    "mgrpo", "srt", "ttrl", "soft_vote", "empo", "om_grpo", "intuitor", "rent", "co_rewarding", "gold", "random"
+]
 METHODS: dict[MethodName, Method] = {
     "mgrpo": Method(
         _agreement,
@@ -121,6 +116,14 @@ METHODS: dict[MethodName, Method] = {
         "like soft_vote, but 0 if the answers to the prompt vary too much",
         _arxiv("2504.05812", "EMPO, "),
         reads="shares",
+    ),
+    "om_grpo": Method(
+        _cluster_share,
+        "like soft_vote, but the tokens of the final answer get no gradient",
+        _arxiv("2608.03119", "OM-GRPO, "),
+        "the KL term acts on the answer, too; without the format reward and the contrast-augmented reward",
+        reads="shares",
+        answer_weight=0.0,
     ),
     "intuitor": Method(
         _self_certainty,

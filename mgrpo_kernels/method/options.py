@@ -109,6 +109,19 @@ class MethodOptions:
         "math", "when two answers count as equal: if they are mathematically equal (math) or the same text (exact)"
     )
 
+    gold_labels: bool = option(
+        False,
+        "reward the rollouts of a prompt by its true answer where the data has one, and only the others by the method",
+    )
+    answer_weight: float | None = option(
+        None,
+        "weight of the final answer's tokens in the loss: 1 trains on them like on all others, and 0 gives them no gradient of the "
+        "reward; with --gold-labels, prompts with a true answer keep the weight 1",
+        if_none="0 for om_grpo, 1 for the other methods",
+        at_least=0.0,
+        at_most=1.0,
+    )
+
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -132,6 +145,11 @@ class MethodOptions:
     def filters(self) -> bool:
         """Whether the IQR filter prunes rollouts."""
         return self.row.filters if self.iqr_filter is None else self.iqr_filter
+
+    @property
+    def weight_of_answer(self) -> float:
+        """Weight of the final answer's tokens in the loss."""
+        return self.row.answer_weight if self.answer_weight is None else self.answer_weight
 
     def momentum_count(self, rollouts: int) -> int:
         """Return N, the number of a prompt's G `rollouts` that the momentum model generates.
@@ -198,11 +216,22 @@ class MethodOptions:
             ("filter_scope", self.filter_scope == "vote", "a method that votes", reads != "nothing"),
             ("min_share", self.min_share > 0, "a method whose reward is a label", reads == "label"),
             ("entropy_reduction", self.entropy_reduction == "sum", "the IQR filter (iqr_filter)", self.filters),
+            (
+                "gold_labels",
+                self.gold_labels,
+                "a method other than gold, which requires every true answer",
+                not self.row.needs_gold,
+            ),
             ("iqr_min_spread", self.iqr_min_spread > 0, "the IQR filter (iqr_filter)", self.filters),
         ):
             if is_set and not met:
                 got = getattr(self, name)
                 raise ValueError(f"{name}: expected {needs} with it, without which it has no effect, got {got!r}")
+        if self.row.own_advantages and self.filters and self.filter_scope == "penalise":
+            raise ValueError(
+                f"filter_scope: expected both or vote with method {self.method}, whose advantages are not those of its rewards, got "
+                "'penalise'"
+            )
         if self.row.highest <= 0 and self.filters and self.filter_scope == "penalise":
             raise ValueError(
                 f"filter_scope: expected both or vote with method {self.method}, whose rewards are at most the 0 that a pruned rollout "

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mgrpo_kernels import checks, sequences
 from mgrpo_kernels.method.gold import Gold, equal_to_gold
-from mgrpo_kernels.method.methods import Signals
 from mgrpo_kernels.method.options import MethodOptions
 from mgrpo_kernels.method.pruning import survivors
+from mgrpo_kernels.method.signals import Outcome, Signals
 from mgrpo_kernels.ops.iqr_filter import trajectory_entropy
 from mgrpo_kernels.ops.policy_loss import group_advantages
 from mgrpo_kernels.vote import Equivalence, Vote, majority_vote
@@ -35,6 +35,13 @@ class Selection(NamedTuple):
     )
     distinct_answers: Tensor  # (P,) int64, number of different answers; 0 without a vote
     has_signal: Tensor  # (P,) bool: some advantage is not 0
+    by_gold: Tensor  # (P,) bool: the rollouts are rewarded by the true answer
+    token_weight: (
+        Tensor  # (B,) float32, mean factor of the advantage over the tokens of the response; 1 for an empty one
+    )
+    token_advantages: (
+        Tensor | None
+    )  # (B, L) float32, for the loss in place of `advantages`; None if those hold at every token
 
     def metrics(self, prompts: int | None = None) -> dict[str, float | None]:
         """Return the metrics that every trainer logs; None for a metric that is undefined.
@@ -47,6 +54,8 @@ class Selection(NamedTuple):
             "reward_mean": _mean(self.rewards[self.trains]),
             "training_fraction": _mean(self.trains),
             "pruned_fraction": _mean(self.nonempty & ~self.survives),
+            "gold_fraction": _mean(self.by_gold),
+            "token_weight": _mean(self.token_weight[self.trains]),
             "label_accuracy": _mean(known),
             "groups_with_signal": _mean(self.has_signal),
         }
@@ -73,6 +82,9 @@ def select(
     may_train: Tensor | None = None,
     entropy: Tensor | None = None,
     self_certainty: Tensor | None = None,
+    logprob: Tensor | None = None,
+    tokens: Tensor | None = None,
+    answer_tokens: Tensor | None = None,
     gold: Sequence[Gold | None] | None = None,
     rewards: Tensor | None = None,
     reward_share: float | None = None,
@@ -91,6 +103,9 @@ def select(
         may_train: ``(B,)`` bool, False for a rollout that may only vote, such as one cut at the length limit; None if all may train.
         entropy: ``(B, L)`` entropy of each token, nats. Required by the filter and by some methods.
         self_certainty: ``(B, L)`` self-certainty of each token. Required by some methods.
+        logprob: ``(B, L)`` log-probability of each token. Required by some methods.
+        tokens: ``(B, L)`` int64 token ids. Required by some methods.
+        answer_tokens: ``(B, L)`` bool, as :func:`answer_tokens` finds them. Required where the answer's tokens have a weight below 1.
         gold: B true answers, the same within a group, None if unknown. Required by some methods.
         rewards: ``(B,)`` float, used instead of the method's; there is then no vote. A rollout with reward NaN does not train.
         reward_share: share of `rewards` in a sum with the method's rewards; there is then a vote. None: `rewards` alone, without a vote.
@@ -102,17 +117,27 @@ def select(
         ValueError: a shape is wrong, or an input that the method or the filter requires is missing.
     """
     checks.check_tensor("mask", mask, dtypes=(torch.bool,), dim=2)
-    B = len(mask)
-    offsets = sequences.group_offsets(groups.cpu() if isinstance(groups, Tensor) else groups, B, torch.device("cpu"))
     votes = rewards is None or reward_share is not None
-    _check(B, options, mask, answers, votes, entropy, self_certainty, gold, generator)
+    given = {
+        "entropy": entropy,
+        "self_certainty": self_certainty,
+        "logprob": logprob,
+        "tokens": tokens,
+        "answer_tokens": answer_tokens,
+    }
+    _check(mask, options, answers, votes, given, gold, generator)
+    B = len(mask)
+    mean_entropy, mean_certainty = _reduced(entropy, mask), _reduced(self_certainty, mask)
+    level = _reduced(entropy, mask, options.entropy_reduction)
+    offsets = sequences.group_offsets(groups.cpu() if isinstance(groups, Tensor) else groups, B, torch.device("cpu"))
     momentum = _flags("by_momentum", by_momentum, B, False)
     same: Equivalence = options.equivalence if equivalence is None else equivalence
     nonempty = mask.any(-1).cpu()
-    level = _reduced(entropy, mask, options.entropy_reduction)
     survives = _survives(options, level, offsets, nonempty)
     voters = survives & momentum if options.row.voters == "momentum" else survives
-    vote = None
+    trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
+    by_gold = _by_gold(options, offsets, gold if votes else None)
+    vote, outcome = None, None
     if votes:
         vote = majority_vote(
             answers,
@@ -123,31 +148,137 @@ def select(
             min_votes=options.min_votes,
             seconds=options.vote_seconds,
         )
-        correct = equal_to_gold(answers, gold, same) if options.row.needs_gold and gold is not None else None
-        means = _reduced(entropy, mask), _reduced(self_certainty, mask)
-        own = options.row.rewards(Signals(vote, offsets, nonempty, *means, correct, generator))
-        share = 0.0 if rewards is None or reward_share is None else reward_share
-        rewards = own if rewards is None else share * rewards.float().cpu() + (1.0 - share) * own
-    assert rewards is not None
-    rewards = rewards.float().cpu()
-    trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
-    trains &= ~rewards.isnan()
-    if options.filter_scope == "penalise":
-        rewards = torch.where(survives, rewards, 0.0)
+        reads_gold = options.row.needs_gold or options.gold_labels
+        correct = equal_to_gold(answers, gold, same) if reads_gold and gold is not None else None
+        signals = Signals(
+            vote,
+            offsets,
+            nonempty,
+            entropy=mean_entropy,
+            self_certainty=mean_certainty,
+            correct=correct,
+            generator=generator,
+            voters=voters,
+            by_momentum=momentum,
+            trains=trains,
+            scale=scale,
+            mask=mask.cpu(),
+            token_entropy=_on_cpu(entropy, options.row.needs_entropy),
+            logprob=_on_cpu(logprob, options.row.needs_logprob),
+            tokens=_on_cpu(tokens, options.row.needs_tokens),
+        )
+        outcome = _outcome(options, signals, by_gold)
+    outcome = _with_rewards(outcome, rewards, reward_share)
+    trains = trains & ~outcome.rewards.isnan()
+    if outcome.trains is not None:
+        trains &= outcome.trains
+    rewards = torch.where(survives, outcome.rewards, 0.0) if options.filter_scope == "penalise" else outcome.rewards
     advantages = group_advantages(rewards.nan_to_num(nan=0.0), offsets, mask=trains, scale=scale)
-    label_correct = _label_correct(vote, offsets, gold, same)
-    of_groups = _of_groups(vote, offsets, voters, advantages)
-    return Selection(nonempty, level, survives, voters, vote, rewards, trains, advantages, label_correct, *of_groups)
+    if outcome.advantages is not None:
+        advantages = torch.where(trains, outcome.advantages, 0.0)
+    voted = ~by_gold[sequences.group_index(offsets, B)]
+    weights = _token_weights(outcome.token_weights, answer_tokens, options.weight_of_answer, voted)
+    token_weight, token_advantages = _at_tokens(advantages, trains, mask.cpu(), weights, outcome.token_bonus)
+    signal = advantages != 0 if token_advantages is None else (token_advantages != 0).any(-1)
+    return Selection(
+        nonempty,
+        level,
+        survives,
+        voters,
+        vote,
+        rewards,
+        trains,
+        advantages,
+        _label_correct(vote, offsets, gold, same),
+        *_of_groups(vote, offsets, voters, signal),
+        by_gold,
+        token_weight,
+        token_advantages,
+    )
 
 
-def _of_groups(vote: Vote | None, offsets: Tensor, voters: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _outcome(options: MethodOptions, signals: Signals, by_gold: Tensor) -> Outcome:
+    """Return what the method decides, and for the groups in `by_gold`, ``(P,)`` bool, rewards by the true answer."""
+    found = options.row.rewards(signals)
+    outcome = found if isinstance(found, Outcome) else Outcome(found)
+    if options.row.needs_gold or not by_gold.any():
+        return outcome
+    assert signals.correct is not None
+    offsets, golden = signals.offsets, by_gold[sequences.group_index(signals.offsets, len(signals.correct))]
+    supervised = group_advantages(
+        signals.correct.nan_to_num(nan=0.0), offsets, mask=signals.trains, scale=signals.scale
+    )
+
+    def unless_golden(values: Tensor | None, instead: Tensor | float | bool) -> Tensor | None:
+        if values is None:
+            return None
+        return torch.where(golden if values.dim() == 1 else golden[:, None], instead, values)
+
+    return Outcome(
+        torch.where(golden, signals.correct, outcome.rewards),
+        unless_golden(outcome.advantages, supervised),
+        unless_golden(outcome.token_weights, 1.0),
+        unless_golden(outcome.token_bonus, 0.0),
+        unless_golden(outcome.trains, True),
+    )
+
+
+def _with_rewards(outcome: Outcome | None, rewards: Tensor | None, share: float | None) -> Outcome:
+    """Return the outcome with the given rewards in place of the method's, or as `share` of a sum with them."""
+    if rewards is None:
+        assert outcome is not None
+        return outcome
+    rewards = rewards.float().cpu()
+    if outcome is None or share is None:
+        return Outcome(rewards)
+    if outcome.advantages is not None:
+        raise ValueError(
+            "reward_share: expected a method whose advantages follow from its rewards, got one that computes advantages itself"
+        )
+    return outcome._replace(rewards=share * rewards + (1.0 - share) * outcome.rewards)
+
+
+def _by_gold(options: MethodOptions, offsets: Tensor, gold: Sequence[Gold | None] | None) -> Tensor:
+    """Return which groups are rewarded by their true answer, ``(P,)`` bool."""
+    starts, ends = offsets[:-1].tolist(), offsets[1:].tolist()
+    if gold is None or not (options.gold_labels or options.row.needs_gold):
+        return torch.zeros(len(starts), dtype=torch.bool)
+    known = [start < end and gold[start] is not None for start, end in zip(starts, ends, strict=True)]
+    return torch.tensor(known, dtype=torch.bool)
+
+
+def _token_weights(
+    weights: Tensor | None, answer_tokens: Tensor | None, weight_of_answer: float, weighted: Tensor
+) -> Tensor | None:
+    """Return the factors of the advantage at each token, ``(B, L)``; the answer's tokens count only for the rollouts `weighted`."""
+    if weight_of_answer == 1.0:
+        return weights
+    assert answer_tokens is not None
+    of_answer = torch.where(answer_tokens.cpu() & weighted[:, None], weight_of_answer, 1.0)
+    return of_answer if weights is None else weights * of_answer
+
+
+def _at_tokens(
+    advantages: Tensor, trains: Tensor, mask: Tensor, weights: Tensor | None, bonus: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return `token_weight` and `token_advantages` of a :class:`Selection`."""
+    if weights is None and bonus is None:
+        return torch.ones(len(mask)), None
+    weights = torch.where(mask, torch.ones(()) if weights is None else weights.float(), 0.0)
+    lengths = mask.sum(-1)
+    token_weight = torch.where(lengths > 0, weights.sum(-1) / lengths.clamp(min=1), 1.0)
+    found = advantages.cpu()[:, None] * weights + (0.0 if bonus is None else bonus)
+    return token_weight, torch.where(mask & trains[:, None], found, 0.0)
+
+
+def _of_groups(vote: Vote | None, offsets: Tensor, voters: Tensor, signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `share_of_all`, `distinct_answers` and `has_signal` of a :class:`Selection`."""
     groups, group = len(offsets) - 1, sequences.group_index(offsets, len(voters))
 
     def count(flags: Tensor) -> Tensor:
         return torch.zeros(groups).index_add(0, group, flags.float())
 
-    has_signal = count(advantages.cpu() != 0) > 0
+    has_signal = count(signal) > 0
     if vote is None:
         return torch.zeros(groups), torch.zeros(groups, dtype=torch.long), has_signal
     share = vote.share * count(voters & (vote.cluster >= 0)) / count(voters).clamp(min=1.0)
@@ -172,36 +303,43 @@ def who_trains(options: MethodOptions, offsets: Tensor, momentum: Tensor, surviv
 
 
 def _check(
-    B: int,
-    options: MethodOptions,
     mask: Tensor,
+    options: MethodOptions,
     answers: Sequence[str | None],
     votes: bool,
-    entropy: Tensor | None,
-    self_certainty: Tensor | None,
+    given: dict[str, Tensor | None],
     gold: Sequence[Gold | None] | None,
     generator: torch.Generator | None,
 ) -> None:
     """Raise ValueError for an input whose size differs from the mask's, or that is required and missing."""
-    row, method = options.row, f"method {options.method}"
-    for name, value, needed, by in (
-        ("entropy", entropy, options.filters, "the IQR filter"),
-        ("entropy", entropy, votes and row.needs_entropy, method),
-        ("self_certainty", self_certainty, votes and row.needs_self_certainty, method),
-        ("gold", gold, votes and row.needs_gold, method),
-        ("generator", generator, votes and row.needs_generator, method),
+    row, method, B = options.row, f"method {options.method}", len(mask)
+    if given["entropy"] is None and options.filters:
+        raise ValueError("entropy: expected a value, which the IQR filter requires, got None")
+    for name, value, needed in (
+        ("entropy", given["entropy"], row.needs_entropy),
+        ("self_certainty", given["self_certainty"], row.needs_self_certainty),
+        ("logprob", given["logprob"], row.needs_logprob),
+        ("tokens", given["tokens"], row.needs_tokens),
+        ("gold", gold, row.needs_gold),
+        ("generator", generator, row.needs_generator),
     ):
-        if needed and value is None:
-            raise ValueError(f"{name}: expected a value, which {by} requires, got None")
-    for name, value in (("entropy", entropy), ("self_certainty", self_certainty)):
+        if needed and votes and value is None:
+            raise ValueError(f"{name}: expected a value, which {method} requires, got None")
+    if given["answer_tokens"] is None and options.weight_of_answer < 1.0:
+        raise ValueError(
+            f"answer_tokens: expected a value, which answer_weight {options.weight_of_answer:g} requires, got None"
+        )
+    dtypes = {"tokens": (torch.int64,), "answer_tokens": (torch.bool,)}
+    for name, value in given.items():
         if value is not None:
-            checks.check_tensor(name, value, shape=mask.shape)
+            checks.check_tensor(name, value, dtypes=dtypes.get(name, checks.FLOATS), shape=mask.shape)
     for name, rows in (("answers", answers), ("gold", gold)):
         if rows is not None and len(rows) != B:
             raise ValueError(f"{name}: expected one for each of the {B} rollouts, got {len(rows)}")
     if votes and row.needs_gold and gold is not None and None in gold:
         raise ValueError(
-            f"gold: expected a true answer for every rollout with {method}, got None at {list(gold).index(None)}"
+            f"gold: expected a true answer for every rollout with {method}, got None at {list(gold).index(None)}; another method "
+            "with gold_labels rewards only the known ones by it"
         )
 
 
@@ -211,6 +349,10 @@ def _survives(options: MethodOptions, level: Tensor | None, offsets: Tensor, non
         return nonempty
     assert level is not None
     return survivors(level, offsets, k=options.iqr_k, min_spread=options.iqr_min_spread)
+
+
+def _on_cpu(values: Tensor | None, needed: bool) -> Tensor | None:
+    return values.cpu() if needed and values is not None else None
 
 
 def _flags(name: str, value: Tensor | None, B: int, default: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from mgrpo_kernels import MomentumModel, TokenStats
-from mgrpo_kernels.method import Selection, select
+from mgrpo_kernels.method import Selection, answer_tokens, select
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, RolloutConfig
 from mgrpo_kernels.train.data.task import Example, Task
@@ -208,12 +208,27 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
         may_train=seen.rollouts.finished if config.rollout.truncated == "mask" else None,
         entropy=stats.entropy,
         self_certainty=stats.self_certainty,
+        logprob=stats.logprob if config.method.row.needs_logprob else None,
+        tokens=seen.rollouts.tokens if config.method.row.needs_tokens else None,
+        answer_tokens=tokens_of_answers(learner, seen) if config.method.weight_of_answer < 1.0 else None,
         gold=seen.gold,
         rewards=seen.rewards,
         reward_share=None if seen.rewards is None else config.method.reward_share,
         equivalence=learner.task.equivalence,
         generator=generator,
     )
+
+
+def tokens_of_answers(learner: Learner, seen: Trajectories) -> Tensor:
+    """Return which tokens spell the final answers, ``(B, R)`` bool."""
+    mask, tokenizer = seen.rollouts.mask, learner.policy.tokenizer
+    lengths = mask.sum(-1).tolist()
+    ids = [row[:length] for row, length in zip(seen.rollouts.tokens.tolist(), lengths, strict=True)]
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return answer_tokens(ids, seen.texts, seen.answers, decode, mask.shape[1])
 
 
 def training_batch(
@@ -252,7 +267,8 @@ def training_batch(
             learner.policy, prompts, tokens, mask, **scoring(learner.config.rollout), stats=("logprob",)
         ).logprob
     sampled = seen.rollouts.logprobs[rows] if engine_scores(learner, seen) else None
-    advantages = selection.advantages.to(rows.device)[rows]
+    advantages = selection.advantages if selection.token_advantages is None else selection.token_advantages
+    advantages = advantages.to(rows.device)[rows]
     return Batch(prompts, tokens, mask, old, ref, advantages, behaviour, sampled, kept)
 
 

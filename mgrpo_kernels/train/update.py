@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     mask: Tensor  # (B, R) bool
     old_logprobs: Tensor | None  # (B, R); None: those of the current policy, which the same forward pass computes
     ref_logprobs: Tensor | None  # (B, R)
-    advantages: Tensor  # (B,)
+    advantages: Tensor  # (B,), or (B, R) where the method weights tokens
     behaviour_logprobs: Tensor | None = None  # (B, R), of the model that generated the rollout, for weights of the loss
     sampled_logprobs: Tensor | None = None  # (B, R), of the rollout engine, for the metric behaviour_mismatch
     kept: Tensor | None = None  # (B, R, K), what a truncated sampler kept for each token; None: the whole vocabulary
@@ -100,7 +100,7 @@ def accumulate_gradient(
             parallel.idle_pass(policy)
             continue
         chosen = torch.tensor(rows, device=batch.tokens.device)
-        mask = batch.mask[chosen]
+        mask, advantages = batch.mask[chosen], batch.advantages[chosen]
 
         def part(values: Tensor | None, chosen: Tensor = chosen, mask: Tensor = mask) -> Tensor | None:
             return None if values is None else values[chosen][mask]
@@ -113,7 +113,7 @@ def accumulate_gradient(
                 weight,
                 packed.labels,
                 part(batch.old_logprobs),
-                batch.advantages[chosen],
+                advantages if advantages.dim() == 1 else advantages[mask],
                 bias=bias,
                 cu_seqlens=packed.cu_seqlens,
                 temperature=temperature,
@@ -140,16 +140,15 @@ def accumulate_gradient(
 
 
 def rows_with_gradient(batch: Batch, options: dict[str, Any]) -> list[int]:
-    """Return the rollouts that the loss has a gradient for: with neither KL penalty nor entropy bonus, those whose advantage is not 0.
+    """Return the rollouts that the loss has a gradient for: without KL penalty and entropy bonus, those with an advantage that is not 0.
 
     At least one, so that every parameter has a gradient, of 0, and the optimizer's step is the same.
     """
     rows = range(len(batch.prompts))
     if options["kl_coef"] != 0 or options["entropy_coef"] != 0:
         return list(rows)
-    return [row for row, advantage in zip(rows, batch.advantages.tolist(), strict=True) if advantage != 0] or list(
-        rows[:1]
-    )
+    counts = batch.advantages.reshape(len(rows), -1).count_nonzero(-1).tolist() if rows else []
+    return [row for row, count in zip(rows, counts, strict=True) if count] or list(rows[:1])
 
 
 @torch.no_grad()

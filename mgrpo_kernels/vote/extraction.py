@@ -59,6 +59,8 @@ _LAST_SUM = re.compile(r".*=\s*(.{1,120})", re.DOTALL)
 
 _MARKED = re.compile(rf"####|\\(?:boxed|fbox)|<answer>|(?<!\w){_LABEL}", re.IGNORECASE)
 
+_LINE = re.compile(r"\S[^\n]*")
+
 _MARKERS = 64
 """The last so many markers of a kind are looked at."""
 _WINDOW = 400
@@ -120,6 +122,34 @@ def _extract(text: str, source: str) -> str | None:
 def marked_answer(text: str) -> str | None:
     """Return the answer that an answer given as a sentence or a response marks: "The answer is 5", "#### 5", a box."""
     return _extract(text, "phrase") if _MARKED.search(text) else None
+
+
+def answer_place(text: str, answer: str) -> tuple[int, int] | None:
+    """Return where a response spells the answer that was found in it, as the slice of its characters; None for a blank answer.
+
+    That is the first place behind the last marker that the answer follows, or else the last place of all. An answer that the text spells
+    in another way, such as 1000 for 1,000, is the rest of the line behind the last marker, or the last line of a text without one.
+    """
+    stop = _STOPS.search(text, 1)
+    text = text[: stop.start() if stop else None]
+    answer = "".join(answer.split())
+    if not answer:
+        return None
+    spelled = r"\s*".join(map(re.escape, answer))
+    before, after = (r"(?<![^\W_])" if answer[0].isalnum() else ""), (r"(?![^\W_])" if answer[-1].isalnum() else "")
+    literal = re.compile(before + spelled + after)
+    markers = [each for each in _MARKED.finditer(text) if text[max(each.start() - 1, 0) : each.start()] != "/"][
+        -_MARKERS:
+    ]
+    for marker in reversed(markers):
+        if match := literal.search(text, marker.end(), marker.end() + _WINDOW):
+            return match.span()
+    if places := [match.span() for match in literal.finditer(text)]:
+        return places[-1]
+    behind = _LINE.finditer(text, markers[-1].end()) if markers else iter(())
+    line = next((match for match in behind if any(map(str.isalnum, match[0]))), None)
+    line = line or next(reversed(list(_LINE.finditer(text))), None)
+    return None if line is None else line.span()
 
 
 def last_box(text: str, *, open_too: bool = True) -> str | None:

@@ -85,6 +85,9 @@ def cases(*, momentum: bool) -> list[Case]:
             ("soft_vote", {"iqr_k": 0.1}),
             ("rent", {"entropy_reduction": "sum", "iqr_k": 0.1}),
             ("gold", {"filter_scope": "penalise", "iqr_k": 0.1}),
+            ("mgrpo", {"gold_labels": True}),
+            ("soft_vote", {"gold_labels": True, "answer_weight": 0.75}),
+            ("rent", {"answer_weight": 0.25, "iqr_k": 0.1}),
         )
     ]
     found += [make_case(6, all_pruned=True, method="mgrpo", filter_scope=scope, **none) for scope in ("both", "vote")]
@@ -93,8 +96,10 @@ def cases(*, momentum: bool) -> list[Case]:
     )
 
 
-def gold(case: Case) -> list[str]:
-    return [answer for answer in "36791" for _ in range(case.G)]
+def gold(case: Case) -> list[str | None]:
+    """Return the true answers; with gold labels, those of two prompts are unknown."""
+    known = ["3", None, "7", None, "1"] if case.options.get("gold_labels") else "36791"
+    return [answer for answer in known for _ in range(case.G)]
 
 
 def tokens(case: Case) -> list[list[int]]:
@@ -122,13 +127,17 @@ class Found(dict[str, Any]):
         """Return a selection's."""
         assert selection.vote is not None
         names = ("survives", "voters", "rewards", "trains", "advantages")
-        return cls(labels=selection.vote.labels, metrics=metrics, **{name: getattr(selection, name) for name in names})
+        found = cls(labels=selection.vote.labels, metrics=metrics, **{name: getattr(selection, name) for name in names})
+        if selection.token_advantages is not None:
+            found["token_advantages"] = selection.token_advantages
+        return found
 
 
 def check_same(one: Found, other: Found) -> None:
     """Raise AssertionError unless two trainers made the same of a case."""
     assert one["labels"] == other["labels"], (one["labels"], other["labels"])
-    for name in ("survives", "voters", "trains", "rewards", "advantages"):
+    assert ("token_advantages" in one) == ("token_advantages" in other)
+    for name in ("survives", "voters", "trains", "rewards", "advantages", "token_advantages"):
         if name in one and name in other:
             assert torch.equal(one[name], other[name]), (name, one[name], other[name])
     shared = one["metrics"].keys() & other["metrics"].keys()
@@ -236,7 +245,14 @@ def by_trl(case: Case, trainer: Any, monkeypatch: Any) -> Found:
         name.removeprefix("mgrpo/"): each[-1] for name, each in trainer._metrics["train"].items() if "mgrpo/" in name
     }
     found = Found.of(caught[0], {**dict.fromkeys(caught[0].metrics()), **logged})
-    return Found(found, trains=output["completion_mask"].bool().any(1), advantages=output["advantages"])
+    given = output["advantages"]
+    by_token = given.dim() == 2
+    shown = (
+        {"token_advantages": torch.nn.functional.pad(given, (0, WIDTH - given.shape[1]))}
+        if by_token
+        else {"advantages": given}
+    )
+    return Found(found, trains=output["completion_mask"].bool().any(1), **shown)
 
 
 __all__ = ["P", "Case", "Found", "by_trainer", "by_trl", "cases", "check_same", "make_case", "prune_all"]

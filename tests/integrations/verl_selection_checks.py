@@ -80,9 +80,13 @@ def by_verl(case, queue, monkeypatch):
     filled = [len(row["responses"]) > 0 for row in rows]
     found["rewards"] = torch.tensor([float(row["rm_scores"].sum()) for row in rows])
     found["trains"] = torch.tensor([bool(row["response_mask"].any()) for row in rows])
-    found["advantages"] = torch.tensor(
-        [float(row["advantages"][0]) if some else 0.0 for row, some in zip(rows, filled, strict=True)]
-    )
+    if "token_advantages" in found:
+        padded = torch.nn.utils.rnn.pad_sequence([row["advantages"] for row in rows], batch_first=True)
+        found["token_advantages"] = torch.nn.functional.pad(padded, (0, paths.WIDTH - padded.shape[1]))
+    else:
+        found["advantages"] = torch.tensor(
+            [float(row["advantages"][0]) if some else 0.0 for row, some in zip(rows, filled, strict=True)]
+        )
     assert queue.rows["pad_0_0"]["advantages"].tolist() == [0.0]
     return found
 

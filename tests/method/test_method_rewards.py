@@ -35,8 +35,9 @@ def test_agreement_with_the_label(method: str) -> None:
     assert rewards(method) == [1, 1, 0, 0, 1, 0, 0, 0]
 
 
-def test_share_of_the_own_answer() -> None:
-    assert rewards("soft_vote") == [2 / 3, 2 / 3, 1 / 3, 0, 0.25, 0.25, 0.25, 0.25]
+@pytest.mark.parametrize("method", ["soft_vote", "om_grpo"])
+def test_share_of_the_own_answer(method: str) -> None:
+    assert rewards(method) == [2 / 3, 2 / 3, 1 / 3, 0, 0.25, 0.25, 0.25, 0.25]
 
 
 def test_empo_gives_nothing_to_a_group_that_is_too_uncertain() -> None:
@@ -92,6 +93,7 @@ def test_the_table_is_complete() -> None:
         "ttrl",
         "soft_vote",
         "empo",
+        "om_grpo",
         "intuitor",
         "rent",
         "co_rewarding",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import group_advantages
-from mgrpo_kernels.method import MethodOptions, Selection, select
+from mgrpo_kernels.method import METHODS, Method, MethodOptions, Outcome, Selection, Signals, select
 
 # A prompt with six rollouts, and one with three.
 ANSWERS: list[str | None] = ["3", "3", "4", "4", None, "3"] + ["7", "8", "8"]
@@ -114,6 +114,8 @@ def test_metrics_by_hand() -> None:
         "reward_mean": pytest.approx(2 / 5),
         "training_fraction": pytest.approx(5 / 9),
         "pruned_fraction": pytest.approx(1 / 9),  # the empty response is not pruned
+        "gold_fraction": 0.0,
+        "token_weight": 1.0,
         "label_accuracy": 1.0,
         "groups_with_signal": 1.0,
         "vote_share": pytest.approx(1 / 2),
@@ -168,9 +170,108 @@ def test_no_rollouts_at_all() -> None:
         ({"answers": ANSWERS[:8]}, "answers: expected one for each of the 9 rollouts, got 8"),
         ({"by_momentum": MOMENTUM[:8]}, "by_momentum: expected shape"),
         ({"entropy": ENTROPY[:, :1]}, "entropy: expected shape"),
+        ({"answer_weight": 0.5}, "answer_tokens: expected a value, which answer_weight 0.5 requires, got None"),
+        ({"answer_weight": 0.5, "answer_tokens": MASK[:, :1]}, "answer_tokens: expected shape"),
         ({"groups": 2}, "groups: expected a group size >= 1 that divides the 9 rollouts"),
     ],
 )
 def test_what_is_missing_or_of_another_size_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         chosen(**changes)
+
+
+KNOWN: list[Any] = ["4"] * 6 + [None] * 3
+
+
+def test_a_prompt_with_a_true_answer_is_rewarded_by_it_and_the_others_by_their_vote() -> None:
+    got = chosen(gold=KNOWN, gold_labels=True)
+    assert got.rewards.tolist() == [0, 0, 1, 1, 0, 0, 1, 0, 0]
+    assert got.by_gold.tolist() == [True, False]
+    assert got.vote is not None
+    assert got.vote.labels == ["3", "7"]  # the vote itself, and how right it is, are still reported
+    assert got.label_correct[0] == 0
+    assert got.metrics()["gold_fraction"] == 0.5
+    assert torch.equal(got.advantages, group_advantages(got.rewards, OFFSETS, mask=got.trains))
+    assert chosen(gold=KNOWN).rewards.tolist() == [1, 1, 0, 0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["soft_vote", "empo", "rent", "co_rewarding"])
+def test_true_answers_replace_every_kind_of_reward(method: str) -> None:
+    golden, voted = chosen(method=method, gold=KNOWN, gold_labels=True), chosen(method=method)
+    assert golden.rewards[:6].tolist() == [0, 0, 1, 1, 0, 0]
+    assert torch.equal(golden.rewards[6:], voted.rewards[6:])
+
+
+def test_a_share_of_given_rewards_is_of_a_sum_with_the_true_answers() -> None:
+    got = chosen(gold=KNOWN, gold_labels=True, rewards=torch.full((9,), 2.0), reward_share=0.25)
+    assert got.rewards.tolist() == [0.5, 0.5, 1.25, 1.25, 0.5, 0.5, 1.25, 0.5, 0.5]
+
+
+def test_rewards_that_are_given_alone_are_not_by_true_answers() -> None:
+    got = chosen(gold=KNOWN, gold_labels=True, rewards=torch.arange(9.0))
+    assert got.rewards.tolist() == list(range(9))
+    assert got.metrics()["gold_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.75])
+def test_the_answers_tokens_have_their_weight_unless_the_true_answer_is_the_reward(weight: float) -> None:
+    spans = torch.tensor([[False, True]] * 3 + [[True, True]] * 6)
+    got = chosen(answer_weight=weight, answer_tokens=spans, gold=[None] * 6 + ["7"] * 3, gold_labels=True)
+    want = torch.where(spans & (torch.arange(9) < 6)[:, None], weight, 1.0) * got.advantages[:, None]
+    assert got.token_advantages is not None
+    assert torch.equal(got.token_advantages, torch.where(MASK & got.trains[:, None], want, 0.0))
+    assert got.token_weight.tolist() == pytest.approx([(1 + weight) / 2] * 3 + [weight] * 3 + [1, 1, 1])
+    trained = got.token_weight[got.trains]
+    assert got.metrics()["token_weight"] == pytest.approx(float(trained.mean()))
+
+
+def test_om_grpo_takes_the_answer_out_of_the_gradient_unless_told_otherwise() -> None:
+    spans = torch.ones(9, 2, dtype=torch.bool)
+    assert not chosen(method="om_grpo", answer_tokens=spans).has_signal.any()
+    assert chosen(method="om_grpo", answer_weight=1.0).token_advantages is None
+    assert torch.equal(chosen(method="om_grpo", answer_tokens=spans).rewards, chosen(method="soft_vote").rewards)
+
+
+def test_a_method_may_return_more_than_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Signals] = []
+
+    def method(signals: Signals) -> Outcome:
+        seen.append(signals)
+        return Outcome(
+            rewards=torch.full((9,), -2.0),
+            advantages=torch.arange(9.0),
+            token_weights=torch.tensor([[0.5, 2.0]]).expand(9, 2),
+            token_bonus=torch.tensor([[10.0, 20.0]]).expand(9, 2),
+            trains=torch.arange(9) != 2,
+        )
+
+    monkeypatch.setitem(METHODS, "own", Method(method, "test", own_advantages=True, needs_entropy=True))  # type: ignore[misc]
+    got = chosen(method="own", gold=[None] * 6 + ["8"] * 3, gold_labels=True, iqr_filter=True)
+    assert got.trains.tolist() == [False, True, False, True, False, False, True, True, False]
+    assert got.rewards.tolist() == [-2.0] * 6 + [0.0, 1.0, 1.0]
+    supervised = group_advantages(got.rewards, OFFSETS, mask=got.trains)[6:]
+    assert got.advantages.tolist() == pytest.approx([0.0, 1.0, 0.0, 3.0, 0.0, 0.0, *supervised.tolist()])
+    assert got.token_advantages is not None
+    assert got.token_advantages[[1, 3]].tolist() == [[10.5, 22.0], [11.5, 26.0]]
+    assert torch.equal(got.token_advantages[6:8], supervised[:2, None].expand(2, 2))
+    assert not got.token_advantages[~got.trains].any()
+    assert torch.equal(seen[0].trains, chosen(iqr_filter=True).trains)
+    assert torch.equal(seen[0].token_entropy, ENTROPY)
+    assert seen[0].logprob is seen[0].tokens is None  # they were not asked for
+    with pytest.raises(ValueError, match="reward_share: expected a method whose advantages follow from its rewards"):
+        chosen(method="own", rewards=torch.ones(9), reward_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"method": "gold", "gold_labels": True},
+            "gold_labels: expected a method other than gold, which requires every true",
+        ),
+        ({"answer_weight": 1.5}, "answer_weight: expected"),
+    ],
+)
+def test_options_without_an_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MethodOptions(**options).check_use(momentum=False)

@@ -344,6 +344,18 @@ def task_of(model: str, **options: Any) -> Any:
     return load_task(tiny.config(**{"model": model, "eval_data": None, "prompt_template": "{question}", **options}))
 
 
+def test_gold_labels_need_some_answers_and_not_all(tmp_path: Path, model: str) -> None:
+    rows = [{"question": "x"}, {"question": "y", "answer": "1"}]
+    task = task_of(model, data=write(tmp_path / "some.jsonl", *rows), gold_labels=True)
+    assert [each.gold for each in task.train] == [None, "1"]
+    bare = write(tmp_path / "bare.jsonl", *rows[:1])
+    with pytest.raises(
+        UsageError, match=r"gold_labels: expected true answers for some of the prompts of .*bare\.jsonl, got none"
+    ):
+        task_of(model, data=bare, gold_labels=True)
+    assert task_of(model, data=bare).train[0].gold is None
+
+
 def test_gold_method_and_evaluation_need_answers(tmp_path: Path, model: str) -> None:
     bare, full = (
         write(tmp_path / "bare.jsonl", {"question": "x"}),

@@ -127,6 +127,9 @@ def test_a_reward_that_cannot_be_called_stops_before_the_run(
         assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="reward_share: expected --reward with it"):
         tiny.config(reward_share=0.5)
+    with pytest.raises(UsageError, match="gold_labels: expected a reward of the method with it"):
+        tiny.config(gold_labels=True, reward="module:function")
+    assert tiny.config(gold_labels=True, reward="module:function", reward_share=0.5).method.gold_labels
 
 
 def test_a_run_with_a_reward_of_its_own_that_fails_later(

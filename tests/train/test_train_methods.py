@@ -21,7 +21,7 @@ from mgrpo_kernels.train.watch.metrics import KEYS
 from mgrpo_kernels.vote import answers_equal
 
 ROLLOUTS, STEPS, VOCABULARY = 8, 3, 11
-IN_0_1 = {"mgrpo", "srt", "ttrl", "soft_vote", "empo", "co_rewarding", "gold", "random"}
+IN_0_1 = {"mgrpo", "srt", "ttrl", "soft_vote", "empo", "om_grpo", "co_rewarding", "gold", "random"}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,27 @@ def test_trains(model: Path, output_of: Callable[[str], Path], method: str) -> N
     moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), final.parameters(), strict=True)]
     assert all(moved)  # coin flips, too, push somewhere
     assert all(each.isfinite().all() for each in final.parameters())
+
+
+def test_a_few_gold_labels(model: Path, output_of: Callable[[str], Path], tmp_path: Path) -> None:
+    data = output_of("srt").parent / "data.jsonl"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [row if number % 2 else {"question": row["question"]} for number, row in enumerate(rows)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [
+        "--model", str(model), "--data", str(tmp_path / "some.jsonl"), "--method", "srt", "--gold-labels", "--steps", "3",
+        "--prompts-per-step", "4", "--rollouts", str(ROLLOUTS), "--warmup", "0", "--max-response-tokens", "6", "--samples-per-step", "8",
+        "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert command.main(flags) == 0
+    fractions = [line["gold_fraction"] for line in tiny.lines(tmp_path / "run") if line["step"]]
+    assert sum(fractions) == pytest.approx(1.5)  # half of the six prompts, each of which is seen twice
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    known = [each for each in samples if each["gold"] is not None]
+    assert 0 < len(known) < len(samples)
+    assert all(each["reward"] == float(answers_equal(each["answer"], each["gold"])) for each in known)
+    voted = [each for each in samples if each["gold"] is None]
+    assert all(each["reward"] == float(answers_equal(each["answer"], each["label"])) for each in voted)
 
 
 def test_rewards_of_the_first_step_are_what_the_methods_say(output_of: Callable[[str], Path]) -> None:

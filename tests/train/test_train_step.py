@@ -127,6 +127,30 @@ def test_vote_reward_and_advantage_by_hand(policy: Policy) -> None:
     assert line["top_answer_share"] == pytest.approx(3 / 8)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.75])
+def test_the_answers_tokens_have_their_weight_in_the_loss(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    changes = {"method": "soft_vote", "answer_weight": weight}
+    learner = tiny.learner(policy, **changes)
+    learner.engine = scripted(policy, lambda prompt, momentum: ANSWERS)
+    caught: list[Any] = []
+    monkeypatch.setattr(steps, "take_step", lambda policy, optimizer, batch, *_: caught.append(batch) or {})
+    line, _, _ = run(learner, **changes)
+    shares = (
+        torch.tensor(
+            [text.count("#3") * 4 + text.count("#4") * 2 + text.count("#5") + text.count("#6") for text in ANSWERS]
+        )
+        / 8
+    )
+    advantages = group_advantages(shares, G).repeat(3)
+    for row, (text, advantage) in enumerate(zip(ANSWERS * 3, advantages.tolist(), strict=True)):
+        answer = text.index("#") + 1
+        want = [advantage * (weight if i == answer else 1.0) for i in range(len(text))]
+        assert caught[0].advantages[row, : len(text)].tolist() == pytest.approx(want)
+    assert line["token_weight"] == pytest.approx(sum(1 - (1 - weight) / len(text) for text in ANSWERS) / 8)
+
+
 def prune_first(monkeypatch: pytest.MonkeyPatch, pruned: int) -> None:
     """Let the filter prune the first rollouts of each prompt."""
     real = pruning.iqr_filter

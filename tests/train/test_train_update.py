@@ -103,6 +103,40 @@ def test_rollouts_without_a_gradient_are_counted_but_do_not_pass_through_the_mod
     torch.testing.assert_close(grad, grad_of_all, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("budget", [45, 10**6])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_an_advantage_at_each_token_is_that_tokens(policy: Policy, loss_type: str, budget: int) -> None:
+    part = batch(policy)
+    options = {"loss_type": loss_type, "kl_coef": 0.1}
+    constant = part._replace(advantages=part.advantages[:, None].expand(part.mask.shape))
+    torch.testing.assert_close(gradient(policy, constant, budget, **options), gradient(policy, part, budget, **options))
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.75])
+def test_the_gradient_of_an_answers_tokens_is_in_proportion_to_their_weight(policy: Policy, weight: float) -> None:
+    part = batch(policy)
+    span = (
+        torch.arange(part.mask.shape[1]) >= part.mask.sum(-1, keepdim=True) - 2
+    ) & part.mask  # the last two tokens of each response
+
+    def grad(share: float) -> torch.Tensor:
+        advantages = part.advantages[:, None] * torch.where(span, share, 1.0)
+        return gradient(policy, part._replace(advantages=advantages), 45, kl_coef=0.0)[1]
+
+    without, with_all = grad(0.0), grad(1.0)
+    assert float((with_all - without).norm() / with_all.norm()) > 0.1
+    torch.testing.assert_close(grad(weight), without + weight * (with_all - without), atol=1e-6, rtol=1e-4)
+
+
+def test_a_rollout_of_which_only_one_token_has_an_advantage_passes_through_the_model(policy: Policy) -> None:
+    part = batch(policy)
+    advantages = torch.zeros(part.mask.shape)
+    advantages[5, 0] = 1.0
+    sums, grad = gradient(policy, part._replace(advantages=advantages, old_logprobs=None), 10**6, kl_coef=0.0)
+    assert sums["with_gradient"] == 1
+    assert grad.norm() > 0
+
+
 @pytest.mark.parametrize("term", ["kl_coef", "entropy_coef"])
 def test_a_rollout_whose_gradient_is_a_penaltys_alone_passes_through_the_model(policy: Policy, term: str) -> None:
     part = batch(policy)

@@ -54,7 +54,7 @@ class MGRPOConfig(GRPOConfig):
     beta: float = _option(0.005, "KL coefficient (the paper's; TRL's default is 0: no reference model)")
     answer_field: str | None = _option(
         None,
-        "column of the data set with the true answer, for method gold and for label_accuracy; none: answer or solution, where there is one",
+        "column with the true answer, for method gold, gold_labels and label_accuracy; none: answer or solution, where there is one",
     )
     momentum_dtype: str = _option("float32", "dtype in which the momentum model is kept: float32, bfloat16 or float16")
     momentum_device: str | None = _option(None, "device on which the momentum model is kept; none: the policy's")

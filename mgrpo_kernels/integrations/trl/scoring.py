@@ -1,4 +1,4 @@
-"""Entropy and self-certainty of TRL's completions, under the model as it is."""
+"""Entropy, self-certainty and log-probs of TRL's completions, under the model as it is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def completion_stats(
         trainer: a GRPOTrainer.
         rows: B pairs of prompt and completion, token ids each.
         width: at least the length of the longest completion.
-        names: of "entropy" and "self_certainty".
+        names: of "entropy", "self_certainty" and "logprob".
     """
     device, padding = trainer.accelerator.device, trainer._tokenizer.pad_token_id
     left = [torch.tensor(prompt, device=device) for prompt, _ in rows]
@@ -52,7 +52,7 @@ def head_stats(trainer: Any, tokens: Tensor, seen: Tensor, width: int, names: Se
         stats = linear_token_stats(
             hidden[:, -width - 1 : -1],
             head.weight.to(hidden.dtype),
-            None,
+            tokens[:, -width:] if "logprob" in names else None,
             bias=None if head.bias is None else head.bias.to(hidden.dtype),
             stats=tuple(names),
             temperature=trainer.temperature,

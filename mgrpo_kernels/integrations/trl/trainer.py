@@ -14,12 +14,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import pad
 
 from mgrpo_kernels import MomentumModel, extract_answer
 from mgrpo_kernels.integrations.trl import loss
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
-from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, read_gold, select
+from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, answer_tokens, read_gold, select
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
 
@@ -84,6 +85,8 @@ class MGRPOTrainer(GRPOTrainer):
         self.options: MethodOptions = args.method_options()
         if self.uses_method_rewards and args.reward_weights is not None:
             raise ValueError(f"reward_weights: expected None without reward_funcs, got {args.reward_weights}")
+        if self.options.gold_labels and not self.uses_method_rewards:
+            raise ValueError("gold_labels: expected False with reward_funcs, which give the rewards, got True")
         functions: Any = majority_vote_reward if self.uses_method_rewards else reward_funcs
         super().__init__(model, functions, args, **more)
         self.momentum_rollouts = int(args.momentum_rollouts)  # filled in when the config was built
@@ -128,7 +131,8 @@ class MGRPOTrainer(GRPOTrainer):
             return named
         names = ANSWER_FIELDS if named is None else (named,)
         found = next((name for name in names if name in (columns or ())), None)
-        if found is None and (named is not None or (self.options.row.needs_gold and self.uses_method_rewards)):
+        needed = self.uses_method_rewards and (self.options.row.needs_gold or self.options.gold_labels)
+        if found is None and (named is not None or needed):
             raise ValueError(
                 f"answer_field: expected a column with the true answers, one of {', '.join(columns or ())}, got {named!r}"
             )
@@ -177,6 +181,7 @@ class MGRPOTrainer(GRPOTrainer):
         row, filters = self.options.row, self.options.filters and self.model.training
         needed = {"entropy": filters or (row.needs_entropy and self.uses_method_rewards)}
         needed["self_certainty"] = row.needs_self_certainty and self.uses_method_rewards
+        needed["logprob"] = row.needs_logprob and self.uses_method_rewards
         return tuple(name for name, is_needed in needed.items() if is_needed)
 
     def _score(self, prompts: list[list[int]], completions: list[Any], momentum: Tensor) -> dict[str, Tensor]:
@@ -245,10 +250,16 @@ class MGRPOTrainer(GRPOTrainer):
 
         stats = {name: gathered(values) for name, values in self._stats.items()}
         momentum = self.by_momentum(len(ids)) if training else torch.zeros(len(ids), dtype=torch.bool)
-        answers = gather_object(read_answers(self.extract, [_text(each) for each in completions], finished))
+        texts = [_text(each) for each in completions]
+        answers = read_answers(self.extract, texts, finished)
+        tokens = spans = None
+        if options.row.needs_tokens and self.uses_method_rewards:
+            tokens = gathered(pad([torch.tensor(row, device=device) for row in ids], padding_value=0))
+        if options.weight_of_answer < 1.0:
+            spans = gathered(answer_tokens(ids, texts, answers, self._decode, width).to(device))
         return select(
             gather(mask.to(device)).cpu(),
-            answers,
+            gather_object(answers),
             self.num_generations if training else int(self.num_generations_eval or 0),
             options,
             by_momentum=gather(momentum.to(device)).cpu(),
@@ -259,7 +270,13 @@ class MGRPOTrainer(GRPOTrainer):
             generator=self._generator(),
             entropy=stats.get("entropy"),
             self_certainty=stats.get("self_certainty"),
+            logprob=stats.get("logprob"),
+            tokens=tokens,
+            answer_tokens=spans,
         )
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _is_finished(self, ids: list[int]) -> bool:
         """Return whether a completion ended by itself, as TRL decides it."""
@@ -280,7 +297,11 @@ class MGRPOTrainer(GRPOTrainer):
         gather, rows = self.accelerator.gather, output["completion_mask"].shape[0]
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         device = output["completion_mask"].device
-        output["advantages"] = self._selection.advantages[mine].to(device)
+        advantages, by_token = self._selection.advantages[mine], self._selection.token_advantages
+        if by_token is not None:
+            width = output["completion_mask"].shape[1]
+            advantages = nn.functional.pad(by_token[mine], (0, width - by_token.shape[1]))
+        output["advantages"] = advantages.to(device)
         output["completion_mask"] = output["completion_mask"] * self._selection.trains[mine].to(device).unsqueeze(1)
         output["num_items_in_batch"] = gather(output["completion_mask"].sum()).sum()
         output["sequences_in_batch"] = self._selection.trains.sum().to(device)
@@ -317,7 +338,13 @@ class MGRPOTrainer(GRPOTrainer):
 def evaluation_options(options: MethodOptions) -> MethodOptions:
     """Return the options for an evaluation, which samples the policy alone: no filter, and its majority in place of another's."""
     method = "srt" if options.row.voters == "momentum" else options.method
-    return dataclasses.replace(options, method=method, momentum_rollouts=0, iqr_filter=False, filter_scope="both")
+    changes: dict[str, Any] = {
+        "momentum_rollouts": 0,
+        "iqr_filter": False,
+        "filter_scope": "both",
+        "answer_weight": 1.0,
+    }
+    return dataclasses.replace(options, method=method, **changes)
 
 
 def _gold(value: Any) -> str | None:

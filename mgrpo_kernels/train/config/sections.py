@@ -51,8 +51,8 @@ class DataConfig(Section):
     answer_field: str | None = option(
         None,
         "field of the data that holds the true answer, a list of answers that are all right, or a solution that ends with the answer; a "
-        "dot leads into an object (reward_model.ground_truth); training uses it only for --method gold and "
-        "for the metric label_accuracy",
+        "dot leads into an object (reward_model.ground_truth); training uses it only for --method gold, "
+        "--gold-labels and the metric label_accuracy",
         if_none="answer if the data have it, else solution",
         metavar="NAME",
     )

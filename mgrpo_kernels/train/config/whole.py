@@ -102,6 +102,7 @@ class Config:
         for name in ("revision", "trust_remote_code", "system_prompt", "chat_template_kwargs"):
             yield name, "--model", self.model.model is not None
         yield "reward_share", "--reward", self.method.reward is not None
+        yield "gold_labels", "a reward of the method", self.method.reward is None or self.method.reward_share < 1.0
         watched = self.run.guard != "off" and self.eval.eval_every > 0
         yield "load_best", "--guard warn, stop or rollback, and evaluations", watched
         yield "kl_reference", "--kl-coef above 0", self.loss.kl_coef > 0 or self.loss.kl_reference != "momentum"

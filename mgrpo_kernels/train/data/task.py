@@ -74,6 +74,10 @@ def load_task(config: Config, *, training: bool = True) -> Task:
     sources = read_sources(config, "data", config.method.row.needs_gold) if training else []
     evaluated = [] if config.data.eval_data is None else read_sources(config, "eval_data", True)
     held_out = [each for _, part in evaluated for each in part]
+    if training and config.method.gold_labels and all(each.gold is None for _, part in sources for each in part):
+        raise UsageError(
+            f"gold_labels: expected true answers for some of the prompts of {config.data.data}, got none; --answer-field names their field"
+        )
     warn_of_repeats([each for _, part in sources for each in part], held_out)
     train = mixed(sources, config.run.seed, shuffle=config.data.shuffle_data, most=config.data.max_examples)
     tokenizer, context = read_tokenizer(config.model.model, config.model.loading)

@@ -42,7 +42,7 @@ def demo_policy(config: Config, directory: Path, device: torch.device, view: Pla
             reward = METHODS[config.method.method]
             learns = (
                 "the true answers are the reward"
-                if reward.needs_gold
+                if reward.needs_gold or config.method.gold_labels
                 else "there are no labels, and the true answers only measure it"
             )
             view.write_line(f"end of the warm start. From here on {learns}; the reward of a rollout: {reward.text}")

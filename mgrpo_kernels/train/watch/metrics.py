@@ -30,6 +30,9 @@ KEYS = {
     "vote_share_of_all": "fraction of all voters, including those without an answer, that gave the winning answer, averaged over the "
     "prompts",
     "labelled_fraction": "fraction of the prompts that got a label",
+    "gold_fraction": "fraction of the prompts whose rollouts were rewarded by the true answer",
+    "token_weight": "mean factor of the advantage over the tokens of a rollout that trains; below 1 where the method or --answer-weight "
+    "weights tokens",
     "label_accuracy": "fraction of the labels that equal the true answer, among prompts with a known answer",
     "distinct_labels": "number of distinct labels divided by the number of distinct prompts",
     "top_answer_share": "fraction of all answers of the step that equal the most frequent one",

@@ -18,6 +18,8 @@ NAMES = {
     "vote_share": "vote share",
     "vote_share_of_all": "vote share of all voters",
     "labelled_fraction": "prompts with a label",
+    "gold_fraction": "prompts rewarded by true answers",
+    "token_weight": "token weight",
     "label_accuracy": "label accuracy",
     "distinct_labels": "distinct labels",
     "top_answer_share": "top answer's share",
