@@ -17,6 +17,7 @@ from mgrpo_kernels.ops.token_stats import (
     token_stats_from_logits,
 )
 from mgrpo_kernels.ops.token_stats.specs import TokenStats
+from mgrpo_kernels.teacher import Teacher
 from mgrpo_kernels.vote import Vote, extract_answer, majority_vote
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "IqrFilter",
     "MomentumModel",
     "PolicyLoss",
+    "Teacher",
     "TokenStats",
     "Vote",
     "backends",

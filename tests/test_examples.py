@@ -50,6 +50,14 @@ def test_trl_patched_is_plain_trl(run, tmp_path):
             assert fused[name] == pytest.approx(plain[name], rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["gated", "hard", "ema"])
+def test_teacher_loop(run, schedule):
+    out, names = run("teacher_loop.py", "--steps", "40", "--schedule", schedule)
+    assert len(out.splitlines()) == 4
+    assert names["teacher"].updates == {"gated": 7, "hard": 8, "ema": 40}[schedule]
+    assert names["accuracy"] > 0.85
+
+
 def test_trl_mgrpo(run, tmp_path):
     _, names = run("trl_mgrpo.py", "--steps", "2", "--warm-steps", "50", "--output", str(tmp_path))
     lines = history(names)

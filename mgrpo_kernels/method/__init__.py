@@ -5,6 +5,7 @@ metrics. :data:`METHODS` is the table of methods, and :class:`MethodOptions` hol
 for verl, call these.
 """
 
+from mgrpo_kernels.method.agreement import teacher_agreement, top_answer_share
 from mgrpo_kernels.method.answer_span import answer_tokens
 from mgrpo_kernels.method.fields import Declared, check_fields, fields_of, help_of, option
 from mgrpo_kernels.method.gold import ANSWER_FIELDS, Gold, equal_to_gold, read_gold
@@ -37,5 +38,7 @@ __all__ = [
     "read_gold",
     "select",
     "survivors",
+    "teacher_agreement",
+    "top_answer_share",
     "who_trains",
 ]

@@ -18,6 +18,7 @@ def option(
     unit: str = "",
     if_none: str = "",
     metavar: str = "",
+    group: str = "",
     table: Iterable[str] | None = None,
     **bounds: float,
 ) -> Any:
@@ -29,11 +30,12 @@ def option(
         unit: unit of a number, as it is written after the default.
         if_none: what happens if the option has no value, for an option whose default is None.
         metavar: placeholder of the value on a command line; empty: one that follows from the type.
+        group: title of the group that lists it in --help; empty: its section's.
         table: table whose names are the choices, including those that are added to it later; None: the choices are the option's Literal.
         bounds: range of a number, as :func:`mgrpo_kernels.checks.check_number` takes it.
     """
     metadata = {"help": text, "unit": unit, "if_none": if_none, "metavar": metavar, "choices": table, "bounds": bounds}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"group": group})
 
 
 class Declared(NamedTuple):

@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from mgrpo_kernels import checks
 from mgrpo_kernels.method.fields import check_fields, option
 from mgrpo_kernels.method.methods import METHODS, Method, MethodName
+from mgrpo_kernels.teacher import Gate, Schedule, Teacher
 
 Scope = Literal["both", "vote", "penalise"]
 SCOPES: tuple[Scope, ...] = typing.get_args(Scope)
 """Effects of pruning on a rollout: it neither votes nor trains; it does not vote; it does not vote, and its reward is 0."""
+DECAY, EVERY, AGREEMENT = 0.99, 10, 0.5  # defaults
 Scorer = Literal["sampler", "policy"]
 SCORERS: tuple[Scorer, ...] = typing.get_args(Scorer)
 """Models whose token entropies the filter may use for the momentum model's rollouts."""
@@ -23,8 +27,20 @@ Reduction = Literal["mean", "sum"]
 EquivalenceName = Literal["math", "exact"]
 # A test compares the last two with REDUCTIONS of mgrpo_kernels.ops.iqr_filter and EQUIVALENCES of mgrpo_kernels.vote.
 
-MOMENTUM_OPTIONS = ("momentum_rollouts", "decay", "decay_end", "momentum_scored_by", "train_momentum_rollouts")
+MOMENTUM_OPTIONS = (
+    "momentum_rollouts",
+    "decay",
+    "decay_end",
+    "teacher",
+    "teacher_every",
+    "teacher_agreement",
+    "teacher_votes",
+    "momentum_scored_by",
+    "train_momentum_rollouts",
+)
 """Options that a trainer without a momentum model cannot have."""
+MOMENTUM_GROUP = "momentum model"
+"""Title of the group that lists them in --help."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +54,14 @@ class MethodOptions:
         unit="rollouts",
         if_none="half of the rollouts, rounded down, for mgrpo and co_rewarding; 0 for the other methods",
         at_least=0,
+        group=MOMENTUM_GROUP,
     )
     decay: float = option(
-        0.99,
+        DECAY,
         "decay of the momentum model, which becomes decay x momentum model + (1 - decay) x policy after each step",
         at_least=0.0,
         below=1.0,
+        group=MOMENTUM_GROUP,
     )
     decay_end: float | None = option(
         None,
@@ -51,6 +69,38 @@ class MethodOptions:
         if_none="the decay is constant, except for co_rewarding, where it ends at 0.9999",
         at_least=0.0,
         below=1.0,
+        group=MOMENTUM_GROUP,
+    )
+    teacher: Schedule = option(
+        "ema",
+        "schedule of the momentum model: it follows the policy by its decay (ema), copies it every teacher_every steps and is frozen in "
+        "between (hard), or copies it only while the label-free signs of the policy are healthy (gated)",
+        group=MOMENTUM_GROUP,
+    )
+    teacher_every: int = option(
+        EVERY,
+        "number of steps from one copy of the policy into the momentum model to the next if the teacher is hard; the smallest such number "
+        "if it is gated",
+        unit="steps",
+        at_least=1,
+        group=MOMENTUM_GROUP,
+    )
+    teacher_agreement: float = option(
+        AGREEMENT,
+        "smallest share of the prompts on which the most frequent answers of policy and momentum model must be the same before a gated "
+        "teacher copies the policy",
+        at_least=0.0,
+        at_most=1.0,
+        group=MOMENTUM_GROUP,
+    )
+    teacher_votes: float | None = option(
+        None,
+        "largest share of the votes that the momentum model gets, where it agrees with the policy on no prompt; its share falls to that of "
+        "its rollouts as the agreement rises, and some of the policy's rollouts do not vote meanwhile",
+        if_none="every rollout has one vote",
+        above=0.0,
+        at_most=1.0,
+        group=MOMENTUM_GROUP,
     )
     iqr_filter: bool | None = option(
         None,
@@ -80,11 +130,13 @@ class MethodOptions:
         "sampler",
         "model whose token entropies the IQR filter uses for the momentum model's rollouts: the momentum model itself (sampler) "
         "or the policy",
+        group=MOMENTUM_GROUP,
     )
     train_momentum_rollouts: bool = option(
         False,
         "also train on the momentum model's rollouts, each token weighted by its probability ratio of policy to momentum model, "
         "which is bounded by behaviour_cap",
+        group=MOMENTUM_GROUP,
     )
     min_share: float = option(
         0.0,
@@ -175,6 +227,11 @@ class MethodOptions:
             raise ValueError(
                 f"momentum_rollouts: expected >= 1 with method {self.method}, which takes its labels from them, got 0"
             )
+        if self.teacher_votes is not None and number and self.teacher_votes <= number / rollouts:
+            raise ValueError(
+                f"teacher_votes: expected more than {number / rollouts:.3g}, the share of {number} of {rollouts} rollouts that vote by "
+                f"themselves, got {self.teacher_votes}"
+            )
         if self.row.voters == "momentum" and number < self.min_votes and self.row.reads == "label":
             raise ValueError(
                 f"momentum_rollouts: expected >= {self.min_votes} with method {self.method}, whose labels take min_votes of them, got "
@@ -187,6 +244,11 @@ class MethodOptions:
         return min(policy_rollouts, max(2, round(self.row.train_share * policy_rollouts)))
 
     @property
+    def mixes(self) -> bool:
+        """Whether rollouts of both the policy and the momentum model elect the labels."""
+        return self.row.voters == "survivors" and self.row.reads != "nothing"
+
+    @property
     def last_decay(self) -> float:
         """The momentum model's decay at the last step."""
         return next(each for each in (self.decay_end, self.row.decay_end, self.decay) if each is not None)
@@ -196,6 +258,27 @@ class MethodOptions:
         start, end = self.decay, self.last_decay
         progress = (step - 1) / max(1, steps - 1)
         return start if start == end else end - (end - start) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    @property
+    def schedule_text(self) -> str:
+        """The momentum model's schedule, for a plan."""
+        if self.teacher != "ema":
+            healthy = f", if healthy and its agreement is at least {self.teacher_agreement}" * (self.teacher == "gated")
+            return f"copies the policy every {self.teacher_every} steps{healthy}"
+        return f"decay {self.decay}" + (f" to {self.last_decay}" if self.last_decay != self.decay else "")
+
+    def make_teacher(self, model: nn.Module, **options: Any) -> Teacher:
+        """Return the momentum model that these options describe, a copy of `model`; `options` are other arguments of :class:`Teacher`."""
+        gate = Gate(self.teacher_agreement) if self.teacher == "gated" else None
+        return Teacher(
+            model,
+            self.decay,
+            schedule=self.teacher,
+            every=self.teacher_every,
+            gate=gate,
+            most_votes=self.teacher_votes,
+            **options,
+        )
 
     def check_use(self, momentum: bool) -> None:
         """Check that every option that was set has an effect.
@@ -212,6 +295,19 @@ class MethodOptions:
             ("train_momentum_rollouts", self.train_momentum_rollouts, "momentum rollouts", rollouts),
             ("momentum_scored_by", self.momentum_scored_by == "policy", "momentum rollouts", rollouts),
             ("decay_end", self.decay_end is not None, "a momentum model", momentum),
+            ("teacher", self.teacher != "ema", "a momentum model", momentum),
+            ("decay", self.decay != DECAY, "teacher ema", self.teacher == "ema"),
+            ("decay_end", self.decay_end is not None, "teacher ema", self.teacher == "ema"),
+            ("teacher_every", self.teacher_every != EVERY, "teacher hard or gated", self.teacher != "ema"),
+            ("teacher", self.teacher == "gated", "momentum rollouts (for their agreement with the policy)", rollouts),
+            ("teacher_agreement", self.teacher_agreement != AGREEMENT, "teacher gated", self.teacher == "gated"),
+            ("teacher_votes", self.teacher_votes is not None, "momentum rollouts", rollouts),
+            (
+                "teacher_votes",
+                self.teacher_votes is not None,
+                "a method in which policy and momentum model vote",
+                self.mixes,
+            ),
             ("filter_scope", self.filter_scope != "both", "the IQR filter (iqr_filter)", self.filters),
             ("filter_scope", self.filter_scope == "vote", "a method that votes", reads != "nothing"),
             ("min_share", self.min_share > 0, "a method whose reward is a label", reads == "label"),

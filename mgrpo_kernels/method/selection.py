@@ -80,6 +80,7 @@ def select(
     *,
     by_momentum: Tensor | None = None,
     may_train: Tensor | None = None,
+    may_vote: Tensor | None = None,
     entropy: Tensor | None = None,
     self_certainty: Tensor | None = None,
     logprob: Tensor | None = None,
@@ -101,6 +102,7 @@ def select(
         options: method, filter and vote.
         by_momentum: ``(B,)`` bool, the rollouts that the momentum model generated; None if there are none.
         may_train: ``(B,)`` bool, False for a rollout that may only vote, such as one cut at the length limit; None if all may train.
+        may_vote: ``(B,)`` bool, False for a rollout that may not vote, whatever the filter says; None if all may vote.
         entropy: ``(B, L)`` entropy of each token, nats. Required by the filter and by some methods.
         self_certainty: ``(B, L)`` self-certainty of each token. Required by some methods.
         logprob: ``(B, L)`` log-probability of each token. Required by some methods.
@@ -135,6 +137,7 @@ def select(
     nonempty = mask.any(-1).cpu()
     survives = _survives(options, level, offsets, nonempty)
     voters = survives & momentum if options.row.voters == "momentum" else survives
+    voters = voters & _flags("may_vote", may_vote, B, True)
     trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
     by_gold = _by_gold(options, offsets, gold if votes else None)
     vote, outcome = None, None

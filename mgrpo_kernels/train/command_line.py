@@ -84,12 +84,15 @@ def add_config(group: Any) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Add options of the trainer's configuration, in a group for each section."""
+    """Add options of the trainer's configuration, in a group for each section, or in the groups that they name."""
     chosen = set(names)
     for section in SECTIONS.values():
-        own = [name for name in fields_of(section) if name in chosen]
-        if own:
-            group = parser.add_argument_group(title_of(section))
+        groups: dict[str, list[str]] = {}
+        for name, option in fields_of(section).items():
+            if name in chosen:
+                groups.setdefault(option.field.metadata.get("group") or title_of(section), []).append(name)
+        for title, own in groups.items():
+            group = parser.add_argument_group(title)
             for name in own:
                 add_option(group, name)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from mgrpo_kernels import MomentumModel, TokenStats
+from mgrpo_kernels import MomentumModel, Teacher, TokenStats
 from mgrpo_kernels.method import Selection, answer_tokens, select
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, RolloutConfig
@@ -36,7 +36,7 @@ class Learner:
     policy: Policy
     engine: RolloutEngine
     optimizer: torch.optim.Optimizer
-    momentum: MomentumModel | None
+    momentum: Teacher | None
     reference: MomentumModel | Adapter | None  # of the KL penalty: the initial weights or the momentum model
     warned_of_answers: bool = False
     skipped: int = 0  # number of steps skipped because their loss or gradient was not finite
@@ -72,13 +72,15 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     with clock("update"), record_function("update"):
         any_trains = parallel.on_any(bool(batch.prompts))
         updated = take_step(policy, learner.optimizer, batch, config, step) if any_trains else {}
-    with clock("ema"), record_function("ema"):
-        if learner.momentum is not None:
-            # The weights do not change before the distance below is computed, so the update may overlap.
-            learner.momentum.update(config.method.decay_at(step, config.optim.steps), overlap=True)
 
     seen = seen._replace(rollouts=seen.rollouts._replace(kept=None))  # the metrics do not need the kept sets
     seen, stats, selection = parallel.from_all(seen), parallel.from_all(stats), parallel.from_all(selection)
+    measured_step = step_metrics(examples, seen, stats, selection)
+    with clock("ema"), record_function("ema"):
+        if learner.momentum is not None:
+            decay = config.method.decay_at(step, config.optim.steps) if config.method.teacher == "ema" else None
+            # The weights do not change before the distance below is computed, so the update may overlap.
+            learner.momentum.advance(measured_step, decay, overlap=True)
     # If the engine computed the scores, the update compares them with its own forward pass.
     uncompared = {"behaviour_mismatch": None} if engine_scores(learner, seen) else {}
     if step <= FIRST_STEPS and selection.vote is not None and not learner.warned_of_answers:
@@ -88,7 +90,8 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         "step": step,
         "learning_rate": learning_rate(config.optim, step),
         "skipped_steps": learner.skipped,
-        **step_metrics(examples, seen, stats, selection),
+        **measured_step,
+        **teacher_metrics(learner.momentum),
         **uncompared,
         **updated,
         "momentum_distance": None if learner.momentum is None else float(learner.momentum.distance(policy.model)),
@@ -97,6 +100,14 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
     }
     group, number = config.rollout.rollouts, config.run.samples_per_step
     return metrics, sample_lines(step, examples[0], seen, selection, group, number)
+
+
+def teacher_metrics(teacher: Teacher | None) -> dict[str, Any]:
+    """Return the state of the momentum model's schedule after a step; no metrics without a momentum model."""
+    if teacher is None:
+        return {}
+    gate = "; ".join(teacher.waits_for) or None
+    return {"teacher_refreshes": teacher.refreshes, "teacher_age": teacher.age, "teacher_gate": gate}
 
 
 def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: int = 0) -> Trajectories:
@@ -193,6 +204,17 @@ def own_rewards(learner: Learner, examples: Sequence[Example], seen: Trajectorie
     return torch.tensor(learner.task.reward(prompts, seen.texts, seen.answers, seen.gold), dtype=torch.float32)
 
 
+def policy_voters(learner: Learner, seen: Trajectories) -> Tensor | None:
+    """Return the rollouts that may vote, ``(B,)`` bool, so that the momentum model has its share; None if all of them may."""
+    config = learner.config
+    if config.method.teacher_votes is None:
+        return None
+    assert learner.momentum is not None
+    voters = learner.momentum.policy_voters(config.policy_rollouts, config.momentum_rollouts)
+    index = torch.arange(len(seen.texts)) % config.rollout.rollouts
+    return (index < voters) | ~seen.by_policy.cpu()
+
+
 def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, step: int) -> Selection:
     """Return the result of filter, vote and rewards for this rank's prompts; `stats` are the statistics that the method uses."""
     config = learner.config
@@ -205,6 +227,7 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
         group,
         config.method,
         by_momentum=~seen.by_policy,
+        may_vote=policy_voters(learner, seen),
         may_train=seen.rollouts.finished if config.rollout.truncated == "mask" else None,
         entropy=stats.entropy,
         self_certainty=stats.self_certainty,

@@ -407,7 +407,9 @@ def test_self_certainty_is_that_of_the_logits(base, tmp_path):
 def test_the_decay_rises_to_the_methods_own(base, tmp_path, monkeypatch):
     decays = []
     update = MomentumModel.update
-    monkeypatch.setattr(MomentumModel, "update", lambda self, decay=None: decays.append(decay) or update(self, decay))
+    monkeypatch.setattr(
+        MomentumModel, "update", lambda self, decay=None, **_: decays.append(decay) or update(self, decay)
+    )
     trainer_of(base, tmp_path, method="co_rewarding", iqr_k=0.75, max_steps=3, extract=first_digit).train()
     assert decays == pytest.approx([0.9, (0.9 + 0.9999) / 2, 0.9999])
 

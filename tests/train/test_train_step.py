@@ -63,7 +63,13 @@ def moved(change: dict[str, Tensor]) -> bool:
 def test_a_step_fills_every_key(policy: Policy) -> None:
     line, samples, change = run(tiny.learner(policy))
     assert list(line) == [key for key in KEYS if key not in EVALUATION]
-    assert [key for key, value in line.items() if value is None] == ["time_sync", "guard", "guard_signs"]
+    assert [key for key, value in line.items() if value is None] == [
+        "teacher_refreshes",
+        "teacher_gate",
+        "time_sync",
+        "guard",
+        "guard_signs",
+    ]
     assert moved(change)
     assert 0 < line["momentum_distance"] < 0.1
     assert line["behaviour_mismatch"] < 1e-4

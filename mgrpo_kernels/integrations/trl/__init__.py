@@ -16,6 +16,7 @@ from mgrpo_kernels.integrations import Patch
 
 if TYPE_CHECKING:
     from mgrpo_kernels.integrations.trl.config import MGRPOConfig
+    from mgrpo_kernels.integrations.trl.teacher import TeacherCallback
     from mgrpo_kernels.integrations.trl.trainer import MGRPOTrainer
 
 INSTALL = "pip install 'trl==1.16.*'"
@@ -80,7 +81,11 @@ def __getattr__(name: str) -> Any:  # these subclass TRL's own, which takes seco
         from mgrpo_kernels.integrations.trl.trainer import MGRPOTrainer
 
         return MGRPOTrainer
+    if name == "TeacherCallback":
+        from mgrpo_kernels.integrations.trl.teacher import TeacherCallback
+
+        return TeacherCallback
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-__all__ = ["MGRPOConfig", "MGRPOTrainer", "patched"]
+__all__ = ["MGRPOConfig", "MGRPOTrainer", "TeacherCallback", "patched"]

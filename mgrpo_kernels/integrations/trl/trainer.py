@@ -16,11 +16,12 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from mgrpo_kernels import MomentumModel, extract_answer
+from mgrpo_kernels import Teacher, extract_answer
 from mgrpo_kernels.integrations.trl import loss
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, answer_tokens, read_gold, select
+from mgrpo_kernels.method.agreement import label_free_signs
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
 
@@ -87,6 +88,12 @@ class MGRPOTrainer(GRPOTrainer):
             raise ValueError(f"reward_weights: expected None without reward_funcs, got {args.reward_weights}")
         if self.options.gold_labels and not self.uses_method_rewards:
             raise ValueError("gold_labels: expected False with reward_funcs, which give the rewards, got True")
+        for name in ("teacher", "teacher_votes"):
+            if getattr(self.options, name) not in ("ema", "hard", None) and not self.uses_method_rewards:
+                got = getattr(self.options, name)
+                raise ValueError(
+                    f"{name}: expected the method's own rewards, whose vote it reads, got {got!r} with reward_funcs"
+                )
         functions: Any = majority_vote_reward if self.uses_method_rewards else reward_funcs
         super().__init__(model, functions, args, **more)
         self.momentum_rollouts = int(args.momentum_rollouts)  # filled in when the config was built
@@ -109,13 +116,13 @@ class MGRPOTrainer(GRPOTrainer):
         self._trained = nn.ParameterDict(
             {name.replace(".", "/"): p for name, p in self.model.named_parameters() if p.requires_grad}
         )
-        self.momentum = MomentumModel(
-            self._trained,
-            decay=self.options.decay,
-            dtype=getattr(torch, args.momentum_dtype),
-            device=args.momentum_device,
+        self.momentum: Teacher = self.options.make_teacher(
+            self._trained, dtype=getattr(torch, args.momentum_dtype), device=args.momentum_device
         )
-        self.add_callback(_MomentumUpdate(self.momentum, self.options))
+        self._signs: dict[
+            str, float | None
+        ] = {}  # of the rollouts since the last optimizer step, for the momentum model's schedule
+        self.add_callback(_MomentumUpdate(self))
         self._stats: dict[str, Tensor] = {}  # (B, R) of this process's rollouts, from generation to reward
         self._selection: Selection | None = None  # of all processes' rollouts, from reward to advantage
         self._random = (-1, generator_for(args.seed, "rewards", 0))  # step, and what its coin flips are drawn from
@@ -220,7 +227,7 @@ class MGRPOTrainer(GRPOTrainer):
             own[per_function.isnan().all(1)] = torch.nan
         selection = self._select(inputs, completions, completion_ids_list, own)
         mode = "train" if training else "eval"
-        for name, value in selection.metrics().items():
+        for name, value in (selection.metrics() | (self._signs if training else {})).items():
             if value is not None and (training or selection.vote is not None):
                 self._metrics[mode][f"mgrpo/{name}"].append(value)
         if self.uses_method_rewards:
@@ -257,12 +264,14 @@ class MGRPOTrainer(GRPOTrainer):
             tokens = gathered(pad([torch.tensor(row, device=device) for row in ids], padding_value=0))
         if options.weight_of_answer < 1.0:
             spans = gathered(answer_tokens(ids, texts, answers, self._decode, width).to(device))
-        return select(
+        by_momentum, answers = gather(momentum.to(device)).cpu(), gather_object(answers)
+        selection = select(
             gather(mask.to(device)).cpu(),
-            gather_object(answers),
+            answers,
             self.num_generations if training else int(self.num_generations_eval or 0),
             options,
-            by_momentum=gather(momentum.to(device)).cpu(),
+            by_momentum=by_momentum,
+            may_vote=self._may_vote(by_momentum) if training and options.teacher_votes is not None else None,
             may_train=gather(torch.tensor(ended, device=device)).cpu(),
             gold=None if gold is None else gather_object(gold),
             rewards=rewards,
@@ -274,6 +283,15 @@ class MGRPOTrainer(GRPOTrainer):
             tokens=tokens,
             answer_tokens=spans,
         )
+        if training:
+            self._signs = label_free_signs(selection, answers, self.num_generations, by_momentum)
+        return selection
+
+    def _may_vote(self, by_momentum: Tensor) -> Tensor:
+        """Return which of all processes' rollouts vote, ``(B,)`` bool, so that the momentum model has its share of the votes."""
+        own = self.num_generations - self.momentum_rollouts
+        index = torch.arange(len(by_momentum)) % self.num_generations
+        return by_momentum | (index < self.momentum.policy_voters(own, self.momentum_rollouts))
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -315,6 +333,8 @@ class MGRPOTrainer(GRPOTrainer):
         """Log as TRL does, and how far the momentum model lags behind."""
         if self.model.training:
             self._metrics["train"]["mgrpo/momentum_distance"].append(float(self.momentum.distance(self._trained)))
+            if self.momentum.refreshes is not None:
+                self._metrics["train"]["mgrpo/teacher_refreshes"].append(float(self.momentum.refreshes))
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -360,8 +380,11 @@ def _text(completion: Any) -> str:
 class _MomentumUpdate(TrainerCallback):
     """Moves the momentum model after each optimizer step, before anything is saved."""
 
-    def __init__(self, momentum: MomentumModel, options: MethodOptions) -> None:
-        self._momentum, self._options = momentum, options
+    def __init__(self, trainer: MGRPOTrainer) -> None:
+        self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._momentum.update(self._options.decay_at(state.global_step, state.max_steps))
+        trainer, options = self._trainer, self._trainer.options
+        decay = options.decay_at(state.global_step, state.max_steps) if options.teacher == "ema" else None
+        trainer.momentum.advance(trainer._signs, decay)
+        trainer._signs = {}  # where several steps use the same rollouts, these count once

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mgrpo_kernels.method import MethodOptions
 from mgrpo_kernels.method.fields import option
+from mgrpo_kernels.method.options import MOMENTUM_GROUP
 from mgrpo_kernels.ops.policy_loss.inputs import check_behaviour_mode
 from mgrpo_kernels.ops.policy_loss.options import LossForm
 from mgrpo_kernels.train.config.fields import Section
@@ -136,6 +137,7 @@ class MethodConfig(MethodOptions, Section):
         "auto",
         "where the momentum model and the reference model of the KL penalty are kept: on the model's device (auto) or in CPU memory "
         "(cpu)",
+        group=MOMENTUM_GROUP,
     )
     reward: str | None = option(
         None,

@@ -178,14 +178,13 @@ class Config:
         """Return the values derived from several options, for the plan."""
         batch, method, lora = self.rollout.prompts_per_step * self.rollout.rollouts, self.method, self.lora
         parts = f"{self.policy_rollouts} policy + {self.momentum_rollouts} momentum model"
-        decay = f"{method.decay}" if method.last_decay == method.decay else f"{method.decay} to {method.last_decay}"
         iqr = f"k {method.iqr_k}, minimum spread {method.iqr_min_spread}, scope {method.filter_scope}"
         adapter = f"rank {lora.lora_rank}, alpha {lora.lora_alpha:g}"
         return {
             "rollouts per step": f"{batch} = {self.rollout.prompts_per_step} prompts x ({parts})",
             "response tokens per step": f"at most {batch * self.rollout.max_response_tokens:,}",
             "IQR filter": iqr if self.filters else "off",
-            "momentum model": f"decay {decay}" if self.needs_momentum else "off",
+            "momentum model": method.schedule_text if self.needs_momentum else "off",
             "KL reference model": self.needs_reference or "off",
             "LoRA": "off, all weights train" if lora.lora_rank is None else adapter,
             "behaviour correction": self.loss.behaviour_text if self.corrects_behaviour else "off",

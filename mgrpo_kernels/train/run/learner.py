@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from mgrpo_kernels import MomentumModel
+from mgrpo_kernels import MomentumModel, Teacher
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.data.task import Task
+from mgrpo_kernels.train.model.lora import Adapter
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout import RolloutEngine
 from mgrpo_kernels.train.rollout.agreement import check_scoring
@@ -67,9 +68,10 @@ def make_learner(config: Config, task: Task, policy: Policy) -> Learner:
         parallel.checkpoint_activations(policy.model)
     parallel.shard(policy)
     device = None if config.method.momentum_device == "auto" else config.method.momentum_device
-    momentum = reference = None
+    momentum: Teacher | None = None
+    reference: MomentumModel | Adapter | None = None
     if config.needs_momentum:
-        momentum = MomentumModel(policy.model, config.method.decay, device=device, frozen=policy.adapter is None)
+        momentum = config.method.make_teacher(policy.model, device=device, frozen=policy.adapter is None)
     if config.needs_reference is not None:
         reference = momentum if config.needs_reference == "momentum" else policy.adapter
         reference = reference or MomentumModel(policy.model, 1.0, device=device)

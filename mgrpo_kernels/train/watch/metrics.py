@@ -43,6 +43,12 @@ KEYS = {
     "behaviour_mismatch": "mean absolute difference between the log-probabilities of the trainer and of the rollout engine, in nats per "
     "token; measured on the first micro-batch if the engine's own statistics are used",
     "momentum_distance": "||policy - momentum model|| / ||policy||, L2 norms of all trained weights, after the step",
+    "teacher_agreement": "fraction of the prompts for which the most frequent answers of policy and momentum model are the same, "
+    "among prompts to which both have an answer; null without rollouts of the momentum model",
+    "teacher_vote_share": "fraction of the voters that are rollouts of the momentum model; null without such rollouts",
+    "teacher_refreshes": "number of times that the momentum model has copied the policy so far; null with --teacher ema",
+    "teacher_age": "number of steps since the momentum model last changed",
+    "teacher_gate": "signs that keep the momentum model from a copy that is due with --teacher gated, with their values; null if none do",
     "response_tokens": "mean length of a response, in tokens",
     "tokens_per_second": "response tokens generated in the step, divided by the duration of the step in seconds",
     "peak_memory_bytes": "largest memory use so far in bytes: memory allocated on the GPU, or the process's resident memory without a GPU",

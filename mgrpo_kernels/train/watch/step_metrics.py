@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import TokenStats
-from mgrpo_kernels.method import Gold, Selection
+from mgrpo_kernels.method import Gold, Selection, teacher_agreement, top_answer_share
 from mgrpo_kernels.train.data.task import Example
 from mgrpo_kernels.train.rollout import Rollouts
 
@@ -34,14 +33,17 @@ def step_metrics(
     assert stats.logprob is not None
     assert stats.entropy is not None
     mask = seen.rollouts.mask
-    answers = Counter(answer for answer in seen.answers if answer is not None)
+    group, momentum = len(seen.texts) // len(examples), ~seen.by_policy.cpu()
+    vote = selection.vote if bool(momentum.any()) else None
     return {
         **selection.metrics(prompts=len({example.prompt for example in examples})),
         "unparsed_fraction": mean(
             selection.nonempty & torch.tensor([each is None for each in seen.answers], dtype=torch.bool)
         ),
         "truncated_fraction": mean(~seen.rollouts.finished),
-        "top_answer_share": max(answers.values()) / answers.total() if answers else None,
+        "top_answer_share": top_answer_share(seen.answers),
+        "teacher_agreement": teacher_agreement(vote.cluster, group, momentum) if vote is not None else None,
+        "teacher_vote_share": mean(momentum[selection.voters]) if vote is not None else None,
         "entropy": mean(stats.entropy[mask & seen.by_policy[:, None]]),
         "behaviour_mismatch": mean((stats.logprob - seen.rollouts.logprobs)[mask].abs()),
         "response_tokens": mean(mask.sum(-1)),

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
+from mgrpo_kernels.teacher import check_progress
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.errors import CheckpointError, UsageError
 from mgrpo_kernels.train.run import files
@@ -44,6 +45,7 @@ class Facts(TypedDict):
     pending: tuple[dict[str, Any], list[dict[str, Any]]] | None
     ranks: int
     momentum_updates: int | None
+    teacher: dict[str, Any] | None  # state of the momentum model's schedule; None in a checkpoint of an earlier version
     fingerprints: dict[str, str]  # of the data, the base model and its tokenizer
     files: dict[str, int]  # sizes
     path: Path
@@ -125,13 +127,14 @@ def checked(facts: Any) -> Facts:
     """Return the content of run.json, with what earlier versions did not write filled in; raise ValueError where it is something else."""
     if not isinstance(facts, dict):
         raise ValueError(f"{FACTS}: expected an object, got {type(facts).__name__}")
-    facts = {"unwritten": {}, "fingerprints": {}, "pending": None, **facts}
+    facts = {"unwritten": {}, "fingerprints": {}, "pending": None, "teacher": None, **facts}
     kinds: dict[str, tuple[type, ...]] = {
         "step": (int,),
         "metrics_bytes": (int,),
         "samples_bytes": (int,),
         "ranks": (int,),
         "momentum_updates": (int, type(None)),
+        "teacher": (dict, type(None)),
         "unwritten": (dict,),
         "fingerprints": (dict,),
         "files": (dict,),
@@ -149,6 +152,8 @@ def checked(facts: Any) -> Facts:
         for lines in facts["unwritten"].values()
     ):
         raise ValueError(f"{FACTS}: expected lists of lines as unwritten, got {facts['unwritten']!r}")
+    if facts["teacher"] is not None:
+        check_progress(facts["teacher"])
     pending = facts["pending"]
     if pending is not None and not (
         len(pending) == 2 and isinstance(pending[0], dict) and isinstance(pending[1], list)
@@ -184,6 +189,8 @@ def restore(facts: Facts, learner: Learner) -> None:
         updates = facts["momentum_updates"]
         assert updates is not None
         learner.momentum.updates = updates
+        if facts["teacher"] is not None:
+            learner.momentum.load_progress(facts["teacher"])
 
 
 def resume(directory: Path, learner: Learner, warn: Callable[[str], None]) -> Facts | None:

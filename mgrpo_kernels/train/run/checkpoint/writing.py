@@ -121,6 +121,7 @@ class Writer:
             "ranks": parallel.world(),
             "fingerprints": self.fingerprints,
             "momentum_updates": None if learner.momentum is None else learner.momentum.updates,
+            "teacher": None if learner.momentum is None else learner.momentum.progress(),
         }
         new = parallel.from_first(self._free_name(step))
         self._saving = saving = Saving(new, path, facts, (best, proven), Future())
