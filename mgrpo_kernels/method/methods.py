@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import sequences
+from mgrpo_kernels.method.rewards import distribution, forks, novelty, penalties
 from mgrpo_kernels.method.signals import Outcome, Signals
 
 EMPO_MOST_ENTROPY = 0.9
@@ -25,9 +26,10 @@ class Method(NamedTuple):
     inferred: str = ""  # what differs from the publication or is inferred here, for the documentation
     momentum_share: float = 0.0  # default share of a prompt's rollouts that the momentum model generates
     filters: bool = False  # whether the IQR filter prunes by default
-    reads: Literal["label", "shares", "nothing"] = "label"  # the part of the vote that the reward depends on
-    highest: float = math.inf  # upper bound of the reward
+    reads: Literal["label", "shares", "both", "nothing"] = "label"  # the part of the vote that the reward depends on
+    lowest: float = 0.0  # lower bound of the reward
     voters: Literal["survivors", "momentum"] = "survivors"  # of the filter: all, or only the momentum model's
+    votes_by_certainty: bool = False  # whether a vote counts by the self-certainty of the rollout, and not as 1
     train_share: float = 1.0  # share of a prompt's policy rollouts that train; the others only vote
     decay_end: float | None = None  # default decay of the momentum model at the last step, reached along a cosine
     answer_weight: float = 1.0  # default weight of the final answer's tokens in the loss
@@ -84,7 +86,24 @@ def _arxiv(number: str, before: str = "") -> str:
 
 # A test compares these names with those of the table.
 MethodName = Literal[
-    "mgrpo", "srt", "ttrl", "soft_vote", "empo", "om_grpo", "intuitor", "rent", "co_rewarding", "gold", "random"
+    "mgrpo",
+    "srt",
+    "ttrl",
+    "soft_vote",
+    "empo",
+    "om_grpo",
+    "evol_rl",
+    "restrain",
+    "scrl",
+    "spine",
+    "dare",
+    "confident_vote",
+    "reszero",
+    "intuitor",
+    "rent",
+    "co_rewarding",
+    "gold",
+    "random",
 ]
 METHODS: dict[MethodName, Method] = {
     "mgrpo": Method(
@@ -125,6 +144,76 @@ METHODS: dict[MethodName, Method] = {
         reads="shares",
         answer_weight=0.0,
     ),
+    "evol_rl": Method(
+        novelty.evol,
+        "1/2 to 1 with the label, -1 to -1/2 with another answer, the more the less similar to the other responses; -1 without an answer",
+        _arxiv("2509.15194", "EVOL-RL, "),
+        "the similarity is the cosine of the counts of tokens and of pairs of neighbouring tokens, in place of a model's embeddings; a "
+        "prompt without a label gives no reward; the entropy bonus and the higher upper clip of the paper are --entropy-coef and "
+        "--clip-high",
+        reads="both",
+        lowest=-1.0,
+        needs_tokens=True,
+    ),
+    "restrain": Method(
+        penalties.restrain,
+        "weight of the rollout's answer; the advantage is the weighted sum of those with each answer as the label, and -1 for a prompt "
+        "without a label",
+        _arxiv("2510.02172", "RESTRAIN, "),
+        "the weights are a Gaussian of the answer's share with centre 1 and width 0.5, and the penalty is 1; the threshold of the "
+        "penalty is --min-votes; without the weight of the prompt from the base model's votes; the advantages are summed before the "
+        "clip, the losses in the paper",
+        reads="both",
+        own_advantages=True,
+    ),
+    "scrl": Method(
+        penalties.scrl,
+        "share of the answer if it wins by a margin, negative for a rare answer of high entropy, -1 without an answer; half of the "
+        "rollouts train",
+        _arxiv("2603.19880", "SCRL, "),
+        "the continuous reward and the thresholds of the authors' script",
+        reads="both",
+        lowest=-math.inf,
+        train_share=0.5,
+        needs_entropy=True,
+    ),
+    "spine": Method(
+        forks.spine,
+        "like srt, but only the fifth of a response's tokens with the highest entropy trains, and their entropy is kept in a band",
+        _arxiv("2511.17938", "SPINE, "),
+        "the fifth is of each response; the factor of the band's penalty is 0.1; the penalty's gradient is estimated from the sampled "
+        "token; the loss is averaged over all tokens, and the KL term acts on all of them",
+        needs_entropy=True,
+        needs_logprob=True,
+    ),
+    "dare": Method(
+        distribution.dare,
+        "probability of the answer, from its votes divided by its entropy, and a bonus for rare answers of low entropy; rollouts with an "
+        "improbable answer do not train",
+        _arxiv("2601.21804", "DARE, "),
+        "the factor 0.1 of the bonus and the threshold 0.05; if no answer to a prompt reaches the threshold, none is pruned",
+        reads="shares",
+        lowest=-math.inf,
+        needs_entropy=True,
+    ),
+    "confident_vote": Method(
+        _agreement,
+        "1 if the answer equals the vote in which a rollout counts by its self-certainty",
+        _arxiv("2512.15146", "after SCOPE, "),
+        "the confidence is the mean over all tokens and the whole vocabulary, in SCOPE over steps and the most probable tokens; one "
+        "vote for each prompt, without SCOPE's subgroups",
+        votes_by_certainty=True,
+        needs_self_certainty=True,
+    ),
+    "reszero": Method(
+        penalties.reszero,
+        "zero in sum for each prompt: slightly negative for the most frequent answer, positive for the more frequent of the others",
+        _arxiv("2604.25419", "ResZero of JURY-RL, "),
+        "applied to every prompt, as if no proof was found; with --gold-labels the true answers take the place of the proofs; a prompt "
+        "without a label gives no reward",
+        reads="both",
+        lowest=-1.0,
+    ),
     "intuitor": Method(
         _self_certainty,
         "self-certainty: token mean of logsumexp(logits) - mean(logits)",
@@ -137,7 +226,7 @@ METHODS: dict[MethodName, Method] = {
         "negative mean token entropy",
         _arxiv("2505.22660", "RENT, "),
         reads="nothing",
-        highest=0.0,
+        lowest=-math.inf,
         needs_entropy=True,
     ),
     "co_rewarding": Method(

@@ -310,7 +310,7 @@ class MethodOptions:
             ),
             ("filter_scope", self.filter_scope != "both", "the IQR filter (iqr_filter)", self.filters),
             ("filter_scope", self.filter_scope == "vote", "a method that votes", reads != "nothing"),
-            ("min_share", self.min_share > 0, "a method whose reward is a label", reads == "label"),
+            ("min_share", self.min_share > 0, "a method that takes a label", reads in ("label", "both")),
             ("entropy_reduction", self.entropy_reduction == "sum", "the IQR filter (iqr_filter)", self.filters),
             (
                 "gold_labels",
@@ -328,8 +328,8 @@ class MethodOptions:
                 f"filter_scope: expected both or vote with method {self.method}, whose advantages are not those of its rewards, got "
                 "'penalise'"
             )
-        if self.row.highest <= 0 and self.filters and self.filter_scope == "penalise":
+        if self.row.lowest < 0 and self.filters and self.filter_scope == "penalise":
             raise ValueError(
-                f"filter_scope: expected both or vote with method {self.method}, whose rewards are at most the 0 that a pruned rollout "
+                f"filter_scope: expected both or vote with method {self.method}, whose rewards may be below the 0 that a pruned rollout "
                 "would get, got 'penalise'"
             )

@@ -140,12 +140,16 @@ def select(
     voters = voters & _flags("may_vote", may_vote, B, True)
     trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
     by_gold = _by_gold(options, offsets, gold if votes else None)
-    vote, outcome = None, None
+    vote, outcome, weights = None, None, voters.float()
     if votes:
+        if options.row.votes_by_certainty:
+            assert mean_certainty is not None
+            weights = torch.where(voters, mean_certainty.nan_to_num(nan=0.0), 0.0)
         vote = majority_vote(
             answers,
             offsets,
             voters=voters,
+            weights=weights if options.row.votes_by_certainty else None,
             equivalence=same,
             min_share=options.min_share,
             min_votes=options.min_votes,
@@ -180,8 +184,8 @@ def select(
     if outcome.advantages is not None:
         advantages = torch.where(trains, outcome.advantages, 0.0)
     voted = ~by_gold[sequences.group_index(offsets, B)]
-    weights = _token_weights(outcome.token_weights, answer_tokens, options.weight_of_answer, voted)
-    token_weight, token_advantages = _at_tokens(advantages, trains, mask.cpu(), weights, outcome.token_bonus)
+    factors = _token_weights(outcome.token_weights, answer_tokens, options.weight_of_answer, voted)
+    token_weight, token_advantages = _at_tokens(advantages, trains, mask.cpu(), factors, outcome.token_bonus)
     signal = advantages != 0 if token_advantages is None else (token_advantages != 0).any(-1)
     return Selection(
         nonempty,
@@ -193,7 +197,7 @@ def select(
         trains,
         advantages,
         _label_correct(vote, offsets, gold, same),
-        *_of_groups(vote, offsets, voters, signal),
+        *_of_groups(vote, offsets, weights, signal),
         by_gold,
         token_weight,
         token_advantages,
@@ -274,17 +278,18 @@ def _at_tokens(
     return token_weight, torch.where(mask & trains[:, None], found, 0.0)
 
 
-def _of_groups(vote: Vote | None, offsets: Tensor, voters: Tensor, signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `share_of_all`, `distinct_answers` and `has_signal` of a :class:`Selection`."""
-    groups, group = len(offsets) - 1, sequences.group_index(offsets, len(voters))
+def _of_groups(vote: Vote | None, offsets: Tensor, weights: Tensor, signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `share_of_all`, `distinct_answers` and `has_signal` of a :class:`Selection`; `weights` are 0 for rollouts that do not vote."""
+    groups, group = len(offsets) - 1, sequences.group_index(offsets, len(weights))
 
-    def count(flags: Tensor) -> Tensor:
-        return torch.zeros(groups).index_add(0, group, flags.float())
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(groups).index_add(0, group, values.float())
 
-    has_signal = count(signal) > 0
+    has_signal = total(signal) > 0
     if vote is None:
         return torch.zeros(groups), torch.zeros(groups, dtype=torch.long), has_signal
-    share = vote.share * count(voters & (vote.cluster >= 0)) / count(voters).clamp(min=1.0)
+    everybody = total(weights)
+    share = vote.share * total(weights * (vote.cluster >= 0)) / torch.where(everybody > 0, everybody, 1.0)
     highest = torch.full((groups,), -1).scatter_reduce(0, group, vote.cluster, "amax")
     return share, highest + 1, has_signal
 

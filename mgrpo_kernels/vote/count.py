@@ -37,6 +37,7 @@ def majority_vote(
     groups: int | Tensor,
     *,
     voters: Tensor | Sequence[bool] | None = None,
+    weights: Tensor | Sequence[float] | None = None,
     equivalence: Equivalence = "math",
     min_share: float = 0.0,
     min_votes: int = 1,
@@ -52,16 +53,17 @@ def majority_vote(
         answers: B answers; None or an empty one did not parse, and neither votes nor agrees.
         groups: group size G, or ascending int offsets (P+1,); groups may be empty.
         voters: (B,) bool, as a tensor or a sequence: who may vote. Everybody is scored. None: all.
+        weights: (B,) >= 0: how much each vote counts. The answer with the largest sum wins, and shares are of the sums. None: 1 each.
         equivalence: "math" and "exact" as in :func:`answers_equal`, or a function (first of the cluster, new answer) ->
             bool. It is not called for an answer that its group has had before in the same characters.
         min_share: in [0, 1]. A winner with a smaller share of all voters, those without an answer included, gives no label.
-        min_votes: a winner with fewer votes gives no label.
+        min_votes: a winner with fewer votes, whatever their weights, gives no label.
         seconds: for all that SymPy evaluates (integrals, sums, products, limits); answers beyond it are compared as texts, with a warning
             in the log.
 
     Raises:
         TypeError: an argument of the wrong kind, or a function that returns no bool.
-        ValueError: `groups`, `voters`, `equivalence`, `min_share`, `min_votes` or `seconds` out of range or of the wrong shape.
+        ValueError: `groups`, `voters`, `weights`, `equivalence`, `min_share`, `min_votes` or `seconds` out of range or of the wrong shape.
         ImportError: an answer has an integral, sum, product or limit, and math-verify is not installed.
     """
     if isinstance(answers, str) or not isinstance(answers, Sequence):
@@ -73,6 +75,7 @@ def majority_vote(
     offsets = sequences.group_offsets(groups.cpu() if isinstance(groups, Tensor) else groups, B, torch.device("cpu"))
     sequences.check_offset_values("groups", offsets, B)
     may_vote = _voters(voters, B)
+    weight = _weights(weights, may_vote)
     check_equivalence(equivalence)
     checks.check_number("min_share", min_share, at_least=0.0, at_most=1.0)
     checks.check_number("min_votes", min_votes, at_least=1)
@@ -86,14 +89,15 @@ def majority_vote(
     with budget(seconds):
         for start, end in itertools.pairwise(offsets.tolist()):
             firsts, of_rollout = _clusters(answers[start:end], may_vote[start:end], equivalence)
-            votes = [0] * len(firsts)
-            for c, votes_too in zip(of_rollout, may_vote[start:end], strict=True):
+            counts, votes = [0] * len(firsts), [0.0] * len(firsts)
+            for c, votes_too, each in zip(of_rollout, may_vote[start:end], weight[start:end], strict=True):
                 if votes_too and c >= 0:
-                    votes[c] += 1
-            total, most = sum(votes), max(votes, default=0)
+                    counts[c] += 1
+                    votes[c] += each
+            total, most = sum(votes), max(votes, default=0.0)
             shares = [count / total if total else 0.0 for count in votes]
             winner = votes.index(most) if total else -1  # clusters stand in the order of their first voter
-            wins = total > 0 and most >= min_votes and most / sum(may_vote[start:end]) >= min_share
+            wins = total > 0 and counts[winner] >= min_votes and most / sum(weight[start:end]) >= min_share
             labels.append(firsts[winner] if wins else None)
             share.append(shares[winner] if total else 0.0)
             cluster_share += [shares[c] if c >= 0 else 0.0 for c in of_rollout]
@@ -119,6 +123,18 @@ def _voters(voters: Tensor | Sequence[bool] | None, B: int) -> list[bool]:
     if len(voters) != B:
         raise ValueError(f"voters: expected one bool for each of the {B} answers, got {len(voters)}")
     return [checks.check_flag(f"voters[{i}]", voter) for i, voter in enumerate(voters)]
+
+
+def _weights(weights: Tensor | Sequence[float] | None, may_vote: Sequence[bool]) -> list[float]:
+    """Return the weight of each rollout's vote, 0 for one that may not vote."""
+    if weights is None:
+        return [float(votes) for votes in may_vote]
+    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if len(values) != len(may_vote):
+        raise ValueError(f"weights: expected one for each of the {len(may_vote)} answers, got {len(values)}")
+    for i, each in enumerate(values):
+        checks.check_number(f"weights[{i}]", each, at_least=0.0)
+    return [each if votes else 0.0 for each, votes in zip(values, may_vote, strict=True)]
 
 
 def _clusters(

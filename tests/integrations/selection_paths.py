@@ -116,7 +116,8 @@ def stats(case: Case) -> dict[str, Tensor]:
     entropy = torch.randint(16, 33, (P * case.G, WIDTH), generator=draw) / 16
     entropy[:: case.G] /= 8
     certainty = torch.randint(32, 65, (P * case.G, WIDTH), generator=draw) / 16
-    return {"entropy": entropy, "self_certainty": certainty}
+    logprob = -torch.randint(0, 33, (P * case.G, WIDTH), generator=draw) / 16
+    return {"entropy": entropy, "self_certainty": certainty, "logprob": logprob}
 
 
 class Found(dict[str, Any]):
@@ -205,7 +206,7 @@ def by_trainer(case: Case, learner_of: Any, monkeypatch: Any) -> Found:
 
     scores = stats(case)
     monkeypatch.setattr(steps, "training_batch", training_batch)
-    monkeypatch.setattr(steps, "score_by_sampler", lambda *_: TokenStats(torch.zeros(P * case.G, WIDTH), **scores))
+    monkeypatch.setattr(steps, "score_by_sampler", lambda *_: TokenStats(**scores))
     examples = [demo.Example(f"{p}+{p}=", gold(case)[p * case.G]) for p in range(P)]
     with contextlib.suppress(Enough):
         steps.train_step(learner, examples, 1)

@@ -23,7 +23,7 @@ def policy(tmp_path_factory):
 
 def fill(queue, case):
     """Put a case's rollouts into the queue, those of the prompts mixed, with a row of padding; return batch and keys in the case's order."""
-    scores, answers = paths.stats(case)["entropy"], paths.gold(case)
+    scores, answers, logprobs = paths.stats(case)["entropy"], paths.gold(case), paths.stats(case)["logprob"]
     rows, keys = [], []
     for place in range(case.G):
         for prompt in range(paths.P):
@@ -37,7 +37,7 @@ def fill(queue, case):
                     "loss_mask": ones,
                     "entropy": scores[i, : len(text)],
                     "rm_scores": torch.zeros(len(text)),
-                    "old_log_probs": torch.zeros(len(text)),
+                    "old_log_probs": logprobs[i, : len(text)],
                     "reward_model": {"ground_truth": answers[i]},
                 }
             )
@@ -130,6 +130,10 @@ def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name,
             "mgrpo.method: expected one whose labels are not the momentum model's, since verl's rollout servers",
         ),
         ({"method": "intuitor"}, "mgrpo.method: expected one without self-certainty, since verl scores log-probs"),
+        (
+            {"method": "confident_vote"},
+            "mgrpo.method: expected one without self-certainty, since verl scores log-probs",
+        ),
         (
             {"momentum_rollouts": 4},
             "mgrpo.momentum_rollouts: expected it left out, since verl's rollout servers hold one set",

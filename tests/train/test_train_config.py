@@ -115,9 +115,17 @@ def test_bad_values_name_the_option(name: str) -> None:
         ),
         (
             {"method": "rent", "iqr_filter": True, "filter_scope": "penalise"},
-            "filter_scope: expected both or vote with method rent, whose rewards are at most the 0 that a pruned rollout would get",
+            "filter_scope: expected both or vote with method rent, whose rewards may be below the 0 that a pruned rollout would get",
         ),
-        ({"method": "empo", "min_share": 0.5}, "min_share: expected a method whose reward is a label with it"),
+        ({"method": "empo", "min_share": 0.5}, "min_share: expected a method that takes a label with it"),
+        (
+            {"method": "restrain", "iqr_filter": True, "filter_scope": "penalise"},
+            "filter_scope: expected both or vote with method restrain, whose advantages are not those of its rewards",
+        ),
+        (
+            {"method": "evol_rl", "iqr_filter": True, "filter_scope": "penalise"},
+            "filter_scope: expected both or vote with method evol_rl, whose rewards may be below the 0",
+        ),
         (
             {"method": "srt", "entropy_reduction": "sum"},
             "entropy_reduction: expected the IQR filter (iqr_filter) with it",

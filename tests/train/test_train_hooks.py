@@ -129,6 +129,8 @@ def test_a_reward_that_cannot_be_called_stops_before_the_run(
         tiny.config(reward_share=0.5)
     with pytest.raises(UsageError, match="gold_labels: expected a reward of the method with it"):
         tiny.config(gold_labels=True, reward="module:function")
+    with pytest.raises(UsageError, match="reward_share: expected 1 with method restrain, whose advantages are not"):
+        tiny.config(method="restrain", reward="module:function", reward_share=0.5)
     assert tiny.config(gold_labels=True, reward="module:function", reward_share=0.5).method.gold_labels
 
 

@@ -87,7 +87,9 @@ def test_momentum_model_moves_once_by_its_decay(policy: Policy) -> None:
         torch.testing.assert_close(learner.momentum.ema[name], 0.9 * before[name] + 0.1 * parameter.detach())
 
 
-REFUSED = {("vote", name) for name, method in METHODS.items() if method.reads == "nothing"} | {("penalise", "rent")}
+REFUSED = {("vote", name) for name, method in METHODS.items() if method.reads == "nothing"} | {
+    ("penalise", name) for name, method in METHODS.items() if method.lowest < 0 or method.own_advantages
+}
 """A filter scope that would have no effect, or a reward that a pruned rollout's 0 would be above."""
 
 
