@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mgrpo_kernels import checks
 from mgrpo_kernels.integrations import Patch
+from mgrpo_kernels.integrations.guard import CollapseError, GuardHook
 from mgrpo_kernels.ops.linear_token_stats import linear_token_stats
 from mgrpo_kernels.ops.policy_loss import policy_loss
 
@@ -40,6 +41,35 @@ _LOSS_PARAMETERS = (
     "config",
     "rollout_is_weights",
 )
+
+
+def guarded(hook: GuardHook) -> Patch:
+    """Show the collapse guard what verl logs after each step, until ``undo()`` or the end of a ``with`` block.
+
+    It reads ``verl.utils.tracking.Tracking.log``, through which every trainer of verl logs, in the process of the trainer (with Ray that of
+    its TaskRunner). The line is logged first. Its names are ``mgrpo/...`` with this library's trainer, ``actor/entropy``, and with
+    ``GuardHook(gold=True)`` ``critic/score/mean``; ``accuracy`` names a figure such as ``val-core/gsm8k/acc/mean@8``.
+
+    Args:
+        hook: says what happens at signs of collapse. With ``stop`` it raises :class:`CollapseError` out of verl's loop, after verl's own
+            checkpoint of that step if one is due; the run is resumed from its last checkpoint.
+
+    Raises:
+        IntegrationError: verl is not installed, or logs in another way.
+    """
+    patch = Patch("verl", install=INSTALL)
+    own = patch.original("verl.utils.tracking", "Tracking.log")
+
+    def log(self: Any, data: Any, step: int, backend: Any = None) -> None:
+        own(self, data=data, step=step, backend=backend)
+        signs = hook(step, data)
+        if signs and hook.action == "stop":
+            raise CollapseError(
+                f"collapse guard, step {step}: {'; '.join(signs)}; resume from the last checkpoint with other options"
+            )
+
+    patch.replace("verl.utils.tracking", "Tracking.log", log, parameters=("self", "data", "step", "backend"))
+    return patch.apply()
 
 
 def patched(strict: bool = False, *, vanilla: bool = True) -> Patch:

@@ -37,7 +37,8 @@ examples:
 
 Options on the command line override those of --config, which override the
 defaults. The output directory holds report.html, curves.png, metrics.jsonl,
-samples.jsonl, checkpoints/, and the trained model in final/.
+samples.jsonl, certificate.json (signs of collapse), checkpoints/, and the
+trained model in final/.
 Exit status: 0 finished, 1 failed (loss, gradient or weights not finite, out of
 memory, a full disk, a rollout engine), 2 invalid options, 3 stopped by the
 guard, 130 interrupted.

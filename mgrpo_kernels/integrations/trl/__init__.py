@@ -16,6 +16,7 @@ from mgrpo_kernels.integrations import Patch
 
 if TYPE_CHECKING:
     from mgrpo_kernels.integrations.trl.config import MGRPOConfig
+    from mgrpo_kernels.integrations.trl.guard import GuardCallback
     from mgrpo_kernels.integrations.trl.teacher import TeacherCallback
     from mgrpo_kernels.integrations.trl.trainer import MGRPOTrainer
 
@@ -81,6 +82,10 @@ def __getattr__(name: str) -> Any:  # these subclass TRL's own, which takes seco
         from mgrpo_kernels.integrations.trl.trainer import MGRPOTrainer
 
         return MGRPOTrainer
+    if name == "GuardCallback":
+        from mgrpo_kernels.integrations.trl.guard import GuardCallback
+
+        return GuardCallback
     if name == "TeacherCallback":
         from mgrpo_kernels.integrations.trl.teacher import TeacherCallback
 
@@ -88,4 +93,4 @@ def __getattr__(name: str) -> Any:  # these subclass TRL's own, which takes seco
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
-__all__ = ["MGRPOConfig", "MGRPOTrainer", "TeacherCallback", "patched"]
+__all__ = ["GuardCallback", "MGRPOConfig", "MGRPOTrainer", "TeacherCallback", "patched"]

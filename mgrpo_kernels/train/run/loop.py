@@ -21,6 +21,7 @@ from mgrpo_kernels.train.run.stopping import Abandoned, Interrupt
 from mgrpo_kernels.train.step import Learner, train_step
 from mgrpo_kernels.train.text import print_line
 from mgrpo_kernels.train.update import NotFiniteError
+from mgrpo_kernels.train.watch.certificate import CERTIFICATE, write_certificate
 from mgrpo_kernels.train.watch.guard import Guard, message
 from mgrpo_kernels.train.watch.live import Plain
 from mgrpo_kernels.train.watch.loggers import open_loggers
@@ -167,10 +168,20 @@ class Run:
         self.view.write_line(f"load_best: final/ has the weights of step {best}, the best evaluation")
 
     def _report(self) -> None:
-        try:
-            write_report(self.output, self.learner.policy.device)
-        except OSError as error:
-            self.view.warn(f"warning: report.html could not be written: {reason(error)}")
+        """Write the certificate and the report."""
+        prompts, samples = len(self.learner.task.held_out), self.config.eval.eval_samples
+
+        def write(name: str) -> None:
+            if name == CERTIFICATE:
+                write_certificate(self.output, prompts, samples, self.config.run.guard)
+            else:
+                write_report(self.output, self.learner.policy.device)
+
+        for name in (CERTIFICATE, "report.html"):
+            try:
+                write(name)
+            except OSError as error:
+                self.view.warn(f"warning: {name} could not be written: {reason(error)}")
 
     def _check_result(self) -> None:
         """Raise FloatingPointError if the weights are not finite, or most steps were skipped, so that no step shows them to be good."""

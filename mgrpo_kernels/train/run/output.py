@@ -135,7 +135,7 @@ def closing(output: Path, config: Config) -> list[str]:
     metrics = read_lines(output / METRICS)
     lines = result(metrics)
     lines.append(
-        f"written: {output}/report.html, curves.png, metrics.jsonl, samples.jsonl; the model is in {output}/final"
+        f"written: {output}/report.html, curves.png, metrics.jsonl, samples.jsonl, certificate.json; the model is in {output}/final"
     )
     if config.model.model is None:
         command = "python -m mgrpo_kernels.train"

@@ -37,6 +37,8 @@ PRUNED_RISE = 0.1
 """Rise of the pruned fraction above its initial value."""
 UNPARSED = 0.5
 """Fraction of the responses without an answer above which it is a sign if it has also risen by :data:`PRUNED_RISE`."""
+REWARD_FALL = 0.1
+"""Fall of a gold reward below its best mean over :data:`WINDOW` steps. A reward of the method's own does not measure what a run is for."""
 NEARLY_ALL = 0.9
 """Fraction of the responses without an answer that alone causes a warning, because the vote elects whatever is left."""
 STEP_KEYS = (
@@ -47,8 +49,11 @@ STEP_KEYS = (
     "pruned_fraction",
     "unparsed_fraction",
     "groups_with_signal",
+    "gold_reward",
 )
 ACCURACY, MAJORITY = "held-out accuracy", "held-out majority"
+LABEL_FREE = frozenset({"alike", "top answer", "entropy", "pruned", "no answers", "fewer answers", "no signal"})
+"""The signs that need no true answer."""
 
 
 class Guard:
@@ -70,6 +75,7 @@ class Guard:
         self._up: dict[str, str] = {}
         self._reported: set[str] = set()
         self._calm = 0  # the latest step without a sign
+        self._best_reward: float | None = None  # mean over a window
 
     def look(self, line: Mapping[str, Any]) -> list[str]:
         """Read the next line of metrics.jsonl; return the signs with their values if there is a new warning, else [].
@@ -89,6 +95,16 @@ class Guard:
             self._calm = line["step"]
         serious = bool(self._fell) or len(self._up) >= 2 or "no answers" in self._up
         return list(self._up.values()) if serious and self._up.keys() - self._reported else []
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of held-out prompts and of responses to each of them."""
+        return self._prompts, self._samples
+
+    @property
+    def signs(self) -> dict[str, str]:
+        """The signs at the last line, by name, with their values; also those that cause no warning."""
+        return dict(self._up)
 
     def decide(self, mode: str, allowed: int, best: int | None) -> str:
         """Return the action for a warning: warn, stop or rollback. There are at most `allowed` rollbacks, each to a `best` checkpoint."""
@@ -174,6 +190,12 @@ class Guard:
             signs["top answer"] = figures("top_answer_share", "share of the top answer")
         if has("entropy") and now["entropy"] < ENTROPY_LEFT * start["entropy"]:
             signs["entropy"] = figures("entropy", "entropy")
+        if has("gold_reward"):
+            self._best_reward = max(
+                now["gold_reward"], now["gold_reward"] if self._best_reward is None else self._best_reward
+            )
+            if now["gold_reward"] < self._best_reward - REWARD_FALL:
+                signs["reward"] = f"gold reward {now['gold_reward']:.3f}, below its best {self._best_reward:.3f}"
         if has("pruned_fraction") and now["pruned_fraction"] > start["pruned_fraction"] + PRUNED_RISE:
             signs["pruned"] = figures("pruned_fraction", "pruned share")
         if has("unparsed_fraction") and now["unparsed_fraction"] > NEARLY_ALL:
