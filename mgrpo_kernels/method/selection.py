@@ -11,10 +11,10 @@ from torch import Tensor
 from mgrpo_kernels import checks, sequences
 from mgrpo_kernels.method.gold import Gold, equal_to_gold
 from mgrpo_kernels.method.options import MethodOptions
+from mgrpo_kernels.method.outcome import advantages_of, at_tokens, decide, groups_by_gold, token_weights, with_rewards
 from mgrpo_kernels.method.pruning import survivors
-from mgrpo_kernels.method.signals import Outcome, Signals
+from mgrpo_kernels.method.signals import Signals
 from mgrpo_kernels.ops.iqr_filter import trajectory_entropy
-from mgrpo_kernels.ops.policy_loss import group_advantages
 from mgrpo_kernels.vote import Equivalence, Vote, majority_vote
 
 
@@ -139,22 +139,10 @@ def select(
     voters = survives & momentum if options.row.voters == "momentum" else survives
     voters = voters & _flags("may_vote", may_vote, B, True)
     trains = who_trains(options, offsets, momentum, survives, nonempty) & _flags("may_train", may_train, B, True)
-    by_gold = _by_gold(options, offsets, gold if votes else None)
+    by_gold = groups_by_gold(options, offsets, gold if votes else None)
     vote, outcome, weights = None, None, voters.float()
     if votes:
-        if options.row.votes_by_certainty:
-            assert mean_certainty is not None
-            weights = torch.where(voters, mean_certainty.nan_to_num(nan=0.0), 0.0)
-        vote = majority_vote(
-            answers,
-            offsets,
-            voters=voters,
-            weights=weights if options.row.votes_by_certainty else None,
-            equivalence=same,
-            min_share=options.min_share,
-            min_votes=options.min_votes,
-            seconds=options.vote_seconds,
-        )
+        vote, weights = _elect(options, answers, offsets, voters, mean_certainty, same)
         reads_gold = options.row.needs_gold or options.gold_labels
         correct = equal_to_gold(answers, gold, same) if reads_gold and gold is not None else None
         signals = Signals(
@@ -174,26 +162,23 @@ def select(
             logprob=_on_cpu(logprob, options.row.needs_logprob),
             tokens=_on_cpu(tokens, options.row.needs_tokens),
         )
-        outcome = _outcome(options, signals, by_gold)
-    outcome = _with_rewards(outcome, rewards, reward_share)
-    trains = trains & ~outcome.rewards.isnan()
-    if outcome.trains is not None:
-        trains &= outcome.trains
-    rewards = torch.where(survives, outcome.rewards, 0.0) if options.filter_scope == "penalise" else outcome.rewards
-    advantages = group_advantages(rewards.nan_to_num(nan=0.0), offsets, mask=trains, scale=scale)
-    if outcome.advantages is not None:
-        advantages = torch.where(trains, outcome.advantages, 0.0)
+        outcome = decide(options, signals, by_gold)
+    outcome = with_rewards(outcome, rewards, reward_share)
+    trains = trains & ~outcome.rewards.isnan() & _flags("trains", outcome.trains, B, True)
+    if options.filter_scope == "penalise":
+        outcome = outcome._replace(rewards=torch.where(survives, outcome.rewards, 0.0))
+    advantages = advantages_of(outcome, offsets, trains, scale)
     voted = ~by_gold[sequences.group_index(offsets, B)]
-    factors = _token_weights(outcome.token_weights, answer_tokens, options.weight_of_answer, voted)
-    token_weight, token_advantages = _at_tokens(advantages, trains, mask.cpu(), factors, outcome.token_bonus)
-    signal = advantages != 0 if token_advantages is None else (token_advantages != 0).any(-1)
+    factors = token_weights(outcome.token_weights, answer_tokens, options.weight_of_answer, voted)
+    token_weight, token_advantages = at_tokens(advantages, trains, mask.cpu(), factors, outcome.token_bonus)
+    signal = (advantages[:, None] if token_advantages is None else token_advantages).any(-1)
     return Selection(
         nonempty,
         level,
         survives,
         voters,
         vote,
-        rewards,
+        outcome.rewards,
         trains,
         advantages,
         _label_correct(vote, offsets, gold, same),
@@ -204,78 +189,30 @@ def select(
     )
 
 
-def _outcome(options: MethodOptions, signals: Signals, by_gold: Tensor) -> Outcome:
-    """Return what the method decides, and for the groups in `by_gold`, ``(P,)`` bool, rewards by the true answer."""
-    found = options.row.rewards(signals)
-    outcome = found if isinstance(found, Outcome) else Outcome(found)
-    if options.row.needs_gold or not by_gold.any():
-        return outcome
-    assert signals.correct is not None
-    offsets, golden = signals.offsets, by_gold[sequences.group_index(signals.offsets, len(signals.correct))]
-    supervised = group_advantages(
-        signals.correct.nan_to_num(nan=0.0), offsets, mask=signals.trains, scale=signals.scale
+def _elect(
+    options: MethodOptions,
+    answers: Sequence[str | None],
+    offsets: Tensor,
+    voters: Tensor,
+    certainty: Tensor | None,
+    equivalence: Equivalence,
+) -> tuple[Vote, Tensor]:
+    """Return the vote of each group's `voters`, and how much each vote counts, ``(B,)``; 0 for a rollout that does not vote."""
+    weights = None
+    if options.row.votes_by_certainty:
+        assert certainty is not None
+        weights = torch.where(voters, certainty.nan_to_num(nan=0.0), 0.0)
+    vote = majority_vote(
+        answers,
+        offsets,
+        voters=voters,
+        weights=weights,
+        equivalence=equivalence,
+        min_share=options.min_share,
+        min_votes=options.min_votes,
+        seconds=options.vote_seconds,
     )
-
-    def unless_golden(values: Tensor | None, instead: Tensor | float | bool) -> Tensor | None:
-        if values is None:
-            return None
-        return torch.where(golden if values.dim() == 1 else golden[:, None], instead, values)
-
-    return Outcome(
-        torch.where(golden, signals.correct, outcome.rewards),
-        unless_golden(outcome.advantages, supervised),
-        unless_golden(outcome.token_weights, 1.0),
-        unless_golden(outcome.token_bonus, 0.0),
-        unless_golden(outcome.trains, True),
-    )
-
-
-def _with_rewards(outcome: Outcome | None, rewards: Tensor | None, share: float | None) -> Outcome:
-    """Return the outcome with the given rewards in place of the method's, or as `share` of a sum with them."""
-    if rewards is None:
-        assert outcome is not None
-        return outcome
-    rewards = rewards.float().cpu()
-    if outcome is None or share is None:
-        return Outcome(rewards)
-    if outcome.advantages is not None:
-        raise ValueError(
-            "reward_share: expected a method whose advantages follow from its rewards, got one that computes advantages itself"
-        )
-    return outcome._replace(rewards=share * rewards + (1.0 - share) * outcome.rewards)
-
-
-def _by_gold(options: MethodOptions, offsets: Tensor, gold: Sequence[Gold | None] | None) -> Tensor:
-    """Return which groups are rewarded by their true answer, ``(P,)`` bool."""
-    starts, ends = offsets[:-1].tolist(), offsets[1:].tolist()
-    if gold is None or not (options.gold_labels or options.row.needs_gold):
-        return torch.zeros(len(starts), dtype=torch.bool)
-    known = [start < end and gold[start] is not None for start, end in zip(starts, ends, strict=True)]
-    return torch.tensor(known, dtype=torch.bool)
-
-
-def _token_weights(
-    weights: Tensor | None, answer_tokens: Tensor | None, weight_of_answer: float, weighted: Tensor
-) -> Tensor | None:
-    """Return the factors of the advantage at each token, ``(B, L)``; the answer's tokens count only for the rollouts `weighted`."""
-    if weight_of_answer == 1.0:
-        return weights
-    assert answer_tokens is not None
-    of_answer = torch.where(answer_tokens.cpu() & weighted[:, None], weight_of_answer, 1.0)
-    return of_answer if weights is None else weights * of_answer
-
-
-def _at_tokens(
-    advantages: Tensor, trains: Tensor, mask: Tensor, weights: Tensor | None, bonus: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return `token_weight` and `token_advantages` of a :class:`Selection`."""
-    if weights is None and bonus is None:
-        return torch.ones(len(mask)), None
-    weights = torch.where(mask, torch.ones(()) if weights is None else weights.float(), 0.0)
-    lengths = mask.sum(-1)
-    token_weight = torch.where(lengths > 0, weights.sum(-1) / lengths.clamp(min=1), 1.0)
-    found = advantages.cpu()[:, None] * weights + (0.0 if bonus is None else bonus)
-    return token_weight, torch.where(mask & trains[:, None], found, 0.0)
+    return vote, voters.float() if weights is None else weights
 
 
 def _of_groups(vote: Vote | None, offsets: Tensor, weights: Tensor, signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,8 @@ PLACES = [  # the answer's place is in angle quotes
     "The answer is «42», since 6*7=42",
     "The answer is «42». The answer was checked.",
     "13 + 29 = «42»",
+    "6 + 1 = 7, so x = «7»",
+    "#### 15 - 10 = «5»",
     "12#«3»$",
     "<answer>«x^2»</answer> and x^2 again",
     "The answer is 15 or 5: the answer is «5»",
