@@ -92,7 +92,7 @@ def policy_loss(backend, dtype):
         torch.ones(4096, dtype=torch.bool),
     )
     for kind, loss_type in enumerate(specs.LOSS_TYPES if dtype == torch.float32 else specs.LOSS_TYPES[:2]):
-        level, mode = specs.IMPORTANCE_LEVELS[kind % 2], specs.BEHAVIOUR_MODES[kind % 4]
+        level, mode = specs.IMPORTANCE_LEVELS[kind % 2], specs.BEHAVIOUR_MODES[kind % 4 if kind < 8 else kind - 4]
         mode = mode.replace("sequence", "token") if loss_type == "vespo" else mode
         options = specs.LossOptions(
             loss_type,
@@ -102,11 +102,12 @@ def policy_loss(backend, dtype):
             behaviour_mode=mode,
             max_response_tokens=512,
             clip_delta=2.0 if kind == 0 else None,
+            off_policy_delta=0.1 if kind >= 8 else None,
         )
         some = values if kind % 2 else None
         advantages = values if kind % 3 else values[:8]
         tokens = specs.Tokens(values, values, advantages, mask, offsets, some, some, values, None, None)
-        scale, baseline = specs.SCALES[kind % 3], specs.BASELINES[kind % 2]
+        scale, baseline = specs.SCALES[kind % 3 if kind < 8 else 3], specs.BASELINES[kind % 2]
         groups = specs.Groups(
             torch.zeros(8), torch.arange(0, 9, 4), torch.ones(8, dtype=torch.bool), baseline, scale, 1e-6
         )

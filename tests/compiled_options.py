@@ -100,8 +100,10 @@ def policy_loss(backend, dtype):
     for number, (loss_type, level, mode) in enumerate(
         itertools.product(specs.LOSS_TYPES, specs.IMPORTANCE_LEVELS, specs.BEHAVIOUR_MODES)
     ):
-        if loss_type == "vespo" and mode.startswith("sequence"):
+        if loss_type == "vespo" and mode.startswith(("sequence", "geometric")):
             continue
+        if mode.startswith(("geometric", "none")) and loss_type not in ("grpo", "vespo", "gmpo"):
+            continue  # what differs in them does not depend on the loss
         sequences, length = ((8, 512), (1, 1))[number % 2]
         values = torch.zeros(sequences * length, dtype=dtype)
         everything = specs.Tokens(
@@ -130,6 +132,8 @@ def policy_loss(backend, dtype):
             kl_bias_correction=number % 4 < 2,
             entropy_coef=1,
             behaviour_mode=mode,
+            geometric_cap=(None, 1)[number % 2],
+            off_policy_delta=(None, None, 1)[number % 3],
             max_response_tokens=1,
         )
         rewards = torch.zeros(sequences)
@@ -138,7 +142,7 @@ def policy_loss(backend, dtype):
             torch.tensor([0, sequences]),
             rewards.bool() if number % 2 else None,
             specs.BASELINES[number % 2],
-            specs.SCALES[number % 3],
+            specs.SCALES[number % 4],
             1,
         )
         yield f"{loss_type}, {level} ratio, {mode}, {sequences} x {length}, without {', '.join(absent)}"

@@ -90,9 +90,9 @@ def offsets(draw: random.Random, parts: int, total: int) -> torch.Tensor:
     return torch.tensor([0, *cuts, total], dtype=draw.choice((torch.int32, torch.int64)))
 
 
-def loss_options(draw: random.Random, *, entropy: bool, ref: bool) -> dict:
+def loss_options(draw: random.Random, *, entropy: bool, ref: bool, behaviour: bool) -> dict:
     loss_type = draw.choice(specs.LOSS_TYPES)
-    modes = [mode for mode in specs.BEHAVIOUR_MODES if loss_type != "vespo" or mode.startswith("token")]
+    modes = [mode for mode in specs.BEHAVIOUR_MODES if loss_type != "vespo" or mode.startswith(("token", "none"))]
     return {
         "loss_type": loss_type,
         "importance_level": draw.choice(specs.IMPORTANCE_LEVELS),
@@ -101,6 +101,9 @@ def loss_options(draw: random.Random, *, entropy: bool, ref: bool) -> dict:
         "kl_coef": 0.1 if ref else 0.0,
         "entropy_coef": 0.1 if entropy else 0.0,
         "clip_delta": some(draw, 2.0),
+        "behaviour_floor": draw.choice((0.0, 0.5)),
+        "geometric_cap": some(draw, 1.1) if behaviour else None,
+        "off_policy_delta": some(draw, 0.1),
         "max_response_tokens": 9,
     }
 
@@ -121,7 +124,8 @@ def tokens(draw: random.Random, batch: int, *, entropy: bool = True) -> tuple[tu
     if entropy:
         keywords["entropy"] = some(draw, floats(draw, *shape, grad=draw.random() < 0.5))
     has_entropy = not entropy or keywords["entropy"] is not None
-    return shape, keywords | loss_options(draw, entropy=has_entropy, ref=keywords["ref_logprobs"] is not None)
+    has_ref, has_behaviour = (keywords[name] is not None for name in ("ref_logprobs", "behaviour_logprobs"))
+    return shape, keywords | loss_options(draw, entropy=has_entropy, ref=has_ref, behaviour=has_behaviour)
 
 
 def token_stats(draw: random.Random, backend: str) -> Call:

@@ -100,6 +100,26 @@ def test_is_its_two_parts(backend, loss_type, behaviour, mode, entropy_coef):
 
 
 @each_backend(OP)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"behaviour_floor": 0.8, "behaviour_cap": 1.3, "behaviour_mode": "token_mask"},
+        {"geometric_cap": 1.1, "behaviour_mode": "none"},
+        {"geometric_floor": 0.95},
+        {"off_policy_delta": 0.01, "behaviour": False},
+    ],
+)
+def test_masks_are_those_of_its_two_parts(backend, options):
+    """Of tokens, where the gradient may be formed in the forward pass, and of sequences, which need all of their tokens first."""
+    data = batch()
+    want = run(data, fused=False, backend="reference", loss_type="dapo", **options)
+    got = run(data, backend=backend, loss_type="dapo", **options)
+    assert 0 < want[0][1 + METRICS.index("masked_count")] < data["mask"].sum()
+    for mine, theirs in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@each_backend(OP)
 def test_packed_is_padded(backend):
     data = batch()
     keep = data["mask"]

@@ -28,8 +28,9 @@ HEAD = (
     "logits_dtype=torch.float32, tp_group=None, vocab_start=None"
 )
 CONTRACT = """loss_type='grpo', importance_level='token', clip_low=0.2, clip_high=0.2, clip_delta=None, kl_coef=0.0, kl_estimator='k3',
-kl_bias_correction=False, entropy_coef=0.0, behaviour_mode='token_truncate', behaviour_cap=2.0, cispo_cap=5.0,
-sapo_temperature=(1.0, 1.05), vespo_k=(2.0, 3.0), vespo_lambda=(3.0, 2.0), max_response_tokens=None, normalizer=None,
+kl_bias_correction=False, entropy_coef=0.0, behaviour_mode='token_truncate', behaviour_cap=2.0, behaviour_floor=0.0,
+geometric_cap=None, geometric_floor=0.0, off_policy_delta=None, cispo_cap=5.0, sapo_temperature=(1.0, 1.05), vespo_k=(2.0, 3.0),
+vespo_lambda=(3.0, 2.0), dppo_tv_bounds=(0.15, 0.15), dppo_kl_bounds=(0.05, 0.05), dppo_cap=20.0, max_response_tokens=None, normalizer=None,
 entropy_normalizer=None, backend=None""".replace("\n", " ")
 SIGNATURES = [
     f"(logprobs, old_logprobs, advantages, *, {BEFORE}, {CONTRACT})",
@@ -48,10 +49,17 @@ OTHER = {
     "entropy_coef": 0.15,
     "behaviour_mode": "sequence_mask",
     "behaviour_cap": 1.16,
+    "behaviour_floor": 0.96,
+    "geometric_cap": 0.994,
+    "geometric_floor": 0.98,
+    "off_policy_delta": 0.001,
     "cispo_cap": 1.17,
     "sapo_temperature": (1.18, 1.19),
     "vespo_k": (1.20, 1.21),
     "vespo_lambda": (1.22, 1.23),
+    "dppo_tv_bounds": (0.024, 0.025),
+    "dppo_kl_bounds": (0.0026, 0.0027),
+    "dppo_cap": 1.28,
     "max_response_tokens": 124,
 }
 """A value of each option that is neither its default nor that of another option."""

@@ -87,10 +87,11 @@ def trl_loss(
     return GRPOTrainer._compute_loss(trainer, None, inputs), metrics["train"]
 
 
+TRL_LOSS_TYPES = [name for name in LOSS_TYPES if name not in ("dppo_tv", "dppo_kl", "gmpo")]
 CASES = [
     case
     for case in itertools.product(
-        LOSS_TYPES,
+        TRL_LOSS_TYPES,
         ("token", "sequence"),
         (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
         (0, 1, 2),
@@ -207,7 +208,7 @@ def test_micro_batches_add_up(backend, loss_type):
         "kl_coef": 0.1,
         "backend": backend,
     }
-    sequences = loss_type in ("grpo", "sapo", "luspo", "dr_grpo")
+    sequences = loss_type in ("grpo", "sapo", "luspo", "dr_grpo", "gmpo")
     normalizer = (B * L if loss_type == "dr_grpo" else B) if sequences else mask.sum().item()
 
     def part(rows, **more):
@@ -306,7 +307,10 @@ def naive_advantages(rewards, offsets, mask, baseline, scale, eps):
             continue
         for i in index:
             others = members.mean() if baseline == "mean" else (members.sum() - rewards[i]) / (len(index) - 1)
-            divisor = {"std": members.std() + eps, "batch": kept_all.std() + eps, "none": 1.0}[scale]
+            mean = members.mean().abs()
+            divisor = {"std": members.std() + eps, "batch": kept_all.std() + eps, "none": 1.0, "mean": mean + eps}[
+                scale
+            ]
             out[i] = (rewards[i] - others) / divisor
     return out
 
@@ -316,7 +320,7 @@ def naive_advantages(rewards, offsets, mask, baseline, scale, eps):
     sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5),
     seed=st.integers(0, 9999),
     baseline=st.sampled_from(["mean", "leave_one_out"]),
-    scale=st.sampled_from(["std", "batch", "none"]),
+    scale=st.sampled_from(["std", "batch", "none", "mean"]),
     binary=st.booleans(),
 )
 @each_backend(OP)
@@ -334,7 +338,7 @@ def test_group_advantages(backend, sizes, seed, baseline, scale, binary):
 
 
 @each_backend(OP)
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", ["std", "none", "mean"])
 def test_equal_rewards_teach_nothing_without_an_eps_either(backend, scale):
     """Their standard deviation of 0 divides nothing."""
     assert group_advantages(torch.full((6,), 0.1), 3, scale=scale, eps=0.0, backend=backend).tolist() == [0.0] * 6
@@ -359,8 +363,8 @@ def test_a_nan_reward_reaches_its_group_alone(backend):
 
 @each_backend(OP)
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
-@pytest.mark.parametrize("scale", ["std", "batch", "none"])
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "vespo"])
+@pytest.mark.parametrize("scale", ["std", "batch", "none", "mean"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "vespo", "gmpo"])
 def test_grpo_loss_is_advantages_then_loss(backend, baseline, scale, loss_type):
     generator = torch.Generator().manual_seed(1)
     logprobs = torch.randn(6, 4, generator=generator)
@@ -390,7 +394,7 @@ def test_grpo_loss_is_advantages_then_loss(backend, baseline, scale, loss_type):
         mask=mask & keep.unsqueeze(1),
         loss_type=loss_type,
         backend=backend,
-        normalizer=keep.sum() if loss_type == "grpo" else None,
+        normalizer=keep.sum() if loss_type in ("grpo", "gmpo") else None,
     )
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(torch.autograd.grad(got.loss, mine)[0], torch.autograd.grad(want.loss, theirs)[0])
@@ -398,13 +402,15 @@ def test_grpo_loss_is_advantages_then_loss(backend, baseline, scale, loss_type):
     assert got.metrics["tokens"] == want.metrics["tokens"]
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name not in ("cispo", "vespo")])
+@pytest.mark.parametrize(
+    "loss_type", [name for name in LOSS_TYPES if name not in ("cispo", "vespo", "dppo_tv", "dppo_kl")]
+)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("mode", [None, "token_mask", "sequence_truncate"])
 @pytest.mark.parametrize("bias_correction", [False, True])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_gradcheck_in_float64(loss_type, level, mode, bias_correction, estimator):
-    """Where the loss is the function whose derivative is wanted. (cispo and vespo hold their weights constant.)"""
+    """Where the loss is the function whose derivative is wanted. (cispo, vespo and dppo hold their weights constant.)"""
     tensors, mask, advantages = batch(dtype=torch.float64)
 
     def function(logprobs, entropy):
@@ -513,6 +519,13 @@ def ragged(tokens, generator):
         ("sapo", {"kl_estimator": "k1"}),
         ("vespo", {"behaviour_mode": "token_mask"}),
         ("vespo", {}),
+        ("grpo", {"behaviour_mode": "geometric_mask", "behaviour_floor": 0.9, "geometric_cap": 1.15}),
+        ("sapo", {"behaviour_mode": "none", "off_policy_delta": 0.01}),
+        ("vespo", {"behaviour_floor": 0.8, "geometric_floor": 0.95, "off_policy_delta": 0.01}),
+        ("dppo_tv", {"dppo_tv_bounds": (0.02, 0.03), "behaviour_mode": "geometric_truncate"}),
+        ("dppo_kl", {"dppo_kl_bounds": (0.002, 0.003), "dppo_cap": 1.2, "importance_level": "sequence"}),
+        ("gmpo", {"clip_low": 0.1, "clip_high": 0.15, "kl_bias_correction": True}),
+        ("gmpo", {"behaviour_mode": "geometric_truncate", "off_policy_delta": 0.01}),
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
@@ -556,7 +569,7 @@ def test_any_number_of_tokens(backend, tokens, loss_type, more, masked):
 
 
 @each_backend(OP)
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "vespo", "dppo_tv", "dppo_kl", "gmpo"])
 @pytest.mark.parametrize(("clip", "delta"), [(0.2, None), (0.2, 1.5), (0.0, 1.0)])
 def test_numbers_that_are_none(backend, loss_type, clip, delta):
     """NaN, infinities, overflow and ties, each on its own: what is NaN, infinite or nothing is so in the reference."""
@@ -680,7 +693,7 @@ GOOD = {"logprobs": torch.zeros(2, 3), "old_logprobs": torch.zeros(2, 3), "advan
         (
             {"loss_type": "ppo"},
             ValueError,
-            "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo, luspo, got 'ppo'",
+            "loss_type: expected one of grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo, luspo, dppo_tv, dppo_kl, gmpo, got 'ppo'",
         ),
         ({"importance_level": "word"}, ValueError, "importance_level: expected one of token, sequence"),
         ({"kl_estimator": "k4"}, ValueError, "kl_estimator: expected one of k1, k2, k3"),
@@ -703,7 +716,7 @@ GOOD = {"logprobs": torch.zeros(2, 3), "old_logprobs": torch.zeros(2, 3), "advan
         (
             {"loss_type": "vespo", "behaviour_logprobs": torch.zeros(2, 3), "behaviour_mode": "sequence_mask"},
             ValueError,
-            "behaviour_mode: expected token_truncate or token_mask with loss_type 'vespo'",
+            "behaviour_mode: expected token_truncate, token_mask or none with loss_type 'vespo'",
         ),
     ],
 )
@@ -717,7 +730,7 @@ def test_bad_input(change, error, message):
     [
         (lambda: group_advantages(torch.zeros(4), 3), ValueError, "groups: expected a group size >= 1 that divides the 4 rollouts, got 3"),
         (lambda: group_advantages(torch.zeros(4), 2, baseline="median"), ValueError, "baseline: expected one of mean, leave_one_out"),
-        (lambda: group_advantages(torch.zeros(4), 2, scale="iqr"), ValueError, "scale: expected one of std, batch, none"),
+        (lambda: group_advantages(torch.zeros(4), 2, scale="iqr"), ValueError, "scale: expected one of std, batch, none, mean"),
         (lambda: group_advantages(torch.zeros(4), 2, eps=-1), ValueError, "eps: expected at least 0.0, got -1"),
         (lambda: group_advantages(torch.zeros(2, 2), 2), ValueError, r"rewards: expected 1 dimension\(s\)"),
         (lambda: group_advantages(torch.zeros(4), 2, mask=torch.ones(4)), TypeError, "mask: expected dtype bool"),
@@ -763,10 +776,17 @@ def test_defaults_are_those_of_the_contract(function):
         "entropy_coef": 0.0,
         "behaviour_mode": "token_truncate",
         "behaviour_cap": 2.0,
+        "behaviour_floor": 0.0,
+        "geometric_cap": None,
+        "geometric_floor": 0.0,
+        "off_policy_delta": None,
         "cispo_cap": 5.0,
         "sapo_temperature": (1.0, 1.05),
         "vespo_k": (2.0, 3.0),
         "vespo_lambda": (3.0, 2.0),
+        "dppo_tv_bounds": (0.15, 0.15),
+        "dppo_kl_bounds": (0.05, 0.05),
+        "dppo_cap": 20.0,
         "max_response_tokens": None,
         "normalizer": None,
         "entropy_normalizer": None,

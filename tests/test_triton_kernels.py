@@ -448,15 +448,16 @@ OPTIONS = [
         kl_bias_correction=bias,
         entropy_coef=0.01,
         behaviour_mode=mode,
+        off_policy_delta=0.001 if loss_type in ("sapo", "vespo", "gmpo") else None,
         max_response_tokens=900,
     )
     for (loss_type, level), (delta, estimator, bias), mode in zip(
         itertools.product(specs.LOSS_TYPES, specs.IMPORTANCE_LEVELS),
         itertools.cycle([(None, "k3", False), (1.1, "k2", True), (None, "k1", True)]),
-        itertools.cycle(["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]),
+        itertools.cycle(["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"]),
         strict=False,
     )
-    if not (loss_type == "vespo" and mode.startswith("sequence"))
+    if not (loss_type == "vespo" and mode.startswith(("sequence", "geometric")))
 ]
 
 

@@ -18,7 +18,7 @@ namespace {
 
 using at::Tensor;
 
-enum class Scale { Std, Batch, None };
+enum class Scale { Std, Batch, None, Mean };
 
 constexpr float inf = std::numeric_limits<float>::infinity();
 
@@ -41,7 +41,7 @@ Tensor group_advantages(
   TORCH_CHECK_VALUE(rewards_.dim() == 1, "rewards: expected shape (B,), got ", rewards_.sizes());
   check_tensor("mask", mask_, BOOLS, rewards_.sizes());
   TORCH_CHECK_VALUE(baseline >= 0 && baseline <= 1, "baseline: expected 0 or 1, got ", baseline);
-  TORCH_CHECK_VALUE(scale_ >= 0 && scale_ <= 2, "scale: expected 0, 1 or 2, got ", scale_);
+  TORCH_CHECK_VALUE(scale_ >= 0 && scale_ <= 3, "scale: expected 0, 1, 2 or 3, got ", scale_);
   const Tensor rewards = rewards_.contiguous(), offsets = checked_offsets("groups", offsets_, rewards_.size(0)),
                mask = mask_ ? mask_->contiguous() : Tensor();
   Tensor out = at::zeros_like(rewards);
@@ -86,7 +86,9 @@ Tensor group_advantages(
     if (m.count < 2 || (m.low == m.high && !m.nan)) {
       continue; // equal rewards teach nothing
     }
-    const double divisor = scale == Scale::None ? 1 : eps + (scale == Scale::Std ? m.std() : of_batch);
+    const double mean = std::abs(m.sum / static_cast<double>(m.count));
+    const double spread = scale == Scale::Std ? m.std() : scale == Scale::Mean ? mean : of_batch;
+    const double divisor = scale == Scale::None ? 1 : eps + spread;
     for (int64_t i = starts[group]; i < starts[group + 1]; ++i) {
       if (kept(i)) {
         const double base = leave_one_out ? (m.sum - reward[i]) / static_cast<double>(m.count - 1) : m.sum / static_cast<double>(m.count);
@@ -97,11 +99,27 @@ Tensor group_advantages(
   return out;
 }
 
+bool weighs_sequences(const PolicyLossTokens& in) {
+  using Behaviour = PolicyLossOptions::Behaviour;
+  return in.behaviour && (in.options.behaviour == Behaviour::Sequence || in.options.behaviour == Behaviour::Geometric);
+}
+
+float bounded(const PolicyLossOptions& o, float weight) { // NaN stays
+  const float floor = weight < o.behaviour_floor ? o.behaviour_floor : weight;
+  const bool outside = weight < o.behaviour_floor || weight > o.behaviour_cap;
+  return o.truncates ? (floor > o.behaviour_cap ? o.behaviour_cap : floor) : outside ? 0 : weight;
+}
+
+// 0 where masked, else 1, or NaN where what has decided is NaN.
+float zero_where(bool masked, float decided_by) {
+  return masked ? 0 : std::isnan(decided_by) ? decided_by : 1;
+}
+
 // What the tokens of each sequence need of it, from the segments that its blocks have left.
 std::vector<PolicyLossSequence> sequence_values(const PolicyLossTokens& in) {
   const PolicyLossOptions& o = in.options;
-  const bool mean = o.sequence_mean && !in.weights, behaviour = in.behaviour && o.behaviour_by_sequence;
-  const bool sums = o.by_sequence || o.per_sequence || behaviour;
+  const bool mean = o.sequence_mean && !in.weights, behaviour = weighs_sequences(in);
+  const bool sums = o.by_sequence || o.per_sequence || behaviour || o.masks_sequences;
   std::vector<PolicyLossSequence> values;
   if (!sums && !mean) {
     return values;
@@ -120,6 +138,7 @@ std::vector<PolicyLossSequence> sequence_values(const PolicyLossTokens& in) {
           total.tokens += segments[part].tokens;
           total.log_ratio += segments[part].log_ratio;
           total.log_behaviour += segments[part].log_behaviour;
+          total.divergence += segments[part].divergence;
           total.of_surrogate += segments[part].of_surrogate;
         });
       }
@@ -128,14 +147,27 @@ std::vector<PolicyLossSequence> sequence_values(const PolicyLossTokens& in) {
       if (o.by_sequence) {
         value.ratio = std::exp(static_cast<float>(total.log_ratio) / value.length);
       }
+      const float log_behaviour = static_cast<float>(total.log_behaviour), mean_behaviour = std::exp(log_behaviour / value.length);
       if (behaviour) {
-        const float weight = std::exp(static_cast<float>(total.log_behaviour));
-        value.behaviour_weight = weight > o.behaviour_cap ? (o.truncates ? o.behaviour_cap : 0) : weight;
+        const bool geometric = o.behaviour == PolicyLossOptions::Behaviour::Geometric;
+        value.behaviour_weight = bounded(o, geometric ? mean_behaviour : std::exp(log_behaviour));
+      }
+      if (o.masks_sequences) {
+        const float divergence = static_cast<float>(total.divergence) / value.length;
+        value.keep[0] = zero_where(mean_behaviour < o.geometric_floor || mean_behaviour > o.geometric_cap, mean_behaviour);
+        value.keep[1] = value.keep[0] * zero_where(divergence > o.off_policy_delta, divergence);
       }
       value.of_surrogate = static_cast<float>(total.of_surrogate);
     }
   });
   return values;
+}
+
+// Whether a token of gmpo is not clipped.
+bool moves_ratio(const PolicyLossTokens& in, int64_t sequence, int64_t t) {
+  const float log_ratio = in.old ? in.logprob[t] - in.old[t] : 0;
+  const bool gains = (in.advantage_per_token ? in.advantages[t] : in.advantages[sequence]) > 0;
+  return gains ? !(log_ratio > in.options.clip_high) : !(log_ratio < -in.options.clip_low);
 }
 
 // The weight is the exponential of a mean over the sequence: every counted token has its part in what goes through it.
@@ -149,7 +181,12 @@ void add_through_ratio(
   }
   at::parallel_for(0, in.tokens, 1 << 15, [&](int64_t begin, int64_t end) {
     int64_t i = std::upper_bound(in.offsets, in.offsets + in.sequences + 1, begin) - in.offsets - 1;
-    for (int64_t t = begin; t < end; ++i) {
+    for (int64_t t = begin; in.options.geometric_mean && t < end; ++i) {
+      for (const int64_t until = std::min(end, in.offsets[i + 1]); t < until; ++t) {
+        gradient[t] += (!in.mask || in.mask[t]) && moves_ratio(in, i, t) ? each[i] : 0;
+      }
+    }
+    for (int64_t t = begin; !in.options.geometric_mean && t < end; ++i) {
       const float part[2] = {in.mask ? 0 : each[i], each[i]}; // a table, not a branch: masks are hard to predict
       for (const int64_t until = std::min(end, in.offsets[i + 1]); t < until; ++t) {
         gradient[t] += part[in.mask && in.mask[t]];
@@ -186,29 +223,45 @@ bool is(const Names& names, const char* name, const char* wanted, const char* ot
 PolicyLossOptions options_of(
     const std::string& surrogate, const std::string& kl_estimator, const Names& names, const Numbers& numbers, const Flags& flags) {
   auto number = [&](const char* name) { return static_cast<float>(entry(numbers, name)); };
-  const std::string mode = entry(names, "behaviour_mode");
+  const std::string mode = entry(names, "behaviour_mode"), level = mode.substr(0, mode.find('_'));
+  const bool truncates = mode == level + "_truncate", none = mode == "none";
   TORCH_CHECK_VALUE(
-      mode == "token_truncate" || mode == "token_mask" || mode == "sequence_truncate" || mode == "sequence_mask",
-      "behaviour_mode: expected token_truncate, token_mask, sequence_truncate or sequence_mask, got ", mode);
+      none || ((level == "token" || level == "sequence" || level == "geometric") && (truncates || mode == level + "_mask")),
+      "behaviour_mode: expected none, or token, sequence or geometric followed by _truncate or _mask, got ", mode);
+  using Behaviour = PolicyLossOptions::Behaviour;
+  const bool geometric_mean = entry(flags, "geometric_mean");
+  const bool by_sequence = is(names, "importance_level", "sequence", "token") || geometric_mean;
   return {
       .surrogate = surrogate.c_str(),
       .per_sequence = entry(flags, "per_sequence"),
       .sequence_mean = is(names, "share", "1 / length of its sequence", "1"),
-      .by_sequence = is(names, "importance_level", "sequence", "token"),
+      .by_sequence = by_sequence,
       .kl_estimator = kl_estimator.c_str(),
       .kl_bias_correction = entry(flags, "kl_bias_correction"),
-      .truncates = mode == "token_truncate" || mode == "sequence_truncate",
-      .behaviour_by_sequence = mode == "sequence_truncate" || mode == "sequence_mask",
+      .geometric_mean = geometric_mean,
+      .masks_sequences = entry(flags, "masks_sequences"),
+      .behaviour = none ? Behaviour::None
+          : level == "token" ? Behaviour::Token
+          : level == "sequence" ? Behaviour::Sequence
+                                : Behaviour::Geometric,
+      .truncates = truncates,
       .clip_low = number("clip_low"),
       .clip_high = number("clip_high"),
       .clip_delta = number("clip_delta"),
       .kl_coef = number("kl_coef"),
       .entropy_coef = number("entropy_coef"),
       .behaviour_cap = number("behaviour_cap"),
+      .behaviour_floor = number("behaviour_floor"),
+      .geometric_cap = number("geometric_cap"),
+      .geometric_floor = number("geometric_floor"),
+      .off_policy_delta = number("off_policy_delta"),
       .cispo_cap = number("cispo_cap"),
+      .dppo_cap = number("dppo_cap"),
       .sapo_temperature = {number("sapo_temperature_high"), number("sapo_temperature_low")},
       .vespo_k = {number("vespo_k_high"), number("vespo_k_low")},
-      .vespo_lambda = {number("vespo_lambda_high"), number("vespo_lambda_low")}};
+      .vespo_lambda = {number("vespo_lambda_high"), number("vespo_lambda_low")},
+      .dppo_tv_bounds = {number("dppo_tv_bounds_high"), number("dppo_tv_bounds_low")},
+      .dppo_kl_bounds = {number("dppo_kl_bounds_high"), number("dppo_kl_bounds_low")}};
 }
 
 // What the sum over these tokens and sequences is divided by.
@@ -250,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   const std::string surrogate = entry(names, "surrogate"), kl_estimator = entry(names, "kl_estimator");
   const PolicyLossOptions options = options_of(surrogate, kl_estimator, names, numbers, flags);
   TORCH_CHECK_VALUE(options.per_sequence || surrogate != "vespo", "per_sequence: expected true with surrogate vespo, got false");
+  TORCH_CHECK_VALUE(options.geometric_mean == (surrogate == "gmpo"), "geometric_mean: expected true with surrogate gmpo alone");
   const PolicyLossTokens in{
       .options = options,
       .tokens = tokens,
@@ -285,6 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     sums.ratio += part.ratio;
     sums.clip_low += part.clip_low;
     sums.clip_high += part.clip_high;
+    sums.masked += part.masked;
     sums.ratio_max = std::isnan(sums.ratio_max) || sums.ratio_max > part.ratio_max ? sums.ratio_max : part.ratio_max;
   }
   const float count = in.rollout_mask ? static_cast<float>(std::count(in.rollout_mask, in.rollout_mask + sequences, true))
@@ -297,11 +352,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
       entry(names, "counts"), static_cast<float>(sums.tokens), count, static_cast<float>(entry(numbers, "max_response_tokens")));
   const float scales[2] = {
       1 / count_or_one(normalizer, own), options.entropy_coef / count_or_one(entropy_normalizer, static_cast<float>(sums.tokens))};
-  const float metrics[8] = {
+  const float metrics[9] = {
       static_cast<float>(sums.tokens), count, static_cast<float>(sums.kl), static_cast<float>(sums.entropy),
-      static_cast<float>(sums.ratio), sums.ratio_max, static_cast<float>(sums.clip_low), static_cast<float>(sums.clip_high)};
+      static_cast<float>(sums.ratio), sums.ratio_max, static_cast<float>(sums.clip_low), static_cast<float>(sums.clip_high),
+      static_cast<float>(sums.masked)};
   return {
-      at::scalar_tensor(sums.loss * scales[0] - sums.entropy * scales[1], logprob.options()), at::tensor(at::ArrayRef<float>(metrics, 8)), gradient,
+      at::scalar_tensor(sums.loss * scales[0] - sums.entropy * scales[1], logprob.options()), at::tensor(at::ArrayRef<float>(metrics, 9)), gradient,
       at::tensor(at::ArrayRef<float>(scales, 2))};
 }
 

@@ -16,9 +16,13 @@ struct PolicyLossOptions {
   bool by_sequence; // the importance weight is of the sequence
   const char* kl_estimator;
   bool kl_bias_correction;
-  bool truncates, behaviour_by_sequence; // the behaviour weight
-  float clip_low, clip_high, clip_delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap;
-  float sapo_temperature[2], vespo_k[2], vespo_lambda[2]; // by the advantage's sign: high, low
+  bool geometric_mean; // the ratio is the geometric mean over the sequence of ratios that are clipped one by one; by_sequence is set
+  bool masks_sequences; // by geometric_floor and geometric_cap, or by off_policy_delta
+  enum class Behaviour { None, Token, Sequence, Geometric } behaviour; // whose the behaviour weight is
+  bool truncates; // the behaviour weight
+  float clip_low, clip_high, clip_delta, kl_coef, entropy_coef, behaviour_cap, behaviour_floor, geometric_cap, geometric_floor;
+  float off_policy_delta, cispo_cap, dppo_cap;
+  float sapo_temperature[2], vespo_k[2], vespo_lambda[2], dppo_tv_bounds[2], dppo_kl_bounds[2]; // by the advantage's sign: high, low
 };
 
 // Tokens are taken in blocks of this size, whatever the sequences: the same sums for any number of threads. A segment is what a
@@ -28,6 +32,7 @@ constexpr int64_t POLICY_LOSS_BLOCK = 1024;
 // What the counted tokens of a segment add up to.
 struct PolicyLossSegment {
   double tokens, log_ratio, log_behaviour;
+  double divergence; // log-prob of the sampler, or the old one, - log-prob
   double of_surrogate; // a sum that the surrogate asked for with per_sequence
 };
 
@@ -35,13 +40,14 @@ struct PolicyLossSegment {
 struct PolicyLossSequence {
   float length; // at least 1
   float ratio; // by_sequence
-  float behaviour_weight; // behaviour_by_sequence
+  float behaviour_weight; // of a sequence, or its geometric mean
+  float keep[2]; // masks_sequences: 1, 0 or NaN, for advantages >= 0 and < 0
   float of_surrogate; // per_sequence
 };
 
 // What the counted tokens of a block add up to.
 struct PolicyLossSums {
-  double tokens, loss, kl, entropy, ratio, clip_low, clip_high;
+  double tokens, loss, kl, entropy, ratio, clip_low, clip_high, masked;
   float ratio_max;
 };
 

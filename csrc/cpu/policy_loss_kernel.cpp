@@ -1,22 +1,12 @@
-#include "vec.h"
-// after the inline namespace has been opened
-#include "policy_loss.h"
+#include "policy_loss_terms.h"
 
 namespace mgrpo {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t BLOCK = POLICY_LOSS_BLOCK;
 constexpr int64_t GRAIN = 4; // blocks that are worth a thread
 constexpr float VESPO_LOWEST = -18.420680743952367f; // log 1e-8
 
-// The first n <= WIDTH elements; the other lanes are 0.
-inline Vec load(const float* p, int64_t n) {
-  return n == WIDTH ? Vec::loadu(p) : Vec::loadu(p, n);
-}
-inline void store(float* p, Vec v, int64_t n) {
-  n == WIDTH ? v.store(p) : v.store(p, n);
-}
 inline Vec select(Vec where, Vec then, Vec otherwise) {
   return Vec::blendv(otherwise, then, where);
 }
@@ -88,20 +78,54 @@ struct Keep {
   }
 };
 
-Vec capped(Vec weight, const PolicyLossOptions& o) {
-  const Vec cap(o.behaviour_cap);
-  return o.truncates ? at_most(weight, cap) : select(weight > cap, Vec(0.0f), weight);
+Vec bounded(Vec weight, const PolicyLossOptions& o) {
+  const Vec floor(o.behaviour_floor), cap(o.behaviour_cap);
+  return o.truncates ? clamp(weight, floor, cap) : select((weight < floor) | (weight > cap), Vec(0.0f), weight);
+}
+
+Vec log_bounded(Vec log_weight, const PolicyLossOptions& o) {
+  const Vec weight = exp(log_weight), floor(o.behaviour_floor), cap(o.behaviour_cap);
+  return o.truncates ? clamp(log_weight, Vec(std::log(o.behaviour_floor)), Vec(std::log(o.behaviour_cap)))
+                     : select((weight < floor) | (weight > cap), Vec(VESPO_LOWEST), log_weight);
+}
+
+// A weight of 0 leaves nothing of an infinite part, but keeps NaN.
+Vec weighted(Vec part, Vec weight) {
+  return select((weight == Vec(0.0f)) & (part == part), Vec(0.0f), part * weight);
+}
+
+// A block's advantages, one for each token.
+void fill_advantages(const PolicyLossTokens& in, int64_t begin, int64_t n, float* advantages) {
+  if (in.advantage_per_token) {
+    std::copy_n(in.advantages + begin, n, advantages);
+    return;
+  }
+  for_segments(in, begin, begin + n, [&](int64_t sequence, int64_t from, int64_t to) {
+    std::fill_n(advantages + (from - begin), to - from, in.advantages[sequence]);
+  });
+}
+
+// Clips gmpo's log ratios on the side where the advantage gains. NaN stays.
+void clip_log_ratios(const PolicyLossOptions& o, const float* advantages, float* log_ratios, int64_t n) {
+  const float low = -o.clip_low, high = o.clip_high;
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = log_ratios[i], from_above = x > high ? high : x, from_below = x < low ? low : x;
+    log_ratios[i] = advantages[i] > 0 ? from_above : from_below;
+  }
 }
 
 void block_segments(const PolicyLossTokens& in, int64_t block, PolicyLossSegment* segments) {
   const PolicyLossOptions& o = in.options;
   const int64_t begin = block * BLOCK, n = std::min(BLOCK, in.tokens - begin);
-  const bool vespo = is(o.surrogate, "vespo"), behaviour = in.behaviour && (vespo || o.behaviour_by_sequence);
-  const bool log_ratios = o.by_sequence || vespo;
-  const Vec zero(0.0f), lowest(VESPO_LOWEST), log_cap(std::log(o.behaviour_cap));
+  using Behaviour = PolicyLossOptions::Behaviour;
+  const bool vespo = is(o.surrogate, "vespo"), of_tokens = in.behaviour && o.behaviour == Behaviour::Token;
+  const bool of_sequences = in.behaviour && (o.behaviour == Behaviour::Sequence || o.behaviour == Behaviour::Geometric);
+  const bool behaviour = (in.behaviour && o.masks_sequences) || of_sequences || (vespo && of_tokens);
+  const bool log_ratios = o.by_sequence || vespo || o.masks_sequences;
+  const Vec zero(0.0f), lowest(VESPO_LOWEST);
   Keep keep;
   keep.fill(in, begin, n);
-  float counts[BLOCK], log_ratio[BLOCK], log_behaviour[BLOCK], log_weight[BLOCK];
+  float counts[BLOCK], log_ratio[BLOCK], log_behaviour[BLOCK], divergence[BLOCK], log_weight[BLOCK];
   for (int64_t i = 0; i < n; i += WIDTH) {
     const int64_t some = std::min(WIDTH, n - i), t = begin + i;
     const Vec kept = keep(i);
@@ -111,22 +135,24 @@ void block_segments(const PolicyLossTokens& in, int64_t block, PolicyLossSegment
     }
     const Vec x = load(in.logprob + t, some) & kept, old = in.old ? load(in.old + t, some) & kept : x, ratio = x - old;
     ratio.store(log_ratio + i);
-    const Vec weight = behaviour ? old - (load(in.behaviour + t, some) & kept) : zero;
+    const Vec sampled = behaviour ? load(in.behaviour + t, some) & kept : old, weight = old - sampled;
     weight.store(log_behaviour + i);
+    (sampled - x).store(divergence + i);
     if (vespo) { // there weights are per token, and enter by their logarithm
-      Vec of_behaviour = zero;
-      if (behaviour) {
-        of_behaviour = o.truncates ? at_most(weight, log_cap) : select(exp(weight) > Vec(o.behaviour_cap), lowest, weight);
-        of_behaviour = clamp(of_behaviour, lowest, Vec(20.0f)) & kept;
-      }
+      const Vec of_behaviour = of_tokens ? clamp(log_bounded(weight, o), lowest, Vec(20.0f)) & kept : zero;
       (clamp(ratio, Vec(-20.0f), Vec(20.0f)) + of_behaviour).store(log_weight + i);
     }
+  }
+  if (o.geometric_mean) {
+    float advantages[BLOCK];
+    fill_advantages(in, begin, n, advantages);
+    clip_log_ratios(o, advantages, log_ratio, n);
   }
   for_segments(in, begin, begin + n, [&](int64_t sequence, int64_t from, int64_t to) {
     const int64_t i = from - begin, size = to - from;
     segments[block + sequence] = {
         total(counts + i, size), log_ratios ? total(log_ratio + i, size) : 0, behaviour ? total(log_behaviour + i, size) : 0,
-        vespo ? total(log_weight + i, size) : 0};
+        o.masks_sequences ? total(divergence + i, size) : 0, vespo ? total(log_weight + i, size) : 0};
   });
 }
 
@@ -149,16 +175,9 @@ std::pair<Vec, Vec> kl_term(Estimator estimator, Vec difference) {
   return {power - difference - one, one - power};
 }
 
-void exponentiate(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += WIDTH) {
-    const int64_t some = std::min(WIDTH, n - i);
-    store(x + i, exp(load(x + i, some)), some);
-  }
-}
-
 // A block's values that its tokens share with their sequence, one for each token: sequences may be shorter than a vector.
 struct Shared {
-  float advantage[BLOCK], share[BLOCK], ratio[BLOCK], behaviour_weight[BLOCK], vespo_weight[2][BLOCK];
+  float advantage[BLOCK], share[BLOCK], ratio[BLOCK], behaviour_weight[BLOCK], keep[2][BLOCK], vespo_weight[2][BLOCK];
 };
 
 // gamma of a sequence, from the sum of its tokens' log weights.
@@ -168,80 +187,6 @@ float vespo_weight(const PolicyLossOptions& o, float log_weight, int negative) {
   return std::exp(scale + o.vespo_k[negative] * w - scale * std::exp(w));
 }
 
-enum class Kind { Clip, Cispo, Sapo, Vespo };
-
-// The surrogates of n tokens: losses and their two derivatives, by the log-prob directly and by the log importance weight of the token
-// or its sequence. Scalar code, whose conditions compilers turn into better masks than at::vec's. NaN passes through every condition, as
-// through torch.clamp. Masked tokens get values that nobody uses.
-struct Terms {
-  float value[BLOCK], by_logprob[BLOCK], by_log_weight[BLOCK];
-  int32_t clip_low = 0, clip_high = 0;
-
-  void clipped(const PolicyLossOptions& o, const float* ratios, const float* advantages, const uint32_t* keep, int64_t n) {
-    const float low = 1 - o.clip_low, high = 1 + o.clip_high, delta = o.clip_delta;
-    int32_t hits_low = 0, hits_high = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float advantage = advantages[i], given = ratios[i];
-      const float seen = given > delta ? delta : given;
-      hits_low += (seen < low) & (advantage < 0) & (keep[i] != 0);
-      hits_high += (seen > high) & (advantage > 0) & (keep[i] != 0);
-
-      const float ratio = (advantage == 0) & (given == given) ? 0.0f : given; // no loss, also where the ratio overflowed
-      const float free_ratio = ratio > delta ? delta : ratio, at_least = ratio < low ? low : ratio;
-      const float clipped_ratio = at_least > high ? high : at_least;
-      const float free = free_ratio * advantage, clipped = clipped_ratio * advantage;
-      const float free_slope = (ratio <= delta ? ratio : 0.0f) * advantage;
-      const float clipped_slope = ((ratio >= low) & (ratio <= high) ? ratio : 0.0f) * advantage;
-      const float tied = (free_slope + clipped_slope) / 2, other = free > clipped ? clipped_slope : tied;
-      value[i] = -((free < clipped) | (free != free) ? free : clipped);
-      by_logprob[i] = 0;
-      by_log_weight[i] = -(free < clipped ? free_slope : other);
-    }
-    clip_low = hits_low;
-    clip_high = hits_high;
-  }
-
-  // The weight is held constant.
-  void cispo(
-      const PolicyLossOptions& o, const float* logprobs, const float* ratios, const float* advantages, const uint32_t* keep, int64_t n) {
-    const float cap = o.cispo_cap;
-    int32_t hits = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const float ratio = ratios[i], advantage = advantages[i];
-      hits += (ratio > cap) & (advantage > 0) & (keep[i] != 0);
-      by_logprob[i] = -(ratio > cap ? cap : ratio) * advantage;
-      value[i] = by_logprob[i] * logprobs[i];
-      by_log_weight[i] = 0;
-    }
-    clip_high = hits;
-  }
-
-  // Here too.
-  void vespo(const float* logprobs, const float (&weights)[2][BLOCK], const float* advantages, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const float advantage = advantages[i];
-      by_logprob[i] = -(advantage >= 0 ? weights[0][i] : weights[1][i]) * advantage;
-      value[i] = by_logprob[i] * logprobs[i];
-      by_log_weight[i] = 0;
-    }
-  }
-
-  void sapo(const PolicyLossOptions& o, const float* ratios, const float* advantages, int64_t n) {
-    const float of_gain = o.sapo_temperature[0], of_others = o.sapo_temperature[1];
-    for (int64_t i = 0; i < n; ++i) {
-      value[i] = (advantages[i] > 0 ? of_gain : of_others) * (1 - ratios[i]);
-    }
-    exponentiate(value, n);
-    for (int64_t i = 0; i < n; ++i) {
-      const float advantage = advantages[i], temperature = advantage > 0 ? of_gain : of_others;
-      const float gate = 1 / (1 + value[i]), slope = gate * (1 - gate);
-      value[i] = -gate * 4 / temperature * advantage;
-      by_logprob[i] = 0;
-      by_log_weight[i] = -4 * (slope == 0 ? 0.0f : slope * ratios[i]) * advantage; // 0 x inf
-    }
-  }
-};
-
 // ALL: every token counts, and there is no part of a vector.
 template <Kind KIND, bool ALL>
 void block_loss(
@@ -249,8 +194,10 @@ void block_loss(
     double* through_ratio) {
   const PolicyLossOptions& o = in.options;
   const int64_t begin = block * BLOCK, n = std::min(BLOCK, in.tokens - begin);
-  const bool mean = !in.weights && o.sequence_mean, behaviour = in.behaviour && KIND != Kind::Vespo;
-  const bool behaviour_by_sequence = behaviour && o.behaviour_by_sequence;
+  using Behaviour = PolicyLossOptions::Behaviour;
+  const bool mean = !in.weights && o.sequence_mean;
+  const bool behaviour = in.behaviour && o.behaviour != Behaviour::None && KIND != Kind::Vespo;
+  const bool behaviour_by_sequence = behaviour && o.behaviour != Behaviour::Token;
   Shared shared;
   if (!in.advantage_per_token || values) {
     for_segments(in, begin, begin + n, [&](int64_t sequence, int64_t from, int64_t to) {
@@ -266,6 +213,9 @@ void block_loss(
       }
       if (behaviour_by_sequence) {
         std::fill_n(shared.behaviour_weight + i, size, values[sequence].behaviour_weight);
+      }
+      for (int negative = 0; o.masks_sequences && negative < 2; ++negative) {
+        std::fill_n(shared.keep[negative] + i, size, values[sequence].keep[negative]);
       }
       if (KIND == Kind::Vespo) {
         for (int negative = 0; negative < 2; ++negative) {
@@ -288,23 +238,33 @@ void block_loss(
     }
   }
   Terms terms;
+  const float *logprobs = in.logprob + begin, *olds = in.old ? in.old + begin : logprobs;
   switch (KIND) {
     case Kind::Clip:
       terms.clipped(o, shared.ratio, advantages, keep.lanes, n);
       break;
     case Kind::Cispo:
-      terms.cispo(o, in.logprob + begin, shared.ratio, advantages, keep.lanes, n);
+      terms.cispo(o, logprobs, shared.ratio, advantages, keep.lanes, n);
       break;
     case Kind::Sapo:
       terms.sapo(o, shared.ratio, advantages, n);
       break;
     case Kind::Vespo:
-      terms.vespo(in.logprob + begin, shared.vespo_weight, advantages, n);
+      terms.vespo(logprobs, shared.vespo_weight, advantages, n);
+      break;
+    case Kind::DppoTv:
+      terms.dppo<false>(o, logprobs, olds, shared.ratio, advantages, keep.lanes, n);
+      break;
+    case Kind::DppoKl:
+      terms.dppo<true>(o, logprobs, olds, shared.ratio, advantages, keep.lanes, n);
+      break;
+    case Kind::Gmpo:
+      terms.gmpo(o, logprobs, olds, shared.ratio, advantages, keep.lanes, n);
   }
 
   const Vec zero(0.0f), one(1.0f);
   const Estimator estimator = estimator_of(o.kl_estimator);
-  Vec tokens = zero, losses = zero, kls = zero, entropies = zero, ratios = zero, ratio_max = zero;
+  Vec tokens = zero, losses = zero, kls = zero, entropies = zero, ratios = zero, ratio_max = zero, masked = zero;
   for (int64_t i = 0; i < n; i += WIDTH) {
     const int64_t some = ALL ? WIDTH : std::min(WIDTH, n - i), t = begin + i;
     const Vec kept = ALL ? zero : keep(i);
@@ -312,12 +272,19 @@ void block_loss(
     auto at = [&](const float* x) { return clean(load(x, some)); };
     const Vec logprob = at(in.logprob + t), ratio = at(shared.ratio + i);
     Vec value = at(terms.value + i), by_logprob = at(terms.by_logprob + i), by_log_weight = at(terms.by_log_weight + i);
-    if (behaviour) {
-      const Vec weight = behaviour_by_sequence ? at(shared.behaviour_weight + i)
-                                               : capped(exp((in.old ? at(in.old + t) : logprob) - at(in.behaviour + t)), o);
-      value = value * weight;
-      by_logprob = by_logprob * weight;
-      by_log_weight = by_log_weight * weight;
+    if (behaviour || o.masks_sequences) {
+      Vec weight = one;
+      if (behaviour) {
+        weight = behaviour_by_sequence ? at(shared.behaviour_weight + i)
+                                       : bounded(exp((in.old ? at(in.old + t) : logprob) - at(in.behaviour + t)), o);
+      }
+      if (o.masks_sequences) {
+        weight = weight * select(at(advantages + i) < zero, at(shared.keep[1] + i), at(shared.keep[0] + i));
+      }
+      value = weighted(value, weight);
+      by_logprob = weighted(by_logprob, weight);
+      by_log_weight = weighted(by_log_weight, weight);
+      masked = masked + clean(select(weight == zero, one, zero));
     }
     if (in.ref) {
       const Vec coef(o.kl_coef);
@@ -346,7 +313,7 @@ void block_loss(
   }
   sums[block] = {
       ALL ? static_cast<double>(n) : sum(tokens), sum(losses), sum(kls), sum(entropies), sum(ratios),
-      static_cast<double>(terms.clip_low), static_cast<double>(terms.clip_high), maximum_or_nan(ratio_max)};
+      static_cast<double>(terms.clip_low), static_cast<double>(terms.clip_high), sum(masked), maximum_or_nan(ratio_max)};
   if (o.by_sequence) {
     for_segments(in, begin, begin + n, [&](int64_t sequence, int64_t from, int64_t to) {
       through_ratio[block + sequence] = total(through + (from - begin), to - from);
@@ -388,6 +355,12 @@ bool policy_loss_kernel(
     run = all_blocks<Kind::Sapo>;
   } else if (is(surrogate, "vespo")) {
     run = all_blocks<Kind::Vespo>;
+  } else if (is(surrogate, "dppo_tv")) {
+    run = all_blocks<Kind::DppoTv>;
+  } else if (is(surrogate, "dppo_kl")) {
+    run = all_blocks<Kind::DppoKl>;
+  } else if (is(surrogate, "gmpo")) {
+    run = all_blocks<Kind::Gmpo>;
   }
   if (!run || estimator_of(in.options.kl_estimator) == Estimator::None) {
     return false;

@@ -13,7 +13,7 @@ SEQUENCES, LONG, SHORT = 6, pick(1000, 140), pick(60, 20)  # long ones take anot
 CASES = [
     case
     for case in itertools.product(LOSS_TYPES, IMPORTANCE_LEVELS, (None, *BEHAVIOUR_MODES))
-    if not (case[0] == "vespo" and case[2] is not None and case[2].startswith("sequence"))
+    if not (case[0] == "vespo" and case[2] is not None and case[2].startswith(("sequence", "geometric")))
 ]
 
 
@@ -49,6 +49,7 @@ def test_losses(loss_type, level, mode):
         "kl_bias_correction": i % 2 == 1,
         "max_response_tokens": 64,
         "clip_delta": 1.15 if i % 4 == 1 else None,
+        "off_policy_delta": 0.0 if i % 3 == 2 else None,
     }
     inputs = batch(
         SHORT if i % 4 == 3 else LONG,

@@ -49,6 +49,13 @@ BAD = {
     "method": ("grpo", "method: expected one of mgrpo, srt, "),
     "filter_scope": ("all", "filter_scope: expected one of both, vote, penalise, got 'all'"),
     "truncated": ("drop", "truncated: expected one of keep, mask"),
+    "behaviour_floor": (-0.1, "behaviour_floor: expected at least 0.0, got -0.1"),
+    "geometric_cap": (0.0, "geometric_cap: expected more than 0.0"),
+    "geometric_floor": (-1.0, "geometric_floor: expected at least 0.0, got -1.0"),
+    "off_policy_delta": (-0.1, "off_policy_delta: expected at least 0.0, got -0.1"),
+    "dppo_tv_bounds": ((0.1, -0.1), "dppo_tv_bounds: expected at least 0.0, got -0.1"),
+    "dppo_kl_bounds": (0.1, "dppo_kl_bounds: expected two numbers, got 0.1"),
+    "dppo_cap": (0.0, "dppo_cap: expected more than 0.0"),
     "loss_type": ("ppo", "loss_type: expected one of grpo"),
     "engine": ("sglang", "engine: expected one of transformers, vllm, got 'sglang'"),
     "top_p": (0.0, "top_p: expected more than 0.0 and at most 1.0, got 0.0"),
@@ -134,6 +141,16 @@ def test_bad_values_name_the_option(name: str) -> None:
         ({"chat_template": "yes"}, "chat_template: expected one of auto, on, off, got 'yes'"),
         ({"model": "m", "data": "x.jsonl", "eval_every": 5}, "eval_every: expected --eval-data with it, got 5 alone"),
         ({"kl_coef": 0.0, "kl_reference": "momentum"}, "kl_reference: expected --kl-coef above 0 with it"),
+        (
+            {"behaviour_correction": True, "behaviour_floor": 3.0},
+            "behaviour_floor: expected at most behaviour_cap 2.0, got 3.0",
+        ),
+        ({"geometric_cap": 1.1}, "geometric_cap: expected --behaviour-correction or --train-momentum-rollouts with it"),
+        (
+            {"off_policy_delta": 0.1},
+            "off_policy_delta: expected --behaviour-correction, --train-momentum-rollouts or --updates",
+        ),
+        ({"dppo_cap": 3.0}, "dppo_cap: expected --loss-type dppo_tv or dppo_kl with it"),
         ({"stepz": 1}, "stepz: expected one of the options "),
         ({"rollouts": 4, "momentum_rollouts": 3}, "momentum_rollouts: expected at most 2 of 4 rollouts"),
         (
@@ -187,6 +204,29 @@ def test_behaviour_correction_comes_with_vllm() -> None:
     assert [build({"engine": engine}).corrects_behaviour for engine in ("transformers", "vllm")] == [False, True]
     assert not build({"engine": "vllm", "behaviour_correction": False}).corrects_behaviour
     assert build({"behaviour_correction": True}).derived()["behaviour correction"].startswith("token weights")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({}, "token weights (trainer / rollout engine), truncated at 2"),
+        (
+            {"behaviour_floor": 0.5, "behaviour_cap": 5.0},
+            "token weights (trainer / rollout engine), truncated to [0.5, 5]",
+        ),
+        (
+            {"behaviour_mode": "geometric_mask", "behaviour_floor": 0.5},
+            "geometric weights (trainer / rollout engine), set to 0 outside [0.5, 2]",
+        ),
+        ({"behaviour_mode": "sequence_mask"}, "sequence weights (trainer / rollout engine), set to 0 above 2"),
+        (
+            {"behaviour_mode": "none", "geometric_floor": 0.9},
+            "no weights; sequences masked where their geometric mean is outside [0.9, inf]",
+        ),
+    ],
+)
+def test_the_plan_says_how_behaviour_weights_are_bounded(values: dict, text: str) -> None:
+    assert build({"behaviour_correction": True, **values}).derived()["behaviour correction"] == text
 
 
 def test_later_layers_win() -> None:

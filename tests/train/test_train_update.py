@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from mgrpo_kernels import linear_policy_loss, policy_loss
+from mgrpo_kernels.ops.policy_loss.loss_types import CLIP, LOSSES
 from mgrpo_kernels.ops.policy_loss.options import DECLARED, LossOptions
 from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES
 from mgrpo_kernels.train import update
@@ -180,8 +181,15 @@ OF_THE_LOSS = {
     "sapo_temperature": [1.18, 1.19],
     "vespo_k": [1.2, 1.21],
     "vespo_lambda": [1.22, 1.23],
+    "behaviour_floor": 0.96,
+    "geometric_cap": 1.24,
+    "geometric_floor": 0.25,
+    "off_policy_delta": 0.26,
+    "dppo_tv_bounds": [0.27, 0.28],
+    "dppo_kl_bounds": [0.29, 0.30],
+    "dppo_cap": 3.1,
 }
-READ_BY = {"cispo_cap": "cispo", "sapo_temperature": "sapo", "vespo_k": "vespo", "vespo_lambda": "vespo"}
+READ_BY = {name: kind for kind, row in LOSSES.items() for name in row.surrogate.options if name not in CLIP.options}
 
 
 @pytest.mark.parametrize("name", OF_THE_LOSS)
@@ -235,7 +243,7 @@ def test_the_trainers_options_are_those_of_the_loss() -> None:
         ({"kl_bias_correction": True, "kl_coef": 0.0}, "kl_bias_correction: expected a KL term with it"),
         (
             {"loss_type": "vespo", "behaviour_mode": "sequence_mask"},
-            "behaviour_mode: expected token_truncate or token_mask",
+            "behaviour_mode: expected token_truncate, token_mask or none",
         ),
         ({"loss_type": "sapo", "sapo_temperature": [1.0]}, "sapo_temperature: expected two numbers, got [1.0]"),
         (

@@ -68,10 +68,10 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """Return :func:`policy_loss` of the log-probs that :func:`linear_token_stats` would give, both fused.
 
-    Where a token's gradient depends on that token alone (every loss but vespo, importance and behaviour weights per token) and the
-    hardware gains by it, the gradient is formed in the forward pass, while a block of rows has its logits at hand: 3 matmuls
-    instead of 4, for one float32 accumulator of the weight's gradient. Else the two ops are composed, as with `kept`, where three products
-    of N K H instead of four would save little. Which, and why, is logged once; both agree to rounding.
+    Where a token's gradient depends on that token alone (every loss but vespo and gmpo; importance and behaviour weights per token; no
+    mask of sequences) and the hardware gains by it, the gradient is formed in the forward pass, while a block of rows has its logits at
+    hand: 3 matmuls instead of 4, for one float32 accumulator of the weight's gradient. Else the two ops are composed, as with `kept`,
+    where three products of N K H instead of four would save little. Which, and why, is logged once; both agree to rounding.
 
     Args:
         hidden: padded ``(B, L, H)``, or packed ``(N, H)`` with `cu_seqlens`.
@@ -222,7 +222,7 @@ def _run_composed(
 
 @torch.library.custom_op("mgrpo_kernels::linear_policy_loss", mutates_args=(), schema=ARGUMENTS.text)
 def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics ``(8,)``, and its gradients by hidden, weight and bias, in their dtypes; those not needed are empty."""
+    """Return loss, metrics ``(9,)``, and its gradients by hidden, weight and bias, in their dtypes; those not needed are empty."""
     given = ARGUMENTS.unpack(arguments)
     hidden, weight, labels, mask, backend = (given[name] for name in ("hidden", "weight", "labels", "mask", "backend"))
     _autograd.refuse_tangents("linear_policy_loss", hidden, weight, given["bias"])

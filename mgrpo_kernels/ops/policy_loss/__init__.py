@@ -49,8 +49,8 @@ def group_advantages(
         groups: group size G, or int offsets ``(P+1,)`` of contiguous groups.
         mask: ``(B,)`` bool; a dropped rollout counts for nothing and gets 0, whatever its reward holds.
         baseline: "mean" of the group, or "leave_one_out" (RLOO, arXiv 2402.14740): the mean of the others.
-        scale: "std" of the group (unbiased), "batch": std over all kept rollouts (REINFORCE++, arXiv 2501.03262), or "none" (Dr. GRPO,
-            arXiv 2503.20783).
+        scale: "std" of the group (unbiased), "batch": std over all kept rollouts (REINFORCE++, arXiv 2501.03262), "none" (Dr. GRPO,
+            arXiv 2503.20783), or "mean": absolute value of the group's mean reward (MaxRL, arXiv 2602.02710), for rewards >= 0.
         eps: >= 0, added to the scale.
         backend: ``reference``, ``native`` or ``triton``; None picks.
 
@@ -97,7 +97,8 @@ def policy_loss(
 
         {loss_types}
 
-    The meanings are those of TRL 1.16's ``GRPOTrainer._compute_loss``. exp() is never taken of a masked position.
+    The meanings are those of TRL 1.16's ``GRPOTrainer._compute_loss`` and ``GMPOTrainer``, and of verl 0.9 for dppo. exp() is never
+    taken of a masked position.
 
     Args:
         logprobs: padded ``(B, L)``, or packed ``(N,)`` with `cu_seqlens`. Computed in float32 (float64 for float64).
@@ -108,15 +109,16 @@ def policy_loss(
         ref_logprobs: of the reference policy. Needed with kl_coef > 0; otherwise the KL divergence is only measured.
         entropy: per token. Needed with entropy_coef != 0, and then gets a gradient; otherwise it is only measured.
         behaviour_logprobs: log-probs that the sampler reported. They weight each token by b, detached and bounded by
-            `behaviour_mode` and `behaviour_cap`.
+            `behaviour_mode`, `behaviour_floor` and `behaviour_cap`.
         {options}
         normalizer: count (number or 0-d tensor) of the whole batch, for micro-batches and ranks; None: of this call.
         entropy_normalizer: likewise, in tokens.
         backend: ``reference``, ``native`` or ``triton``; None picks the fastest that can run.
 
     Returns:
-        PolicyLoss. Metrics: tokens, sequences, kl_sum, entropy_sum, ratio_sum, ratio_max, clip_low_count, clip_high_count, over
-        unmasked tokens (clip counts as TRL: outside the range on the side where the clip binds).
+        PolicyLoss. Metrics: tokens, sequences, kl_sum, entropy_sum, ratio_sum, ratio_max, clip_low_count, clip_high_count,
+        masked_count, over unmasked tokens (clip counts as TRL: outside the range on the side where the clip binds; masked_count:
+        tokens whose surrogate a behaviour weight or a mask of sequences has set to 0).
 
     Raises:
         TypeError: wrong type or dtype, or an unknown keyword.

@@ -76,6 +76,8 @@ def advantage_of(
     elif SCALE == "batch":
         all_number, _, all_squares, _, _ = _moments(rewards, rollout_mask, 0, batch, BLOCK)
         centred = centred / (_deviation(all_number, all_squares) + eps)
+    elif SCALE == "mean":
+        centred = centred / (tl.abs(total / tl.maximum(number, 1.0)) + eps)
     # A NaN reward is neither highest nor lowest, but it is in the total.
     silent = (number < 2.0) | ((highest == lowest) & (total == total))  # noqa: PLR0124
     return tl.where(keep & (silent == 0), centred, 0.0)

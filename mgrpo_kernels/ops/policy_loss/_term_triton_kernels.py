@@ -9,9 +9,59 @@ VESPO_LOWEST = tl.constexpr(-18.420680743952367)  # log 1e-8
 
 
 @triton.jit
-def cap_weight(weight, cap, TRUNCATE: tl.constexpr):
-    """Truncate a behaviour weight at the cap, or zero it beyond."""
-    return tl.where(weight > cap, cap if TRUNCATE else 0.0, weight)
+def bound_weight(weight, floor, cap, TRUNCATE: tl.constexpr):
+    """Truncate a behaviour weight to its bounds, or zero it outside."""
+    if TRUNCATE:
+        return clamp(weight, floor, cap)
+    else:
+        return tl.where((weight < floor) | (weight > cap), 0.0, weight)
+
+
+@triton.jit
+def zero_where(masked, decided_by):
+    """Return 0 where masked, else 1, or NaN where what has decided is NaN."""
+    return tl.where(masked, 0.0, tl.where(decided_by != decided_by, decided_by, 1.0))  # noqa: PLR0124
+
+
+@triton.jit
+def weighted(part, weight):
+    """Return part x weight. A weight of 0 leaves nothing of an infinite part, but keeps NaN."""
+    return tl.where((weight == 0.0) & (part == part), 0.0, part * weight)  # noqa: PLR0124
+
+
+@triton.jit
+def clips_log_ratio(log_ratio, advantage, lower, upper):
+    """Return which log ratios gmpo clips from above, and which from below: on the side where the advantage gains."""
+    return (advantage > 0) & (log_ratio > upper), ((advantage > 0) == 0) & (log_ratio < lower)
+
+
+@triton.jit
+def clip_log_ratio(log_ratio, advantage, lower, upper):
+    """Clip log ratios as gmpo does. NaN stays."""
+    too_high, too_low = clips_log_ratio(log_ratio, advantage, lower, upper)
+    return tl.where(too_high, upper, tl.where(too_low, lower, log_ratio))
+
+
+@triton.jit
+def dppo_masks(x, before, advantage, rise, fall, SURROGATE: tl.constexpr):
+    """Return the tokens that dppo masks: their probability has moved too far in the direction of their advantage."""
+    probability, old = tl.exp(x), tl.exp(before)
+    if SURROGATE == "dppo_tv":
+        too_high, too_low = probability - old > rise, old - probability > fall
+    else:
+        probability, old = clamp(probability, 0.0, 1.0), clamp(old, 0.0, 1.0)
+        of_token = tl.where(old == 0.0, 0.0, old * (before - x))  # 0 x inf
+        divergence = of_token + (1.0 - old) * tl.log((1.0 - old + 1e-8) / (1.0 - probability + 1e-8))
+        too_high, too_low = (divergence > rise) & (probability > old), (divergence > fall) & (probability < old)
+    return tl.where(advantage > 0, too_high, too_low)
+
+
+@triton.jit
+def _gmpo_term(ratio, advantage):
+    """Return loss and its slope in the log weight of a ratio whose tokens have been clipped."""
+    some = (advantage != 0.0) | (ratio != ratio)  # noqa: PLR0124 - nothing where it is 0, even if the ratio overflowed
+    value = tl.where(some, -ratio * advantage, 0.0)
+    return value, value
 
 
 @triton.jit
@@ -53,6 +103,7 @@ def kl_term(difference, ESTIMATOR: tl.constexpr):
 @triton.jit
 def surrogate_term(
     x,
+    before,
     ratio,
     advantage,
     vespo_log_weight,
@@ -60,6 +111,9 @@ def surrogate_term(
     upper,
     clip_delta,
     cispo_cap,
+    dppo_rise,
+    dppo_fall,
+    dppo_cap,
     sapo_temperature_high,
     sapo_temperature_low,
     vespo_k_high,
@@ -81,6 +135,13 @@ def surrogate_term(
     elif SURROGATE == "sapo":
         value, by_log_weight = _sapo_term(ratio, advantage, sapo_temperature_high, sapo_temperature_low)
         return value, zero, by_log_weight
+    elif SURROGATE == "dppo_tv" or SURROGATE == "dppo_kl":  # noqa: PLR1714 - the compiler has no membership test
+        masked = dppo_masks(x, before, advantage, dppo_rise, dppo_fall, SURROGATE)
+        factor = tl.where(masked, 0.0, -clamp(ratio, 0.0, dppo_cap) * advantage)
+        return tl.where(masked, 0.0, factor * x), factor, zero
+    elif SURROGATE == "gmpo":
+        value, by_log_weight = _gmpo_term(ratio, advantage)
+        return value, zero, by_log_weight
     else:
         tl.static_assert(SURROGATE == "clip", "this kernel has no such surrogate")
         value, by_log_weight = _clipped_term(ratio, advantage, lower, upper, clip_delta)
@@ -92,12 +153,16 @@ def count_clips(
     low,
     high,
     keep,
+    x,
+    before,
     ratio,
     advantage,
     lower,
     upper,
     clip_delta,
     cispo_cap,
+    dppo_rise,
+    dppo_fall,
     SURROGATE: tl.constexpr,
     HAS_DELTA: tl.constexpr,
 ):
@@ -110,4 +175,12 @@ def count_clips(
             seen = clamp(ratio, 0.0, clip_delta)
         low += (keep & (seen < lower) & (advantage < 0)).to(tl.float32)
         high += (keep & (seen > upper) & (advantage > 0)).to(tl.float32)
+    elif SURROGATE == "gmpo":
+        too_high, too_low = clips_log_ratio(x - before, advantage, lower, upper)
+        low += (keep & too_low & (advantage < 0)).to(tl.float32)
+        high += (keep & too_high).to(tl.float32)
+    elif SURROGATE == "dppo_tv" or SURROGATE == "dppo_kl":  # noqa: PLR1714
+        masked = keep & dppo_masks(x, before, advantage, dppo_rise, dppo_fall, SURROGATE)
+        low += (masked & (advantage < 0)).to(tl.float32)
+        high += (masked & (advantage > 0)).to(tl.float32)
     return low, high

@@ -3,18 +3,27 @@
 import triton
 import triton.language as tl
 
-from mgrpo_kernels.ops._triton.kernels import clamp
 from mgrpo_kernels.ops.policy_loss._advantage_triton_kernels import advantage_of
+from mgrpo_kernels.ops.policy_loss._sequence_triton_kernels import (
+    add_through_ratio,
+    at,
+    kept,
+    sequence_sums,
+    sequence_weight_of,
+)
 from mgrpo_kernels.ops.policy_loss._term_triton_kernels import (
-    VESPO_LOWEST,
-    cap_weight,
+    bound_weight,
     count_clips,
     kl_term,
     surrogate_term,
+    weighted,
+    zero_where,
 )
 
-# Rows of the partial sums ``(9, B)``: the loss, then the metrics in the order of specs.METRICS.
-LOSS, TOKENS, SEQUENCES, KL, ENTROPY, RATIO, RATIO_MAX, CLIP_LOW, CLIP_HIGH = (tl.constexpr(i) for i in range(9))
+# Rows of the partial sums ``(10, B)``: the loss, then the metrics in the order of specs.METRICS.
+LOSS, TOKENS, SEQUENCES, KL, ENTROPY, RATIO, RATIO_MAX, CLIP_LOW, CLIP_HIGH, MASKED = (
+    tl.constexpr(i) for i in range(10)
+)
 FINISH_WIDTH = tl.constexpr(128)  # sequences added at once: 16 values a thread
 
 
@@ -35,20 +44,6 @@ def advantages_kernel(
     rollout = tl.program_id(0)
     result = advantage_of(rollout, rewards, group_offsets, rollout_mask, batch, groups, eps, BASELINE, SCALE, BLOCK)
     tl.store(advantages + rollout, result)
-
-
-@triton.jit
-def _at(values, i, inside, keep):
-    """Return values as float32, 0 where not kept: what a masked position holds goes nowhere."""
-    return tl.where(keep, tl.load(values + i, mask=inside, other=0.0).to(tl.float32), 0.0)
-
-
-@triton.jit
-def _kept(mask, rollout_kept, i, inside):
-    keep = inside & rollout_kept
-    if mask is not None:
-        keep = keep & (tl.load(mask + i, mask=inside, other=0) != 0)
-    return keep
 
 
 @triton.jit
@@ -73,7 +68,7 @@ def _finish(
         i = first + tl.arange(0, WIDTH)
         # Past the first cache, which other multiprocessors do not write through.
         place = partial + field * tl.cast(batch, tl.int64) + i[None, :]
-        sums += tl.load(place, mask=(field < 9) & (i[None, :] < batch), other=0.0, cache_modifier=".cg")
+        sums += tl.load(place, mask=(field <= MASKED) & (i[None, :] < batch), other=0.0, cache_modifier=".cg")
         one = tl.load(
             partial + RATIO_MAX * tl.cast(batch, tl.int64) + i, mask=i < batch, other=0.0, cache_modifier=".cg"
         )
@@ -104,69 +99,14 @@ def _finish(
     some_nan = tl.sum((highest != highest).to(tl.int32), 0) > 0  # noqa: PLR0124
     ratio_max = tl.where(some_nan, float("nan"), tl.max(highest, 0))
     totals = tl.where(number == RATIO_MAX, ratio_max, totals)
-    tl.store(metrics + number - 1, totals, mask=(number > 0) & (number < 9))
-
-
-@triton.jit
-def _sequence_sums(
-    logprob,
-    old,
-    behaviour,
-    mask,
-    rollout_kept,
-    begin,
-    end,
-    behaviour_cap,
-    SURROGATE: tl.constexpr,
-    BY_SEQUENCE: tl.constexpr,
-    TRUNCATE: tl.constexpr,
-    BEHAVIOUR_BY_SEQUENCE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return what a token needs of its sequence: tokens, mean log ratio, log behaviour weight, and vespo's log weight."""
-    length = tl.zeros([BLOCK], tl.float32)
-    log_ratios = tl.zeros([BLOCK], tl.float32)
-    clamped_log_ratios = tl.zeros([BLOCK], tl.float32)
-    log_behaviours = tl.zeros([BLOCK], tl.float32)
-    for first in range(begin, end, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        inside = i < end
-        keep = _kept(mask, rollout_kept, i, inside)
-        length += keep.to(tl.float32)
-        if BY_SEQUENCE or SURROGATE == "vespo" or BEHAVIOUR_BY_SEQUENCE:
-            x = _at(logprob, i, inside, keep)
-            before = x if old is None else _at(old, i, inside, keep)
-            log_ratios += x - before
-            clamped_log_ratios += clamp(x - before, -20.0, 20.0)
-            if behaviour is not None:
-                log_behaviour = before - _at(behaviour, i, inside, keep)
-                if SURROGATE == "vespo":  # there weights are per token, and enter by their logarithm
-                    weight = cap_weight(tl.exp(log_behaviour), behaviour_cap, TRUNCATE)
-                    log_behaviour = clamp(tl.log(weight), VESPO_LOWEST, 20.0)
-                log_behaviours += tl.where(keep, log_behaviour, 0.0)
-    tokens = tl.sum(length, 0)
-    mean_log_ratio = tl.sum(log_ratios, 0) / tl.maximum(tokens, 1.0)
-    log_behaviour_sum = tl.sum(log_behaviours, 0)
-    vespo_log_weight = clamp(tl.sum(clamped_log_ratios, 0) + log_behaviour_sum, VESPO_LOWEST, 20.0)
-    return tokens, mean_log_ratio, log_behaviour_sum, vespo_log_weight
-
-
-@triton.jit
-def _behaviour_weight(
-    behaviour, before, i, inside, keep, log_behaviour_sum, cap, TRUNCATE: tl.constexpr, BY_SEQUENCE: tl.constexpr
-):
-    """Return the bounded weight exp(old - behaviour) of tokens i, or of their sequence."""
-    log_behaviour = before - _at(behaviour, i, inside, keep)
-    if BY_SEQUENCE:
-        log_behaviour = tl.zeros(before.shape, tl.float32) + log_behaviour_sum
-    return cap_weight(tl.exp(log_behaviour), cap, TRUNCATE)
+    tl.store(metrics + number - 1, totals, mask=(number > 0) & (number <= MASKED))
 
 
 @triton.jit
 def _share(weights, i, inside, keep, divisor, SEQUENCE_MEAN: tl.constexpr):
     """Return each token's share of the loss, 0 where not kept."""
     if weights is not None:
-        return _at(weights, i, inside, keep)
+        return at(weights, i, inside, keep)
     elif SEQUENCE_MEAN:
         return tl.where(keep, 1.0 / divisor, 0.0)
     else:
@@ -174,21 +114,20 @@ def _share(weights, i, inside, keep, divisor, SEQUENCE_MEAN: tl.constexpr):
 
 
 @triton.jit
-def _add_through_ratio(gradient, through, divisor, mask, rollout_kept, begin, end, BLOCK: tl.constexpr):
-    """Add to every token's gradient what goes through the sequence's ratio: d log weight / d logprob = 1 / length."""
-    tl.debug_barrier()
-    shared = tl.sum(through, 0) / divisor
-    for first in range(begin, end, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        inside = i < end
-        keep = _kept(mask, rollout_kept, i, inside)
-        direct = tl.load(gradient + i, mask=inside, other=0.0)
-        tl.store(gradient + i, tl.where(keep, direct + shared, 0.0), mask=inside)
-
-
-@triton.jit
 def _store_sums(
-    partial, sequence, batch, values, tokens, rollout_kept, kls, entropies, ratios, ratio_max, clips_low, clips_high
+    partial,
+    sequence,
+    batch,
+    values,
+    tokens,
+    rollout_kept,
+    kls,
+    entropies,
+    ratios,
+    ratio_max,
+    clips_low,
+    clips_high,
+    masked,
 ):
     """Write a sequence's sums to its column of the partial sums."""
     stride = tl.cast(batch, tl.int64)
@@ -203,32 +142,34 @@ def _store_sums(
     tl.store(place + RATIO_MAX * stride, tl.where(some_nan, float("nan"), tl.max(ratio_max, 0)))
     tl.store(place + CLIP_LOW * stride, tl.sum(clips_low, 0))
     tl.store(place + CLIP_HIGH * stride, tl.sum(clips_high, 0))
+    tl.store(place + MASKED * stride, tl.sum(masked, 0))
 
 
 @triton.jit
 def _token_pass(
     logprob, old, advantages, mask, ref, entropy, behaviour, weights, gradient,
-    rollout_kept, begin, end, sequence_advantage, divisor, mean_log_ratio, log_behaviour_sum, vespo_log_weight,
-    lower, upper, clip_delta, kl_coef, behaviour_cap, cispo_cap, sapo_temperature_high, sapo_temperature_low,
-    vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low,
+    rollout_kept, begin, end, sequence_advantage, divisor, mean_log_ratio, sequence_weight, keep_negative, keep_others,
+    vespo_log_weight, lower, upper, clip_delta, kl_coef, behaviour_floor, behaviour_cap, cispo_cap, sapo_temperature_high,
+    sapo_temperature_low, vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low, dppo_rise, dppo_fall, dppo_cap,
     SURROGATE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, BY_SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, TRUNCATE: tl.constexpr, BEHAVIOUR_BY_SEQUENCE: tl.constexpr,
-    HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, BEHAVIOUR: tl.constexpr, TRUNCATE: tl.constexpr,
+    MASKS: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a sequence's tokens, but for what goes through its ratio, and return what they add up to."""
     zero = tl.zeros([BLOCK], tl.float32)
     values, kls, entropies, ratios = zero, zero, zero, zero
-    ratio_max, clips_low, clips_high, through = zero, zero, zero, zero
+    ratio_max, clips_low, clips_high, masked, through = zero, zero, zero, zero, zero
     for first in range(begin, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
         inside = i < end
-        keep = _kept(mask, rollout_kept, i, inside)
-        x = _at(logprob, i, inside, keep)
-        before = x if old is None else _at(old, i, inside, keep)
-        advantage = _at(advantages, i, inside, keep) if PER_TOKEN else tl.where(keep, sequence_advantage, 0.0)
+        keep = kept(mask, rollout_kept, i, inside)
+        x = at(logprob, i, inside, keep)
+        before = x if old is None else at(old, i, inside, keep)
+        advantage = at(advantages, i, inside, keep) if PER_TOKEN else tl.where(keep, sequence_advantage, 0.0)
         ratio = tl.exp((zero + mean_log_ratio) if BY_SEQUENCE else (x - before))
         value, by_logprob, by_log_weight = surrogate_term(
             x,
+            before,
             ratio,
             advantage,
             vespo_log_weight,
@@ -236,6 +177,9 @@ def _token_pass(
             upper,
             clip_delta,
             cispo_cap,
+            dppo_rise,
+            dppo_fall,
+            dppo_cap,
             sapo_temperature_high,
             sapo_temperature_low,
             vespo_k_high,
@@ -244,13 +188,20 @@ def _token_pass(
             vespo_lambda_low,
             SURROGATE,
         )
-        if behaviour is not None and SURROGATE != "vespo":
-            weight = _behaviour_weight(
-                behaviour, before, i, inside, keep, log_behaviour_sum, behaviour_cap, TRUNCATE, BEHAVIOUR_BY_SEQUENCE
-            )
-            value, by_logprob, by_log_weight = value * weight, by_logprob * weight, by_log_weight * weight
+        if MASKS or (BEHAVIOUR != "none" and SURROGATE != "vespo"):
+            weight = zero + 1.0
+            if BEHAVIOUR == "token" and SURROGATE != "vespo":
+                ratio_to_sampler = tl.exp(before - at(behaviour, i, inside, keep))
+                weight = bound_weight(ratio_to_sampler, behaviour_floor, behaviour_cap, TRUNCATE)
+            elif BEHAVIOUR == "sequence" or BEHAVIOUR == "geometric":  # noqa: PLR1714
+                weight = zero + sequence_weight
+            if MASKS:
+                weight = weight * tl.where(advantage < 0, keep_negative, keep_others)
+            value, by_logprob = weighted(value, weight), weighted(by_logprob, weight)
+            by_log_weight = weighted(by_log_weight, weight)
+            masked += (keep & (weight == 0.0)).to(tl.float32)
         if ref is not None:
-            kl, kl_slope = kl_term(_at(ref, i, inside, keep) - x, KL_ESTIMATOR)
+            kl, kl_slope = kl_term(at(ref, i, inside, keep) - x, KL_ESTIMATOR)
             if KL_BIAS_CORRECTION:
                 kl, kl_slope = kl * ratio, kl_slope * ratio
                 by_log_weight += kl_coef * kl
@@ -265,26 +216,41 @@ def _token_pass(
             slope += share * by_log_weight
         tl.store(gradient + i, tl.where(keep, slope, 0.0), mask=inside)
         if entropy is not None:
-            entropies += _at(entropy, i, inside, keep)
+            entropies += at(entropy, i, inside, keep)
         kept_ratio = tl.where(keep, ratio, 0.0)
         ratios += kept_ratio
         ratio_max = tl.maximum(ratio_max, kept_ratio, propagate_nan=tl.PropagateNan.ALL)
         clips_low, clips_high = count_clips(
-            clips_low, clips_high, keep, ratio, advantage, lower, upper, clip_delta, cispo_cap, SURROGATE, HAS_DELTA
+            clips_low,
+            clips_high,
+            keep,
+            x,
+            before,
+            ratio,
+            advantage,
+            lower,
+            upper,
+            clip_delta,
+            cispo_cap,
+            dppo_rise,
+            dppo_fall,
+            SURROGATE,
+            HAS_DELTA,
         )
-    return values, kls, entropies, ratios, ratio_max, clips_low, clips_high, through
+    return values, kls, entropies, ratios, ratio_max, clips_low, clips_high, masked, through
 
 
 @triton.jit(do_not_specialize=["batch", "groups"])
 def loss_kernel(
     logprob, old, advantages, mask, offsets, ref, entropy, behaviour, normalizer, entropy_normalizer, weights,
     rewards, group_offsets, rollout_mask, loss, metrics, gradient, scales, partial, counter,
-    batch, groups, eps, lower, upper, clip_delta, kl_coef, entropy_coef, behaviour_cap, cispo_cap,
-    sapo_temperature_high, sapo_temperature_low, vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low,
-    max_response_tokens,
+    batch, groups, eps, lower, upper, clip_delta, kl_coef, entropy_coef, behaviour_cap, behaviour_floor, geometric_cap,
+    geometric_floor, off_policy_delta, cispo_cap, sapo_temperature_high, sapo_temperature_low, vespo_k_high, vespo_k_low,
+    vespo_lambda_high, vespo_lambda_low, dppo_tv_bounds_high, dppo_tv_bounds_low, dppo_kl_bounds_high, dppo_kl_bounds_low,
+    dppo_cap, max_response_tokens,
     BASELINE: tl.constexpr, SCALE: tl.constexpr, SURROGATE: tl.constexpr, SEQUENCE_MEAN: tl.constexpr, COUNTS: tl.constexpr,
     BY_SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr,
-    TRUNCATE: tl.constexpr, BEHAVIOUR_BY_SEQUENCE: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    BEHAVIOUR: tl.constexpr, TRUNCATE: tl.constexpr, MASKS: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of sequence ``program_id(0)`` and its sums; the last program turns all sums into loss and metrics."""
     sequence = tl.program_id(0)
@@ -294,22 +260,6 @@ def loss_kernel(
     rollout_kept = exists
     if rollout_mask is not None:
         rollout_kept = exists & (tl.load(rollout_mask + sequence, mask=exists, other=0) != 0)
-    tokens, mean_log_ratio, log_behaviour_sum, vespo_log_weight = _sequence_sums(
-        logprob,
-        old,
-        behaviour,
-        mask,
-        rollout_kept,
-        begin,
-        end,
-        behaviour_cap,
-        SURROGATE,
-        BY_SEQUENCE,
-        TRUNCATE,
-        BEHAVIOUR_BY_SEQUENCE,
-        BLOCK,
-    )
-    divisor = tl.maximum(tokens, 1.0)
     sequence_advantage = 0.0
     if rewards is not None:
         sequence_advantage = advantage_of(
@@ -317,15 +267,63 @@ def loss_kernel(
         )
     elif not PER_TOKEN:
         sequence_advantage = tl.load(advantages + sequence, mask=exists, other=0.0).to(tl.float32)
-    values, kls, entropies, ratios, ratio_max, clips_low, clips_high, through = _token_pass(
+    tokens, log_ratio, log_behaviour, divergence, vespo_log_weight = sequence_sums(
+        logprob,
+        old,
+        behaviour,
+        advantages,
+        mask,
+        rollout_kept,
+        begin,
+        end,
+        sequence_advantage,
+        lower,
+        upper,
+        behaviour_floor,
+        behaviour_cap,
+        SURROGATE,
+        BY_SEQUENCE,
+        PER_TOKEN,
+        BEHAVIOUR,
+        TRUNCATE,
+        MASKS,
+        BLOCK,
+    )
+    divisor = tl.maximum(tokens, 1.0)
+    sequence_weight, keep_others = sequence_weight_of(
+        log_behaviour, divisor, behaviour_floor, behaviour_cap, geometric_floor, geometric_cap, BEHAVIOUR, TRUNCATE
+    )
+    divergence = divergence / divisor
+    keep_negative = keep_others * zero_where(divergence > off_policy_delta, divergence)
+    dppo_rise = dppo_tv_bounds_high if SURROGATE == "dppo_tv" else dppo_kl_bounds_high
+    dppo_fall = dppo_tv_bounds_low if SURROGATE == "dppo_tv" else dppo_kl_bounds_low
+    values, kls, entropies, ratios, ratio_max, clips_low, clips_high, masked, through = _token_pass(
         logprob, old, advantages, mask, ref, entropy, behaviour, weights, gradient,
-        rollout_kept, begin, end, sequence_advantage, divisor, mean_log_ratio, log_behaviour_sum, vespo_log_weight,
-        lower, upper, clip_delta, kl_coef, behaviour_cap, cispo_cap, sapo_temperature_high, sapo_temperature_low,
-        vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low, SURROGATE, SEQUENCE_MEAN, BY_SEQUENCE, PER_TOKEN,
-        KL_ESTIMATOR, KL_BIAS_CORRECTION, TRUNCATE, BEHAVIOUR_BY_SEQUENCE, HAS_DELTA, BLOCK,
+        rollout_kept, begin, end, sequence_advantage, divisor, log_ratio / divisor, sequence_weight, keep_negative, keep_others,
+        vespo_log_weight, lower, upper, clip_delta, kl_coef, behaviour_floor, behaviour_cap, cispo_cap, sapo_temperature_high,
+        sapo_temperature_low, vespo_k_high, vespo_k_low, vespo_lambda_high, vespo_lambda_low, dppo_rise, dppo_fall, dppo_cap,
+        SURROGATE, SEQUENCE_MEAN, BY_SEQUENCE, PER_TOKEN, KL_ESTIMATOR, KL_BIAS_CORRECTION, BEHAVIOUR, TRUNCATE, MASKS,
+        HAS_DELTA, BLOCK,
     )  # fmt: skip
     if BY_SEQUENCE:
-        _add_through_ratio(gradient, through, divisor, mask, rollout_kept, begin, end, BLOCK)
+        add_through_ratio(
+            gradient,
+            through,
+            divisor,
+            logprob,
+            old,
+            advantages,
+            mask,
+            rollout_kept,
+            begin,
+            end,
+            sequence_advantage,
+            lower,
+            upper,
+            SURROGATE,
+            PER_TOKEN,
+            BLOCK,
+        )
     if exists:
         _store_sums(
             partial,
@@ -340,6 +338,7 @@ def loss_kernel(
             ratio_max,
             clips_low,
             clips_high,
+            masked,
         )
     tl.debug_barrier()  # all of this program's sums are written before it counts as done
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:

@@ -9,7 +9,7 @@ from mgrpo_kernels import checks, sequences
 from mgrpo_kernels.ops._statistics import statistics_dtype
 from mgrpo_kernels.ops.policy_loss.loss_types import SEQUENCE_LENGTHS
 from mgrpo_kernels.ops.policy_loss.options import LossForm, LossOptions
-from mgrpo_kernels.ops.policy_loss.specs import BASELINES, LOSSES, SCALES, Groups, Tokens
+from mgrpo_kernels.ops.policy_loss.specs import BASELINES, LOSSES, SCALES, Groups, Tokens, bounds_geometric_mean
 
 
 def check_tokens(
@@ -44,6 +44,8 @@ def check_tokens(
         raise ValueError(f"ref_logprobs: expected a tensor with kl_coef {options.kl_coef}, got None")
     if options.entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy: expected a tensor with entropy_coef {options.entropy_coef}, got None")
+    if bounds_geometric_mean(options) and behaviour_logprobs is None:
+        raise ValueError("behaviour_logprobs: expected a tensor with geometric_cap or geometric_floor, got None")
     loss, name = LOSSES[options.loss_type], options.loss_type
     if loss.counts == SEQUENCE_LENGTHS and options.max_response_tokens is None and normalizer is None:
         raise ValueError(f"max_response_tokens: expected an int with loss_type {name!r} and no normalizer, got None")
@@ -69,9 +71,10 @@ def check_tokens(
 
 def check_behaviour_mode(options: LossForm) -> None:
     """Raise ValueError for a weight of whole sequences with a loss that has such a weight of its own."""
-    if LOSSES[options.loss_type].surrogate.weighs_behaviour and options.behaviour_mode.startswith("sequence"):
+    of_sequences = options.behaviour_mode.startswith(("sequence", "geometric"))
+    if LOSSES[options.loss_type].surrogate.weighs_behaviour and of_sequences:
         raise ValueError(
-            f"behaviour_mode: expected token_truncate or token_mask with loss_type {options.loss_type!r}, "
+            f"behaviour_mode: expected token_truncate, token_mask or none with loss_type {options.loss_type!r}, "
             f"got {options.behaviour_mode!r}"
         )
 

@@ -13,6 +13,9 @@ class Surrogate(NamedTuple):
     options: tuple[str, ...]  # the options that only this surrogate reads
     per_sequence: bool = False  # a token's gradient depends on other tokens of its sequence
     weighs_behaviour: bool = False  # it reads the behaviour weight itself; the others are multiplied by it
+    geometric_mean: bool = (
+        False  # its ratio is the geometric mean over the sequence of ratios that are clipped one by one
+    )
 
 
 CLIP = Surrogate(
@@ -28,6 +31,25 @@ VESPO = Surrogate(
     options=("vespo_k", "vespo_lambda"),
     per_sequence=True,
     weighs_behaviour=True,
+)
+DPPO_TV = Surrogate(
+    "dppo_tv",
+    "-min(r, dppo_cap) A logprob, with the weight held constant; 0 where p - p_old > dppo_tv_bounds[0] and A > 0, or "
+    "p_old - p > dppo_tv_bounds[1] and A <= 0",
+    options=("dppo_tv_bounds", "dppo_cap"),
+)
+DPPO_KL = Surrogate(
+    "dppo_kl",
+    "-min(r, dppo_cap) A logprob, with the weight held constant; 0 where KL(p_old, p) > dppo_kl_bounds[0], p > p_old and "
+    "A > 0, or KL(p_old, p) > dppo_kl_bounds[1], p < p_old and A <= 0",
+    options=("dppo_kl_bounds", "dppo_cap"),
+)
+GMPO = Surrogate(
+    "gmpo",
+    "-w A, with w the geometric mean over the sequence of min(r, exp(clip_high)) where A > 0, of max(r, exp(-clip_low)) elsewhere",
+    options=("clip_low", "clip_high"),
+    per_sequence=True,
+    geometric_mean=True,
 )
 
 ONE, SEQUENCE_MEAN = "1", "1 / length of its sequence"
@@ -58,6 +80,9 @@ LOSSES = {
     "sapo": LossType(SAPO, SEQUENCE_MEAN, SEQUENCES, "2511.20347"),
     "vespo": LossType(VESPO, ONE, TOKENS, "2602.10693"),
     "luspo": LossType(CLIP, ONE, SEQUENCES, "2602.05261"),
+    "dppo_tv": LossType(DPPO_TV, ONE, TOKENS, "2602.04879"),
+    "dppo_kl": LossType(DPPO_KL, ONE, TOKENS, "2602.04879"),
+    "gmpo": LossType(GMPO, SEQUENCE_MEAN, SEQUENCES, "2507.20673"),
 }
 LOSS_TYPES = tuple(LOSSES)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mgrpo_kernels.backend import native_unsupported as unsupported
 from mgrpo_kernels.ops.policy_loss.options import scalars
-from mgrpo_kernels.ops.policy_loss.specs import BASELINES, LOSSES, SCALES, Groups, LossOptions, Tokens
+from mgrpo_kernels.ops.policy_loss.specs import BASELINES, LOSSES, SCALES, Groups, LossOptions, Tokens, masks_sequences
 
 __all__ = ["forward", "group_advantages", "unsupported"]
 
@@ -26,7 +26,7 @@ def group_advantages(groups: Groups) -> Tensor:
 
 
 def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (0-d), metrics ``(8,)``, d loss / d logprob x normalizer ``(T,)``, and the two factors ``(2,)``."""
+    """Return loss (0-d), metrics ``(9,)``, d loss / d logprob x normalizer ``(T,)``, and the two factors ``(2,)``."""
     advantages, rollout_mask = tokens.advantages, None
     if groups is not None:
         advantages, rollout_mask = group_advantages(groups), groups.mask
@@ -43,6 +43,11 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
             "behaviour_mode": options.behaviour_mode,
         },
         numbers=scalars(options),
-        flags={"kl_bias_correction": options.kl_bias_correction, "per_sequence": loss.surrogate.per_sequence},
+        flags={
+            "kl_bias_correction": options.kl_bias_correction,
+            "per_sequence": loss.surrogate.per_sequence,
+            "geometric_mean": loss.surrogate.geometric_mean,
+            "masks_sequences": masks_sequences(options),
+        },
     )
     return outputs

@@ -137,7 +137,7 @@ def _(rewards: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.custom_op("mgrpo_kernels::policy_loss", mutates_args=(), schema=CALL.text)
 def policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss, metrics ``(8,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors to apply ``(2,)``."""
+    """Return loss, metrics ``(9,)``, d loss / d logprob before the normalizer ``(T,)``, and the two factors to apply ``(2,)``."""
     given = CALL.unpack(arguments)
     tokens, groups, form = unpack(given)
     _autograd.refuse_tangents("policy_loss", tokens.logprob, tokens.entropy)

@@ -21,7 +21,15 @@ from mgrpo_kernels.ops.policy_loss.loss_types import LOSS_TYPES, table
 
 ImportanceLevel = Literal["token", "sequence"]
 KlEstimator = Literal["k1", "k2", "k3"]
-BehaviourMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+BehaviourMode = Literal[
+    "token_truncate",
+    "token_mask",
+    "sequence_truncate",
+    "sequence_mask",
+    "geometric_truncate",
+    "geometric_mask",
+    "none",
+]
 IMPORTANCE_LEVELS: tuple[ImportanceLevel, ...] = typing.get_args(ImportanceLevel)
 KL_ESTIMATORS: tuple[KlEstimator, ...] = typing.get_args(KlEstimator)
 BEHAVIOUR_MODES: tuple[BehaviourMode, ...] = typing.get_args(BehaviourMode)
@@ -29,8 +37,17 @@ BEHAVIOUR_MODES: tuple[BehaviourMode, ...] = typing.get_args(BehaviourMode)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+OFF_POLICY = "off-policy corrections"
+
+
 def option(
-    default: Any, text: str, *, choices: tuple[str, ...] | None = None, unset: float | None = None, **bounds: float
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    unset: float | None = None,
+    group: str = "",
+    **bounds: float,
 ) -> Any:
     """Return a dataclass field that declares an option.
 
@@ -39,9 +56,10 @@ def option(
         text: what it does, as a sentence that can be read alone.
         choices: the values it may have, if it is a name.
         unset: the number that means None in the kernels.
+        group: title of the group that lists it in the trainer's --help; empty: that of the loss.
         bounds: above, at_least or at_most of a number, as :func:`mgrpo_kernels.checks.check_number` takes them.
     """
-    metadata = {"help": text, "unit": "", "choices": choices, "unset": unset, "bounds": bounds}
+    metadata = {"help": text, "unit": "", "choices": choices, "unset": unset, "bounds": bounds, "group": group}
     return field(default=default, metadata=metadata)
 
 
@@ -79,11 +97,40 @@ class LossForm:
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
     behaviour_mode: BehaviourMode = option(
         "token_truncate",
-        "how the weight exp(old - behaviour) is bounded: truncated at behaviour_cap or set to 0 above it (mask), for "
-        "each token or for the product over its sequence",
+        "how the weight exp(old - behaviour) is bounded: truncated to [behaviour_floor, behaviour_cap] or set to 0 outside "
+        "(mask), for each token, for the product over its sequence or for the geometric mean over its sequence; with "
+        "none it is 1",
         choices=BEHAVIOUR_MODES,
+        group=OFF_POLICY,
     )
-    behaviour_cap: float = option(2.0, "largest weight exp(old - behaviour)", above=0.0)
+    behaviour_cap: float = option(2.0, "largest weight exp(old - behaviour)", above=0.0, group=OFF_POLICY)
+    behaviour_floor: float = option(
+        0.0,
+        "smallest weight exp(old - behaviour); with token_mask it makes IcePop's mask (arXiv 2510.18855)",
+        at_least=0.0,
+        group=OFF_POLICY,
+    )
+    geometric_cap: float | None = option(
+        None,
+        "sequences whose weights exp(old - behaviour) have a geometric mean above this value are masked; none: no bound",
+        above=0.0,
+        unset=math.inf,
+        group=OFF_POLICY,
+    )
+    geometric_floor: float = option(
+        0.0,
+        "sequences whose weights exp(old - behaviour) have a geometric mean below this value are masked",
+        at_least=0.0,
+        group=OFF_POLICY,
+    )
+    off_policy_delta: float | None = option(
+        None,
+        "tokens with a negative advantage are masked if the mean of behaviour - logprob over their sequence, or of old - "
+        "logprob without behaviour_logprobs, is above this threshold (DeepSeek-V3.2, arXiv 2512.02556); none: no mask",
+        at_least=0.0,
+        unset=math.inf,
+        group=OFF_POLICY,
+    )
     cispo_cap: float = option(5.0, "largest importance ratio of the cispo loss", above=0.0)
     sapo_temperature: tuple[float, float] = option(
         (1.0, 1.05), "temperatures of the sapo loss's gate, for positive advantages and for the others", above=0.0
@@ -94,6 +141,19 @@ class LossForm:
     vespo_lambda: tuple[float, float] = option(
         (3.0, 2.0), "rates lambda of the vespo loss's weight, for advantages >= 0 and < 0", at_least=0.0
     )
+    dppo_tv_bounds: tuple[float, float] = option(
+        (0.15, 0.15),
+        "thresholds of the dppo_tv loss: the largest rise of a token's probability for positive advantages, the largest fall "
+        "for the others",
+        at_least=0.0,
+    )
+    dppo_kl_bounds: tuple[float, float] = option(
+        (0.05, 0.05),
+        "thresholds of the dppo_kl loss: the largest KL divergence of the new from the old probability of a token, where it "
+        "rises for positive advantages, and where it falls for the others",
+        at_least=0.0,
+    )
+    dppo_cap: float = option(20.0, "largest importance ratio of the dppo_tv and dppo_kl losses", above=0.0)
 
 
 @dataclass(frozen=True)
@@ -119,10 +179,17 @@ class LossKeywords(TypedDict, total=False):
     entropy_coef: float
     behaviour_mode: BehaviourMode
     behaviour_cap: float
+    behaviour_floor: float
+    geometric_cap: float | None
+    geometric_floor: float
+    off_policy_delta: float | None
     cispo_cap: float
     sapo_temperature: tuple[float, float]
     vespo_k: tuple[float, float]
     vespo_lambda: tuple[float, float]
+    dppo_tv_bounds: tuple[float, float]
+    dppo_kl_bounds: tuple[float, float]
+    dppo_cap: float
     max_response_tokens: int | None
 
 
@@ -164,14 +231,25 @@ def make_options(function: str, keywords: Mapping[str, Any]) -> LossOptions:
         if name not in _BY_NAME:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
         check_option(_BY_NAME[name], value)  # the defaults are good
-    return LossOptions(**keywords)
+    options = LossOptions(**keywords)
+    check_bounds(options)
+    return options
 
 
 def check_options(options: LossOptions) -> LossOptions:
     """Return `options` if every one is in its range, else raise TypeError or ValueError that names it."""
     for each in DECLARED:
         check_option(each, getattr(options, each.name))
+    check_bounds(options)
     return options
+
+
+def check_bounds(options: LossForm) -> None:
+    """Raise ValueError for a lower bound that is above the upper one."""
+    for low, high in (("behaviour_floor", "behaviour_cap"), ("geometric_floor", "geometric_cap")):
+        floor, cap = getattr(options, low), getattr(options, high)
+        if cap is not None and floor > cap:
+            raise ValueError(f"{low}: expected at most {high} {cap}, got {floor}")
 
 
 def check_option(declared: Declared, value: Any) -> None:

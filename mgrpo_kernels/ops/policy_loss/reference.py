@@ -13,7 +13,7 @@ from mgrpo_kernels import sequences
 from mgrpo_kernels.backend import reference_unsupported as unsupported
 from mgrpo_kernels.ops._statistics import statistics_dtype
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_MEAN
-from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, LossOptions, Tokens
+from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, LossOptions, Tokens, masks_sequences
 from mgrpo_kernels.sequences import segment_reduce
 
 __all__ = ["forward", "group_advantages", "token_weights", "unsupported"]
@@ -39,6 +39,8 @@ def group_advantages(groups: Groups) -> Tensor:
         number = count.sum()
         spread = torch.where(keep, kept - kept.sum() / number.clamp(min=1), 0.0)
         centred = centred / ((spread.square().sum() / (number - 1).clamp(min=1)).sqrt() + groups.eps)
+    elif groups.scale == "mean":
+        centred = centred / (mean.abs() + groups.eps)
     # Equal rewards teach nothing; the mean's rounding must not make them look different.
     highest = segment_reduce(torch.where(keep, kept, -torch.inf), offsets, "max")
     lowest = segment_reduce(torch.where(keep, kept, torch.inf), offsets, "min")
@@ -55,7 +57,7 @@ def token_weights(mask: Tensor, offsets: Tensor, options: LossOptions, dtype: to
 
 
 def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (0-d), metrics ``(8,)``, d loss / d logprob x normalizer ``(T,)``, and ``(2,)``: 1 / normalizer, entropy_coef / its own.
+    """Return loss (0-d), metrics ``(9,)``, d loss / d logprob x normalizer ``(T,)``, and ``(2,)``: 1 / normalizer, entropy_coef / its own.
 
     All in float32 (float64 for float64 log-probs). Gradients are left undivided so that a kernel can write them in its only pass.
     """
@@ -70,17 +72,25 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     logprob, advantage = clean(tokens.logprob), clean(advantages)
     old = logprob if tokens.old is None else clean(tokens.old)
     log_ratio = logprob - old
-    lengths = segment_reduce(mask.to(dtype), offsets).clamp(min=1)  # (B,)
-    by_sequence = options.importance_level == "sequence"
-    log_weight = (segment_reduce(log_ratio, offsets) / lengths)[sequence] if by_sequence else log_ratio
-    ratio = log_weight.exp()
-    behaviour = _behaviour_weight(tokens, clean, old, mask, sequence, options)
+    length = segment_reduce(mask.to(dtype), offsets).clamp(min=1)[sequence]  # (T,) of the token's sequence
+
+    def total(values: Tensor) -> Tensor:  # (T,) over the token's sequence
+        return segment_reduce(torch.where(mask, values, 0.0), offsets)[sequence]
 
     surrogate = LOSSES[options.loss_type].surrogate
-    given = _Given(logprob, log_ratio, ratio, advantage, behaviour, mask, offsets, sequence)
+    by_sequence = options.importance_level == "sequence" or surrogate.geometric_mean
+    clipped, moves = _clip_log_ratio(log_ratio, advantage, options) if surrogate.geometric_mean else (log_ratio, mask)
+    ratio = (total(clipped) / length if by_sequence else log_ratio).exp()
+    log_behaviour = None if tokens.behaviour is None else old - clean(tokens.behaviour)
+    behaviour = _behaviour_weight(log_behaviour, total, length, options)
+
+    given = _Given(logprob, old, log_ratio, ratio, advantage, behaviour, mask, offsets, sequence)
     term, clip_low, clip_high = SURROGATES[surrogate.name](given, options)
+    sampled = old if tokens.behaviour is None else clean(tokens.behaviour)
+    weight = _sequence_masks(log_behaviour, sampled, given, total, length, options)
     if behaviour is not None and not surrogate.weighs_behaviour:
-        term = _Term(*(part * behaviour for part in term))
+        weight = weight * behaviour
+    term = _Term(*(_weighted(part, weight) for part in term))
     kl = torch.zeros_like(logprob)
     if tokens.ref is not None:
         kl, kl_slope = _kl(clean(tokens.ref) - logprob, options.kl_estimator)
@@ -93,7 +103,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     share = token_weights(mask, offsets, options, dtype) if tokens.weights is None else tokens.weights
     through_ratio = share * term.by_log_weight
     if by_sequence:  # d log_weight / d logprob = 1 / length, for every token of the sequence
-        through_ratio = (segment_reduce(through_ratio, offsets) / lengths)[sequence]
+        through_ratio = torch.where(moves, total(through_ratio) / length, 0.0)
     gradient = torch.where(mask, share * term.by_logprob + through_ratio, 0.0)
 
     entropy = torch.zeros_like(logprob) if tokens.entropy is None else clean(tokens.entropy)
@@ -110,6 +120,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
         "ratio_max": ratios.max() if ratios.numel() else ratios.new_zeros(()),
         "clip_low_count": (mask & clip_low).sum().to(dtype),
         "clip_high_count": (mask & clip_high).sum().to(dtype),
+        "masked_count": (mask & (weight == 0)).sum().to(dtype),
     }
     return loss, torch.stack([metrics[name] for name in METRICS]).float(), gradient, scales
 
@@ -149,6 +160,7 @@ class _Given(NamedTuple):
     """What a surrogate may read, per token ``(T,)`` but for the offsets; 0 where masked."""
 
     logprob: Tensor
+    old: Tensor
     log_ratio: Tensor  # logprob - old
     ratio: Tensor  # the importance ratio, of the token or of its sequence
     advantage: Tensor
@@ -219,11 +231,61 @@ def _vespo(given: _Given, options: LossOptions) -> _Surrogate:
     return _Term(factor * given.logprob, factor, torch.zeros_like(factor)), *_never_clipped(given)
 
 
+def _dppo_tv(given: _Given, options: LossOptions) -> _Surrogate:
+    """Mask tokens whose probability has moved too far in the direction of their advantage (arXiv 2602.04879)."""
+    moved = given.logprob.exp() - given.old.exp()
+    rise, fall = options.dppo_tv_bounds
+    return _dppo(given, moved > rise, -moved > fall, options)
+
+
+def _dppo_kl(given: _Given, options: LossOptions) -> _Surrogate:
+    """Do the same by the KL divergence of two distributions over this token and all others."""
+    probability, before = given.logprob.exp().clamp(max=1.0), given.old.exp().clamp(max=1.0)
+    of_token = torch.where(before == 0, 0.0, before * (given.old - given.logprob))  # 0 x inf
+    divergence = of_token + (1.0 - before) * ((1.0 - before + 1e-8) / (1.0 - probability + 1e-8)).log()
+    rise, fall = options.dppo_kl_bounds
+    return _dppo(
+        given, (divergence > rise) & (probability > before), (divergence > fall) & (probability < before), options
+    )
+
+
+def _dppo(given: _Given, too_high: Tensor, too_low: Tensor, options: LossOptions) -> _Surrogate:
+    """Hold the truncated weight constant, except for masked tokens, which have no loss."""
+    masked = torch.where(given.advantage > 0, too_high, too_low)
+    factor = torch.where(masked, 0.0, -given.ratio.clamp(max=options.dppo_cap) * given.advantage)
+    value = torch.where(masked, 0.0, factor * given.logprob)
+    return (
+        _Term(value, factor, torch.zeros_like(factor)),
+        masked & (given.advantage < 0),
+        masked & (given.advantage > 0),
+    )
+
+
+def _gmpo(given: _Given, options: LossOptions) -> _Surrogate:
+    """Take the ratio as it is: its tokens have been clipped (arXiv 2507.20673)."""
+    nothing = (given.advantage == 0) & ~given.ratio.isnan()  # also where the ratio overflowed
+    value = torch.where(nothing, 0.0, -given.ratio * given.advantage)
+    low = (given.log_ratio < -options.clip_low) & (given.advantage < 0)
+    high = (given.log_ratio > options.clip_high) & (given.advantage > 0)
+    return _Term(value, torch.zeros_like(value), value), low, high
+
+
+def _clip_log_ratio(log_ratio: Tensor, advantage: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Return log ratios clipped on the side where the advantage gains, and which of them were not, (T,) each. NaN stays."""
+    too_high = (advantage > 0) & (log_ratio > options.clip_high)
+    too_low = ~(advantage > 0) & (log_ratio < -options.clip_low)
+    clipped = torch.where(too_high, options.clip_high, torch.where(too_low, -options.clip_low, log_ratio))
+    return clipped, ~(too_high | too_low)
+
+
 SURROGATES: dict[str, Callable[[_Given, LossOptions], _Surrogate]] = {
     "clip": _clip,
     "cispo": _cispo,
     "sapo": _sapo,
     "vespo": _vespo,
+    "dppo_tv": _dppo_tv,
+    "dppo_kl": _dppo_kl,
+    "gmpo": _gmpo,
 }
 
 
@@ -237,23 +299,48 @@ def _by_sign(first: Tensor, pair: tuple[float, float], like: Tensor) -> Tensor:
 
 
 def _behaviour_weight(
-    tokens: Tokens,
-    clean: Callable[[Tensor], Tensor],
-    old: Tensor,
-    mask: Tensor,
-    sequence: Tensor,
-    options: LossOptions,
+    log_weight: Tensor | None, total: Callable[[Tensor], Tensor], length: Tensor, options: LossOptions
 ) -> Tensor | None:
-    """Return the detached weight of each token, exp(old - behaviour), truncated or zeroed beyond the cap."""
-    if tokens.behaviour is None:
+    """Return the detached weight of each token, exp(old - behaviour), truncated to its bounds or zeroed outside."""
+    level, _, bound = options.behaviour_mode.partition("_")
+    if log_weight is None or level == "none":
         return None
-    log_weight = old - clean(tokens.behaviour)
-    if options.behaviour_mode.startswith("sequence"):
-        log_weight = segment_reduce(torch.where(mask, log_weight, 0.0), tokens.offsets)[sequence]
+    if level != "token":
+        log_weight = total(log_weight) / length if level == "geometric" else total(log_weight)
     weight = log_weight.exp()
-    if options.behaviour_mode.endswith("truncate"):
-        return weight.clamp(max=options.behaviour_cap)
-    return torch.where(weight > options.behaviour_cap, 0.0, weight)
+    floor, cap = options.behaviour_floor, options.behaviour_cap
+    if bound == "truncate":
+        return weight.clamp(floor, cap)
+    return torch.where((weight < floor) | (weight > cap), 0.0, weight)
+
+
+def _sequence_masks(
+    log_behaviour: Tensor | None,
+    sampled: Tensor,
+    given: _Given,
+    total: Callable[[Tensor], Tensor],
+    length: Tensor,
+    options: LossOptions,
+) -> Tensor:
+    """Return 0 for tokens of sequences that are masked, 1 for the others, and NaN where the mean that decides is NaN."""
+    if not masks_sequences(options):
+        return torch.ones_like(given.logprob)
+    delta, cap = (math.inf if bound is None else bound for bound in (options.off_policy_delta, options.geometric_cap))
+    keep = torch.ones_like(given.logprob)
+    if log_behaviour is not None:
+        weight = (total(log_behaviour) / length).exp()
+        keep = _zero_where((weight < options.geometric_floor) | (weight > cap), weight)
+    divergence = total(sampled - given.logprob) / length
+    return torch.where(given.advantage < 0, keep * _zero_where(divergence > delta, divergence), keep)
+
+
+def _zero_where(masked: Tensor, decided_by: Tensor) -> Tensor:
+    return torch.where(masked, 0.0, torch.where(decided_by.isnan(), decided_by, 1.0))
+
+
+def _weighted(part: Tensor, weight: Tensor) -> Tensor:
+    """Return part x weight. A weight of 0 leaves nothing of an infinite part, but keeps NaN."""
+    return torch.where((weight == 0) & ~part.isnan(), 0.0, part * weight)
 
 
 def _kl(difference: Tensor, estimator: str) -> tuple[Tensor, Tensor]:

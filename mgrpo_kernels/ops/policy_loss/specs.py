@@ -28,8 +28,10 @@ __all__ = [
     "LossOptions",
     "PolicyLoss",
     "Tokens",
+    "bounds_geometric_mean",
     "check_options",
     "is_token_level",
+    "masks_sequences",
 ]
 
 METRICS = (
@@ -41,9 +43,10 @@ METRICS = (
     "ratio_max",
     "clip_low_count",
     "clip_high_count",
+    "masked_count",
 )
 BASELINES = ("mean", "leave_one_out")
-SCALES = ("std", "batch", "none")
+SCALES = ("std", "batch", "none", "mean")
 
 
 class PolicyLoss(NamedTuple):
@@ -85,4 +88,15 @@ class Groups(NamedTuple):
 def is_token_level(options: LossOptions, behaviour: Tensor | None) -> bool:
     """Return whether a token's gradient depends on that token alone, given its share of the loss."""
     per_sequence = LOSSES[options.loss_type].surrogate.per_sequence or options.importance_level == "sequence"
-    return not per_sequence and (behaviour is None or options.behaviour_mode.startswith("token"))
+    token_weights = behaviour is None or options.behaviour_mode.startswith("token") or options.behaviour_mode == "none"
+    return not per_sequence and token_weights and not masks_sequences(options)
+
+
+def masks_sequences(options: LossOptions) -> bool:
+    """Return whether tokens are masked for what is true of their whole sequence."""
+    return options.off_policy_delta is not None or bounds_geometric_mean(options)
+
+
+def bounds_geometric_mean(options: LossOptions) -> bool:
+    """Return whether sequences are masked by the geometric mean of their behaviour weights."""
+    return options.geometric_floor > 0 or options.geometric_cap is not None

@@ -11,7 +11,7 @@ from mgrpo_kernels.backend import triton_unsupported as unsupported
 from mgrpo_kernels.ops._triton.launch import launch
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_MEAN
 from mgrpo_kernels.ops.policy_loss.options import scalars
-from mgrpo_kernels.ops.policy_loss.specs import BASELINES, METRICS, SCALES, Groups, LossOptions, Tokens
+from mgrpo_kernels.ops.policy_loss.specs import BASELINES, METRICS, SCALES, Groups, LossOptions, Tokens, masks_sequences
 
 __all__ = ["forward", "group_advantages", "unsupported"]
 
@@ -42,7 +42,7 @@ def group_advantages(groups: Groups) -> Tensor:
 
 
 def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return loss (0-d), metrics ``(8,)``, d loss / d logprob x normalizer ``(T,)``, and the two factors ``(2,)``."""
+    """Return loss (0-d), metrics ``(9,)``, d loss / d logprob x normalizer ``(T,)``, and the two factors ``(2,)``."""
     from mgrpo_kernels.ops.policy_loss import _triton_kernels as kernels
 
     number, batch = tokens.logprob.shape[0], tokens.offsets.shape[0] - 1
@@ -62,7 +62,8 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
         groups, inputs["advantages"] = None, like
     numbers: dict[str, Any] = dict(scalars(options))
     # The bounds themselves: working them out in the kernel takes registers.
-    numbers["lower"], numbers["upper"] = 1.0 - numbers.pop("clip_low"), 1.0 + numbers.pop("clip_high")
+    middle = 0.0 if LOSSES[options.loss_type].surrogate.geometric_mean else 1.0  # of log ratios, or of ratios
+    numbers["lower"], numbers["upper"] = middle - numbers.pop("clip_low"), middle + numbers.pop("clip_high")
     launch(
         kernels.loss_kernel,
         (max(1, batch),),
@@ -104,15 +105,17 @@ def _group_arguments(groups: Groups | None) -> dict[str, Any]:
 def _constants(options: LossOptions, *, behaviour: bool) -> dict[str, Any]:
     """Return what the kernel is compiled for."""
     loss = LOSSES[options.loss_type]
+    level, _, bound = options.behaviour_mode.partition("_")
     return {
         "SURROGATE": loss.surrogate.name,
         "SEQUENCE_MEAN": loss.share == SEQUENCE_MEAN,
         "COUNTS": loss.counts,
-        "BY_SEQUENCE": options.importance_level == "sequence",
+        "BY_SEQUENCE": options.importance_level == "sequence" or loss.surrogate.geometric_mean,
         "KL_ESTIMATOR": options.kl_estimator,
         "KL_BIAS_CORRECTION": options.kl_bias_correction,
-        "TRUNCATE": options.behaviour_mode.endswith("truncate"),
-        "BEHAVIOUR_BY_SEQUENCE": behaviour and options.behaviour_mode.startswith("sequence"),
+        "BEHAVIOUR": level if behaviour else "none",
+        "TRUNCATE": bound == "truncate",
+        "MASKS": masks_sequences(options),
         "HAS_DELTA": options.clip_delta is not None,
     }
 

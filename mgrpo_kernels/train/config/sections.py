@@ -11,7 +11,7 @@ from mgrpo_kernels.method import MethodOptions
 from mgrpo_kernels.method.fields import option
 from mgrpo_kernels.method.options import MOMENTUM_GROUP
 from mgrpo_kernels.ops.policy_loss.inputs import check_behaviour_mode
-from mgrpo_kernels.ops.policy_loss.options import LossForm
+from mgrpo_kernels.ops.policy_loss.options import OFF_POLICY, LossForm, check_bounds
 from mgrpo_kernels.train.config.fields import Section
 from mgrpo_kernels.train.config.servers import check_urls, split_urls
 from mgrpo_kernels.train.rollout.engines import ENGINES, EngineName
@@ -20,7 +20,7 @@ from mgrpo_kernels.train.rollout.truncation import MOST_KEPT, Truncation
 DEFAULT_TEMPLATE = "{question}\nThink step by step, and end with the final answer inside \\boxed{}.\n"
 LEAST_TEMPERATURE = 1e-4  # below it, logits over the temperature are rounded by more than log-probs differ
 # A test compares these names with the table of loss types.
-LossName = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
+LossName = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo", "dppo_tv", "dppo_kl", "gmpo"]
 
 
 @dataclass(frozen=True)
@@ -281,17 +281,27 @@ class LossConfig(Section, LossForm):
         "weight each token by the ratio of its probabilities in the trainer and in the rollout engine, which --behaviour-mode and "
         "--behaviour-cap bound",
         if_none="on for vllm, which rounds differently, off for transformers",
+        group=OFF_POLICY,
     )
 
     def check(self) -> None:
         check_behaviour_mode(self)
+        check_bounds(self)
 
     @property
     def behaviour_text(self) -> str:
         """The behaviour correction in words, for the plan."""
         level, _, bound = self.behaviour_mode.partition("_")
-        bounded = "truncated at" if bound == "truncate" else "set to 0 above"
-        return f"{level} weights (trainer / rollout engine), {bounded} {self.behaviour_cap:g}"
+        least, most = f"{self.behaviour_floor:g}", f"{self.behaviour_cap:g}"
+        if bound == "truncate":
+            bounded = f"truncated at {most}" if self.behaviour_floor == 0 else f"truncated to [{least}, {most}]"
+        else:
+            bounded = f"set to 0 above {most}" if self.behaviour_floor == 0 else f"set to 0 outside [{least}, {most}]"
+        weights = "no weights" if level == "none" else f"{level} weights (trainer / rollout engine), {bounded}"
+        if self.geometric_cap is None and self.geometric_floor == 0:
+            return weights
+        most = "inf" if self.geometric_cap is None else f"{self.geometric_cap:g}"
+        return f"{weights}; sequences masked where their geometric mean is outside [{self.geometric_floor:g}, {most}]"
 
     def keywords(self) -> dict[str, Any]:
         """Return the options as keywords of the policy loss."""

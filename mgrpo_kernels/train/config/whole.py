@@ -113,8 +113,11 @@ class Config:
         yield "kl_reference", "--kl-coef above 0", self.loss.kl_coef > 0 or self.loss.kl_reference != "momentum"
         yield "kl_bias_correction", "a KL term", self.needs_reference is not None
         weighted = self.corrects_behaviour or self.method.train_momentum_rollouts
-        for name in ("behaviour_mode", "behaviour_cap"):
+        for name in ("behaviour_mode", "behaviour_cap", "behaviour_floor", "geometric_cap", "geometric_floor"):
             yield name, "--behaviour-correction or --train-momentum-rollouts", weighted
+        off_policy = weighted or self.optim.updates_per_batch > 1
+        needed = "--behaviour-correction, --train-momentum-rollouts or --updates-per-batch above 1"
+        yield "off_policy_delta", needed, off_policy
         for each in DECLARED:
             readers = [name for name, row in LOSSES.items() if each.name in row.surrogate.options]
             # The clip range is accepted with every loss type.
