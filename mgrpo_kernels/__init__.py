@@ -9,6 +9,7 @@ from mgrpo_kernels.ops.iqr_filter.specs import IqrFilter
 from mgrpo_kernels.ops.linear_policy_loss import linear_policy_loss
 from mgrpo_kernels.ops.linear_token_stats import linear_token_stats
 from mgrpo_kernels.ops.policy_loss import group_advantages, grpo_loss, policy_loss
+from mgrpo_kernels.ops.policy_loss.masks import clip_cov_mask, kl_cov_penalty, top_entropy_mask
 from mgrpo_kernels.ops.policy_loss.specs import PolicyLoss
 from mgrpo_kernels.ops.token_stats import (
     entropy_from_logits,
@@ -31,6 +32,7 @@ __all__ = [
     "TokenStats",
     "Vote",
     "backends",
+    "clip_cov_mask",
     "ema_update_",
     "entropy_from_logits",
     "extract_answer",
@@ -38,6 +40,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "iqr_filter",
+    "kl_cov_penalty",
     "linear_policy_loss",
     "linear_token_stats",
     "logprobs_and_entropy_from_logits",
@@ -45,6 +48,7 @@ __all__ = [
     "majority_vote",
     "policy_loss",
     "token_stats_from_logits",
+    "top_entropy_mask",
     "trajectory_entropy",
     "use_backend",
 ]

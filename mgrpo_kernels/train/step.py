@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from mgrpo_kernels import MomentumModel, Teacher, TokenStats
+from mgrpo_kernels import MomentumModel, Teacher, TokenStats, top_entropy_mask
 from mgrpo_kernels.method import Selection, answer_tokens, select
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, RolloutConfig
@@ -237,6 +237,7 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
         gold=seen.gold,
         rewards=seen.rewards,
         reward_share=None if seen.rewards is None else config.method.reward_share,
+        scale=config.loss.advantage_scale,
         equivalence=learner.task.equivalence,
         generator=generator,
     )
@@ -292,7 +293,18 @@ def training_batch(
     sampled = seen.rollouts.logprobs[rows] if engine_scores(learner, seen) else None
     advantages = selection.advantages if selection.token_advantages is None else selection.token_advantages
     advantages = advantages.to(rows.device)[rows]
+    if learner.config.loss.top_entropy_share < 1.0:
+        assert own.entropy is not None
+        by_token = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+        advantages = by_token * highest_entropies(own.entropy[rows], mask, learner.config.loss.top_entropy_share)
     return Batch(prompts, tokens, mask, old, ref, advantages, behaviour, sampled, kept)
+
+
+def highest_entropies(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
+    """Return the tokens ``(B, R)`` with the highest entropies of all ranks' tokens that train."""
+    parts = parallel.all_gather(entropy[mask].cpu())
+    keep = top_entropy_mask(torch.cat(parts), share).split([part.numel() for part in parts])[parallel.rank()]
+    return torch.zeros_like(mask).masked_scatter(mask, keep.to(mask.device))
 
 
 def scoring(options: RolloutConfig) -> dict[str, Any]:

@@ -229,6 +229,8 @@ def take_optimizer_step(
         "kl": None if batch.ref_logprobs is None else sums["kl_sum"] / sums["tokens"],
         "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
     }
+    if batch.behaviour_logprobs is not None or config.loss.off_policy_delta is not None:
+        metrics["masked_fraction"] = sums["masked_count"] / sums["tokens"]
     if batch.sampled_logprobs is not None:
         metrics["behaviour_mismatch"] = sums["mismatch_sum"] / sums["mismatch_tokens"]
     return metrics

@@ -56,6 +56,8 @@ BAD = {
     "dppo_tv_bounds": ((0.1, -0.1), "dppo_tv_bounds: expected at least 0.0, got -0.1"),
     "dppo_kl_bounds": (0.1, "dppo_kl_bounds: expected two numbers, got 0.1"),
     "dppo_cap": (0.0, "dppo_cap: expected more than 0.0"),
+    "advantage_scale": ("iqr", "advantage_scale: expected one of std, batch, none, mean, got 'iqr'"),
+    "top_entropy_share": (0.0, "top_entropy_share: expected more than 0.0"),
     "loss_type": ("ppo", "loss_type: expected one of grpo"),
     "engine": ("sglang", "engine: expected one of transformers, vllm, got 'sglang'"),
     "top_p": (0.0, "top_p: expected more than 0.0 and at most 1.0, got 0.0"),

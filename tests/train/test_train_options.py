@@ -145,6 +145,33 @@ def test_the_correction_takes_what_the_sampler_said(
     assert torch.equal(batch.behaviour_logprobs, SAMPLED * batch.mask)
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_only_the_tokens_with_the_highest_entropies_have_a_policy_loss(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    seen = batches(monkeypatch)
+    run(policy, top_entropy_share=share, iqr_filter=False)
+    (batch,) = seen
+    if share == 1.0:
+        assert batch.advantages.dim() == 1
+        return
+    assert batch.advantages.shape == batch.mask.shape
+    counted = batch.advantages.abs().amax(1) > 0
+    assert 0 < (batch.advantages != 0).sum() <= share * batch.mask.sum() + 1
+    assert not batch.advantages[~batch.mask].any()
+    assert counted.any()
+
+
+def test_the_scale_of_the_advantages_is_an_option(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = batches(monkeypatch)
+    for scale in ("std", "none", "mean"):
+        run(policy, advantage_scale=scale, iqr_filter=False)
+    std, none, mean = (batch.advantages for batch in seen)
+    assert not torch.allclose(std, none)
+    assert not torch.allclose(mean, none)
+    assert torch.equal(mean.sign(), none.sign())
+
+
 def lagging(learner: Learner) -> dict[str, Tensor]:
     """Let the momentum model differ from the policy; return its weights."""
     assert learner.momentum is not None

@@ -385,3 +385,19 @@ def test_learning_rate() -> None:
     assert 0 < rates[-1] < 1e-3
     constant = tiny.config(steps=100, warmup=0.0, learning_rate=1.0, lr_schedule="constant")
     assert {learning_rate(constant.optim, step) for step in range(1, 101)} == {1.0}
+
+
+def test_masked_tokens_are_counted_where_a_correction_may_mask(policy: Policy) -> None:
+    options = {
+        "behaviour_correction": True,
+        "behaviour_mode": "token_mask",
+        "behaviour_floor": 1.0,
+        "behaviour_cap": 1.01,
+    }
+    part, config = batch(policy), tiny.config(**options)
+    assert "masked_fraction" not in take_step(policy, make_optimizer(policy, config.optim), part, config, step=1)
+    assert part.old_logprobs is not None
+    part = part._replace(behaviour_logprobs=part.old_logprobs + 0.3 * (part.tokens % 2))
+    sums, _ = gradient(policy, part, 10**6, **options)
+    updated = take_step(policy, make_optimizer(policy, config.optim), part, config, step=1)
+    assert 0 < updated["masked_fraction"] == sums["masked_count"] / sums["tokens"] < 1

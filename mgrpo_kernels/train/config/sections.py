@@ -271,6 +271,18 @@ class LossConfig(Section, LossForm):
         0.005, "coefficient of the KL penalty; 0 disables the KL penalty, so no reference model is kept", at_least=0.0
     )
     entropy_coef: float = option(0.0, "coefficient of the entropy bonus", at_least=0.0)
+    advantage_scale: Literal["std", "batch", "none", "mean"] = option(
+        "std",
+        "divisor of the advantages: the standard deviation of the rewards of the prompt (std) or of the step (batch), none (Dr. GRPO), or "
+        "the absolute value of the prompt's mean reward (mean; MaxRL)",
+    )
+    top_entropy_share: float = option(
+        1.0,
+        "share of the step's tokens, those with the highest entropies under the policy that sampled them, that have a policy loss; the "
+        "others keep their KL penalty (arXiv 2506.01939)",
+        above=0.0,
+        at_most=1.0,
+    )
     kl_reference: Literal["base", "momentum", "none"] = option(
         "base",
         "reference model of the KL penalty: the model at the start of the run (base), the momentum model (momentum), or none, which "

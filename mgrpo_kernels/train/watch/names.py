@@ -27,6 +27,7 @@ NAMES = {
     "entropy": "entropy, nats",
     "kl": "KL, nats",
     "clip_fraction": "clipped tokens",
+    "masked_fraction": "masked tokens",
     "behaviour_mismatch": "trainer - sampler, nats",
     "momentum_distance": "momentum distance",
     "teacher_agreement": "agreement with the teacher",
