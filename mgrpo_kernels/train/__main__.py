@@ -87,6 +87,15 @@ def make_parser() -> Parser:
         help="check the options, print the plan with estimates of memory and time, and exit; RANKS plans for that many ranks (8), or "
         "for ranks of another device (8xh100-80gb), instead of those at hand (default: off)",
     )
+    start.add_argument(
+        "--probe",
+        nargs="?",
+        const=64,
+        type=int,
+        metavar="N",
+        help="instead of training, sample N training prompts (64 without a number), print whether the vote of the model as it is would "
+        "improve it, and exit; nothing is written (default: off)",
+    )
     command_line.add_options(parser, (name for name in command_line.OPTIONS if name not in FIRST))
     command_line.add_help(parser)
     return parser
@@ -107,6 +116,7 @@ class CommandLine(NamedTuple):
     resume: bool
     dry_run: Any  # True, or the target that it names
     allow_changed: bool
+    probe: int | None  # number of prompts
 
 
 def read_command_line(arguments: Sequence[str] | None, spelling: Spelling | None = None) -> CommandLine:
@@ -120,8 +130,10 @@ def read_command_line(arguments: Sequence[str] | None, spelling: Spelling | None
     spelling = spelling or Spelling()
     spelling.read(parser, (), given)
     file, output = given.pop("config", None), given.pop("output", None)
-    allow_changed = given.pop("allow_changed_data", False)
+    allow_changed, probe = given.pop("allow_changed_data", False), given.pop("probe", None)
     resume, dry_run = given.pop("resume", False) or is_restart(output), given.pop("dry_run", False)
+    if probe is not None and (resume or dry_run):
+        raise UsageError(f"probe: expected it without --{'resume' if resume else 'dry-run'}, got both")
     layers: list[Mapping[str, Any]] = []
     if resume:
         if output is None:
@@ -137,7 +149,7 @@ def read_command_line(arguments: Sequence[str] | None, spelling: Spelling | None
         layers.insert(0, OPTIONS)
     config = build(*layers)
     default = f"{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return CommandLine(config, command_line.output_directory(output, default), resume, dry_run, allow_changed)
+    return CommandLine(config, command_line.output_directory(output, default), resume, dry_run, allow_changed, probe)
 
 
 def is_restart(output: str | None) -> bool:
@@ -168,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 resume=found.resume,
                 dry_run=found.dry_run,
                 allow_changed=found.allow_changed,
+                probe=found.probe,
                 record=record,
             )
         except BaseException as error:

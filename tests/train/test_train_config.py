@@ -257,7 +257,7 @@ def test_files_that_are_no_options(tmp_path: Path, text: str) -> None:
 def test_command_line_over_yaml_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"steps": 7, "seed": 3, "method": "srt"}))
-    config, output, resume, dry_run, _ = command.read_command_line(["--config", str(file), "--seed", "4", "--dry-run"])
+    config, output, resume, dry_run, *_ = command.read_command_line(["--config", str(file), "--seed", "4", "--dry-run"])
     assert (config.optim.steps, config.run.seed, config.method.method) == (7, 4, "srt")
     assert output.parent == Path("runs")
     assert output.name.startswith("srt-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from mgrpo_kernels.train import extras, parallel
+from mgrpo_kernels.train import probe as probing
 from mgrpo_kernels.train.config import Config
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.data.answers import describe_extractor
@@ -21,7 +23,7 @@ from mgrpo_kernels.train.model.policy import Policy, context_of, end_tokens, pic
 from mgrpo_kernels.train.plan.describe import Plan, Target, changed, describe, plan, read_model
 from mgrpo_kernels.train.run import checkpoint, files, fingerprint
 from mgrpo_kernels.train.run.hub import check_login
-from mgrpo_kernels.train.run.learner import demo_policy, load, make_learner
+from mgrpo_kernels.train.run.learner import demo_policy, load, make_engine, make_learner
 from mgrpo_kernels.train.run.loop import Run
 from mgrpo_kernels.train.run.output import check_output, check_resume
 from mgrpo_kernels.train.run.record import Record
@@ -55,11 +57,13 @@ def run(
     dry_run: bool | Target = False,
     allow_changed: bool = False,
     record: Record | None = None,
+    probe: int | None = None,
 ) -> int:
     """Train; return the exit status: 0, 3 where the guard stopped the run, or 130 where it was interrupted.
 
     With `dry_run` the plan is printed, and that is all: for the ranks and the device there are, or for a target. With `allow_changed` a
-    run is resumed although its data, base model or tokenizer has changed. `record` writes what is printed to log.txt.
+    run is resumed although its data, base model or tokenizer has changed. With `probe` so many prompts are sampled, the verdict is printed,
+    and that is all. `record` writes what is printed to log.txt.
 
     Raises:
         UsageError: something that the user can put right; what a run had written before is as it was.
@@ -78,6 +82,8 @@ def run(
                 print_line(line)
         if dry_run:
             return 0
+        if probe is not None:
+            return run_probe(config, start.task, device, probe)
         with parallel.together():
             policy = None if config.model.model is None else load(config, config.model.model, device)
         with parallel.together():
@@ -95,6 +101,28 @@ def run(
                         )  # the built-in model is written there
                 policy = demo_policy(config, output / "base", device, view)
             return train(config, start, policy, output, view, record)
+
+
+def run_probe(config: Config, task: Task, device: torch.device, number: int) -> int:
+    """Sample `number` prompts, or all if there are fewer, print the figures and the verdict, and return the exit status 0.
+
+    Raises:
+        UsageError: there are several processes, or no prompts are to be sampled.
+    """
+    if parallel.world() > 1:
+        raise UsageError(f"probe: expected one process, got {parallel.world()}: start it without torchrun")
+    if number < 1:
+        raise UsageError(f"probe: expected at least 1 prompt, got {number}")
+    with tempfile.TemporaryDirectory() as place:
+        name = config.model.model
+        with Plain(config) as view:
+            policy = (
+                demo_policy(config, Path(place) / "base", device, view) if name is None else load(config, name, device)
+            )
+        figures = probing.sample(config, task, policy, make_engine(config, task, policy), min(number, len(task.train)))
+    for line in probing.lines(figures, probing.judge(figures)):
+        print_line(line)
+    return 0
 
 
 def train(config: Config, start: Start, policy: Policy, output: Path, view: Plain, record: Record | None = None) -> int:
