@@ -70,6 +70,7 @@ HOSTILE: dict[str, list[Group]] = {
     "all equal": [group_of(["a"] * 6)],
     "all different": [group_of([*"abcdefgh"])],
     "a tie": [group_of([*"aabb"])],
+    "a thin plurality": [group_of([*"aaabcdefg"])],
     "one answer": [group_of([None, "a", None])],
     "nobody votes": [[each._replace(votes=False) for each in group_of([*"aab"])]],
     "nobody trains": [[each._replace(trains=False) for each in group_of([*"aab"])]],

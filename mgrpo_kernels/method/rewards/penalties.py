@@ -77,10 +77,8 @@ def reszero(signals: Signals) -> Tensor:
     support = torch.where(top | ~answers.answered | (others == 0), 0.0, equal / others.clamp(min=1.0))
     total = torch.zeros(len(signals.offsets) - 1).index_add(0, answers.group, torch.where(rest, support, 0.0))
     mean = total[answers.group] / count(rest).clamp(min=1.0)
-    rewards = (
-        torch.where(top, -RESZERO_PENALTY, support - mean) * share_of_top + RESZERO_PENALTY * share_of_top.square()
-    )
-    return torch.where(_labelled(signals), rewards, 0.0)
+    penalised = torch.where(top, -RESZERO_PENALTY, support - mean)
+    return penalised * share_of_top + RESZERO_PENALTY * share_of_top.square()  # all 0 without a label
 
 
 def _labelled(signals: Signals) -> Tensor:
