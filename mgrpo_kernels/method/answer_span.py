@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
@@ -44,6 +45,7 @@ def _span(ids: list[int], text: str, answer: str | None, decode: Callable[[list[
     if place is None:
         return slice(0, 0)
 
+    @functools.cache
     def characters(number: int) -> int:
         """Return how many characters the first tokens spell."""
         return len(decode(ids[:number]))
