@@ -21,8 +21,9 @@ from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, interleave
 from mgrpo_kernels.train.score import score
 from mgrpo_kernels.train.update import Batch, learning_rate, take_step
+from mgrpo_kernels.train.watch.kl_parts import ROWS, kl_parts
 from mgrpo_kernels.train.watch.metrics import Clock, peak_memory_bytes
-from mgrpo_kernels.train.watch.step_metrics import Trajectories, sample_lines, step_metrics
+from mgrpo_kernels.train.watch.step_metrics import Trajectories, sample_lines, spread, step_metrics
 from mgrpo_kernels.train.watch.unanswered import FIRST_STEPS, warn_of_answers
 from mgrpo_kernels.vote.extraction import read_answers
 
@@ -68,6 +69,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
             selection = select_rollouts(learner, seen, measured, step)
         with clock("score"), record_function("score"):
             batch = training_batch(learner, seen, stats, own, selection)
+            divergences = kl_by_part(learner, seen, own, selection, batch)
     # If no rollout trains, the optimizer step is skipped, but the schedule and the momentum model still advance.
     with clock("update"), record_function("update"):
         any_trains = parallel.on_any(bool(batch.prompts))
@@ -94,6 +96,7 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         **teacher_metrics(learner.momentum),
         **uncompared,
         **updated,
+        **divergences,
         "momentum_distance": None if learner.momentum is None else float(learner.momentum.distance(policy.model)),
         **clock.metrics(int(seen.rollouts.mask.sum())),
         "peak_memory_bytes": int(parallel.largest(peak_memory_bytes(policy.device))),
@@ -243,16 +246,32 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
     )
 
 
-def tokens_of_answers(learner: Learner, seen: Trajectories) -> Tensor:
-    """Return which tokens spell the final answers, ``(B, R)`` bool."""
+def tokens_of_answers(learner: Learner, seen: Trajectories, rows: Sequence[int] | None = None) -> Tensor:
+    """Return which tokens spell the final answers of these rollouts, or of all of them, ``(rows, R)`` bool."""
     mask, tokenizer = seen.rollouts.mask, learner.policy.tokenizer
-    lengths = mask.sum(-1).tolist()
-    ids = [row[:length] for row, length in zip(seen.rollouts.tokens.tolist(), lengths, strict=True)]
+    rows = range(len(seen.texts)) if rows is None else rows
+    lengths, tokens = mask.sum(-1).tolist(), seen.rollouts.tokens
+    ids = [tokens[row, : lengths[row]].tolist() for row in rows]
 
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    return answer_tokens(ids, seen.texts, seen.answers, decode, mask.shape[1])
+    texts, answers = [seen.texts[row] for row in rows], [seen.answers[row] for row in rows]
+    return answer_tokens(ids, texts, answers, decode, mask.shape[1])
+
+
+def kl_by_part(
+    learner: Learner, seen: Trajectories, own: TokenStats, selection: Selection, batch: Batch
+) -> dict[str, float | None]:
+    """Return the KL divergence from the reference model on the tokens of the answers and on the others, for some rollouts that train."""
+    if batch.ref_logprobs is None:
+        return {}
+    assert own.logprob is not None
+    chosen = torch.tensor(spread(len(batch.prompts), ROWS), dtype=torch.long, device=batch.tokens.device)
+    rows = selection.trains.nonzero().squeeze(-1).to(chosen.device)[chosen]
+    answer = tokens_of_answers(learner, seen, rows.tolist()).to(rows.device)
+    estimator = learner.config.loss.keywords()["kl_estimator"]
+    return kl_parts(own.logprob[rows], batch.ref_logprobs[chosen], batch.mask[chosen], answer, estimator)
 
 
 def training_batch(

@@ -64,6 +64,7 @@ def test_a_step_fills_every_key(policy: Policy) -> None:
     line, samples, change = run(tiny.learner(policy))
     assert list(line) == [key for key in KEYS if key not in EVALUATION]
     assert [key for key, value in line.items() if value is None] == [
+        "masked_fraction",
         "teacher_refreshes",
         "teacher_gate",
         "time_sync",

@@ -39,6 +39,9 @@ KEYS = {
     "pruned_fraction": "fraction of the rollouts that the IQR filter pruned",
     "entropy": "mean token entropy of the policy's rollouts, in nats",
     "kl": "mean KL divergence from the reference model per trained token, in nats",
+    "kl_answer": "mean KL divergence from the reference model per token of an answer, in nats, over at most 32 trained rollouts of a rank "
+    "whose text contains their answer",
+    "kl_reasoning": "mean KL divergence from the reference model per token before or after the answer, in nats, over the same rollouts",
     "clip_fraction": "fraction of the trained tokens whose importance ratio was clipped",
     "masked_fraction": "fraction of the trained tokens whose policy loss a weight or mask of the off-policy corrections set to 0",
     "behaviour_mismatch": "mean absolute difference between the log-probabilities of the trainer and of the rollout engine, in nats per "

@@ -26,6 +26,8 @@ NAMES = {
     "pruned_fraction": "pruned",
     "entropy": "entropy, nats",
     "kl": "KL, nats",
+    "kl_answer": "KL of the answer, nats",
+    "kl_reasoning": "KL of the reasoning, nats",
     "clip_fraction": "clipped tokens",
     "masked_fraction": "masked tokens",
     "behaviour_mismatch": "trainer - sampler, nats",
