@@ -269,7 +269,9 @@ def preset(name: str) -> dict[str, object]:
 
 
 def test_presets_hold_their_papers_numbers() -> None:
-    assert {each.stem for each in PRESETS.glob("*.yaml")} == {"paper", "srt", "ttrl", "single_24gb", "half", "steady"}
+    assert {each.stem for each in PRESETS.glob("*.yaml")} == {
+        *("paper", "srt", "ttrl", "single_24gb", "gsm8k", "half", "steady")
+    }
     paper = {
         **build().values(),
         "model": "Qwen/Qwen3-4B-Base",
@@ -284,6 +286,8 @@ def test_presets_hold_their_papers_numbers() -> None:
     assert ttrl == {**paper, **differing, "method": "ttrl", "rollouts": 64}
     small = build(read_yaml(find_config("single_24gb")), {"data": "x.jsonl"})
     assert (small.rollout.rollouts, small.momentum_rollouts, small.needs_reference) == (16, 4, "momentum")
+    questions = build(read_yaml(find_config("gsm8k")), {})
+    assert (questions.rollout.rollouts, questions.momentum_rollouts, questions.needs_reference) == (16, 8, "momentum")
 
 
 def test_every_line_of_a_preset_says_where_it_is_from() -> None:
@@ -299,7 +303,7 @@ def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pyte
     assert read_yaml(find_config("paper")) == {"steps": 3}
     with pytest.raises(
         UsageError,
-        match="config: expected a YAML file that exists, or a preset .half, paper, single_24gb, srt, steady, ttrl., got 'papr'",
+        match="config: expected a YAML file that exists, or a preset .gsm8k, half, paper, single_24gb, srt, steady, ttrl., got 'papr'",
     ):
         find_config("papr")
 

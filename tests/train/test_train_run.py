@@ -310,22 +310,25 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("preset", ["paper", "srt", "ttrl", "single_24gb"])
+@pytest.mark.parametrize("preset", ["paper", "srt", "ttrl", "single_24gb", "gsm8k"])
 def test_presets_with_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], preset: str) -> None:
     (tmp_path / "data.jsonl").write_text('{"question": "x", "answer": "1"}\n')
-    for context, status in ((4096, 0), (1024, 2)):
+    for context, status in ((4096, 0), (256 if preset == "gsm8k" else 1024, 2)):
         make_byte_model(tmp_path / "model", context=context)
         flags = [
             "--config",
             preset,
             "--model",
             str(tmp_path / "model"),
-            "--data",
-            str(tmp_path / "data.jsonl"),
+            f"--data={tmp_path}/data.jsonl",
+            f"--eval-data={tmp_path}/data.jsonl",
+            "--engine=transformers",
             "--dry-run",
         ]
         assert command.main([*flags, "--output", str(tmp_path / "run")]) == status
         got = capsys.readouterr()
-        shown = "derived:" if status == 0 else "error: max_response_tokens: expected at most 9"  # 1024 - the prompt
+        shown = (
+            "derived:" if status == 0 else "error: max_response_tokens: expected at most "
+        )  # the context - the prompt
         assert shown in got.out + got.err
     assert not (tmp_path / "run").exists()
