@@ -4,7 +4,7 @@ READY := .venv/.ready
 READY_DEV := .venv/.ready-dev
 SOURCES := pyproject.toml setup.py scripts/setup.sh scripts/build_backend.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help setup setup-dev vllm peers train test asan bench gpu-check gpu-wheels study study-full torture docs lint artifacts clean
+.PHONY: help setup setup-dev vllm peers train real test asan bench gpu-check gpu-wheels study study-full torture docs lint artifacts clean
 .DEFAULT_GOAL := help
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do printf '%-12s %s\n' "$$target" "$$text"; done
@@ -28,8 +28,12 @@ peers: setup-dev  ## install verl and OpenRLHF for the tests, in a separate fold
 train: setup  ## train on the built-in task; ARGS="--steps 100 ..." passes options to the trainer
 	$(PY) -m mgrpo_kernels.train $(ARGS)
 
+real: setup  ## train SmolLM2-135M on products without labels, beside other rewards; resumable; ARGS="--seeds 1 --cells mgrpo" for one run
+	$(PY) examples/real_model/run.py $(ARGS)
+
+# With active waiting, threads that wait for each other keep the core that the other process needs.
 test: setup-dev  ## run the whole test suite, in two processes that take one file at a time
-	$(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 bench: setup-dev  ## benchmark every op against its peers
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

@@ -1,7 +1,8 @@
-"""Train a real language model, SmolLM2-135M-Instruct, to add numbers of two digits, without labels and beside runs with other rewards.
+"""Train a real language model, SmolLM2-135M-Instruct, to multiply small numbers, without labels and beside runs with other rewards.
 
-    python examples/real_model/run.py               every cell with three seeds, two runs at a time
+    python examples/real_model/run.py               three cells with three seeds, a run on each core
     python examples/real_model/run.py --cells mgrpo --seeds 1
+    python examples/real_model/run.py --cells --results examples/real_model/results.jsonl --figure docs/real_model.png
 
 The model comes from a package index (scripts/real_model.py). A run that is in the results is not repeated, so this can be interrupted and
 continued. Each finished run is one line of JSON with its options, the processor, its seconds, and its held-out accuracy at each
@@ -31,20 +32,21 @@ from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.report import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))
+sys.path += [str(ROOT / "scripts"), str(ROOT / "examples" / "collapse")]
 from real_model import real_model  # noqa: E402
+from summary import by_cell, draw, read  # noqa: E402
 
 RESULTS = ROOT / "runs" / "real_model.jsonl"
 COMMON = {
-    "steps": 40,
+    "steps": 20,
     "prompts-per-step": 8,
     "rollouts": 8,
     "max-response-tokens": 16,
-    "learning-rate": 2e-5,
+    "learning-rate": 1e-5,
     "kl-coef": 0.0,
     "answer-from": "last-number",
     "answer-kind": "number",
-    "eval-every": 10,
+    "eval-every": 5,
     "eval-samples": 4,
     "keep-checkpoints": 1,
     "device": "cpu",
@@ -95,13 +97,10 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
         "| trained with | seeds | accuracy before | after | greedy before | after | minutes a run |",
         "|---|---|---|---|---|---|---|",
     ]
-    found = list(runs)
-    for cell, (title, _) in CELLS.items():
-        of_cell = [run for run in found if run["cell"] == cell]
-        if of_cell:
-            shown = [mean_of(of_cell, key, at) for key in ("eval_accuracy", "eval_greedy") for at in (0, -1)]
-            minutes = sum(run["seconds"] for run in of_cell) / len(of_cell) / 60
-            lines.append(f"| {title} | {len(of_cell)} | {' | '.join(shown)} | {minutes:.0f} |")
+    for cell, of_cell in by_cell(list(runs)).items():
+        shown = [mean_of(of_cell, key, at) for key in ("eval_accuracy", "eval_greedy") for at in (0, -1)]
+        minutes = sum(run["seconds"] for run in of_cell) / len(of_cell) / 60
+        lines.append(f"| {CELLS[cell][0]} | {len(of_cell)} | {' | '.join(shown)} | {minutes:.0f} |")
     return "\n".join(lines)
 
 
@@ -119,18 +118,17 @@ def mean_of(runs: list[dict[str, Any]], key: str, at: int) -> str:
 def main() -> None:
     """Run every cell and seed that is missing in the results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["mgrpo", "vote", "gold"], metavar="CELL")
+    parser.add_argument("--cells", nargs="*", choices=CELLS, default=["mgrpo", "vote", "gold"], metavar="CELL")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0 (default: 3)")
-    parser.add_argument("--steps", type=int, default=COMMON["steps"], metavar="N", help="steps of a run (default: 40)")
+    parser.add_argument("--steps", type=int, default=COMMON["steps"], metavar="N", help="steps of a run (default: 20)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (default: cores)")
     parser.add_argument(
         "--results", type=Path, default=RESULTS, metavar="FILE", help="(default: runs/real_model.jsonl)"
     )
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the curves")
     given = parser.parse_args()
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    model, files = real_model(), write_task(ROOT / "build" / "real_task")
-
-    have = read_lines(given.results) if given.results.exists() else []
+    have = read(given.results)
     wanted = {
         (cell, seed): {**COMMON, "steps": given.steps, **CELLS[cell][1]}
         for seed in range(given.seeds)
@@ -144,6 +142,8 @@ def main() -> None:
             )
     missing = [key for key in wanted if key not in {(run["cell"], run["seed"]) for run in have}]
     print(f"{len(wanted)} runs, {len(missing)} of them missing", flush=True)
+    if missing:
+        model, files = real_model(), write_task(ROOT / "build" / "real_task")
     lock = Lock()
 
     def one(key: tuple[str, int]) -> None:
@@ -155,7 +155,10 @@ def main() -> None:
 
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(one, missing))
-    print(table(read_lines(given.results)))
+    print(table(read(given.results)))
+    if given.figure:
+        titled = {CELLS[cell][0]: runs for cell, runs in by_cell(read(given.results)).items()}
+        draw(titled, given.figure, ["eval_accuracy", "eval_greedy", "eval_maj_at_k"])
 
 
 if __name__ == "__main__":

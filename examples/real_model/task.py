@@ -1,7 +1,8 @@
-"""The task of the real model: sums of two numbers of two digits, as conversations with two answered questions in front.
+"""The task of the real model: products of two numbers from 2 to 12, as conversations with one answered question in front.
 
-The answered questions show the form ``12 + 25 = 37``. Without them SmolLM2-135M-Instruct answers in prose and is right on 3 of 100 such
-sums, with them on about half.
+The answered question, a sum, shows the form ``12 + 25 = 37``. SmolLM2-135M-Instruct then gives the right product in somewhat less than half
+of its answers, and its majority of eight is right more often, so there is something to be learnt without labels. Without the example it
+answers in prose, and one answer in six is right.
 """
 
 from __future__ import annotations
@@ -10,26 +11,32 @@ import json
 import random
 from pathlib import Path
 
-SHOWN = ((12, 25), (31, 19))
-TRAINING, HELD_OUT = 512, 64
+FIRST, LAST = 2, 12
+HELD_OUT = 24
+"""Number of unordered pairs that are held out; both orders of a pair are."""
 
 
 def conversation(a: int, b: int) -> list[dict[str, str]]:
-    """Return the messages that ask for a + b."""
-    messages = [{"role": "system", "content": "You are a calculator."}]
-    for left, right in SHOWN:
-        messages.append({"role": "user", "content": f"{left} + {right}"})
-        messages.append({"role": "assistant", "content": f"{left} + {right} = {left + right}"})
-    return [*messages, {"role": "user", "content": f"{a} + {b}"}]
+    """Return the messages that ask for a times b."""
+    return [
+        {"role": "system", "content": "You are a calculator."},
+        {"role": "user", "content": "12 + 25"},
+        {"role": "assistant", "content": "12 + 25 = 37"},
+        {"role": "user", "content": f"{a} * {b}"},
+    ]
 
 
 def write_task(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Write questions to train on and held-out questions, no sum of both, and return the files."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    random.Random(seed).shuffle(pairs)
+    """Write the questions to train on and the held-out questions, none with the factors of another, and return the two files."""
+    numbers = range(FIRST, LAST + 1)
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b]
+    draw = random.Random(seed)
+    draw.shuffle(pairs)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "questions.jsonl", folder / "held_out.jsonl"
-    for file, part in zip(files, (pairs[:TRAINING], pairs[TRAINING : TRAINING + HELD_OUT]), strict=True):
-        rows = ({"question": conversation(a, b), "answer": str(a + b)} for a, b in part)
+    for file, part in zip(files, (pairs[HELD_OUT:], pairs[:HELD_OUT]), strict=True):
+        both_orders = sorted({order for a, b in part for order in ((a, b), (b, a))})
+        draw.shuffle(both_orders)
+        rows = ({"question": conversation(a, b), "answer": str(a * b)} for a, b in both_orders)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files
