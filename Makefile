@@ -29,7 +29,7 @@ train: setup  ## train on the built-in task; ARGS="--steps 100 ..." passes optio
 	$(PY) -m mgrpo_kernels.train $(ARGS)
 
 real: setup  ## train SmolLM2-135M on products without labels, beside other rewards; resumable; ARGS="--seeds 1 --cells mgrpo" for one run
-	$(PY) examples/real_model/run.py $(ARGS)
+	$(PY) examples/real_model/real_runs.py $(ARGS)
 
 # With active waiting, threads that wait for each other keep the core that the other process needs.
 test: setup-dev  ## run the whole test suite, in two processes that take one file at a time

@@ -14,8 +14,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 PUBLISHED = "cpu-epyc-zen5-2cores"  # the run that the pages show; the others are listed in measured_facts.md
 NO_RUN = "(not recorded yet)"
 STUDY = ROOT / "examples" / "collapse"
+REAL_MODEL = ROOT / "examples" / "real_model"
 
-sys.path += [str(ROOT / "benchmarks"), str(STUDY)]
+sys.path += [str(ROOT / "benchmarks"), str(STUDY), str(REAL_MODEL)]
+import real_runs  # noqa: E402
 import report  # noqa: E402
 import summary  # noqa: E402
 
@@ -282,6 +284,22 @@ def stamp(name: str) -> str:
     if found is None:
         return "a machine whose name was not recorded"
     return ", ".join([found["CPU"], f"torch {found['torch']}", *([found["date"]] if "date" in found else [])])
+
+
+@figure
+def real_model() -> str:
+    """Return the table of the real model's runs."""
+    found = summary.read(REAL_MODEL / "results.jsonl")
+    return real_runs.table(found) if found else NO_RUN
+
+
+@figure
+def real_model_change(cell: str) -> str:
+    """Return a cell's held-out accuracy before and after, the means over seeds."""
+    runs = [run for run in summary.read(REAL_MODEL / "results.jsonl") if run["cell"] == cell]
+    if not runs:
+        return NO_RUN
+    return " to ".join(f"{statistics.fmean(run['curve']['eval_accuracy'][at] for run in runs):.2f}" for at in (0, -1))
 
 
 @figure

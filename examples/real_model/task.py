@@ -1,8 +1,6 @@
 """The task of the real model: products of two numbers from 2 to 12, as conversations with one answered question in front.
 
-The answered question, a sum, shows the form ``12 + 25 = 37``. SmolLM2-135M-Instruct then gives the right product in somewhat less than half
-of its answers, and its majority of eight is right more often, so there is something to be learnt without labels. Without the example it
-answers in prose, and one answer in six is right.
+The answered question, a sum, shows the form ``12 + 25 = 37``. Without it SmolLM2-135M-Instruct answers in prose, and is right less often.
 """
 
 from __future__ import annotations

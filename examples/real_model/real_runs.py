@@ -1,8 +1,8 @@
 """Train a real language model, SmolLM2-135M-Instruct, to multiply small numbers, without labels and beside runs with other rewards.
 
-    python examples/real_model/run.py               three cells with three seeds, a run on each core
-    python examples/real_model/run.py --cells mgrpo --seeds 1
-    python examples/real_model/run.py --cells --results examples/real_model/results.jsonl --figure docs/real_model.png
+    python examples/real_model/real_runs.py               three cells with three seeds, a run on each core
+    python examples/real_model/real_runs.py --cells mgrpo --seeds 1
+    python examples/real_model/real_runs.py --cells --results examples/real_model/results.jsonl --figure docs/real_model.png
 
 The model comes from a package index (scripts/real_model.py). A run that is in the results is not repeated, so this can be interrupted and
 continued. Each finished run is one line of JSON with its options, the processor, its seconds, and its held-out accuracy at each
