@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks, linear_policy_loss, linear_token_stats, policy_loss
 from mgrpo_kernels.ops import linear_policy_loss as op_module  # noqa: F401 - the package, not the function
-from mgrpo_kernels.ops.linear_policy_loss import OP
+from mgrpo_kernels.ops.linear_policy_loss import OP, three_matmuls
 from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES, METRICS
 
@@ -263,10 +263,12 @@ def test_all_masked_and_retained_graph(backend):
     assert torch.equal(first * 2, torch.autograd.grad(loss, weight, torch.tensor(2.0))[0])
 
 
-@pytest.mark.parametrize("at_once", [tiled.GRADIENT_COLUMNS, 128])  # columns of the 16-bit gradient: all, or in parts
+@pytest.mark.parametrize(
+    "at_once", [three_matmuls.GRADIENT_COLUMNS, 128]
+)  # columns of the 16-bit gradient: all, or in parts
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_gradient_to_be_returned_holds_the_logits(scale, at_once, monkeypatch):
-    monkeypatch.setattr(tiled, "GRADIENT_COLUMNS", at_once)
+    monkeypatch.setattr(three_matmuls, "GRADIENT_COLUMNS", at_once)
     rows, width, vocab = 200, 80, 501
     assert 2 * rows * vocab > 2 * width * vocab > SMALL  # bytes of all logits, of the gradient, of the workspace
     generator = torch.Generator().manual_seed(0)
@@ -288,10 +290,10 @@ def test_the_gradient_to_be_returned_holds_the_logits(scale, at_once, monkeypatc
             hidden, weight, labels, old, advantages, loss_type="dapo", workspace_bytes=SMALL, backend="triton"
         ).loss
 
-    made, workspace = [], tiled._workspace
+    made, workspace = [], tiled.make_workspace
     with (
         poisoned_memory(),
-        mock.patch.object(tiled, "_workspace", lambda *arguments: made.append(workspace(*arguments)) or made[-1]),
+        mock.patch.object(tiled, "make_workspace", lambda *arguments: made.append(workspace(*arguments)) or made[-1]),
     ):
         got = gradients(torch.bfloat16, fused)
     assert {each.dtype for each in made} == {torch.bfloat16}  # for the 16-bit gradient of the logits alone
@@ -299,6 +301,53 @@ def test_the_gradient_to_be_returned_holds_the_logits(scale, at_once, monkeypatc
     plain, truth = gradients(torch.bfloat16, eager), gradients(torch.float64, eager)
     for mine, theirs, true in zip(got, plain, truth, strict=True):
         assert_no_worse_than_plain(mine, theirs, true)
+
+
+@pytest.mark.parametrize(
+    "rows, logits_dtype, blocks",
+    [(80, torch.float32, 1), (81, torch.float32, 3), (208, torch.bfloat16, 1), (240, torch.bfloat16, 3)],
+)
+def test_one_block_where_the_logits_take_no_more_than_a_sum_of_the_weights_gradient(rows, logits_dtype, blocks):
+    """Up to H rows in float32, and in 16 bits 2 H and as many as the workspace holds: no sum of float32 is read or written."""
+    width, vocab = 80, 512
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, rows, width, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(vocab, width, generator=generator) * 0.2).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocab, (1, rows), generator=generator)
+    sums, empty, calls = [], torch.empty, three_matmuls.forward_backward
+
+    def note(size, *arguments, **options):
+        sums.append(torch.Size(size) == weight.shape if isinstance(size, torch.Size) else False)
+        return empty(size, *arguments, **options)
+
+    seen = []
+
+    def counted(given, head, labels, coefficients_of, *more):
+        return calls(given, head, labels, lambda *of: seen.append(of[0]) or coefficients_of(*of), *more)
+
+    with (
+        mock.patch.object(three_matmuls.torch, "empty", note),
+        mock.patch.object(three_matmuls, "forward_backward", counted),
+    ):
+        loss = linear_policy_loss(
+            hidden,
+            weight,
+            labels,
+            None,
+            torch.tensor([1.0]),
+            workspace_bytes=SMALL,
+            logits_dtype=logits_dtype,
+            backend="triton",
+        ).loss
+    assert len(seen) == blocks
+    assert any(sums) == (blocks > 1)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    truth = torch.autograd.grad(
+        linear_policy_loss(*wide, labels, None, torch.tensor([1.0]), backend="reference").loss, wide
+    )
+    for mine, true in zip(got, truth, strict=True):
+        assert (mine - true).norm() < 0.01 * true.norm()
 
 
 @each_backend(OP)

@@ -7,8 +7,9 @@ import torch
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
+from mgrpo_kernels.ops.linear_policy_loss import three_matmuls
 from mgrpo_kernels.ops.linear_policy_loss import triton as loss_triton
-from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
+from mgrpo_kernels.ops.linear_token_stats import native, reference, triton
 
 HEADS = {"reference": reference, "native": native, "triton": triton}
 LOSSES = {"native": loss_native, "triton": loss_triton}
@@ -60,7 +61,7 @@ def loss_of(tensors, advantages, backend, **options):
 def test_the_loss_computes_the_gradient_of_tokens_with_an_advantage(backend, masked):
     tensors, advantages = make(), torch.tensor([0.0, 1.5, 0.0, -0.5])
     mask = (torch.arange(40) % 5 != 0) if masked else None
-    with mock.patch.object(tiled, "forward_backward", wraps=tiled.forward_backward) as forward_backward:
+    with mock.patch.object(three_matmuls, "forward_backward", wraps=three_matmuls.forward_backward) as forward_backward:
         result, grads = loss_of(tensors, advantages, backend, mask=mask)
     assert forward_backward.call_args.args[-1] == (16 if masked else 20)
     want, want_grads = loss_of(tensors, advantages, "reference", mask=mask)
@@ -76,7 +77,7 @@ def test_the_loss_computes_the_gradient_of_tokens_with_an_advantage(backend, mas
 def test_a_penalty_gives_every_token_a_gradient(backend, term):
     tensors, advantages = make(), torch.zeros(4)
     options = {term: 0.1, "ref_logprobs": torch.randn(40, generator=torch.Generator().manual_seed(1)) - 20.0}
-    with mock.patch.object(tiled, "forward_backward", wraps=tiled.forward_backward) as forward_backward:
+    with mock.patch.object(three_matmuls, "forward_backward", wraps=three_matmuls.forward_backward) as forward_backward:
         _, grads = loss_of(tensors, advantages, backend, **options)
     assert forward_backward.call_args.args[-1] == 40
     _, want = loss_of(tensors, advantages, "reference", **options)

@@ -70,8 +70,8 @@ def linear_policy_loss(
 
     Where a token's gradient depends on that token alone (every loss but vespo and gmpo; importance and behaviour weights per token; no
     mask of sequences) and the hardware gains by it, the gradient is formed in the forward pass, while a block of rows has its logits at
-    hand: 3 matmuls instead of 4, for one float32 accumulator of the weight's gradient. Else the two ops are composed, as with `kept`,
-    where three products of N K H instead of four would save little. Which, and why, is logged once; both agree to rounding.
+    hand: 3 matmuls instead of 4, for the memory of a float32 sum of a 16-bit weight's gradient. Else the two ops are composed, as with
+    `kept`, where three products of N K H instead of four would save little. Which, and why, is logged once; both agree to rounding.
 
     Args:
         hidden: padded ``(B, L, H)``, or packed ``(N, H)`` with `cu_seqlens`.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import native_unsupported as unsupported
+from mgrpo_kernels.ops.linear_policy_loss import three_matmuls
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
@@ -31,12 +32,12 @@ def forward_backward(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    coefficients_of: tiled.CoefficientsOf,
+    coefficients_of: three_matmuls.CoefficientsOf,
     need: tuple[bool, bool, bool],
     live: int,
 ) -> tiled.Gradients:
     """Return the gradients of hidden, bias and weight, float32, None where `need` is False. Rows from `live` on have none."""
-    return tiled.forward_backward(
+    return three_matmuls.forward_backward(
         hidden, head, labels, coefficients_of, need, native.CpuPasses(), COLUMNS, WORKSPACE_BYTES, live
     )
 

@@ -1,4 +1,4 @@
-"""Three matmuls on a GPU: the logits of a block of rows stay in the workspace until the loss has said what their gradient is."""
+"""Three matmuls on a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from mgrpo_kernels.backend import triton_unsupported as unsupported
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops._triton.launch import launch, processors
+from mgrpo_kernels.ops.linear_policy_loss import three_matmuls
 from mgrpo_kernels.ops.linear_token_stats import tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
@@ -29,7 +30,7 @@ def forward_backward(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    coefficients_of: tiled.CoefficientsOf,
+    coefficients_of: three_matmuls.CoefficientsOf,
     need: tuple[bool, bool, bool],
     live: int,
 ) -> tiled.Gradients:
@@ -38,10 +39,8 @@ def forward_backward(
     Rows from `live` on have none.
     """
     passes = triton.passes_of(hidden, head)
-    everything = head.weight.shape[
-        0
-    ]  # columns at once: one matmul of a block's logits, and one over the whole vocabulary
-    return tiled.forward_backward(
+    everything = head.weight.shape[0]  # columns at once: one matmul of a block's logits
+    return three_matmuls.forward_backward(
         hidden, head, labels, coefficients_of, need, passes, everything, tuning.of(hidden.device).workspace_bytes, live
     )
 

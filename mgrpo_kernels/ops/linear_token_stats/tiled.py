@@ -10,7 +10,7 @@ speed of a 16-bit matmul. Their gradient is rounded to 16 bits, since it is an o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,16 +21,12 @@ from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-CoefficientsOf = Callable[[slice, _statistics.Statistics], Tensor]  # (rows, their statistics) -> (4, n)
 
 
 ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows then begin where wide loads and matmuls want them
 # Elements of a product from which a GPU's matmul has no reason to split the inner dimension among its multiprocessors and to
 # add up the pieces in 16 bits, as it may where PyTorch's allow_bf16_reduced_precision_reduction, or that of fp16, is set (the default).
 UNSPLIT_FROM = 2**25
-GRADIENT_COLUMNS = (
-    16384  # of a block of rows whose logits are kept in float32: so many have their 16-bit gradient at one time
-)
 WIDENED_BYTES = 4 * 2**20  # of float32 copies, where no matmul of 16-bit factors has a float32 result
 
 
@@ -210,11 +206,11 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, s
     number, vocab = hidden.shape[0], head.weight.shape[0]
     state = empty_state(number, hidden.device)
     rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
-    workspace = _workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
+    workspace = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     for columns in spans(vocab, shape.columns, ALIGNED):
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
-            x = _tile(workspace, rows, columns, passes.padding)
+            x = place_of(workspace, rows, columns, passes.padding)
             of_tile_labels = None if labels is None else labels[rows]
             passes.of_rows(rows).fill(x, hidden[rows], tile_head, of_tile_labels, state[:, rows])
     return state
@@ -236,14 +232,14 @@ def backward(
     only a tile of float32 accumulator, and none where all rows fit one tile.
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
-    sums = _Sums(hidden, head, need)
-    weight = _result(hidden, head) if need[1] else None
+    sums = Sums(hidden, head, need)
+    weight = weight_gradient(hidden, head) if need[1] else None
     partial: Tensor | None = None
     rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
-    gradients = _workspace(hidden, rows_at_once, columns_at_once, passes.padding, gradient_dtype(head))
+    gradients = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, gradient_dtype(head))
     logits = gradients
     if needs_two_tiles(head, passes):
-        logits = _workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
+        logits = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     for columns in spans(vocab, shape.columns, ALIGNED):
         total = None if weight is None else weight[columns]
         one_matmul = number <= shape.rows and total is not None and rounds_once(total.shape, total.device, total.dtype)
@@ -254,7 +250,7 @@ def backward(
             total = partial
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
-            x, grad = (_tile(each, rows, columns, passes.padding) for each in (logits, gradients))
+            x, grad = (place_of(each, rows, columns, passes.padding) for each in (logits, gradients))
             passes.fill_gradient(
                 x,
                 hidden[rows],
@@ -272,95 +268,21 @@ def backward(
     return sums.hidden, weight, sums.bias_in(hidden.dtype)
 
 
-def forward_backward(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    coefficients_of: CoefficientsOf,
-    need: tuple[bool, bool, bool],
-    passes: Passes,
-    columns_at_once: int,
-    workspace_bytes: int,
-    live: int,
-) -> Gradients:
-    """Return the gradients of hidden, bias (float32) and weight (its dtype), with the matmul of the logits done only once.
-
-    Only the first `live` rows have a gradient; of the others, `coefficients_of` is told the statistics.
-
-    A block of rows keeps all its logits until `coefficients_of` has said, from its statistics, what the gradient is. The larger
-    the block, the fewer times the weight's gradient, with several blocks a float32 accumulator, is read and written. What will be
-    returned as a 16-bit gradient is not needed before the end: where it holds more logits than the workspace would (that is,
-    H rows), it is the workspace.
-    """
-    number, vocab = hidden.shape[0], head.weight.shape[0]
-    stride = _padded(vocab, passes.padding)
-    in_place = head.raw_dtype == gradient_dtype(head)
-    gradient_columns = min(vocab, columns_at_once if in_place else min(columns_at_once, GRADIENT_COLUMNS))
-    row_bytes = stride * head.raw_dtype.itemsize
-    if not in_place:
-        row_bytes += _padded(gradient_columns, passes.padding) * hidden.element_size()
-    bound = head.workspace_bytes or workspace_bytes
-    fitting = max(1, bound // row_bytes)
-    weight = _result(hidden[:live], head) if need[1] else None
-    total, workspace = weight, None
-    several = live > fitting or (number > 0 and not rounds_once(head.weight.shape, hidden.device, hidden.dtype))
-    several = several or gradient_dtype(head) != hidden.dtype
-    if live and weight is not None and weight.dtype != torch.float32 and several:
-        total = torch.empty(weight.shape, device=weight.device)
-        room = weight.numel() * weight.element_size() // head.raw_dtype.itemsize
-        if room // stride > fitting:
-            workspace, fitting = weight.view(-1).view(torch.uint8)[: room * head.raw_dtype.itemsize], room // stride
-            workspace = workspace.view(head.raw_dtype)
-    if workspace is None:
-        workspace = _workspace(hidden, min(fitting, number), vocab, passes.padding, head.raw_dtype)
-    gradients = None
-    if not in_place:
-        if total is not weight:  # as many rows as the weight's gradient holds: the columns keep to the bound
-            fitting_columns = bound // (max(1, min(fitting, number)) * hidden.element_size())
-            gradient_columns = max(1, min(gradient_columns, fitting_columns - fitting_columns % ALIGNED))
-        gradients = _workspace(hidden, min(fitting, number), gradient_columns, passes.padding, hidden.dtype)
-    sums = _Sums(hidden, head, need)
-    if sums.hidden is not None:
-        sums.hidden[live:].zero_()
-    without_gradient = (slice(live + each.start, live + each.stop) for each in spans(number - live, fitting, ALIGNED))
-    for rows in (*spans(live, fitting, ALIGNED), *without_gradient):
-        state = empty_state(rows.stop - rows.start, hidden.device)
-        for columns in spans(vocab, columns_at_once, ALIGNED):
-            tile_head = of_tile(head, rows, columns)
-            x = _tile(workspace, rows, columns, passes.padding, keep=True)
-            passes.fill(x, hidden[rows], tile_head, labels[rows], state)
-        statistics = _statistics.finish(state, labels[rows])
-        coefficients = coefficients_of(rows, statistics)
-        if rows.start >= live:
-            continue
-        for columns in spans(vocab, columns_at_once, ALIGNED):
-            tile = _tile(workspace, rows, columns, passes.padding, keep=True)
-            for part in spans(columns.stop - columns.start, gradient_columns, ALIGNED):
-                span = slice(columns.start + part.start, columns.start + part.stop)
-                tile_head, x = of_tile(head, rows, span), tile[:, part]
-                grad = x if gradients is None else _tile(gradients, rows, span, passes.padding)
-                passes.gradient(x, tile_head, labels[rows], coefficients, statistics.logsumexp, grad)
-                sums.add(grad, tile_head.weight, rows, span)
-                if total is not None:
-                    accumulate(total[span], grad.t(), hidden[rows], first=rows.start == 0)
-    if weight is not None and total is not None and total is not weight:
-        weight.copy_(total)
-    return sums.hidden, weight, sums.bias
-
-
-def _padded(width: int, padding: int) -> int:
+def padded(width: int, padding: int) -> int:
+    """Return the row stride of a tile that is this wide."""
     return -(-width // padding) * padding
 
 
-def _workspace(hidden: Tensor, rows: int, columns: int, padding: int, dtype: torch.dtype) -> Tensor:
-    return hidden.new_empty(rows * _padded(columns, padding), dtype=dtype)
+def make_workspace(hidden: Tensor, rows: int, columns: int, padding: int, dtype: torch.dtype) -> Tensor:
+    """Return room for tiles of at most this many rows and columns."""
+    return hidden.new_empty(rows * padded(columns, padding), dtype=dtype)
 
 
-def _tile(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep: bool = False) -> Tensor:
+def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep: bool = False) -> Tensor:
     """Return the tile's place: always the same, or with `keep` one for each span of columns."""
     n, first = rows.stop - rows.start, columns.start if keep else 0
     width = columns.stop - columns.start
-    stride = _padded(width, padding)
+    stride = padded(width, padding)
     place = workspace[n * first : n * (first + stride)].view(n, stride)
     if stride > width and place.device.type == "cpu":
         # oneDNN with AMX multiplies the padding of a 16-bit row by 0: no NaN may lie there.
@@ -368,13 +290,13 @@ def _tile(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep:
     return place[:, :width]
 
 
-def _result(hidden: Tensor, head: Head) -> Tensor:
+def weight_gradient(hidden: Tensor, head: Head) -> Tensor:
     """Return room for the weight's gradient; zeros where there are no rows, and so no matmul writes it."""
     make = torch.empty_like if hidden.shape[0] else torch.zeros_like
     return make(head.weight, memory_format=torch.contiguous_format)
 
 
-class _Sums:
+class Sums:
     """The float32 accumulators of the gradients of hidden and bias."""
 
     def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool]) -> None:
@@ -382,10 +304,12 @@ class _Sums:
         self.bias = torch.zeros(head.bias.shape, device=hidden.device) if need[2] and head.bias is not None else None
 
     def add(self, grad: Tensor, weight: Tensor, rows: slice, columns: slice) -> None:
+        """Add what a tile's gradient ``(n, C)`` gives for hidden and bias."""
         if self.hidden is not None:
             accumulate(self.hidden[rows], grad, weight, first=columns.start == 0)
         if self.bias is not None:
             self.bias[columns] += grad.sum(0, dtype=torch.float32)
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias's gradient in this dtype."""
         return None if self.bias is None else self.bias.to(dtype)
