@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -91,20 +92,13 @@ def accumulate_gradient(
     normalizer = LOSSES[loss.loss_type].normalizer(tokens, sequences, max_tokens)
     sums: dict[str, Tensor] = {}
     mismatch: dict[str, Tensor] = {}
-    of_live = [batch.prompts[row] for row in live], [lengths[row] for row in live]
-    batches = [
-        [live[each] for each in rows] for rows in micro_batches(*of_live, budget, packed=policy.unpackable is None)
-    ]
-    for rows in [*batches, *([[]] * (int(parallel.largest(len(batches))) - len(batches)))]:
+    for rows in _live_micro_batches(policy, batch, live, lengths, budget):
         if not rows:  # another rank has more micro-batches
             parallel.idle_pass(policy)
             continue
         chosen = torch.tensor(rows, device=batch.tokens.device)
         mask, advantages = batch.mask[chosen], batch.advantages[chosen]
-
-        def part(values: Tensor | None, chosen: Tensor = chosen, mask: Tensor = mask) -> Tensor | None:
-            return None if values is None else values[chosen][mask]
-
+        part = functools.partial(_tokens_of, chosen=chosen, mask=mask)
         with policy.autocast():
             packed = response_states(policy, [batch.prompts[row] for row in rows], batch.tokens[chosen], mask)
             weight, bias = policy.head()
@@ -137,6 +131,22 @@ def accumulate_gradient(
     numbers = torch.stack(list(found.values())).tolist() if found else []  # one host sync for all
     counts = {"tokens": tokens, "sequences": sequences, "with_gradient": with_gradient}
     return parallel.added(dict(zip(found, numbers, strict=True))) | counts
+
+
+def _live_micro_batches(
+    policy: Policy, batch: Batch, live: list[int], lengths: list[int], budget: int
+) -> list[list[int]]:
+    """Return the rows of each micro-batch, as many on every rank: an empty one is another rank's."""
+    of_live = [batch.prompts[row] for row in live], [lengths[row] for row in live]
+    batches = [
+        [live[each] for each in rows] for rows in micro_batches(*of_live, budget, packed=policy.unpackable is None)
+    ]
+    return [*batches, *([[]] * (int(parallel.largest(len(batches))) - len(batches)))]
+
+
+def _tokens_of(values: Tensor | None, *, chosen: Tensor, mask: Tensor) -> Tensor | None:
+    """Return the tokens of the chosen rows, packed."""
+    return None if values is None else values[chosen][mask]
 
 
 def rows_with_gradient(batch: Batch, options: dict[str, Any]) -> list[int]:

@@ -144,36 +144,49 @@ class TransformersEngine(RolloutEngine):
                 number = live.sum(-1).tolist()  # of each prompt
                 if not any(number):
                     break
-                kept, most = [prompt for prompt, n in enumerate(number) if n], max(number)
-                if 2 * len(kept) * most <= len(rows):  # fewer than half have not ended: continue with a smaller block
-                    prompt = torch.tensor(kept, device=device)
-                    slots = live[prompt].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+                if 2 * (U - number.count(0)) * max(number) <= len(
+                    rows
+                ):  # fewer than half have not ended: a smaller block
+                    prompt, slots = smallest_block(live, number)
                     cache.keep(prompt, slots)
                     index = (prompt[:, None] * live.shape[1] + slots).flatten()
-                    rows, ended, chosen, U = rows[index], ended[index], chosen[index], len(kept)
+                    rows, ended, chosen, U = rows[index], ended[index], chosen[index], len(prompt)
             logits = cache.extend(chosen)
+        return rollouts_of(scores, scores.tokens[:, : t + 1], eos)
 
-        found = scores.finish()
-        tokens = scores.tokens[:, : t + 1]
-        is_end = torch.isin(tokens, eos)
-        mask = is_end.cumsum(-1) - is_end.long() == 0  # no end before
-        mask = mask[:, : int(mask.sum(-1).max())]
-        width = mask.shape[1]
-        tokens = torch.where(mask, tokens[:, :width], 0)
-        found = {name: torch.where(mask, each[:, :width], 0.0) for name, each in found.items()}
-        if not bool(torch.isfinite(found["logprob"]).all()):
-            raise FloatingPointError(
-                "rollout: expected finite log-probs, got NaN or inf: the model's logits are no longer finite"
-            )
-        return Rollouts(
-            tokens=tokens,
-            mask=mask,
-            logprobs=found["logprob"],
-            finished=(is_end[:, :width] & mask).any(-1),
-            entropy=found.get("entropy"),
-            self_certainty=found.get("self_certainty"),
-            kept=scores.kept(mask) if isinstance(scores, KeptScores) else None,
+
+def smallest_block(live: Tensor, number: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the prompts with responses that have not ended, and of each as many responses as the largest `number` of them.
+
+    `live` ``(U, copies)`` says which have not ended, `number` how many of each prompt. Those come first.
+    """
+    prompts = torch.tensor([prompt for prompt, n in enumerate(number) if n], device=live.device)
+    slots = live[prompts].int().sort(dim=-1, descending=True, stable=True).indices[:, : max(number)]
+    return prompts, slots
+
+
+def rollouts_of(scores: Scores, tokens: Tensor, eos: Tensor) -> Rollouts:
+    """Return what was sampled, each response up to its first end."""
+    found = scores.finish()
+    is_end = torch.isin(tokens, eos)
+    mask = is_end.cumsum(-1) - is_end.long() == 0  # no end before
+    mask = mask[:, : int(mask.sum(-1).max())]
+    width = mask.shape[1]
+    tokens = torch.where(mask, tokens[:, :width], 0)
+    found = {name: torch.where(mask, each[:, :width], 0.0) for name, each in found.items()}
+    if not bool(torch.isfinite(found["logprob"]).all()):
+        raise FloatingPointError(
+            "rollout: expected finite log-probs, got NaN or inf: the model's logits are no longer finite"
         )
+    return Rollouts(
+        tokens=tokens,
+        mask=mask,
+        logprobs=found["logprob"],
+        finished=(is_end[:, :width] & mask).any(-1),
+        entropy=found.get("entropy"),
+        self_certainty=found.get("self_certainty"),
+        kept=scores.kept(mask) if isinstance(scores, KeptScores) else None,
+    )
 
 
 def cache_tokens_of(options: RolloutConfig) -> int:
