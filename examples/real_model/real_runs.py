@@ -97,7 +97,9 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
         "| trained with | seeds | accuracy before | after | greedy before | after | minutes a run |",
         "|---|---|---|---|---|---|---|",
     ]
-    for cell, of_cell in by_cell(list(runs)).items():
+    found = by_cell(list(runs))
+    for cell in (each for each in CELLS if each in found):
+        of_cell = found[cell]
         shown = [mean_of(of_cell, key, at) for key in ("eval_accuracy", "eval_greedy") for at in (0, -1)]
         minutes = sum(run["seconds"] for run in of_cell) / len(of_cell) / 60
         lines.append(f"| {CELLS[cell][0]} | {len(of_cell)} | {' | '.join(shown)} | {minutes:.0f} |")
