@@ -115,7 +115,7 @@ def child(place: Path) -> None:
     from mgrpo_kernels.train.config import build
     from mgrpo_kernels.train.plan.describe import read_model
     from mgrpo_kernels.train.plan.devices import measure
-    from mgrpo_kernels.train.plan.memory import memory_of
+    from mgrpo_kernels.train.plan.memory import PROCESS_BYTES, memory_of
     from mgrpo_kernels.train.plan.shape import work_of
     from mgrpo_kernels.train.plan.time import seconds
     from mgrpo_kernels.train.run.start import run as train
@@ -135,7 +135,7 @@ def child(place: Path) -> None:
             json.dumps(
                 {
                     "parameters": model.parameters,
-                    "memory": memory.total,
+                    "memory": memory.total - PROCESS_BYTES,  # as measured: beyond that of a tiny model's run
                     "moment": memory.moment,
                     "rates": rates._asdict(),
                     "parts": {"held": memory.held, **memory.moments},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from absent import need
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config
@@ -21,7 +24,7 @@ from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.plan.describe import Plan, Target, describe, memory_lines, plan, read_model
 from mgrpo_kernels.train.plan.devices import Rates, known_device
-from mgrpo_kernels.train.plan.memory import Memory, layer_bytes, memory_of
+from mgrpo_kernels.train.plan.memory import PROCESS_BYTES, Memory, held, layer_bytes, memory_of, nonzero
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, model_of, work_of
 from mgrpo_kernels.train.plan.time import forward_seconds, seconds
 from mgrpo_kernels.train.plan.units import duration, size
@@ -33,6 +36,7 @@ from mgrpo_kernels.train.step import train_step
 
 ACTIVATIONS_WITHIN = 0.05  # docs/planning.md says so; indices and the norms' deviations are left out
 PROMPT, RESPONSE, V = 17, 33, 512
+PROCESS = {"Python and its packages": PROCESS_BYTES}
 IDEAL = Rates(1.0, torch.inf, 0.0, torch.inf, torch.inf)  # seconds are then operations
 
 
@@ -107,9 +111,9 @@ def test_bytes_are_those_of_a_real_step(policy: Policy) -> None:
     state = [each for values in learner.optimizer.state.values() for each in values.values() if each.dim()]
     model = model_of(policy.model)
     assert learner.momentum is not None
-    assert isinstance(learner.reference, type(learner.momentum))
+    assert isinstance(learner.reference, MomentumModel)
     found = memory_of(learner.config, model, work_of(learner.config, 9, 0, 1), 1, "cpu")
-    assert found.held == {
+    assert found.held == PROCESS | {
         "weights": nbytes(policy.model.parameters()),
         "AdamW": nbytes(state),
         "momentum model": nbytes(learner.momentum.ema.values()),
@@ -238,7 +242,7 @@ def test_ranks_divide_what_is_sharded(qwen: Policy, ranks: int) -> None:
     mine = sum(each.chunk(ranks)[0].numel() for each in qwen.model.parameters())
     assert count(model.groups, ranks) == mine
     one, many = memory_with(model), memory_with(model, ranks)
-    assert many.held == {
+    assert many.held == PROCESS | {
         "weights": 4 * mine,
         "AdamW": 8 * mine,
         "momentum model": 4 * mine,
@@ -256,7 +260,8 @@ def test_an_adapter_alone_has_a_gradient() -> None:
     assert not model.whole
     found = memory_with(model, lora_rank=2)
     adapter = count([model.trained])
-    assert found.held == {"weights": 4 * model.parameters, "AdamW": 8 * adapter, "momentum model": 4 * adapter}
+    own = {"weights": 4 * model.parameters, "AdamW": 8 * adapter, "momentum model": 4 * adapter}
+    assert found.held == PROCESS | own
     assert found.moments["end of backward"] == {"gradients": 4 * adapter}
 
 
@@ -417,8 +422,19 @@ def test_too_little_memory_is_said() -> None:
     assert "TOO LITTLE" not in memory_lines(memory, 15)[0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
+def test_the_process_takes_what_the_plan_says() -> None:
+    code = (
+        "import transformers, mgrpo_kernels.train.__main__; from transformers import LlamaForCausalLM; "
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1024 * int(done.stdout) == pytest.approx(PROCESS_BYTES, rel=0.25)
+    assert "Python and its packages" not in nonzero(held(tiny.config(), read_model(demo.model_config()), 1, "cuda"))
+
+
 def test_vllm_has_its_share(qwen: Policy) -> None:
     model = model_of(qwen.model)
     held = memory_with(model, engine="vllm", vllm_cache_gib=2.0).held
-    assert (held["vLLM's weights"], held["vLLM's cache"]) == (4 * model.parameters, 2 * 2**30)
+    assert (held["vLLM's weights"], held["vLLM's cache"]) == (8 * model.parameters, 2 * 2**30)
     assert "vLLM's cache" not in memory_with(model, device="cuda", engine="vllm").held

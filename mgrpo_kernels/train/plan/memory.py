@@ -15,6 +15,9 @@ from mgrpo_kernels.train.rollout.engines import engine_class
 
 Parts = dict[str, int]  # what holds memory -> bytes
 
+PROCESS_BYTES = 400 * 2**20
+"""Of a process that has imported PyTorch, transformers and the trainer, and done nothing yet. A GPU's memory does not hold it."""
+
 
 class Memory(NamedTuple):
     """The memory of a rank in bytes, by what holds it."""
@@ -70,6 +73,7 @@ def held(config: Config, model: Model, ranks: int, device: str) -> Parts:
     mine, trained = count(model.groups, ranks), count([model.trained], ranks)
     away = device == "cuda" and config.method.momentum_device == "cpu"
     return {
+        "Python and its packages": PROCESS_BYTES * (device == "cpu"),
         "weights": 4 * mine,
         "AdamW": 8 * trained,
         "momentum model": 4 * trained * (config.needs_momentum and not away),

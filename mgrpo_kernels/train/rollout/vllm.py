@@ -31,6 +31,8 @@ LEAST_TEMPERATURE = ENGINES["vllm"].least_temperature
 """Below it vLLM samples at this temperature."""
 GRACE = 60.0
 """Seconds that a call may continue after its time limit, before a timer ends the process."""
+PACKAGE_BYTES = 120 * 2**20
+"""What importing vLLM adds to a process that has imported transformers."""
 PROBE_ROWS, PROBE_TOKENS, PROBE_TEMPERATURE = 4, 8, 0.8
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Mean |trainer - sampler| log-prob that rounding may make, in nats; on small models it was 1e-6 and 2.5e-3."""
@@ -80,7 +82,13 @@ class VllmEngine(RolloutEngine):
         if device != "cpu":
             return {}, {}
         cache = config.vllm.vllm_cache_gib or 1.0
-        return {"vLLM's weights": width_of(config.model) * model.parameters, "vLLM's cache": round(cache * 2**30)}, {}
+        return {
+            "vLLM": PACKAGE_BYTES,
+            "vLLM's weights": 2
+            * width_of(config.model)
+            * model.parameters,  # as they are, and rearranged for its matmuls
+            "vLLM's cache": round(cache * 2**30),
+        }, {}
 
     @classmethod
     def plan_lines(cls, config: Config, device: str) -> list[str]:
