@@ -147,7 +147,8 @@ def policy_loss() -> str:
     text = between(
         text, "loss types", f"| | surrogate | share | normalizer counts | source |\n|---|---|---|---|---|\n{losses}"
     )
-    return between(text, "options", table("option and default", settings))
+    typed = "<!-- typed: all; defaults of the code -->\n"
+    return between(text, "options", typed + table("option and default", settings))
 
 
 def source(row: LossType) -> str:
