@@ -53,6 +53,12 @@ def test_figures_of_a_sample() -> None:
     assert found.logprob_correlation == pytest.approx(float(want))
 
 
+def test_a_response_without_an_answer_has_no_part_in_the_correlation() -> None:
+    found = measure(["1", "1", "2", None], 4, ["1"], torch.tensor([-1.0, -2.0, -3.0, -1.0]), equivalence="exact")
+    want = torch.corrcoef(torch.tensor([[1.0, 1.0, 0.0], [-1.0, -2.0, -3.0]]))[0, 1]
+    assert found.logprob_correlation == pytest.approx(float(want))
+
+
 def test_without_true_answers_nothing_is_said_of_correctness() -> None:
     found = measure(["1", "1", "2", "3"], 2, [None, None], torch.zeros(4), equivalence="exact")
     assert found[7:] == (0, None, None, None, None, None, None)
