@@ -68,7 +68,7 @@ class Row(NamedTuple):
             return ""  # the gradient was formed in the forward pass
         if "flops" in self.info:
             return f"{self.info['flops'] / seconds / 1e9:.0f} GFLOP/s"
-        return f"{self.info['bytes'] / seconds / 1e9:.1f} GB/s"
+        return f"{self.info['bytes'] / seconds / 1e9:.1f} GB/s" if "bytes" in self.info else ""
 
 
 def read(path: Path) -> tuple[dict, list[Row]]:

@@ -431,7 +431,16 @@ def test_every_peer_has_its_words(peers):
 def small_run(tmp_path_factory):
     """Every benchmark with small shapes. torch.compile is eager's function again, and takes minutes: left out."""
     path = tmp_path_factory.mktemp("benchmarks") / "small.json"
-    command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "--benchmark-only", "-q", "-k", "not compile"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(BENCHMARKS),
+        "--benchmark-only",
+        "-q",
+        "-k",
+        "not compile and not real_rollouts",
+    ]
     command += [f"--benchmark-json={path}", "-p", "no:cacheprovider"]
     # pytest-benchmark measures nothing where it finds a worker's mark of pytest-xdist, which runs this suite in two processes.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

@@ -264,7 +264,7 @@ def kl_by_part(
     learner: Learner, seen: Trajectories, own: TokenStats, selection: Selection, batch: Batch
 ) -> dict[str, float | None]:
     """Return the KL divergence from the reference model on the tokens of the answers and on the others, for some rollouts that train."""
-    if batch.ref_logprobs is None:
+    if batch.ref_logprobs is None or not batch.prompts:
         return {}
     assert own.logprob is not None
     chosen = torch.tensor(spread(len(batch.prompts), ROWS), dtype=torch.long, device=batch.tokens.device)

@@ -81,7 +81,7 @@ DEVIATIONS: dict[str, Any] = {
     "the trainer scales advantages otherwise": (
         steps,
         "select",
-        lambda *a, select=steps.select, **k: select(*a, **k, scale="none"),
+        lambda *a, select=steps.select, **k: select(*a, **k | {"scale": "none"}),
     ),
     "the trainer does not know who sampled": (
         steps,

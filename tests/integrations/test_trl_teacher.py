@@ -130,3 +130,14 @@ def test_the_gate_of_a_callback_reads_the_log_once(base):
     assert callback.teacher.refreshes == 1
     callback.on_step_end(None, None, None)  # nothing was logged since
     assert {len(each) for each in callback.teacher.gate.state_dict()["recent"].values()} == {0, WINDOW}
+
+
+def test_a_callback_copies_at_the_step_of_a_refresh():
+    model, target = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    callback = TeacherCallback(Teacher(model, schedule="hard", every=2), target)
+    for step in range(1, 5):
+        before = target.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        callback.on_step_end(None, None, None)
+        assert torch.equal(target.weight, model.weight if step % 2 == 0 else before)

@@ -61,11 +61,11 @@ def run(model: Path, task: tuple[Path, Path], output: Path, *more: str) -> list[
         "output": output,
     }
     assert command.main([*(f"--{name}={value}" for name, value in flags.items()), *more]) == 0
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def prompts_of(policy: Policy, task: tuple[Path, Path], count: int) -> list[list[int]]:
-    rows = [json.loads(line)["question"] for line in task[0].read_text().splitlines()[:count]]
+    rows = [json.loads(line)["question"] for line in task[0].read_text().split("\n")[:count]]
     texts = [policy.tokenizer.apply_chat_template(row, tokenize=False, add_generation_prompt=True) for row in rows]
     return [policy.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
@@ -102,7 +102,7 @@ def test_a_run_of_its_own_chat_template(model: Path, task: tuple[Path, Path], tm
     plan = (tmp_path / "run" / "plan.txt").read_text()
     assert "<|im_start|>system" in plan
     assert "<|im_end|>" in plan
-    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().split("\n")[0])
     assert sample["prompt"].endswith("<|im_start|>assistant\n")
     assert "<|im_end|>" not in sample["response"]
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")

@@ -36,6 +36,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_output_directory(whole: Path) -> None:
     assert {each.name for each in whole.iterdir()} == {
         "base",
+        "certificate.json",
         "checkpoints",
         "config.yaml",
         "curves.png",

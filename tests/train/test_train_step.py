@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import MomentumModel, group_advantages, trajectory_entropy
-from mgrpo_kernels.method import METHODS, pruning, selection
+from mgrpo_kernels.method import METHODS, outcome, pruning
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.data.demo import after_hash
 from mgrpo_kernels.train.errors import UsageError
@@ -359,7 +359,7 @@ def test_decay_schedule() -> None:
 
 
 def test_a_step_that_is_not_finite_changes_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "group_advantages", lambda rewards, *_, **__: torch.full_like(rewards, torch.nan))
+    monkeypatch.setattr(outcome, "group_advantages", lambda rewards, *_, **__: torch.full_like(rewards, torch.nan))
     learner = tiny.learner(policy)
     assert learner.momentum is not None
     before, average = tiny.weights(policy), tiny.weights(learner.momentum)
