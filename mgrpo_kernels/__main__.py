@@ -1,4 +1,4 @@
-"""``python -m mgrpo_kernels``: which backend runs what here, and why not. What one pastes into a bug report."""
+"""``python -m mgrpo_kernels`` prints the backend of each op on this machine, why others are unavailable, and the versions of packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads the compiled extension once, and remembers why it could not be loaded."""
+"""Loads the compiled extension once, and keeps the reason if it cannot be loaded."""
 
 from __future__ import annotations
 

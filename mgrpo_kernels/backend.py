@@ -1,4 +1,4 @@
-"""Which backend runs an op, and why the others do not.
+"""Selects the backend that runs an op, and gives the reason why another one cannot.
 
 Every tensor op has up to three: ``reference`` (plain PyTorch, the definition), ``native`` (C++, csrc/) and ``triton``.
 A backend is a module with ``unsupported(device, dtype) -> str | None`` and the op's kernels. The choice, in order:
@@ -27,11 +27,11 @@ _PREFERENCE_ELSEWHERE = ("native", "triton", "reference")
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818 - a public name
-    """The backend that was asked for cannot run here; the message says why."""
+    """The requested backend cannot run the op; the message gives the reason."""
 
 
 class Backend(Protocol):
-    """What every backend module offers to the choice."""
+    """The function that every backend module has."""
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return None if the backend runs this dtype on this device, else the reason why not."""
@@ -180,7 +180,7 @@ def backends(device: torch.device | str | None = None, dtype: torch.dtype = torc
 
 
 def reference_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Every device PyTorch knows, every floating dtype."""
+    """Return None for every floating dtype, on any device of PyTorch; else the reason."""
     return None if dtype.is_floating_point else f"expected a floating-point dtype, got {dtype}"
 
 
@@ -188,7 +188,7 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def native_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What all native kernels need: the built extension, a CPU tensor, a dtype it was compiled for."""
+    """Return None if native kernels can run: the extension is built, the device is a CPU, and the dtype was compiled. Else the reason."""
     from mgrpo_kernels import _native  # not at the top: loading the extension is the first thing that can fail
 
     if (reason := _native.missing()) is not None:
@@ -201,7 +201,7 @@ def native_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What all Triton kernels need: triton, a GPU (or the interpreter), a dtype they are written for."""
+    """Return None if Triton kernels can run: triton, a GPU or the interpreter, and a supported dtype. Else the reason."""
     try:
         import triton  # noqa: F401 - optional: there is no triton for macOS or Windows
     except ImportError as error:

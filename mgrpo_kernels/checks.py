@@ -1,4 +1,4 @@
-"""Argument checks. Every message says what was wanted and what came."""
+"""Argument checks. Every message states what was expected and what was received."""
 
 from __future__ import annotations
 

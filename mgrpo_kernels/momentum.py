@@ -237,13 +237,13 @@ def held(parameter: Tensor, dtype: torch.dtype, device: torch.device | str | Non
 
 
 def crosses(one: torch.device, two: torch.device) -> bool:
-    """Return whether a GPU copies from one to the CPU's memory at two: the host need not wait for that."""
+    """Return True if `one` is a GPU and `two` is the CPU: a copy to page-locked memory then need not block the host."""
     return one.type == "cuda" and two.type == "cpu"
 
 
 @torch.no_grad()
 def page_locked(tensor: Tensor) -> Tensor:
-    """Move a CPU tensor, or this rank's shard of one, to page-locked memory: a GPU copies to and from there by itself."""
+    """Move a CPU tensor, or this rank's shard of one, to page-locked memory, which a GPU reads and writes directly."""
     local = local_of(tensor)
     local.data = local.pin_memory()
     return tensor
@@ -310,7 +310,7 @@ class Transfer:
         return moved
 
     def wait(self) -> None:
-        """Let the host wait until all copies have been made: what is in the CPU's memory may then be read and written."""
+        """Block the host until all copies are finished; CPU memory may then be read and written."""
         for event in [*self._down, *self._up.values()]:
             event.synchronize()
         self._down, self._up, self._from = [], {}, []

@@ -1,4 +1,4 @@
-"""Checks of what the ops over a language-model head have in common."""
+"""Checks of the arguments that the ops over a language-model head share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> None:
-    """Check what is neither tensor nor group."""
+    """Check the options of a head that are neither tensors nor process groups."""
     checks.check_number("logit_scale", logit_scale)
     if softcap is not None:
         checks.check_number("softcap", softcap, above=0.0)

@@ -174,12 +174,12 @@ def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def native_accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
-    """Do the same on a CPU by csrc/cpu/matmul.cpp; return False where the extension or the CPU does not have it."""
+    """Compute :func:`accumulate` with csrc/cpu/matmul.cpp; return False if the extension or the CPU lacks it."""
     return _native.missing() is None and torch.ops.mgrpo_native.mm_float32_(total, a, b, not first)
 
 
 def accumulate_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Do the same with float32 copies of the factors, a piece of at most WIDENED_BYTES of the inner dimension at a time."""
+    """Compute :func:`accumulate` with float32 copies of the factors, at most WIDENED_BYTES of them at a time."""
     step = max(1, WIDENED_BYTES // (4 * (a.shape[0] + b.shape[1])))
     if first:
         total.zero_()

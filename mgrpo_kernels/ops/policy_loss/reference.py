@@ -239,7 +239,7 @@ def _dppo_tv(given: _Given, options: LossOptions) -> _Surrogate:
 
 
 def _dppo_kl(given: _Given, options: LossOptions) -> _Surrogate:
-    """Do the same by the KL divergence of two distributions over this token and all others."""
+    """Mask tokens by the KL divergence between new and old probability, each over this token and all others."""
     probability, before = given.logprob.exp().clamp(max=1.0), given.old.exp().clamp(max=1.0)
     of_token = torch.where(before == 0, 0.0, before * (given.old - given.logprob))  # 0 x inf
     divergence = of_token + (1.0 - before) * ((1.0 - before + 1e-8) / (1.0 - probability + 1e-8)).log()
