@@ -1,6 +1,6 @@
 """The task of the real model: products of two numbers from 2 to 12, as conversations with one answered question in front.
 
-The answered question, a sum, shows the form ``12 + 25 = 37``. Without it SmolLM2-135M-Instruct answers in prose, and is right less often.
+The answered question, a sum, shows the form ``12 + 25 = 37``.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
     for item in items:
         if ON_CPU and HERE in item.path.parents and item.get_closest_marker("device_only"):
-            item.add_marker(pytest.mark.skip(reason="no GPU: device_only"))
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine, which this test needs"))
 
 
 @pytest.fixture(autouse=True, scope="session")

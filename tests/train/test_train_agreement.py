@@ -48,7 +48,7 @@ def test_a_model_in_bfloat16_agrees_within_its_rounding(family: str) -> None:
 
 
 def test_a_model_that_rounds_more_in_bfloat16_is_held_to_its_own_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As deep models do: the log-probs of SmolLM2-135M differ by 0.05 between float32 and bfloat16."""
+    """As deep models do: tests/train/test_train_real_model.py checks SmolLM2-135M."""
     policy = policy_of("qwen2", torch.bfloat16)
     with torch.no_grad():
         policy.head()[0].mul_(6.0)

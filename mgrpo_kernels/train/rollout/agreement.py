@@ -25,7 +25,7 @@ KEPT = (0, 2), ((0, 2), (2, 1))
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest mean difference of the log-probs at a position, weighted by probability. Faults differ by more than 0.5."""
 ROUNDINGS = 3.0
-"""Largest difference in bfloat16 in multiples of the model's own rounding, where that is more. That of deep models is 0.02 to 0.1."""
+"""Largest difference in bfloat16, in multiples of the model's own rounding, where that is more."""
 
 log = logging.getLogger(__name__)
 
