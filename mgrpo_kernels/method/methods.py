@@ -29,7 +29,13 @@ class Method(NamedTuple):
     reads: Literal["label", "shares", "both", "nothing"] = "label"  # the part of the vote that the reward depends on
     lowest: float = 0.0  # lower bound of the reward
     voters: Literal["survivors", "momentum"] = "survivors"  # of the filter: all, or only the momentum model's
-    votes_by_certainty: bool = False  # whether a vote counts by the self-certainty of the rollout, and not as 1
+    election: Literal["equal", "certainty", "crossed", "harmonic"] = (
+        "equal"  # how much a vote counts, and for whom: see election.py
+    )
+    second_wording: Literal["no", "policy", "momentum"] = (
+        "no"  # whose rollouts answer another wording of the question: half of the
+    )
+    # policy's, or all of the momentum model's
     train_share: float = 1.0  # share of a prompt's policy rollouts that train; the others only vote
     decay_end: float | None = None  # default decay of the momentum model at the last step, reached along a cosine
     answer_weight: float = 1.0  # default weight of the final answer's tokens in the loss
@@ -102,6 +108,9 @@ MethodName = Literal[
     "intuitor",
     "rent",
     "co_rewarding",
+    "co_rewarding_1",
+    "co_rewarding_3",
+    "self_harmony",
     "gold",
     "random",
 ]
@@ -202,7 +211,7 @@ METHODS: dict[MethodName, Method] = {
         _arxiv("2512.15146", "after SCOPE, "),
         "the confidence is the mean over all tokens and the whole vocabulary, in SCOPE over steps and the most probable tokens; one "
         "vote for each prompt, without SCOPE's subgroups",
-        votes_by_certainty=True,
+        election="certainty",
         needs_self_certainty=True,
     ),
     "reszero": Method(
@@ -236,6 +245,33 @@ METHODS: dict[MethodName, Method] = {
         momentum_share=0.5,
         voters="momentum",
         decay_end=0.9999,
+    ),
+    "co_rewarding_1": Method(
+        _agreement,
+        "1 if the answer equals the vote of the rollouts that answer the other wording of the question",
+        _arxiv("2508.00410", "Co-rewarding-I, "),
+        "G is divided between the two wordings, in the paper each has G",
+        election="crossed",
+        second_wording="policy",
+    ),
+    "co_rewarding_3": Method(
+        _agreement,
+        "1 if the answer equals the vote of the momentum model's rollouts, which answer another wording of the question",
+        _arxiv("2508.00410", "Co-rewarding-I and II, "),
+        "the combination of the two: the paper's third version, after a summary of it",
+        momentum_share=0.5,
+        voters="momentum",
+        decay_end=0.9999,
+        second_wording="momentum",
+    ),
+    "self_harmony": Method(
+        _agreement,
+        "1 if the answer equals the one with the highest harmonic mean of its shares in two wordings of the question",
+        _arxiv("2511.01191", "Self-Harmony, "),
+        "the second wording comes from the data, in the paper from the model itself, which is rewarded for it; without the format reward; "
+        "a prompt whose wordings have no answer in common gives no reward",
+        election="harmonic",
+        second_wording="policy",
     ),
     "gold": Method(
         _gold,

@@ -52,7 +52,7 @@ class MethodOptions:
         None,
         "number of rollouts per prompt that the momentum model generates",
         unit="rollouts",
-        if_none="half of the rollouts, rounded down, for mgrpo and co_rewarding; 0 for the other methods",
+        if_none="half of the rollouts, rounded down, for mgrpo, co_rewarding and co_rewarding_3; 0 for the other methods",
         at_least=0,
         group=MOMENTUM_GROUP,
     )
@@ -198,6 +198,31 @@ class MethodOptions:
         """Whether the IQR filter prunes rollouts."""
         return self.row.filters if self.iqr_filter is None else self.iqr_filter
 
+    def second_wording_count(self, rollouts: int) -> int:
+        """Return how many of a prompt's G `rollouts` answer the second wording of its question, the last ones.
+
+        Raises:
+            ValueError: the policy would get fewer than two rollouts of a wording.
+        """
+        if self.row.second_wording == "no":
+            return 0
+        if self.row.second_wording == "momentum":
+            return self.momentum_count(rollouts)
+        if rollouts < 4:
+            raise ValueError(
+                f"rollouts: expected at least 4 with method {self.method} (2 of each wording of the question, to compare with each other), "
+                f"got {rollouts}"
+            )
+        return rollouts // 2
+
+    def check_one_wording(self, library: str, name: str = "method") -> None:
+        """Raise ValueError for a method that needs two wordings of a question, which `library` does not sample."""
+        if self.row.second_wording != "no":
+            raise ValueError(
+                f"{name}: expected one that asks a question in one wording, since {library} samples one prompt for each question, got "
+                f"{self.method!r}; this project's trainer has it (--paraphrase-field)"
+            )
+
     @property
     def weight_of_answer(self) -> float:
         """Weight of the final answer's tokens in the loss."""
@@ -323,6 +348,11 @@ class MethodOptions:
             if is_set and not met:
                 got = getattr(self, name)
                 raise ValueError(f"{name}: expected {needs} with it, without which it has no effect, got {got!r}")
+        if self.row.second_wording == "policy" and rollouts:
+            raise ValueError(
+                f"momentum_rollouts: expected 0 with method {self.method}, whose rollouts of two wordings are the policy's, got "
+                f"{self.momentum_rollouts}"
+            )
         if self.row.own_advantages and self.filters and self.filter_scope == "penalise":
             raise ValueError(
                 f"filter_scope: expected both or vote with method {self.method}, whose advantages are not those of its rewards, got "

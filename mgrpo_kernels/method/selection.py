@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import checks, sequences
+from mgrpo_kernels.method.election import elect, offsets_of_wordings
 from mgrpo_kernels.method.gold import Gold, equal_to_gold
 from mgrpo_kernels.method.options import MethodOptions
 from mgrpo_kernels.method.outcome import advantages_of, at_tokens, decide, groups_by_gold, token_weights, with_rewards
 from mgrpo_kernels.method.pruning import survivors
 from mgrpo_kernels.method.signals import Signals
 from mgrpo_kernels.ops.iqr_filter import trajectory_entropy
-from mgrpo_kernels.vote import Equivalence, Vote, majority_vote
+from mgrpo_kernels.vote import Equivalence, Vote
 
 
 class Selection(NamedTuple):
@@ -81,6 +82,7 @@ def select(
     by_momentum: Tensor | None = None,
     may_train: Tensor | None = None,
     may_vote: Tensor | None = None,
+    second_wording: Tensor | None = None,
     entropy: Tensor | None = None,
     self_certainty: Tensor | None = None,
     logprob: Tensor | None = None,
@@ -103,6 +105,8 @@ def select(
         by_momentum: ``(B,)`` bool, the rollouts that the momentum model generated; None if there are none.
         may_train: ``(B,)`` bool, False for a rollout that may only vote, such as one cut at the length limit; None if all may train.
         may_vote: ``(B,)`` bool, False for a rollout that may not vote, whatever the filter says; None if all may vote.
+        second_wording: ``(B,)`` bool, the rollouts that answer another wording of the question, the last of each group. Required by some
+            methods, whose advantages compare the policy's rollouts of the same wording; None if all answer the same.
         entropy: ``(B, L)`` entropy of each token, nats. Required by the filter and by some methods.
         self_certainty: ``(B, L)`` self-certainty of each token. Required by some methods.
         logprob: ``(B, L)`` log-probability of each token. Required by some methods.
@@ -128,12 +132,17 @@ def select(
         "answer_tokens": answer_tokens,
     }
     _check(mask, options, answers, votes, given, gold, generator)
+    if options.row.second_wording != "no" and votes and second_wording is None:
+        raise ValueError(f"second_wording: expected a value, which method {options.method} requires, got None")
     B = len(mask)
     mean_entropy, mean_certainty = _reduced(entropy, mask), _reduced(self_certainty, mask)
     level = _reduced(entropy, mask, options.entropy_reduction)
     offsets = sequences.group_offsets(groups.cpu() if isinstance(groups, Tensor) else groups, B, torch.device("cpu"))
     momentum = _flags("by_momentum", by_momentum, B, False)
     same: Equivalence = options.equivalence if equivalence is None else equivalence
+    reworded = _flags("second_wording", second_wording, B, False)
+    # The rollouts whose advantages are relative to each other.
+    parts = offsets if second_wording is None else offsets_of_wordings(offsets, reworded)
     nonempty = mask.any(-1).cpu()
     survives = _survives(options, level, offsets, nonempty)
     voters = survives & momentum if options.row.voters == "momentum" else survives
@@ -142,7 +151,15 @@ def select(
     by_gold = groups_by_gold(options, offsets, gold if votes else None)
     vote, outcome, weights = None, None, voters.float()
     if votes:
-        vote, weights = _elect(options, answers, offsets, voters, mean_certainty, same)
+        vote, weights = elect(
+            options,
+            answers,
+            offsets,
+            voters,
+            certainty=mean_certainty,
+            second_wording=reworded,
+            equivalence=same,
+        )
         reads_gold = options.row.needs_gold or options.gold_labels
         correct = equal_to_gold(answers, gold, same) if reads_gold and gold is not None else None
         signals = Signals(
@@ -167,7 +184,7 @@ def select(
     trains = trains & ~outcome.rewards.isnan() & _flags("trains", outcome.trains, B, True)
     if options.filter_scope == "penalise":
         outcome = outcome._replace(rewards=torch.where(survives, outcome.rewards, 0.0))
-    advantages = advantages_of(outcome, offsets, trains, scale)
+    advantages = advantages_of(outcome, parts, trains, scale)
     voted = ~by_gold[sequences.group_index(offsets, B)]
     factors = token_weights(outcome.token_weights, answer_tokens, options.weight_of_answer, voted)
     token_weight, token_advantages = at_tokens(advantages, trains, mask.cpu(), factors, outcome.token_bonus)
@@ -187,32 +204,6 @@ def select(
         token_weight,
         token_advantages,
     )
-
-
-def _elect(
-    options: MethodOptions,
-    answers: Sequence[str | None],
-    offsets: Tensor,
-    voters: Tensor,
-    certainty: Tensor | None,
-    equivalence: Equivalence,
-) -> tuple[Vote, Tensor]:
-    """Return the vote of each group's `voters`, and how much each vote counts, ``(B,)``; 0 for a rollout that does not vote."""
-    weights = None
-    if options.row.votes_by_certainty:
-        assert certainty is not None
-        weights = torch.where(voters, certainty.nan_to_num(nan=0.0), 0.0)
-    vote = majority_vote(
-        answers,
-        offsets,
-        voters=voters,
-        weights=weights,
-        equivalence=equivalence,
-        min_share=options.min_share,
-        min_votes=options.min_votes,
-        seconds=options.vote_seconds,
-    )
-    return vote, voters.float() if weights is None else weights
 
 
 def _of_groups(vote: Vote | None, offsets: Tensor, weights: Tensor, signal: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,8 +101,8 @@ def train_step(learner: Learner, examples: Sequence[Example], step: int) -> tupl
         **clock.metrics(int(seen.rollouts.mask.sum())),
         "peak_memory_bytes": int(parallel.largest(peak_memory_bytes(policy.device))),
     }
-    group, number = config.rollout.rollouts, config.run.samples_per_step
-    return metrics, sample_lines(step, examples[0], seen, selection, group, number)
+    prompts = examples[0].wordings(config.rollout.rollouts, config.second_wording_rollouts)
+    return metrics, sample_lines(step, examples[0], prompts, seen, selection, config.run.samples_per_step)
 
 
 def teacher_metrics(teacher: Teacher | None) -> dict[str, Any]:
@@ -120,13 +120,15 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
     """
     config, policy = learner.config, learner.policy
     prompts = policy.encode([example.prompt for example in examples])
+    reworded = prompts
+    if config.second_wording_rollouts:
+        reworded = policy.encode([example.second_wording for example in examples])
 
-    def part(copies: int, momentum: MomentumModel | None) -> Rollouts:
-        purpose = "rollout" if momentum is None else "momentum rollout"
+    def part(asked: list[list[int]], copies: int, purpose: str, momentum: MomentumModel | None) -> Rollouts:
         generator = generator_for(config.run.seed, purpose, step, policy.device)
         with parallel.sampling():
             return learner.engine.sample(
-                prompts,
+                asked,
                 copies,
                 temperature=config.rollout.temperature,
                 generator=generator,
@@ -135,17 +137,27 @@ def roll_out(learner: Learner, examples: Sequence[Example], step: int, first: in
                 truncation=config.rollout.truncation,
             )
 
-    own = part(config.policy_rollouts, None)
-    others = part(config.momentum_rollouts, learner.momentum) if config.momentum_rollouts else None
+    # The last rollouts of each prompt: those of another model, or those of another wording of the question.
+    last = config.momentum_rollouts or config.second_wording_rollouts
+    own, others = part(prompts, config.rollout.rollouts - last, "rollout", None), None
+    if config.momentum_rollouts:
+        others = part(reworded, last, "momentum rollout", learner.momentum)
+    elif last:
+        others = part(reworded, last, "rollout of the second wording", None)
     rollouts = interleave(own, others, len(prompts))
     texts = policy.decode(rollouts.tokens, rollouts.mask)
+    index, group = torch.arange(len(texts)) % config.rollout.rollouts, config.rollout.rollouts
     return Trajectories(
-        prompts=[prompt for prompt in prompts for _ in range(config.rollout.rollouts)],
+        prompts=[
+            asked
+            for first_asked, second_asked in zip(prompts, reworded, strict=True)
+            for asked in [first_asked] * (group - last) + [second_asked] * last
+        ],
         rollouts=rollouts,
-        by_policy=(torch.arange(len(texts)) % config.rollout.rollouts < config.policy_rollouts).to(policy.device),
+        by_policy=(index < config.policy_rollouts).to(policy.device),
         texts=texts,
         answers=read_answers(learner.task.extract, texts, rollouts.finished.tolist()),
-        gold=[example.gold for example in examples for _ in range(config.rollout.rollouts)],
+        gold=[example.gold for example in examples for _ in range(group)],
     )
 
 
@@ -203,7 +215,8 @@ def own_rewards(learner: Learner, examples: Sequence[Example], seen: Trajectorie
     """Return the rewards of the user's own function for the rollouts of these prompts, ``(B,)``; None without one."""
     if learner.task.reward is None:
         return None
-    prompts = [example.prompt for example in examples for _ in range(learner.config.rollout.rollouts)]
+    group, last = learner.config.rollout.rollouts, learner.config.second_wording_rollouts
+    prompts = [text for example in examples for text in example.wordings(group, last)]
     return torch.tensor(learner.task.reward(prompts, seen.texts, seen.answers, seen.gold), dtype=torch.float32)
 
 
@@ -231,6 +244,7 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
         config.method,
         by_momentum=~seen.by_policy,
         may_vote=policy_voters(learner, seen),
+        second_wording=of_second_wording(config, len(seen.texts)),
         may_train=seen.rollouts.finished if config.rollout.truncated == "mask" else None,
         entropy=stats.entropy,
         self_certainty=stats.self_certainty,
@@ -244,6 +258,14 @@ def select_rollouts(learner: Learner, seen: Trajectories, stats: TokenStats, ste
         equivalence=learner.task.equivalence,
         generator=generator,
     )
+
+
+def of_second_wording(config: Config, rollouts: int) -> Tensor | None:
+    """Return which rollouts answer the second wording of their question, ``(B,)`` bool; None if none do."""
+    if not config.second_wording_rollouts:
+        return None
+    group = config.rollout.rollouts
+    return torch.arange(rollouts) % group >= group - config.second_wording_rollouts
 
 
 def tokens_of_answers(learner: Learner, seen: Trajectories, rows: Sequence[int] | None = None) -> Tensor:

@@ -63,7 +63,8 @@ def cases(*, momentum: bool) -> list[Case]:
     none: dict[str, Any] = {} if momentum else {"momentum_rollouts": 0}
 
     def possible(method: str) -> bool:
-        return momentum or not (METHODS[method].voters == "momentum" or METHODS[method].needs_self_certainty)
+        row = METHODS[method]
+        return row.second_wording == "no" and (momentum or not (row.voters == "momentum" or row.needs_self_certainty))
 
     def few_votes(method: str) -> dict[str, Any]:  # of three rollouts one is the momentum model's, which alone votes
         return {"min_votes": 1} if METHODS[method].voters == "momentum" else {}

@@ -104,7 +104,7 @@ def test_a_trainer_that_deviates_is_found(both: Any, monkeypatch: pytest.MonkeyP
         paths.check_same(*both(paths.make_case(8, method=method)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.second_wording == "no"])
 def test_trl_and_our_trainer_divide_a_group_alike(tmp_path: Any, method: str) -> None:
     for G in range(2, 20):
         votes = {"min_votes": 1}  # co_rewarding's labels take as many momentum rollouts as votes

@@ -361,7 +361,7 @@ def test_a_run_moves_policy_and_momentum_and_resumes_to_the_same(base, tmp_path)
         foreign.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.second_wording == "no"])
 def test_every_method_trains_and_is_evaluated(base, tmp_path, method):
     momentum = {} if METHODS[method].momentum_share else {"momentum_rollouts": 0}
     data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"]})
@@ -387,6 +387,14 @@ def test_every_method_trains_and_is_evaluated(base, tmp_path, method):
         assert found < 0
     else:
         assert METHODS[method].lowest <= found <= 1
+
+
+@pytest.mark.parametrize("method", ["co_rewarding_1", "co_rewarding_3", "self_harmony"])
+def test_a_second_wording_is_refused(tmp_path, method):
+    with pytest.raises(
+        ValueError, match=f"method: expected one that asks a question in one wording, since TRL .*'{method}'"
+    ):
+        MGRPOConfig(**settings(tmp_path, method=method))
 
 
 def test_self_certainty_is_that_of_the_logits(base, tmp_path):

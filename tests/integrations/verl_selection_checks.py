@@ -135,6 +135,10 @@ def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name,
             "mgrpo.method: expected one without self-certainty, since verl scores log-probs",
         ),
         (
+            {"method": "self_harmony"},
+            "mgrpo.method: expected one that asks a question in one wording, since verl samples",
+        ),
+        (
             {"momentum_rollouts": 4},
             "mgrpo.momentum_rollouts: expected it left out, since verl's rollout servers hold one set",
         ),

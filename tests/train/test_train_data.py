@@ -20,13 +20,17 @@ from small_models import make_byte_model
 
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.method import equal_to_gold, read_gold
-from mgrpo_kernels.train.config import DEFAULT_TEMPLATE
+from mgrpo_kernels.train.config import DEFAULT_TEMPLATE, Config
 from mgrpo_kernels.train.data.files import read_rows
 from mgrpo_kernels.train.data.task import (
     Example,
+    Task,
+    check_lengths,
+    fitting,
     load_task,
     prompts_of_step,
     read_examples,
+    read_sources,
     read_template,
 )
 from mgrpo_kernels.train.errors import UsageError
@@ -67,7 +71,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Any:
 def test_reads_questions_and_answers(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", {"q": "1+1 {x}", "a": "so\n#### 2"}, "", {"q": "2+2", "a": 4}, {"q": "none"})
     examples = read(file, prompt_field="q", answer_field="a", prompt_template="<{question}>")
-    assert [tuple(each) for each in examples] == [("<1+1 {x}>", "2"), ("<2+2>", "4"), ("<none>", None)]
+    assert [each[:2] for each in examples] == [("<1+1 {x}>", "2"), ("<2+2>", "4"), ("<none>", None)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_json_that_is_no_list_of_objects(tmp_path: Path, text: str, message: str
 def test_parquet(tmp_path: Path) -> None:
     rows = [{"question": "1+1", "answer": 2}, {"question": "1/2", "answer": None}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert [tuple(each) for each in read(tmp_path / "a.parquet")] == [("1+1", "2"), ("1/2", None)]
+    assert [each[:2] for each in read(tmp_path / "a.parquet")] == [("1+1", "2"), ("1/2", None)]
     with pytest.raises(
         UsageError, match=r"answer_field: expected a text or a number in 'answer' of .*a\.parquet, row 2, got None"
     ):
@@ -211,8 +215,8 @@ def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_data_set_and_its_splits(data_set: Path) -> None:
-    assert [tuple(each) for each in read(data_set)] == [("0+0", "0"), ("1+1", "2"), ("2+2", "4")]
-    assert [tuple(each) for each in read(f"{data_set}:test")] == [("9+9", "18")]
+    assert [each[:2] for each in read(data_set)] == [("0+0", "0"), ("1+1", "2"), ("2+2", "4")]
+    assert [each[:2] for each in read(f"{data_set}:test")] == [("9+9", "18")]
     assert [each.prompt for each in read(f"{data_set}:train[1:]")] == ["1+1", "2+2"]
     assert [each.prompt for each in read(f"{data_set}:default:train[:1]")] == ["0+0"]
     held_out = read("unused.jsonl", option="eval_data", eval_data=str(data_set), needs_gold=True)
@@ -484,3 +488,53 @@ def test_equal_to_gold() -> None:
     got = equal_to_gold(["1/2", "3", None, "4"], ["0.5", "4", "1", None], "math").tolist()
     assert got[:3] == [1.0, 0.0, 0.0]
     assert math.isnan(got[3])
+
+
+def asking(file: Path, **changes: Any) -> Config:
+    return tiny.config(data=str(file), model="model", eval_every=0, **changes)
+
+
+def test_a_second_wording(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a.jsonl"
+    write(
+        file,
+        {"question": "1+2", "answer": "3", "paraphrase": "2+1"},
+        {"question": "4", "answer": "4", "paraphrase": "four"},
+    )
+    config = asking(file, method="self_harmony", prompt_template="<{question}>")
+    (_, drafts), *_ = read_sources(config, "data", False)
+    assert [(each.prompt, each.paraphrase.prompt, each.paraphrase.question) for each in drafts] == [
+        ("<1+2>", "<2+1>", "2+1"),
+        ("<4>", "<four>", "four"),
+    ]
+    (_, plain), *_ = read_sources(asking(file), "data", False)  # a method that asks once reads none
+    assert [each.paraphrase for each in plain] == [None, None]
+    write(file, {"question": "1+2", "rephrased_question": "2+1"})
+    (_, drafts), *_ = read_sources(config, "data", False)
+    assert drafts[0].paraphrase.question == "2+1"
+    assert "paraphrase_field: rephrased_question" in caplog.text
+    write(file, {"question": "1+2", "other": "2+1"})
+    with pytest.raises(
+        UsageError, match=r"paraphrase_field: expected one of the fields other, question of .*got 'paraphrase'"
+    ):
+        read_sources(config, "data", False)
+    named = asking(file, method="co_rewarding_1", paraphrase_field="other")
+    (_, drafts), *_ = read_sources(named, "data", False)
+    assert drafts[0].paraphrase.question == "2+1"
+    write(file, {"question": "1+2", "other": " "})
+    with pytest.raises(UsageError, match="paraphrase_field: expected a text or a number in 'other'"):
+        read_sources(named, "data", False)
+
+
+def test_a_second_wording_has_to_fit_too() -> None:
+    class Tokenizer:
+        def __call__(self, texts: list[str]) -> dict[str, list[list[str]]]:
+            return {"input_ids": [list(text) for text in texts]}
+
+    long = Example("1", None, "x" * 30)
+    config = tiny.config(long_prompts="skip", max_response_tokens=4)
+    assert fitting("data", [Example("1", None, "one"), long], Tokenizer(), 20, config) == [Example("1", None, "one")]
+    task = Task([long], [])
+    with pytest.raises(UsageError, match="prompt of 30 tokens"):
+        check_lengths(Tokenizer(), 20, task, 4)
+    assert check_lengths(Tokenizer(), None, task, 4) == 30

@@ -24,7 +24,9 @@ def test_held_out_sums_are_not_trained_on() -> None:
     assert not {each.prompt for each in task.train} & {each.prompt for each in task.held_out}
     assert demo.make_task(3).train == task.train
     assert demo.make_task(4).train != task.train
-    for prompt, gold in task.train[:200]:
+    for prompt, gold, paraphrase in task.train[:200]:
+        assert sorted(paraphrase) == sorted(prompt)
+        assert paraphrase[-2::-1] == prompt[:-1]
         digits = [int(digit) for digit in prompt.removesuffix("=").split("+")]
         assert 2 <= len(digits) <= 6
         assert gold == str(sum(digits) % 10)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import os
 import re
+import runpy
 import signal
 import threading
 from pathlib import Path
@@ -106,7 +109,7 @@ def test_the_view_says_start_best_and_now() -> None:
     assert rows["held-out accuracy"][:5] == ["0.400", "0.900", "0.700", "±", "0.020"]
     assert rows["vote share"][:2] == ["0.530", "0.755"]  # means of the first 5 and the last 10, as the guard's
     assert rows["tokens/s"][:2] == ["12,346", "12,346"]
-    assert rows["held-out accuracy"][5] == "▁█▂▅"
+    assert "".join(dict.fromkeys(rows["held-out accuracy"][5])) == "▁█▂▅"
     assert "label accuracy" in rows
     assert "held-out, greedy" not in rows  # nothing is known of it
 
@@ -165,10 +168,39 @@ def test_curves_of_long_runs_keep_their_shape() -> None:
     assert len(curve._points) < 2 * live.POINTS
     assert (curve.start, curve.now) == (0.0, 10_000.0)
     assert curve.drawn(8) == "▁▂▃▄▅▆▇█"
-    assert len(curve.drawn(1000)) == len(curve._points)
+    assert len(curve.drawn(1000)) == 1000
     flat = Curve(smooth=False)
+    assert flat.drawn(8) == ""
     flat.add(3.0)
-    assert flat.drawn(8) == "▁"
+    assert flat.drawn(8) == "▁" * 8
+
+
+def test_a_column_is_the_same_time_in_all_curves() -> None:
+    view, console = make_view(120, 40)
+    view.begin([{"step": 0, "eval_accuracy": 0.2}])
+    for step in range(1, 21):
+        view.step({"step": step, "vote_share": 0.4 if step <= 10 else 0.8}, None, [])
+    view.step({"step": 21, "vote_share": 0.8, "eval_accuracy": 0.9}, None, [])
+    curves = {line[:17].strip(): line.split()[-1] for line in frame(view, console)}
+    assert curves["held-out accuracy"] == "▁" * 11 + "█" * 10
+    assert curves["vote share"] == "▁" * 10 + "█" * 11
+
+
+def test_the_picture_in_the_docs_is_of_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "demo"
+    run.mkdir()
+    lines: list[dict[str, Any]] = [{"step": 0, "eval_accuracy": 0.25}]
+    lines += [{**values(step), "time_update": 2.0} for step in (1, 2, 3)]
+    lines[2]["eval_accuracy"] = 0.75
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample(step=step)) + "\n" for step in (1, 2, 2, 3)))
+    draw = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "live_view.py"))["draw"]
+    picture = html.unescape(re.sub("<[^>]*>", " ", draw(run, 2))).replace("\xa0", " ")
+    assert re.search(r"step +2/3", picture)
+    assert "0:00:04" in picture
+    assert "0.250" in picture
+    assert "0.750" in picture
+    assert picture.count("77#7") == 3  # of steps 1 and 2
 
 
 class Terminal:

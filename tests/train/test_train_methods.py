@@ -32,6 +32,9 @@ IN_0_1 = {
     "spine",
     "confident_vote",
     "co_rewarding",
+    "co_rewarding_1",
+    "co_rewarding_3",
+    "self_harmony",
     "gold",
     "random",
 }
@@ -51,6 +54,7 @@ def output_of(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     rows = [  # their answers have one digit, so that chance hits them
         {
             "question": f"Ann has {a} pens and buys {b}.",
+            "paraphrase": f"How many pens do {a} and {b} make?",
             "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b} pens.\n#### {a + b}",
         }
         for a, b in ((1, 2), (2, 0), (3, 0), (1, 1), (0, 1), (0, 3))
@@ -123,11 +127,27 @@ def test_rewards_of_the_first_step_are_what_the_methods_say(output_of: Callable[
         by_policy = [each for each in samples if each["sampled_by"] == "policy"]
         assert len(by_policy) == build({"method": method, "rollouts": ROLLOUTS}).policy_rollouts
         assert all(each["advantage"] == 0 for each in samples if each["sampled_by"] == "momentum" or each["pruned"])
-        if METHODS[method].reads == "label":
+        if METHODS[method].election == "crossed":
+            labels = {
+                wording: max(answers, key=answers.count)
+                for wording in {each["prompt"] for each in samples}
+                if (answers := [each["answer"] for each in samples if each["prompt"] == wording and each["answer"]])
+            }
+            others = [label for each in samples for wording, label in labels.items() if wording != each["prompt"]]
+            assert reward[method] == [
+                float(answers_equal(each["answer"], label)) for each, label in zip(samples, others, strict=True)
+            ]
+        elif METHODS[method].reads == "label":
             assert reward[method] == [float(answers_equal(each["answer"], each["label"])) for each in samples]
     answers = [each["answer"] for each in shown["srt"]]
     # These generate from the same model and the same prompt.
-    for method in (name for name, row in METHODS.items() if not row.momentum_share):
+    asked = [name for name, row in METHODS.items() if row.second_wording != "no"]
+    for method in asked:
+        prompts = [each["prompt"] for each in shown[method]]
+        half = ROLLOUTS // 2
+        assert [prompts.count(each) for each in dict.fromkeys(prompts)] == [half, half]
+        assert prompts[0] == shown["srt"][0]["prompt"] != prompts[-1]
+    for method in (name for name, row in METHODS.items() if not row.momentum_share and name not in asked):
         assert [each["answer"] for each in shown[method]] == answers
     voters = [answer for answer in answers if answer is not None]
     shares = [sum(answers_equal(answer, other) for other in voters) / len(voters) for answer in answers]

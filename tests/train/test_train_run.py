@@ -273,6 +273,8 @@ def test_gsm8k(tmp_path: Path, method: str) -> None:
         "--eval-samples", "2", "--eval-every", "2", "--steps", "3", "--prompts-per-step", "2", "--rollouts", "4", "--learning-rate", "1e-3",
         "--max-response-tokens", "12", "--tokens-per-microbatch", "1024", "--method", method, "--output", str(tmp_path / "run"),
     ]  # fmt: skip
+    if METHODS[method].second_wording != "no":  # the data have one
+        flags += ["--paraphrase-field", "question"]
     assert command.main(flags) == 0
     lines = tiny.lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]

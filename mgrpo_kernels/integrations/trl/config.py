@@ -62,6 +62,7 @@ class MGRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         options = self.method_options()
+        options.check_one_wording("TRL")
         G = int(self.num_generations)  # type: ignore[arg-type]  # TRL has filled it in
         count = options.momentum_count(G)
         options.check_use(momentum=count > 0)

@@ -57,6 +57,12 @@ class DataConfig(Section):
         if_none="answer if the data have it, else solution",
         metavar="NAME",
     )
+    paraphrase_field: str | None = option(
+        None,
+        "field of the data with another wording of the question, which some methods read",
+        if_none="paraphrase, where the method reads one",
+        metavar="NAME",
+    )
     max_examples: int | None = option(
         None, "number of training prompts that are used, from the first on", if_none="all", unit="prompts", at_least=1
     )

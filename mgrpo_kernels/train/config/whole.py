@@ -104,6 +104,11 @@ class Config:
         yield "momentum_device", kept, self.needs_momentum or self.copies_base
         # The default of chat_template, and "off", are allowed with the built-in model.
         yield "chat_template", "--model", self.model.model is not None or self.data.chat_template != "on"
+        yield (
+            "paraphrase_field",
+            "a method that reads two wordings of a question",
+            self.method.row.second_wording != "no",
+        )
         for name in ("revision", "trust_remote_code", "system_prompt", "chat_template_kwargs"):
             yield name, "--model", self.model.model is not None
         yield "reward_share", "--reward", self.method.reward is not None
@@ -134,6 +139,11 @@ class Config:
     def momentum_rollouts(self) -> int:
         """N, the number of rollouts of each prompt that the momentum model generates."""
         return self.method.momentum_count(self.rollout.rollouts)
+
+    @property
+    def second_wording_rollouts(self) -> int:
+        """Number of rollouts of each prompt that answer the second wording of its question, the last ones."""
+        return self.method.second_wording_count(self.rollout.rollouts)
 
     @property
     def policy_rollouts(self) -> int:

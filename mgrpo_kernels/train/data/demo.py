@@ -82,7 +82,12 @@ def make_digits(draw: random.Random) -> tuple[int, ...]:
 
 
 def example(digits: tuple[int, ...]) -> Example:
-    return Example("+".join(map(str, digits)) + "=", str(sum(digits) % 10))
+    """Return the sum of these digits; its second wording has them in reverse."""
+
+    def prompt(digits: tuple[int, ...]) -> str:
+        return "+".join(map(str, digits)) + "="
+
+    return Example(prompt(digits), str(sum(digits) % 10), prompt(digits[::-1]))
 
 
 def after_hash(text: str) -> str | None:
@@ -162,7 +167,7 @@ def lesson(draw: random.Random, held_out: set[str], lengthened_share: float = LE
     digits = make_digits(draw)
     while example(digits).prompt in held_out:
         digits = make_digits(draw)
-    prompt, answer = example(digits)
+    prompt, answer = example(digits)[:2]
     if draw.random() >= SCRATCH_SHARE:
         return prompt, f"#{answer}$"
     if (

@@ -13,7 +13,11 @@ from mgrpo_kernels.train.data.log import log_info
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.chat import Turn
 
-FIELDS = {"prompt_field": ("question", "prompt", "problem"), "answer_field": ANSWER_FIELDS}
+FIELDS = {
+    "prompt_field": ("question", "prompt", "problem"),
+    "answer_field": ANSWER_FIELDS,
+    "paraphrase_field": ("paraphrase", "rephrased_question", "rewritten_question"),
+}
 """What a field may be called where no option names it: the first where there is one, else the others, if it is one of them."""
 
 
@@ -54,20 +58,20 @@ def find_field(option: str, given: str | None, rows: Sequence[Row], source: str,
     return name
 
 
-def question_in(row: Row, name: str) -> str | tuple[Turn, ...]:
-    """Return a row's question: a text, or a conversation that ends with the user's turn.
+def question_in(row: Row, name: str, option: str = "prompt_field") -> str | tuple[Turn, ...]:
+    """Return a row's question, in the field of this option: a text, or a conversation that ends with the user's turn.
 
     Raises:
         UsageError: it has none, or something else.
     """
-    value = _value(row, "prompt_field", name)
+    value = _value(row, option, name)
     if not isinstance(value, (list, tuple)) or not all(isinstance(each, Mapping) for each in value):
-        return _text_of(value, row, "prompt_field", name)
-    turns = tuple(_turn(each, row, name) for each in value)
+        return _text_of(value, row, option, name)
+    turns = tuple(_turn(each, row, name, option) for each in value)
     if not turns or turns[-1].role != "user":
         got = f"{len(turns)} messages, the last of {turns[-1].role}" if turns else "none"
         raise UsageError(
-            f"prompt_field: expected messages that end with the user's in {name!r} of {row.location}, got {got}"
+            f"{option}: expected messages that end with the user's in {name!r} of {row.location}, got {got}"
         )
     return turns
 
@@ -95,17 +99,17 @@ def _value(row: Row, option: str, name: str) -> Any:
     return value
 
 
-def _turn(message: Any, row: Row, name: str) -> Turn:
+def _turn(message: Any, row: Row, name: str, option: str) -> Turn:
     role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, Mapping) else (None, None)
     if isinstance(content, (list, tuple)):  # parts, of which texts are understood
         parts = [each.get("text") if isinstance(each, Mapping) else each for each in content]
         content = "".join(map(str, parts)) if parts and all(isinstance(each, str) for each in parts) else None
     if role not in ROLES or not isinstance(content, str):
         raise UsageError(
-            f"prompt_field: expected messages of the form {{role, content}} with a role of {', '.join(ROLES)} and a text in {name!r} of "
+            f"{option}: expected messages of the form {{role, content}} with a role of {', '.join(ROLES)} and a text in {name!r} of "
             f"{row.location}, got {shown(message)}"
         )
-    return Turn(role, _text_of(content, row, "prompt_field", name) if role == "user" else content)
+    return Turn(role, _text_of(content, row, option, name) if role == "user" else content)
 
 
 def _text_of(value: Any, row: Row, option: str, name: str) -> str:

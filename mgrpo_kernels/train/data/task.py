@@ -38,6 +38,22 @@ class Example(NamedTuple):
 
     prompt: str  # as the model sees it
     gold: Gold | None  # the true answer, or several of which any will do, where it is known
+    paraphrase: str | None = None  # the prompt in another wording, where the method reads one
+
+    @property
+    def second_wording(self) -> str:
+        """The prompt in its other wording."""
+        assert self.paraphrase is not None
+        return self.paraphrase
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt, and its other wording if there is one."""
+        return (self.prompt,) if self.paraphrase is None else (self.prompt, self.paraphrase)
+
+    def wordings(self, rollouts: int, reworded: int) -> list[str]:
+        """Return the prompt of each of the `rollouts`, of which the last `reworded` answer the second wording."""
+        return [self.prompt] * (rollouts - reworded) + [self.second_wording for _ in range(reworded)]
 
 
 class Task(NamedTuple):
@@ -85,7 +101,10 @@ def load_task(config: Config, *, training: bool = True) -> Task:
     wrap = wrapper(config.model.model, tokenizer, config.data.chat_template, log_info, chat_of(config))
 
     def prompts(option: str, drafts: list[Draft]) -> tuple[list[Example], tuple[str, ...]]:
-        wrapped = [Example(wrapped_prompt(wrap, each), each.gold) for each in drafts]
+        wrapped = [
+            Example(wrapped_prompt(wrap, each), each.gold, each.paraphrase and wrapped_prompt(wrap, each.paraphrase))
+            for each in drafts
+        ]
         names = {id(example): draft.source for example, draft in zip(wrapped, drafts, strict=True)}
         kept = fitting(option, wrapped, tokenizer, context, config)
         return kept, tuple(names[id(each)] for each in kept if names[id(each)])
@@ -129,6 +148,7 @@ class Draft(NamedTuple):
     turns: tuple[Turn, ...]  # the conversation: one turn of the user's where the data have texts
     question: str  # what the rendered prompt must contain
     source: str = ""  # name of the held-out set
+    paraphrase: Draft | None = None  # the question in another wording
 
 
 def read_examples(config: Config, option: str, needs_gold: bool) -> list[Example]:
@@ -163,6 +183,10 @@ def read_source(config: Config, source: str, option: str, needs_gold: bool) -> l
     # Training data may lack a field that is named for the held-out ones.
     needed = needs_gold or (config.data.answer_field is not None and config.data.eval_data is None)
     answer_field = find_field("answer_field", config.data.answer_field, rows, source, needed=needed)
+    asks_twice = option == "data" and config.method.row.second_wording != "no"
+    paraphrase = ""
+    if asks_twice:
+        paraphrase = find_field("paraphrase_field", config.data.paraphrase_field, rows, source, needed=True)
     drafts = []
     for row in rows:
         has_answer = lookup(row.values, answer_field) is not None
@@ -172,7 +196,11 @@ def read_source(config: Config, source: str, option: str, needs_gold: bool) -> l
                 f"answer_field: expected an answer, or a solution that ends in \\boxed{{}} or ####, in {answer_field!r} "
                 f"of {row.location}, got {_length(lookup(row.values, answer_field))}"
             )
-        drafts.append(_draft(question_in(row, prompt_field), gold, template))
+        draft = _draft(question_in(row, prompt_field), gold, template)
+        if asks_twice:
+            reworded = question_in(row, paraphrase, "paraphrase_field")
+            draft = draft._replace(paraphrase=_draft(reworded, gold, template))
+        drafts.append(draft)
     unread = sum(
         lookup(row.values, answer_field) is not None and draft.gold is None
         for row, draft in zip(rows, drafts, strict=True)
@@ -269,8 +297,8 @@ def fitting(option: str, examples: list[Example], tokenizer: Any, context: int |
     skip = config.data.long_prompts == "skip"
     most = context - config.rollout.max_response_tokens if skip else context - 1  # tokens
     # Few tokenizers make more tokens than bytes, so most prompts need no count.
-    doubtful = [index for index, each in enumerate(examples) if len(each.prompt.encode()) > most]
-    lengths = {index: len(tokenizer(examples[index].prompt)["input_ids"]) for index in doubtful}
+    doubtful = [i for i, each in enumerate(examples) if max(len(text.encode()) for text in each.prompts) > most]
+    lengths = {i: max(map(len, tokenizer(list(examples[i].prompts))["input_ids"])) for i in doubtful}
     long = {index for index, length in lengths.items() if length > most}
     if long and not skip:
         first = min(long)
@@ -333,7 +361,7 @@ def check_lengths(tokenizer: Any, context: int | None, task: Task, max_response_
     Raises:
         UsageError: an empty prompt, or one that leaves too little of the context for the longest response.
     """
-    prompts = [example.prompt for example in (*task.train, *task.held_out)]
+    prompts = [text for example in (*task.train, *task.held_out) for text in example.prompts]
     tokens = tokenizer(prompts)["input_ids"]
     for prompt, ids in zip(prompts, tokens, strict=True):
         if not ids:

@@ -149,13 +149,16 @@ class Curve:
     def now(self) -> float:
         return sum(self._recent) / len(self._recent)
 
+    def __len__(self) -> int:
+        """Number of points of the curve."""
+        return len(self._points)
+
     def drawn(self, width: int) -> str:
-        """Return the curve as at most `width` block characters, scaled to its lowest and highest value."""
-        points = list(self._points)
-        size = min(width, len(points))
-        means = []
-        for i in range(size):
-            part = points[i * len(points) // size : (i + 1) * len(points) // size]
+        """Return the curve as `width` block characters, scaled to its lowest and highest value; fewer points are repeated."""
+        points, means = self._points, []
+        for i in range(width if points else 0):
+            first = i * len(points) // width
+            part = points[first : max(first + 1, (i + 1) * len(points) // width)]
             means.append(sum(part) / len(part))
         if not means:
             return ""
@@ -303,14 +306,15 @@ class Live(Plain):
         table.add_column("", no_wrap=True, style="cyan")
         latest: Mapping[str, Any] = list(self._evaluations.values())[-1] if self._evaluations else {}
         best = self._evaluations.get(latest.get("eval_best_step", -1), {})
+        # Evaluations are fewer than steps, and their curves are as wide, so that one column is the same time in all of them.
+        width = min(self._console.width - (40 if narrow else 58), max(len(self._curves[key]) for key in keys))
         for key in keys:
             curve, digits = self._curves[key], DIGITS.get(key, 3)
             start, now = f"{curve.start:,.{digits}f}", f"{curve.now:,.{digits}f}"
             if key.startswith("eval_"):
                 now = shown(latest, key)
             top = f"{best[key]:.{digits}f}" if key == "eval_accuracy" and best else ""
-            drawn = curve.drawn(self._console.width - (40 if narrow else 58))
-            table.add_row(NAMES[key], *([now] if narrow else [start, top, now]), drawn)
+            table.add_row(NAMES[key], *([now] if narrow else [start, top, now]), curve.drawn(width))
         return table
 
 

@@ -51,15 +51,15 @@ def step_metrics(
 
 
 def sample_lines(
-    step: int, example: Example, seen: Trajectories, selection: Selection, group: int, number: int
+    step: int, example: Example, prompts: Sequence[str], seen: Trajectories, selection: Selection, number: int
 ) -> list[dict[str, Any]]:
-    """Return lines for samples.jsonl: `number` rollouts of the step's first prompt, which has `group` rollouts."""
+    """Return lines for samples.jsonl: `number` rollouts of the step's first example, whose rollouts answer `prompts`."""
     assert selection.vote is not None
     assert selection.entropy is not None
     return [
         {
             "step": step,
-            "prompt": example.prompt,
+            "prompt": prompts[row],
             "response": seen.texts[row],
             "answer": seen.answers[row],
             "label": selection.vote.labels[0],
@@ -71,7 +71,7 @@ def sample_lines(
             "finished": bool(seen.rollouts.finished[row]),
             "sampled_by": "policy" if seen.by_policy[row] else "momentum",
         }
-        for row in spread(group, number)
+        for row in spread(len(prompts), number)
     ]
 
 
