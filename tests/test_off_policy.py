@@ -40,6 +40,27 @@ def test_behaviour_weights_are_bounded_on_both_sides(backend, level, bound, floo
 
 
 @each_backend(OP)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("bound", "delta"), [("truncate", None), ("mask", None), ("truncate", 1e9)])
+def test_only_a_mask_counts_masked_tokens(backend, level, bound, delta):
+    """A truncated weight that underflows to 0 is no mask; next to a mask of sequences it counts."""
+    logprobs, old, _, mask, advantages = batch()
+    got = ours(
+        backend,
+        logprobs,
+        old,
+        old + 300.0,
+        mask,
+        advantages,
+        loss_type="dapo",
+        behaviour_mode=f"{level}_{bound}",
+        off_policy_delta=delta,
+    )
+    assert (got[1] == 0).all()
+    assert got[2]["masked_count"] == (0 if bound == "truncate" and delta is None else mask.sum())
+
+
+@each_backend(OP)
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_mask", "geometric_truncate", "none"])
 @pytest.mark.parametrize(("floor", "cap"), [(0.0, 1.05), (0.95, None), (0.93, 1.07)])
 def test_sequences_are_masked_by_their_geometric_mean(backend, mode, floor, cap):

@@ -57,12 +57,13 @@ struct Keep {
   alignas(64) uint32_t lanes[BLOCK];
 
   void fill(const PolicyLossTokens& in, int64_t begin, int64_t n) {
-    std::fill(lanes, lanes + n, ~uint32_t(0));
     if (in.mask) {
-      const bool* mask = in.mask + begin;
+      const auto* mask = reinterpret_cast<const uint8_t*>(in.mask + begin); // as bytes: compilers do not vectorise the test of a bool
       for (int64_t i = 0; i < n; ++i) {
-        lanes[i] = mask[i] ? ~uint32_t(0) : 0;
+        lanes[i] = mask[i] != 0 ? ~uint32_t(0) : 0;
       }
+    } else {
+      std::fill(lanes, lanes + n, ~uint32_t(0));
     }
     std::fill(lanes + n, lanes + (n + WIDTH - 1) / WIDTH * WIDTH, 0);
     if (in.rollout_mask) {
@@ -198,6 +199,7 @@ void block_loss(
   const bool mean = !in.weights && o.sequence_mean;
   const bool behaviour = in.behaviour && o.behaviour != Behaviour::None && KIND != Kind::Vespo;
   const bool behaviour_by_sequence = behaviour && o.behaviour != Behaviour::Token;
+  const bool masks = o.masks_sequences || (behaviour && !o.truncates); // truncated weights mask nothing
   Shared shared;
   if (!in.advantage_per_token || values) {
     for_segments(in, begin, begin + n, [&](int64_t sequence, int64_t from, int64_t to) {
@@ -271,7 +273,7 @@ void block_loss(
     auto clean = [&](Vec v) { return ALL ? v : v & kept; }; // 0 where masked: what stands there goes nowhere
     auto at = [&](const float* x) { return clean(load(x, some)); };
     const Vec logprob = at(in.logprob + t), ratio = at(shared.ratio + i);
-    Vec value = at(terms.value + i), by_logprob = at(terms.by_logprob + i), by_log_weight = at(terms.by_log_weight + i);
+    Vec value = at(terms.value + i), slope = at(terms.slope + i), nothing = zero;
     if (behaviour || o.masks_sequences) {
       Vec weight = one;
       if (behaviour) {
@@ -282,20 +284,21 @@ void block_loss(
         weight = weight * select(at(advantages + i) < zero, at(shared.keep[1] + i), at(shared.keep[0] + i));
       }
       value = weighted(value, weight);
-      by_logprob = weighted(by_logprob, weight);
-      by_log_weight = weighted(by_log_weight, weight);
-      masked = masked + clean(select(weight == zero, one, zero));
+      slope = weighted(slope, weight);
+      nothing = zero * weight; // or NaN
+      masked = masks ? masked + clean(select(weight == zero, one, zero)) : masked;
     }
+    Vec by_logprob = holds_weight(KIND) ? slope : nothing, by_log_weight = holds_weight(KIND) ? nothing : slope;
     if (in.ref) {
       const Vec coef(o.kl_coef);
-      auto [kl, slope] = kl_term(estimator, at(in.ref + t) - logprob);
+      auto [kl, kl_slope] = kl_term(estimator, at(in.ref + t) - logprob);
       if (o.kl_bias_correction) {
         kl = kl * ratio;
-        slope = slope * ratio;
+        kl_slope = kl_slope * ratio;
         by_log_weight = by_log_weight + coef * kl;
       }
       value = value + coef * kl;
-      by_logprob = by_logprob + coef * slope;
+      by_logprob = by_logprob + coef * kl_slope;
       kls = kls + clean(kl);
     }
     const Vec share = shares ? at(shares + i) : one;

@@ -28,38 +28,40 @@ void exponentiate(float* x, int64_t n) {
 
 enum class Kind { Clip, Cispo, Sapo, Vespo, DppoTv, DppoKl, Gmpo };
 
-// The surrogates of n tokens: losses and their two derivatives, by the log-prob directly and by the log importance weight of the token
-// or its sequence. Scalar code, whose conditions compilers turn into better masks than at::vec's. NaN passes through every condition, as
-// through torch.clamp. Masked tokens get values that nobody uses.
+// Whether the weight is held constant: the slope is then by the log-prob directly, else by the log importance weight of the token or its
+// sequence.
+constexpr bool holds_weight(Kind kind) {
+  return kind == Kind::Cispo || kind == Kind::Vespo || kind == Kind::DppoTv || kind == Kind::DppoKl;
+}
+
+// The surrogates of n tokens: losses and their slopes. Scalar code, whose conditions compilers turn into better masks than at::vec's. NaN
+// passes through every condition, as through torch.clamp. Masked tokens get values that nobody uses.
 struct Terms {
-  float value[BLOCK], by_logprob[BLOCK], by_log_weight[BLOCK];
+  float value[BLOCK], slope[BLOCK];
   int32_t clip_low = 0, clip_high = 0;
 
+  // The smaller of two products, of the advantage and the ratio (at most `delta`) or the clipped ratio: one product, of the advantage and a
+  // ratio that is clipped to a range for the advantage's sign. An infinite advantage makes the two equal: 0 x inf in either is NaN in both.
   void clipped(const PolicyLossOptions& o, const float* ratios, const float* advantages, const uint32_t* keep, int64_t n) {
     const float low = 1 - o.clip_low, high = 1 + o.clip_high, delta = o.clip_delta;
+    const float gain_high = std::min(high, delta), loss_high = std::max(high, delta);
     int32_t hits_low = 0, hits_high = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const float advantage = advantages[i], given = ratios[i];
-      const float seen = given > delta ? delta : given;
+      const float advantage = advantages[i], ratio = ratios[i], seen = ratio > delta ? delta : ratio;
       hits_low += (seen < low) & (advantage < 0) & (keep[i] != 0);
       hits_high += (seen > high) & (advantage > 0) & (keep[i] != 0);
 
-      const float ratio = (advantage == 0) & (given == given) ? 0.0f : given; // no loss, also where the ratio overflowed
-      const float free_ratio = ratio > delta ? delta : ratio, at_least = ratio < low ? low : ratio;
-      const float clipped_ratio = at_least > high ? high : at_least;
-      const float free = free_ratio * advantage, clipped = clipped_ratio * advantage;
-      const float free_slope = (ratio <= delta ? ratio : 0.0f) * advantage;
-      const float clipped_slope = ((ratio >= low) & (ratio <= high) ? ratio : 0.0f) * advantage;
-      const float tied = (free_slope + clipped_slope) / 2, other = free > clipped ? clipped_slope : tied;
-      value[i] = -((free < clipped) | (free != free) ? free : clipped);
-      by_logprob[i] = 0;
-      by_log_weight[i] = -(free < clipped ? free_slope : other);
+      const float at_least = ratio < low ? low : ratio, of_loss = (at_least > loss_high ? loss_high : at_least) * advantage;
+      const float of_gain = (ratio > gain_high ? gain_high : ratio) * advantage;
+      value[i] = -((advantage < 0) & (of_gain == of_gain) ? of_loss : of_gain);
+      const bool free = (advantage < 0 ? (ratio >= low) & (ratio <= loss_high) : ratio <= gain_high);
+      const float nothing = 0 * ((ratio >= low) & (ratio <= gain_high) ? 0.0f : advantage); // or NaN
+      slope[i] = nothing - (free ? ratio : 0.0f) * advantage;
     }
     clip_low = hits_low;
     clip_high = hits_high;
   }
 
-  // The weight is held constant.
   void cispo(
       const PolicyLossOptions& o, const float* logprobs, const float* ratios, const float* advantages, const uint32_t* keep, int64_t n) {
     const float cap = o.cispo_cap;
@@ -67,20 +69,17 @@ struct Terms {
     for (int64_t i = 0; i < n; ++i) {
       const float ratio = ratios[i], advantage = advantages[i];
       hits += (ratio > cap) & (advantage > 0) & (keep[i] != 0);
-      by_logprob[i] = -(ratio > cap ? cap : ratio) * advantage;
-      value[i] = by_logprob[i] * logprobs[i];
-      by_log_weight[i] = 0;
+      slope[i] = -(ratio > cap ? cap : ratio) * advantage;
+      value[i] = slope[i] * logprobs[i];
     }
     clip_high = hits;
   }
 
-  // Here too.
   void vespo(const float* logprobs, const float (&weights)[2][BLOCK], const float* advantages, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float advantage = advantages[i];
-      by_logprob[i] = -(advantage >= 0 ? weights[0][i] : weights[1][i]) * advantage;
-      value[i] = by_logprob[i] * logprobs[i];
-      by_log_weight[i] = 0;
+      slope[i] = -(advantage >= 0 ? weights[0][i] : weights[1][i]) * advantage;
+      value[i] = slope[i] * logprobs[i];
     }
   }
 
@@ -92,14 +91,13 @@ struct Terms {
     exponentiate(value, n);
     for (int64_t i = 0; i < n; ++i) {
       const float advantage = advantages[i], temperature = advantage > 0 ? of_gain : of_others;
-      const float gate = 1 / (1 + value[i]), slope = gate * (1 - gate);
+      const float gate = 1 / (1 + value[i]), rise = gate * (1 - gate);
       value[i] = -gate * 4 / temperature * advantage;
-      by_logprob[i] = 0;
-      by_log_weight[i] = -4 * (slope == 0 ? 0.0f : slope * ratios[i]) * advantage; // 0 x inf
+      slope[i] = -4 * (rise == 0 ? 0.0f : rise * ratios[i]) * advantage; // 0 x inf
     }
   }
 
-  // The weight is truncated and held constant, and a token has no loss if its probability has moved too far in the direction of its
+  // The weight is truncated, and a token has no loss if its probability has moved too far in the direction of its
   // advantage: by the difference of the probabilities, or by the KL divergence of two distributions over this token and all others.
   template <bool KL>
   void dppo(
@@ -126,9 +124,8 @@ struct Terms {
       const bool masked = advantage > 0 ? divergence_up > rise : divergence_down > fall;
       hits_low += masked & (advantage < 0) & (keep[i] != 0);
       hits_high += masked & (advantage > 0) & (keep[i] != 0);
-      by_logprob[i] = masked ? 0.0f : -(ratio > cap ? cap : ratio) * advantage;
-      value[i] = masked ? 0.0f : by_logprob[i] * logprobs[i];
-      by_log_weight[i] = 0;
+      slope[i] = masked ? 0.0f : -(ratio > cap ? cap : ratio) * advantage;
+      value[i] = masked ? 0.0f : slope[i] * logprobs[i];
     }
     clip_low = hits_low;
     clip_high = hits_high;
@@ -144,8 +141,7 @@ struct Terms {
       hits_low += (log_ratio < -o.clip_low) & (advantage < 0) & (keep[i] != 0);
       hits_high += (log_ratio > o.clip_high) & (advantage > 0) & (keep[i] != 0);
       value[i] = (advantage == 0) & (ratio == ratio) ? 0.0f : -ratio * advantage; // no loss, also where the ratio overflowed
-      by_logprob[i] = 0;
-      by_log_weight[i] = value[i];
+      slope[i] = value[i];
     }
     clip_low = hits_low;
     clip_high = hits_high;

@@ -127,10 +127,13 @@ inline Vec exp(Vec x) {
   p = fmadd(p, r, Vec(0.166665211f));
   p = fmadd(p, r, Vec(0.499999940f));
   p = fmadd(p * r, r, r) + Vec(1.0f);
-  // n is in the mantissa of `shifted`. From -150 to 128, it takes two factors.
+#ifdef CPU_CAPABILITY_AVX512
+  return _mm512_scalef_ps(p, n);
+#else // n is in the mantissa of `shifted`. From -150 to 128, it takes two factors.
   const Int exponent = at::vec::cast<int32_t>(shifted) - at::vec::cast<int32_t>(magic), half = exponent >> Int(1);
   auto power = [](Int e) { return at::vec::cast<float>((e + Int(127)) << Int(23)); };
   return p * power(half) * power(exponent - half);
+#endif
 }
 
 } // namespace CPU_CAPABILITY

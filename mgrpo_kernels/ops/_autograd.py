@@ -36,6 +36,19 @@ def register(
     _LIBRARY.impl(op._qualname.partition("::")[2], refuse_transform, "FuncTorchDynamicLayerFrontMode")
 
 
+def asked_again(grad: Tensor) -> bool:
+    """Return whether what an op saved may be read again: by another backward pass, by a graph of this one, or for more gradients.
+
+    Where it is not, a backward pass may overwrite it.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._functorch.is_legacy_batchedtensor(grad)  # is_grads_batched
+    )
+
+
 def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError if a tensor carries a tangent of forward-mode differentiation, which `op` would drop."""
     for tensor in tensors:

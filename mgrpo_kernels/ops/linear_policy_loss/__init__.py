@@ -304,23 +304,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*grads, given["anchor"])
 
 
-def _asked_again(grad_loss: Tensor) -> bool:
-    """Return whether the saved gradients may be used again: by another backward pass, by a graph of this one, or for more gradients."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-        or torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched
-    )
-
-
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     results: dict[str, Tensor | None] = {}
     if grad_loss is not None:
         *grads, anchor = ctx.saved_tensors
         if torch.is_grad_enabled() and anchor is None:
             raise RuntimeError(f"mgrpo_kernels::{OP}: expected an anchor with create_graph=True, got None")
-        if _asked_again(grad_loss):
+        if _autograd.asked_again(grad_loss):
             grads = linear_policy_loss_backward_op(grad_loss, *grads, anchor)
         else:  # what was saved can be what is returned
             backends.implementation(OP, ctx.backend).scale_(grads, grad_loss)

@@ -118,7 +118,7 @@ def policy_loss(
     Returns:
         PolicyLoss. Metrics: tokens, sequences, kl_sum, entropy_sum, ratio_sum, ratio_max, clip_low_count, clip_high_count,
         masked_count, over unmasked tokens (clip counts as TRL: outside the range on the side where the clip binds; masked_count:
-        tokens whose surrogate a behaviour weight or a mask of sequences has set to 0).
+        tokens whose surrogate is set to 0 by a behaviour_mode that masks or by a mask of sequences).
 
     Raises:
         TypeError: wrong type or dtype, or an unknown keyword.

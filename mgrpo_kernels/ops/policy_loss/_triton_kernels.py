@@ -199,7 +199,8 @@ def _token_pass(
                 weight = weight * tl.where(advantage < 0, keep_negative, keep_others)
             value, by_logprob = weighted(value, weight), weighted(by_logprob, weight)
             by_log_weight = weighted(by_log_weight, weight)
-            masked += (keep & (weight == 0.0)).to(tl.float32)
+            if MASKS or not TRUNCATE:  # truncated weights mask nothing
+                masked += (keep & (weight == 0.0)).to(tl.float32)
         if ref is not None:
             kl, kl_slope = kl_term(at(ref, i, inside, keep) - x, KL_ESTIMATOR)
             if KL_BIAS_CORRECTION:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,24 +33,28 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
     advantages, rollout_mask = tokens.advantages, None
     if groups is not None:
         advantages, rollout_mask = group_advantages(groups), groups.mask
-    loss = LOSSES[options.loss_type]
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.mgrpo_native.policy_loss(
-        **(tokens._asdict() | {"advantages": advantages}),
-        rollout_mask=rollout_mask,
-        names={
-            "surrogate": loss.surrogate.name,
-            "share": loss.share,
-            "counts": loss.counts,
-            "importance_level": options.importance_level,
-            "kl_estimator": options.kl_estimator,
-            "behaviour_mode": options.behaviour_mode,
-        },
-        numbers=scalars(options),
-        flags={
-            "kl_bias_correction": options.kl_bias_correction,
-            "per_sequence": loss.surrogate.per_sequence,
-            "geometric_mean": loss.surrogate.geometric_mean,
-            "masks_sequences": masks_sequences(options),
-        },
+        **(tokens._asdict() | {"advantages": advantages}), rollout_mask=rollout_mask, **_settings(options)
     )
     return outputs
+
+
+@functools.lru_cache(maxsize=64)
+def _settings(options: LossOptions) -> dict[str, dict[str, Any]]:
+    """Return the options and the loss type's row of the table, as the kernel takes them."""
+    loss = LOSSES[options.loss_type]
+    names = {
+        "surrogate": loss.surrogate.name,
+        "share": loss.share,
+        "counts": loss.counts,
+        "importance_level": options.importance_level,
+        "kl_estimator": options.kl_estimator,
+        "behaviour_mode": options.behaviour_mode,
+    }
+    flags = {
+        "kl_bias_correction": options.kl_bias_correction,
+        "per_sequence": loss.surrogate.per_sequence,
+        "geometric_mean": loss.surrogate.geometric_mean,
+        "masks_sequences": masks_sequences(options),
+    }
+    return {"names": names, "numbers": scalars(options), "flags": flags}

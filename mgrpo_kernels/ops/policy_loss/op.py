@@ -13,7 +13,8 @@ from mgrpo_kernels import checks, sequences
 from mgrpo_kernels.ops import _autograd
 from mgrpo_kernels.ops._schema import Schema
 from mgrpo_kernels.ops._statistics import statistics_dtype
-from mgrpo_kernels.ops.policy_loss import native, options, reference, triton
+from mgrpo_kernels.ops.policy_loss import direct, native, options, reference, triton
+from mgrpo_kernels.ops.policy_loss.gradients import gradients, policy_loss_backward_op
 from mgrpo_kernels.ops.policy_loss.options import LossOptions
 from mgrpo_kernels.ops.policy_loss.specs import BASELINES, METRICS, SCALES, Groups, PolicyLoss, Tokens
 
@@ -47,7 +48,10 @@ CALL = Schema(_ARGUMENTS | {"backend": "str"}, _RETURNS)
 
 def run(tokens: Tokens, groups: Groups | None, form: LossOptions, backend: str) -> PolicyLoss:
     """Return the loss of checked inputs on the backend that :func:`mgrpo_kernels.backend.choose` has picked."""
-    loss, metrics, _, _ = policy_loss_op(*pack(tokens, groups, form), backend)
+    if backend == "native" and direct.applies(tokens, groups):
+        loss, metrics = direct.forward(tokens, groups, form)
+    else:
+        loss, metrics, _, _ = policy_loss_op(*pack(tokens, groups, form), backend)
     return PolicyLoss(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
 
 
@@ -143,12 +147,15 @@ def policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _autograd.refuse_tangents("policy_loss", tokens.logprob, tokens.entropy)
     checks.check_tensor("logprob", tokens.logprob, dim=1)
     check_token_tensors(given, tokens.logprob.shape[0], tokens.logprob.device)
-    sequences.check_offset_values("cu_seqlens", tokens.offsets, tokens.logprob.shape[0])
+    reads_offsets = given["backend"] != "native"  # whose kernels check their values themselves
+    if reads_offsets:
+        sequences.check_offset_values("cu_seqlens", tokens.offsets, tokens.logprob.shape[0])
     if groups is not None:
         number = tokens.offsets.shape[0] - 1
         checks.check_inside(tokens.logprob.device, ("rewards", groups.rewards, (number,), checks.FLOATS))
         check_group_tensors(groups.rewards, groups.offsets, groups.mask)
-        sequences.check_offset_values("groups", groups.offsets, number)
+        if reads_offsets:
+            sequences.check_offset_values("groups", groups.offsets, number)
     elif tokens.advantages is None:
         raise ValueError("advantages: expected a tensor where there are no rewards, got None")
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = backends.implementation(OP, given["backend"]).forward(
@@ -168,63 +175,6 @@ def _(logprob: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("mgrpo_kernels::policy_loss_backward", mutates_args=())
-def policy_loss_backward_op(
-    grad_loss: Tensor,  # 0-d
-    gradient: Tensor,  # (T,) before the normalizer
-    scales: Tensor,  # (2,)
-    logprob: Tensor,  # (T,), for its dtype, and so that the result is known to depend on it
-    entropy: Tensor | None,  # (T,), likewise
-    mask: Tensor | None,  # (T,)
-    offsets: Tensor,  # (B+1,)
-    rollout_mask: Tensor | None,  # (B,)
-    need_logprob: bool,
-    need_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of logprob and entropy ``(T,)``; those not needed are empty. Elementwise: no backends."""
-    checks.check_tensor("gradient", gradient, dtypes=checks.WIDE_FLOATS, dim=1)
-    for name, required in (("logprob", logprob), ("grad_loss", grad_loss), ("scales", scales)):
-        checks.check_tensor(name, required)  # not None, which the dispatcher lets pass
-    sequences.check_offset_tensor("offsets", offsets, gradient.shape[0], gradient.device)
-    checks.check_inside(
-        gradient.device,
-        ("grad_loss", grad_loss, (), checks.FLOATS),
-        ("scales", scales, (2,), checks.WIDE_FLOATS),
-        ("logprob", logprob, gradient.shape, checks.FLOATS),
-        ("entropy", entropy, gradient.shape, checks.FLOATS),
-        ("mask", mask, gradient.shape, checks.BOOL),
-        ("rollout_mask", rollout_mask, (offsets.shape[0] - 1,), checks.BOOL),
-    )
-    dtype, entropy_dtype = logprob.dtype, (logprob if entropy is None else entropy).dtype
-    grad_logprob, grad_entropy = gradient.new_empty(0, dtype=dtype), gradient.new_empty(0, dtype=entropy_dtype)
-    if need_logprob:
-        factor = grad_loss * scales[0]
-        grad_logprob = gradient * factor
-        # A masked token gets 0 whatever the factor. On a CPU it costs nothing to see that it is finite.
-        if factor.device.type != "cpu" or not factor.isfinite():
-            grad_logprob = torch.where(gradient == 0, 0.0, grad_logprob)
-        grad_logprob = grad_logprob.to(dtype)
-    if need_entropy:
-        counted = torch.ones_like(gradient, dtype=torch.bool) if mask is None else mask
-        if rollout_mask is not None:
-            counted = counted & rollout_mask[sequences.group_index(offsets, counted.shape[0])]
-        grad_entropy = torch.where(counted, -grad_loss * scales[1], 0.0).to(entropy_dtype)
-    return grad_logprob, grad_entropy
-
-
-@policy_loss_backward_op.register_fake
-def _(
-    grad_loss: Tensor, gradient: Tensor, scales: Tensor, logprob: Tensor, entropy: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    *_, need_logprob, need_entropy = rest
-    return (
-        gradient.new_empty(gradient.shape if need_logprob else (0,), dtype=logprob.dtype),
-        gradient.new_empty(
-            gradient.shape if need_entropy else (0,), dtype=(logprob if entropy is None else entropy).dtype
-        ),
-    )
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = CALL.unpack(inputs)
     _, metrics, gradient, scales = output
@@ -237,12 +187,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needed = dict(zip(CALL.names, ctx.needs_input_grad, strict=False))
-    results: dict[str, Tensor] = {}
-    if grad_loss is not None:
-        results["logprob"], results["entropy"] = policy_loss_backward_op(
-            grad_loss, *ctx.saved_tensors, needed["logprob"], needed["entropy"]
-        )
-    return tuple([results.get(name) if needed[name] else None for name in CALL.names])
+    found = gradients(grad_loss, ctx.saved_tensors, needed["logprob"], needed["entropy"])
+    results = dict(zip(("logprob", "entropy"), found, strict=True))
+    return tuple([results.get(name) for name in CALL.names])
 
 
 _autograd.register(policy_loss_op, policy_loss_backward_op, _backward, _setup_context)

@@ -8,6 +8,7 @@ trainer's command line.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import types
@@ -287,10 +288,18 @@ def from_arguments(
     arguments: Mapping[str, Any], numbers: Iterable[str] = (), names: Iterable[str] = ()
 ) -> tuple[LossOptions, dict[str, Any]]:
     """Return what :func:`to_arguments` was given: the options, and the others by name."""
-    given: dict[str, Any] = dict(zip((*NUMBERS, *numbers), arguments["numbers"], strict=True))
-    given |= zip((*CHOICES, *names), arguments["names"], strict=True)
-    given |= zip(FLAGS, arguments["flags"], strict=True)
-    return LossOptions(**{each.name: _value(each, given) for each in DECLARED}), given
+    of_numbers, of_names, of_flags = (tuple(arguments[name]) for name in SCHEMA)
+    options = _options(of_numbers[: len(NUMBERS)], of_names[: len(CHOICES)], of_flags)
+    others = dict(zip(numbers, of_numbers[len(NUMBERS) :], strict=True))
+    return options, others | dict(zip(names, of_names[len(CHOICES) :], strict=True))
+
+
+@functools.lru_cache(maxsize=64)
+def _options(numbers: tuple[float, ...], names: tuple[str, ...], flags: tuple[bool, ...]) -> LossOptions:
+    given: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
+    given |= zip(CHOICES, names, strict=True)
+    given |= zip(FLAGS, flags, strict=True)
+    return LossOptions(**{each.name: _value(each, given) for each in DECLARED})
 
 
 def _value(declared: Declared, given: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from mgrpo_kernels import sequences
 from mgrpo_kernels.backend import reference_unsupported as unsupported
 from mgrpo_kernels.ops._statistics import statistics_dtype
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_MEAN
-from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, LossOptions, Tokens, masks_sequences
+from mgrpo_kernels.ops.policy_loss.specs import METRICS, Groups, LossOptions, Tokens, masks_sequences, masks_tokens
 from mgrpo_kernels.sequences import segment_reduce
 
 __all__ = ["forward", "group_advantages", "token_weights", "unsupported"]
@@ -120,7 +120,7 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
         "ratio_max": ratios.max() if ratios.numel() else ratios.new_zeros(()),
         "clip_low_count": (mask & clip_low).sum().to(dtype),
         "clip_high_count": (mask & clip_high).sum().to(dtype),
-        "masked_count": (mask & (weight == 0)).sum().to(dtype),
+        "masked_count": (mask & (weight == 0)).sum().to(dtype) if masks_tokens(options) else torch.zeros_like(count),
     }
     return loss, torch.stack([metrics[name] for name in METRICS]).float(), gradient, scales
 

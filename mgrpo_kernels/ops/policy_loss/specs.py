@@ -32,6 +32,7 @@ __all__ = [
     "check_options",
     "is_token_level",
     "masks_sequences",
+    "masks_tokens",
 ]
 
 METRICS = (
@@ -95,6 +96,11 @@ def is_token_level(options: LossOptions, behaviour: Tensor | None) -> bool:
 def masks_sequences(options: LossOptions) -> bool:
     """Return whether tokens are masked for what is true of their whole sequence."""
     return options.off_policy_delta is not None or bounds_geometric_mean(options)
+
+
+def masks_tokens(options: LossOptions) -> bool:
+    """Return whether a mask can set the surrogate of a token to 0. A truncated weight that underflows to 0 is no mask."""
+    return options.behaviour_mode.endswith("_mask") or masks_sequences(options)
 
 
 def bounds_geometric_mean(options: LossOptions) -> bool:
