@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from typing import Any
 
-from figures import figure
+from cells import METHOD_STEPS
+from figures import NO_RUN, STUDY, figure, summary
+from figures_of_study import second_runs
 
 from mgrpo_kernels.method import METHODS, MOMENTUM_OPTIONS, MethodOptions, help_of
 
 
 @figure
-def methods() -> str:
-    """Return the table of methods."""
-    lines = [
-        f"| `{name}` | {row.text} | {share(row.momentum_share)} | {'on' if row.filters else '-'} | {row.source} |"
-        for name, row in METHODS.items()
-    ]
-    head = "| `--method` | reward of a rollout | momentum model's rollouts | IQR filter | source |"
-    return "\n".join([head, "|---|---|---|---|---|", *lines])
+def methods(*more: str) -> str:
+    """Return the table of methods; with the word measured, beside what the collapse study measured."""
+    columns = ["`--method`", "reward of a rollout", "momentum model's rollouts", "IQR filter", "source"]
+    columns += ["accuracy at step " + str(METHOD_STEPS), "whole run", "time of a step / srt's"] if more else []
+    lines = []
+    for name, row in METHODS.items():
+        cells = [
+            f"`{name}`",
+            row.text,
+            share(row.momentum_share),
+            "on" if row.filters else "-",
+            row.source,
+            *(measured(name) if more else ()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines])
+
+
+def measured(method: str) -> tuple[str, str, str]:
+    """Return what the study measured of a method: its accuracy after METHOD_STEPS, the whole run, and the relative time of a step."""
+    runs, cost = runs_of(method), relative_cost(method)
+    if not runs:
+        return "not run", "not run", cost
+    early = statistics.fmean(summary.row_of(summary.until(run, METHOD_STEPS)).final for run in runs)
+    rows, steps = [summary.row_of(run) for run in runs], {run["options"]["steps"] for run in runs}
+    final, kept = (statistics.fmean(each) for each in ([row.final for row in rows], [row.kept for row in rows]))
+    fallen = f"{sum(row.collapse is not None for row in rows)} of {len(rows)} collapsed"
+    return f"{early:.2f}", f"{final:.2f}, kept {kept:.2f}; {fallen} in {max(steps)} steps", cost
+
+
+def runs_of(method: str) -> list[dict[str, Any]]:
+    """Return the runs of a method on the study's own start model: of the first edition, or else of the second."""
+    cell = {"mgrpo": "mgrpo, N = G/2", "co_rewarding": "momentum labels"}.get(method, method)
+    found = [run for run in summary.read(STUDY / "results.jsonl") if run["cell"] == cell]
+    return found or list(second_runs("own", method).values())
+
+
+def relative_cost(method: str) -> str:
+    """Return the duration of a method's step as a multiple of that of srt, on the machine of results_cost.jsonl."""
+    seconds = {run["cell"]: run["step_seconds"] for run in summary.read(STUDY / "results_cost.jsonl")}
+    cells = [f"cost: {name}" for name in (method, "srt")]
+    return f"{seconds[cells[0]] / seconds[cells[1]]:.2f}" if seconds.keys() >= set(cells) else NO_RUN
 
 
 @figure

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples" / "collapse"
-NAMES = ("cells", "study", "summary")
+NAMES = ("cells", "study", "summary", "paired", "warned")
 
 
 @pytest.fixture
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    yield tuple(importlib.import_module(name) for name in NAMES)
+    yield tuple(importlib.import_module(name) for name in NAMES)[:3]
     for name in NAMES:
         sys.modules.pop(name, None)
 
@@ -102,13 +102,16 @@ def test_every_cell_is_a_command_that_the_trainer_takes(modules):
         assert {name: config[name] for name in given} == given
 
 
-@pytest.mark.parametrize(("preset", "cell"), [("half", "mgrpo, N = G/2"), ("steady", "steady")])
+@pytest.mark.parametrize(
+    ("preset", "cell"), [("half", "mgrpo, N = G/2"), ("excess", "excess, 300 steps"), ("steady", "steady")]
+)
 def test_the_studys_presets_are_what_it_ran(modules, preset, cell):
     from mgrpo_kernels.train.__main__ import read_command_line
 
     cells, study, _ = modules
+    options = {name: value for name, value in cells.CELLS[cell].items() if name != "steps"}
     of_preset, of_cell = (
-        read_command_line(arguments)[0] for arguments in (["--config", preset], study.arguments_of(cells.CELLS[cell]))
+        read_command_line(arguments)[0] for arguments in (["--config", preset], study.arguments_of(options))
     )
     assert of_preset == of_cell
 
@@ -160,3 +163,69 @@ def test_what_is_pruned(modules, tmp_path, monkeypatch, capsys):
     del sys.modules["pruned"]
     figures = [float(each) for each in capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")[1:]]
     assert figures == [0.375, 0.6, 0.667, 1.0, 0.5, 0.0, 1.0]
+
+
+def certified(base, accuracy, warnings, fall_step=None, **leads):
+    """Return a run with a certificate; `warnings` are steps, and negative ones need a true answer."""
+    signs = [{"step": abs(step), "signs": [], "label_free": ["alike"] if step > 0 else []} for step in warnings]
+    leads = {name: leads.get(name) for name in ("lead_steps", "lead_steps_label_free")}
+    return {
+        **run(accuracy),
+        "options": {"base": base},
+        "certificate": {"warnings": signs, "fall_step": fall_step, **leads},
+    }
+
+
+def test_warnings_are_counted_against_falls_and_healthy_runs(modules):
+    warned = importlib.import_module("warned")
+    fallen, healthy = [0.5, 0.6, 0.6, 0.1, 0.1, 0.1], [0.5, 0.6, 0.6, 0.6, 0.6, 0.6]
+    runs = [
+        certified("lazy", fallen, [90, 150], 150, lead_steps=60, lead_steps_label_free=60),  # in time
+        certified("lazy", fallen, [-50, 120], 150, lead_steps=100, lead_steps_label_free=30),  # label-free too late
+        certified("lazy", fallen, [-150], 150, lead_steps=0),  # not before the fall
+        certified("lazy", fallen, [], 150),  # never
+        certified("lazy", healthy, []),
+        certified("lazy", healthy, [-100]),
+    ]
+    assert warned.count(runs, label_free=False) == (4, 2, 2, [60, 100, 0], 2, 1)
+    assert warned.count(runs, label_free=True) == (4, 2, 1, [60, 30], 2, 0)
+    assert warned.count(runs, label_free=False).met == (False, False)
+    assert warned.count(runs[:1] + runs[4:5], label_free=False).met == (True, True)
+    assert warned.count([], label_free=False).met == (None, None)
+    lines = warned.table(runs).splitlines()
+    assert lines[2] == "| own | all | 0 | - | - | - | 0 | - | warnings -, false alarms - |"
+    assert (
+        lines[5]
+        == "| lazy | label-free | 4 | 2 (50%) | 1 (25%) | 45 | 2 | 0 (0%) | warnings missed, false alarms met |"
+    )
+
+
+def test_pairs_share_the_seed_and_the_file(modules):
+    paired = importlib.import_module("paired")
+
+    def ends(cell, seed, accuracy, steps=100):
+        return {**run([0.5, accuracy]), "cell": cell, "seed": seed, "options": {"steps": steps}}
+
+    first = [ends("a", 0, 0.9), ends("b", 0, 0.7), ends("a", 1, 0.9), ends("a", 2, 0.9), ends("b", 2, 0.9, steps=50)]
+    second = [ends("b", 1, 0.1), ends("a", 0, 0.5), ends("b", 0, 0.7)]  # seed 1 of another machine is no pair
+    found = paired.pair("a", "b", [first, second])
+    assert found.differences == pytest.approx([0.1, -0.1])  # of the means over the evaluations
+    assert (found.mean, found.error) == (pytest.approx(0.0), pytest.approx(0.1))
+    assert paired.pair("a", "b", [first]).error is None
+    line = paired.table([("a", "b"), ("a", "c")], [first, second]).splitlines()[2:]
+    assert line == ["| a | b | 2 | +0.00 | 0.10 | 1, 1 |"]
+
+
+def test_the_table_of_the_filter_is_of_cells_that_differ_in_the_filter_alone(modules):
+    paired = importlib.import_module("paired")
+    cells, study, _ = modules
+    from mgrpo_kernels.train.__main__ import read_command_line
+
+    def config(cell):
+        options = {name: value for name, value in {**cells.COMMON, **cells.CELLS[cell]}.items() if name != "base"}
+        return read_command_line(study.arguments_of(options))[0].values()
+
+    for one, other in paired.OF_FILTER:
+        changed = {name for name, value in config(one).items() if value != config(other)[name]}
+        assert changed - {"method", "filter_scope"} <= {"iqr_filter"}, (one, other)
+        assert cells.CELLS[one].get("base") == cells.CELLS[other].get("base")

@@ -5,6 +5,8 @@ All cells share :data:`COMMON`, and each adds its own options. ``base`` is not a
 
 from __future__ import annotations
 
+from mgrpo_kernels.method import METHODS
+
 COMMON = {
     "steps": 2000,
     "learning_rate": 2e-4,
@@ -84,4 +86,91 @@ REST: dict[str, dict[str, object]] = {
     "lazy: steady, scope vote": {**LAZY, **STEADY, "filter_scope": "vote"},
 }
 
-CELLS = {**MAIN, **REST}
+NEWER = ("om_grpo", "evol_rl", "restrain", "scrl", "spine", "dare", "confident_vote", "reszero")
+"""Methods of the second edition, with their defaults."""
+
+METHOD_STEPS = 150
+
+EXCESS: dict[str, object] = {**HALF, "vote_by": "excess"}
+"""The preset `excess`: chosen on seeds 0, 1, 9 and 10, which the second edition leaves out."""
+
+REPORTED: dict[str, dict[str, object]] = {"srt": {"method": "srt"}, "half": HALF, "excess": EXCESS, "steady": STEADY}
+"""What the second edition compares, on both start models. The number of steps is part of the cell's name."""
+
+SECOND: dict[str, dict[str, object]] = {
+    **{f"{method}, {METHOD_STEPS} steps": {"method": method, "steps": METHOD_STEPS} for method in NEWER},
+    **{
+        f"{base}{name}, {steps} steps": {**start, **options, "steps": steps}
+        for base, start in (("", {}), ("lazy: ", LAZY))
+        for name, options in REPORTED.items()
+        for steps in (300, 600, 3000)
+    },
+}
+
+COST: dict[str, dict[str, object]] = {f"cost: {method}": {"method": method, "steps": 50} for method in METHODS}
+"""For the duration of a step of each method, before any of them has collapsed."""
+
+TRIED: dict[str, dict[str, object]] = {
+    "half": HALF,
+    "half, min share 0.5": {**HALF, "min_share": 0.5},
+    "half, min share 0.375": {**HALF, "min_share": 0.375},
+    "half, min share 0.625": {**HALF, "min_share": 0.625},
+    "half, min share 0.75": {**HALF, "min_share": 0.75},
+    "half, min share 0.875": {**HALF, "min_share": 0.875},
+    "half, min share 0.75, hard 50": {**HALF, "min_share": 0.75, "teacher": "hard", "teacher_every": 50},
+    "half, excess": {**HALF, "vote_by": "excess"},
+    "srt, excess": {"method": "srt", "vote_by": "excess"},
+    "half, excess, min share 0.5": {**HALF, "vote_by": "excess", "min_share": 0.5},
+    "half, min share 0.75, m 0.999": {**HALF, "min_share": 0.75, "decay": 0.999},
+    "half, min share 0.75, m 0.998": {**HALF, "min_share": 0.75, "decay": 0.998},
+    "half, min share 0.75, hard 200": {**HALF, "min_share": 0.75, "teacher": "hard", "teacher_every": 200},
+    "srt, min share 0.75": {"method": "srt", "min_share": 0.75},
+    "half, min share 0.625, votes 0.8": {**HALF, "min_share": 0.625, "teacher_votes": 0.8},
+    "momentum labels, min share 0.625": {**TEACHER, "min_share": 0.625},
+    "momentum labels, min share 0.75": {**TEACHER, "min_share": 0.75},
+    "half, hard 10": {**HALF, "teacher": "hard", "teacher_every": 10},
+    "half, hard 50": {**HALF, "teacher": "hard", "teacher_every": 50},
+    "half, hard 200": {**HALF, "teacher": "hard", "teacher_every": 200},
+    "half, gated 50": {**HALF, "teacher": "gated", "teacher_every": 50},
+    "half, votes 0.8": {**HALF, "teacher_votes": 0.8},
+    "half, m 0.999": {**HALF, "decay": 0.999},
+    "momentum labels": TEACHER,
+    "momentum labels, min share 0.5": {**TEACHER, "min_share": 0.5},
+    "momentum labels, hard 50": {
+        "method": "co_rewarding",
+        "momentum_rollouts": 8,
+        "teacher": "hard",
+        "teacher_every": 50,
+    },
+    **{
+        f"momentum labels, hard {every}, min share {share}": {
+            "method": "co_rewarding",
+            "momentum_rollouts": 8,
+            "teacher": "hard",
+            "teacher_every": every,
+            "min_share": share,
+        }
+        for every in (50, 100, 200)
+        for share in (0.625, 0.75)
+    },
+    "srt, min share 0.5": {"method": "srt", "min_share": 0.5},
+    "soft vote, N = G/2": {"method": "soft_vote", "momentum_rollouts": 8},
+    "scrl, N = G/2": {"method": "scrl", "momentum_rollouts": 8},
+}
+"""What was tried as a default, on seeds that are not reported: `lazy` with few steps."""
+
+CHOICE: dict[str, dict[str, object]] = {
+    **{f"choice, lazy: {name}": {**LAZY, "steps": 300, **options} for name, options in TRIED.items()},
+    **{
+        f"choice, lazy: {name}, {steps} steps": {**LAZY, "steps": steps, **TRIED[name]}
+        for name in ("half", "half, excess", "half, min share 0.75", "half, min share 0.75, m 0.999")
+        for steps in (1000, 2000)
+    },
+    **{
+        f"choice: {name}, {steps} steps": {"steps": steps, **TRIED[name]}
+        for name in ("half", "half, excess", "half, min share 0.75", "half, min share 0.75, m 0.999")
+        for steps in (1000, 2000)
+    },
+}
+
+CELLS = {**MAIN, **REST, **SECOND, **COST, **CHOICE}

@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ import torch
 from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
 
 from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.watch.certificate import CERTIFICATE
 from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.report import cpu_name
 
@@ -41,6 +43,8 @@ AVERAGED = (
     "entropy",
     "pruned_fraction",
     "momentum_distance",
+    "teacher_agreement",
+    "unparsed_fraction",
 )
 """Metrics that are averaged over the steps since the previous evaluation."""
 
@@ -71,6 +75,21 @@ def curve_of(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     return columns
 
 
+def of_certificate(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what the results keep of a run's certificate: its fall, its warnings without their values, and the lead times."""
+    warnings = [
+        {"step": each["step"], "signs": sorted(each["signs"]), "label_free": each["label_free"]}
+        for each in found["warnings"]
+    ]
+    return {"warnings": warnings, **{key: found[key] for key in ("fall_step", "lead_steps", "lead_steps_label_free")}}
+
+
+def step_seconds(lines: list[dict[str, Any]]) -> float:
+    """Return the median duration of a step, in seconds, without the evaluations."""
+    parts = [[value for key, value in line.items() if key.startswith("time_") and value] for line in lines]
+    return round(statistics.median(sum(each) for each in parts if each), 5)
+
+
 def own_lesson(draw: random.Random, held_out: set[str]) -> tuple[str, str]:
     return demo.lesson(draw, held_out, lengthened_share=0.0)
 
@@ -89,8 +108,10 @@ def base_of(name: str, seed: int, bases: Path) -> Path:
     return place
 
 
-def take(cell: str, seed: int, options: dict[str, object], device: str, base: Path) -> dict[str, Any]:
-    """Run one cell with one seed, and return its line of results."""
+def take(
+    cell: str, seed: int, options: dict[str, object], device: str, base: Path, kept: Path | None = None
+) -> dict[str, Any]:
+    """Run one cell with one seed, and return its line of results. Its metrics and certificate are copied to `kept`."""
     start = time.perf_counter()
     arguments = arguments_of({name: value for name, value in options.items() if name != "base"})
     command = [sys.executable, "-m", "mgrpo_kernels.train", *arguments, f"--seed={seed}", f"--device={device}"]
@@ -106,12 +127,20 @@ def take(cell: str, seed: int, options: dict[str, object], device: str, base: Pa
         if done.returncode:
             raise RuntimeError(f"{cell}, seed {seed}: exit status {done.returncode}\n{done.stderr[-2000:]}")
         lines = read_lines(Path(place, "run", "metrics.jsonl"))
+        found = json.loads(Path(place, "run", CERTIFICATE).read_text(encoding="utf-8"))
+        if kept is not None:
+            target = kept / f"{cell.replace('/', ' of ')}, seed {seed}"
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", CERTIFICATE):
+                shutil.copy(f"{place}/run/{name}", target)
     return {
         "cell": cell,
         "seed": seed,
         "options": options,
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "seconds": round(time.perf_counter() - start),
+        "step_seconds": step_seconds(lines),
+        "certificate": of_certificate(found),
         "curve": curve_of(lines),
     }
 
@@ -147,6 +176,18 @@ def main() -> None:
         metavar="FILE",
         help="file of the results (default: runs/collapse.jsonl)",
     )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="directory to which the metrics and the certificate of each run are copied",
+    )
+    parser.add_argument(
+        "--bases",
+        type=Path,
+        metavar="DIR",
+        help="directory of the start models, which are kept (default: a temporary one)",
+    )
     given = parser.parse_args()
     given.results.parent.mkdir(parents=True, exist_ok=True)
 
@@ -161,14 +202,17 @@ def main() -> None:
             )
     missing = [key for key in wanted if key not in have]
     print(f"{len(wanted)} runs, {len(missing)} of them missing")
-    lock, bases = Lock(), tempfile.TemporaryDirectory()
+    lock, temporary = Lock(), tempfile.TemporaryDirectory()
+    bases = given.bases or Path(temporary.name)
+    bases.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name, seed in sorted({(str(wanted[key].get("base", "own")), key[1]) for key in missing}):
-        base_of(name, seed, Path(bases.name))
+        base_of(name, seed, bases)
 
     def one(key: tuple[str, int]) -> None:
         options = wanted[key]
-        line = take(*key, options, given.device, base_of(str(options.get("base", "own")), key[1], Path(bases.name)))
+        base = base_of(str(options.get("base", "own")), key[1], bases)
+        line = take(*key, options, given.device, base, given.keep)
         with lock, given.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         accuracy = line["curve"]["eval_accuracy"]

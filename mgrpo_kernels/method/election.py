@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import sequences
+from mgrpo_kernels.method.excess import excess_weights
 from mgrpo_kernels.method.options import MethodOptions
 from mgrpo_kernels.vote import Equivalence, Vote, majority_vote
 
@@ -27,8 +28,9 @@ def elect(
     With a crossed election the label is that of the second wording's rollouts, and `agrees` compares each rollout with the label of the
     other wording.
     """
+    counts = excess_weights(answers, offsets, voters) if options.vote_by == "excess" else voters.float()
 
-    def vote(who: Tensor, weights: Tensor | None = None) -> Vote:
+    def vote(who: Tensor, weights: Tensor) -> Vote:
         return majority_vote(
             answers,
             offsets,
@@ -42,16 +44,16 @@ def elect(
 
     election = options.row.election
     if election == "crossed":
-        first, second = vote(voters & ~second_wording), vote(voters & second_wording)
+        first, second = (vote(voters & each, counts) for each in (~second_wording, second_wording))
         agrees = torch.where(second_wording, first.agrees, second.agrees)
-        return second._replace(agrees=agrees), (voters & second_wording).float()
-    weights = None
+        return second._replace(agrees=agrees), counts * second_wording
+    weights = counts
     if election == "certainty":
         assert certainty is not None
-        weights = torch.where(voters, certainty.nan_to_num(nan=0.0), 0.0)
+        weights = counts * torch.where(voters, certainty.nan_to_num(nan=0.0), 0.0)
     if election == "harmonic":
-        weights = harmonic_weights(vote(voters).cluster, offsets, voters, second_wording)
-    return vote(voters, weights), voters.float() if weights is None else weights
+        weights = counts * harmonic_weights(vote(voters, counts).cluster, offsets, voters, second_wording)
+    return vote(voters, weights), weights
 
 
 def harmonic_weights(cluster: Tensor, offsets: Tensor, voters: Tensor, second_wording: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ Scorer = Literal["sampler", "policy"]
 SCORERS: tuple[Scorer, ...] = typing.get_args(Scorer)
 """Models whose token entropies the filter may use for the momentum model's rollouts."""
 Reduction = Literal["mean", "sum"]
+VoteBy = Literal["count", "excess"]
 EquivalenceName = Literal["math", "exact"]
 # A test compares the last two with REDUCTIONS of mgrpo_kernels.ops.iqr_filter and EQUIVALENCES of mgrpo_kernels.vote.
 
@@ -137,6 +138,11 @@ class MethodOptions:
         "also train on the momentum model's rollouts, each token weighted by its probability ratio of policy to momentum model, "
         "which is bounded by behaviour_cap",
         group=MOMENTUM_GROUP,
+    )
+    vote_by: VoteBy = option(
+        "count",
+        "how much a vote counts: 1 (count), or by how far the share of its answer among the prompt's votes exceeds that among the votes "
+        "on the step's other prompts on the same rank (excess), so that an answer which is given whatever the prompt cannot win",
     )
     min_share: float = option(
         0.0,
@@ -335,6 +341,7 @@ class MethodOptions:
             ),
             ("filter_scope", self.filter_scope != "both", "the IQR filter (iqr_filter)", self.filters),
             ("filter_scope", self.filter_scope == "vote", "a method that votes", reads != "nothing"),
+            ("vote_by", self.vote_by != "count", "a method that votes", reads != "nothing"),
             ("min_share", self.min_share > 0, "a method that takes a label", reads in ("label", "both")),
             ("entropy_reduction", self.entropy_reduction == "sum", "the IQR filter (iqr_filter)", self.filters),
             (

@@ -82,6 +82,7 @@ def cases(*, momentum: bool) -> list[Case]:
             ("mgrpo", {"filter_scope": "penalise", "iqr_k": 0.1}),
             ("mgrpo", {"iqr_min_spread": 0.3, "iqr_k": 0.0}),
             ("srt", {"min_share": 0.6}),
+            ("srt", {"vote_by": "excess"}),
             ("ttrl", {"filter_scope": "penalise", "iqr_k": 0.1}),
             ("soft_vote", {"iqr_k": 0.1}),
             ("rent", {"entropy_reduction": "sum", "iqr_k": 0.1}),

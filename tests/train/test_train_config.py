@@ -127,6 +127,7 @@ def test_bad_values_name_the_option(name: str) -> None:
             {"method": "rent", "iqr_filter": True, "filter_scope": "penalise"},
             "filter_scope: expected both or vote with method rent, whose rewards may be below the 0 that a pruned rollout would get",
         ),
+        ({"method": "rent", "vote_by": "excess"}, "vote_by: expected a method that votes with it"),
         ({"method": "empo", "min_share": 0.5}, "min_share: expected a method that takes a label with it"),
         (
             {"method": "restrain", "iqr_filter": True, "filter_scope": "penalise"},
@@ -271,7 +272,7 @@ def preset(name: str) -> dict[str, object]:
 
 def test_presets_hold_their_papers_numbers() -> None:
     assert {each.stem for each in PRESETS.glob("*.yaml")} == {
-        *("paper", "srt", "ttrl", "single_24gb", "gsm8k", "half", "steady")
+        *("paper", "srt", "ttrl", "single_24gb", "gsm8k", "half", "excess", "steady")
     }
     paper = {
         **build().values(),
@@ -304,7 +305,7 @@ def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pyte
     assert read_yaml(find_config("paper")) == {"steps": 3}
     with pytest.raises(
         UsageError,
-        match="config: expected a YAML file that exists, or a preset .gsm8k, half, paper, single_24gb, srt, steady, ttrl., got 'papr'",
+        match="config: expected a YAML file that exists, or a preset .excess, gsm8k, half, paper, single_24gb, srt, steady, ttrl., got 'papr'",
     ):
         find_config("papr")
 

@@ -333,6 +333,9 @@ def test_the_plan_names_every_part(capsys: pytest.CaptureFixture[str], tmp_path:
         assert part in text, part
     assert command.main([*flags, "4"]) == 2
     assert "--prompts-per-step: expected at least 4, one for each rank, got 3" in capsys.readouterr().err
+    assert command.main([*flags, "2", "--vote-by", "excess"]) == 2
+    assert "--prompts-per-step: expected at least 4, two for each rank, with vote_by excess" in capsys.readouterr().err
+    assert command.main([*flags, "1", "--vote-by", "excess"]) == 0
 
 
 def test_rates_are_measured_for_a_dry_run_alone() -> None:

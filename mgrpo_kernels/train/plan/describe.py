@@ -119,12 +119,17 @@ def plan(
         probe: measure the rates of a device that is not in the table, which takes about a second.
 
     Raises:
-        UsageError: there are fewer prompts in a step than ranks.
+        UsageError: there are too few prompts in a step for the ranks.
     """
     ranks = target.ranks
     if config.rollout.prompts_per_step < ranks:
         raise UsageError(
             f"prompts_per_step: expected at least {ranks}, one for each rank, got {config.rollout.prompts_per_step}"
+        )
+    if config.method.vote_by == "excess" and config.rollout.prompts_per_step < 2 * ranks:
+        raise UsageError(
+            f"prompts_per_step: expected at least {2 * ranks}, two for each rank, with vote_by excess, which compares the answers to "
+            f"different prompts, got {config.rollout.prompts_per_step}"
         )
     samples = len(task.held_out) * (config.eval.eval_samples + 1) if config.eval.eval_every else 0
     epochs = config.optim.steps * config.rollout.prompts_per_step / len(task.train)

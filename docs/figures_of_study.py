@@ -1,0 +1,208 @@
+"""The figures of the collapse study, from the committed results in examples/collapse/. How a page asks for one: see spans.py."""
+
+from __future__ import annotations
+
+import statistics
+from itertools import pairwise
+from typing import Any
+
+import paired
+import warned
+from cells import LAZY_SHARE
+from figures import NO_RUN, STUDY, figure, summary
+
+CERTIFIED = ("results_second", "choice")
+"""Results whose runs have a certificate."""
+
+
+def cells_of(files: str, until: str = "") -> dict[str, list[dict[str, Any]]]:
+    """Return the runs of files such as results,results_zen3, by cell."""
+    found = [each for name in files.split(",") for each in summary.read(STUDY / f"{name}.jsonl")]
+    return summary.by_cell([summary.until(each, int(until)) for each in found] if until else found)
+
+
+@figure
+def collapse(files: str, *cells: str) -> str:
+    """Return the table of some cells of a file, or of all."""
+    every = cells_of(files)
+    return summary.table({cell: every[cell] for cell in cells or every})
+
+
+@figure
+def by_seed(files: str, key: str, until: str, *cells: str) -> str:
+    """Return a column's last value by seed, as it was after `until` steps, or at the end."""
+    every = cells_of(files, "" if until == "end" else until)
+    return summary.by_seed({cell: every[cell] for cell in cells or every}, key)
+
+
+@figure
+def kept(files: str, cell: str, what: str = "seeds") -> str:
+    """Return final accuracy over best: of each seed, or their mean."""
+    rows = [summary.row_of(each).kept for each in cells_of(files)[cell]]
+    return f"{statistics.fmean(rows):.3f}" if what == "mean" else ", ".join(f"{each:.3f}" for each in rows)
+
+
+@figure
+def final(files: str, cell: str, number: str) -> str:
+    """Return the final accuracy of a seed's run, a mean over the last evaluations as in the tables."""
+    (found,) = [each for each in cells_of(files)[cell] if each["seed"] == int(number)]
+    return f"{summary.row_of(found).final:.2f}"
+
+
+@figure
+def seed(files: str, cell: str, number: str, key: str = "eval_accuracy", until: str = "") -> str:
+    """Return a column's last value in the run of a seed."""
+    (found,) = [each for each in cells_of(files, until)[cell] if each["seed"] == int(number)]
+    return f"{found['curve'][key][-1]:.2f}"
+
+
+@figure
+def mean(files: str, cell: str, key: str = "eval_accuracy", until: str = "") -> str:
+    """Return a column's last value, or the final accuracy as in the tables, the mean over seeds."""
+    found = cells_of(files, until)[cell]
+    return f"{statistics.fmean(summary.row_of(each).final if key == 'final' else each['curve'][key][-1] for each in found):.2f}"
+
+
+@figure
+def pruned(files: str, cell: str) -> str:
+    """Return the share of all rollouts that a cell's runs pruned."""
+    shares = [each for one in cells_of(files)[cell] for each in one["curve"]["pruned_fraction"] if each is not None]
+    return f"{statistics.fmean(shares):.1%}"
+
+
+@figure
+def collapsed_at(files: str, cell: str) -> str:
+    """Return the first and the last step at which a run of the cell collapsed."""
+    steps = [at for each in cells_of(files)[cell] if (at := summary.row_of(each).collapse) is not None]
+    return f"{min(steps)} to {max(steps)} steps"
+
+
+@figure
+def filter_pairs(until: str = "end") -> str:
+    """Return what the IQR filter changed, in pairs of runs, at the end or after `until` steps."""
+    return paired.table(list(paired.OF_FILTER), paired.results(None if until == "end" else int(until)))
+
+
+@figure
+def warned_in_time() -> str:
+    """Return how early the guard warned in the runs that have a certificate."""
+    runs = warned.with_certificate([STUDY / f"{name}.jsonl" for name in CERTIFIED])
+    return warned.table(runs) if runs else NO_RUN
+
+
+BANDS = (0.0, 0.45, 0.55, 0.65, 1.0)
+"""Accuracy of the first majority, of which each pair of neighbours is a row."""
+
+
+@figure
+def fate_by_first_majority(until: str, *cells: str) -> str:
+    """Return how many runs of each cell end below their start after `until` steps, by the accuracy of the first majority."""
+    files = [summary.read(STUDY / f"{name}.jsonl") for name in (*paired.FILES, "choice")]
+    runs = [summary.until(run, int(until)) for file in files for run in file]
+    lines = [f"| first majority | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    for low, high in pairwise(BANDS):
+        counts = []
+        for cell in cells:
+            of_cell = [run for run in runs if run["cell"].removeprefix("lazy: ") == cell]
+            rows = [summary.row_of(run) for run in of_cell if low <= run["curve"]["eval_maj_at_k"][0] < high]
+            counts.append(f"{sum(row.final < row.start for row in rows)} of {len(rows)}" if rows else "-")
+        lines.append(f"| {low:.2f} - {high:.2f} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
+GOAL = 0.97
+"""Share of its best accuracy that a default should keep, over ten times the steps that srt lasts."""
+
+
+def second_runs(base: str, name: str) -> dict[int, dict[str, Any]]:
+    """Return the longest run of each seed in the second edition, of what its cells name so before the number of steps."""
+    prefix = ("" if base == "own" else "lazy: ") + name
+    runs = [run for run in summary.read(STUDY / "results_second.jsonl") if run["cell"].rpartition(", ")[0] == prefix]
+    return {run["seed"]: run for run in sorted(runs, key=lambda run: run["options"]["steps"])}
+
+
+def goal_rows(one: str, other: str) -> list[dict[str, Any]]:
+    """Return for each start model and seed of the second edition: the first majority, when srt collapsed, and the rows of two cells."""
+    found = []
+    for base in ("own", "lazy"):
+        runs = {cell: second_runs(base, cell) for cell in ("srt", one, other)}
+        for seed in sorted(runs[one].keys() & runs[other].keys() & runs["srt"].keys()):
+            mine, theirs = (runs[cell][seed] for cell in (one, other))
+            steps = min(run["curve"]["step"][-1] for run in (mine, theirs))
+            majority = mine["curve"]["eval_maj_at_k"][0]
+            lasted = summary.row_of(runs["srt"][seed]).collapse
+            rows = [summary.row_of(summary.until(run, steps)) for run in (mine, theirs)]
+            found.append(
+                {"base": base, "seed": seed, "majority": majority, "srt": lasted, "steps": steps, "rows": rows}
+            )
+    return found
+
+
+@figure
+def goal(one: str, other: str) -> str:
+    """Return the table of two cells beside srt, by start model and seed."""
+    columns = ("start model", "seed", "first majority", "srt collapsed at", "steps")
+    rows: list[tuple[object, ...]] = [(*columns, f"{one}: final, kept", f"{other}: final, kept")]
+    rows.append(("---",) * len(rows[0]))
+    for each in goal_rows(one, other):
+        at = "-" if each["srt"] is None else each["srt"]
+        ends = (f"{row.final:.2f}, {row.kept:.3f}" for row in each["rows"])
+        rows.append((each["base"], each["seed"], f"{each['majority']:.2f}", at, each["steps"], *ends))
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) if len(rows) > 2 else NO_RUN
+
+
+@figure
+def goal_verdict(one: str, other: str) -> str:
+    """Return the means of two cells, and on how many seeds each reached the goal where the first majority is right more often than not."""
+    every = goal_rows(one, other)
+    right = [each for each in every if each["majority"] > 0.5]
+    if not right:
+        return NO_RUN
+    long = [each for each in right if each["srt"] is not None and each["steps"] >= 10 * each["srt"]]
+    words = [f"The first majority is right more often than not on {len(right)} of {len(every)} seeds."]
+    for number, cell in enumerate((one, other)):
+        kept = sum(each["rows"][number].kept >= GOAL for each in right)
+        of_long = sum(each["rows"][number].kept >= GOAL for each in long)
+        mean, of_all = (statistics.fmean(each["rows"][number].final for each in some) for some in (right, every))
+        words.append(
+            f"`{cell}` keeps {GOAL} of its best on {kept} of these {len(right)} ({of_long} of the {len(long)} whose runs are at least "
+            f"ten times as long as srt lasted), and ends at {mean:.3f} in the mean of these seeds and at {of_all:.3f} in that of all."
+        )
+    difference = [each["rows"][0].final - each["rows"][1].final for each in right]
+    error = paired.Pair(difference).error
+    words.append(
+        f"`{one}` minus `{other}` is {statistics.fmean(difference):+.3f} on these seeds"
+        + ("." if error is None else f", with a standard error of {error:.3f}.")
+    )
+    return " ".join(words)
+
+
+@figure
+def choice() -> str:
+    """Return the final accuracy of every run that was made to choose a default, by start model, options and seed."""
+    runs = summary.read(STUDY / "choice.jsonl")
+    columns = sorted({run["seed"] for run in runs})
+    rows: dict[tuple[str, str, int], dict[int, str]] = {}
+    for run in runs:
+        name = run["cell"].removeprefix("choice: ").removeprefix("choice, lazy: ").partition(", 1000 steps")[0]
+        place = rows.setdefault((run["options"].get("base", "own"), name, run["options"]["steps"]), {})
+        place[run["seed"]] = f"{summary.row_of(run).final:.2f}"
+    lines = [f"| start model | options | steps | {' | '.join(f'seed {each}' for each in columns)} |"]
+    lines.append("|---" * (len(columns) + 3) + "|")
+    lines += [
+        f"| {base} | {name} | {steps} | {' | '.join(found.get(each, '') for each in columns)} |"
+        for (base, name, steps), found in sorted(rows.items())
+    ]
+    return "\n".join(lines)
+
+
+@figure
+def lazy_share() -> str:
+    """Return the share of the warm start's targets that have the planted answer."""
+    return f"{LAZY_SHARE:.0%}"
+
+
+@figure
+def collapsed_below() -> str:
+    """Return the share of its best accuracy below which a run has collapsed."""
+    return f"{summary.COLLAPSED:.0%}"
