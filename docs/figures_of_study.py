@@ -122,15 +122,15 @@ def second_runs(base: str, name: str) -> dict[int, dict[str, Any]]:
 
 
 def goal_rows(one: str, other: str) -> list[dict[str, Any]]:
-    """Return for each start model and seed of the second edition: the first majority, when srt collapsed, and the rows of two cells."""
+    """Return for each start model and seed of the second edition: the first majority, when srt collapsed, and two rows."""
     found = []
     for base in ("own", "lazy"):
         runs = {cell: second_runs(base, cell) for cell in ("srt", one, other)}
-        for seed in sorted(runs[one].keys() & runs[other].keys() & runs["srt"].keys()):
+        for seed in sorted(runs[one].keys() & runs[other].keys()):
             mine, theirs = (runs[cell][seed] for cell in (one, other))
             steps = min(run["curve"]["step"][-1] for run in (mine, theirs))
             majority = mine["curve"]["eval_maj_at_k"][0]
-            lasted = summary.row_of(runs["srt"][seed]).collapse
+            lasted = summary.row_of(runs["srt"][seed]).collapse if seed in runs["srt"] else None
             rows = [summary.row_of(summary.until(run, steps)) for run in (mine, theirs)]
             found.append(
                 {"base": base, "seed": seed, "majority": majority, "srt": lasted, "steps": steps, "rows": rows}
