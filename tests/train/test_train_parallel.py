@@ -157,6 +157,26 @@ def test_two_ranks_equal_one_process(pair: Path, single: Path) -> None:
     assert json.loads((pair / "checkpoints" / "latest" / "run.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--teacher", "gated", "--teacher-every", "2", "--teacher-agreement", "0", "--steps", "13"],
+        ["--method", "self_harmony", "--min-votes", "1"],
+    ],
+    ids=["gated teacher", "two wordings"],
+)
+def test_two_ranks_equal_one_process_with_these_options(base: Path, tmp_path: Path, options: list[str]) -> None:
+    one, two = (tiny.output_with(base, tmp_path / name) for name in ("one", "two"))
+    assert command.main([*FLAGS, "--eval-every", "0", *options, "--output", str(one)]) == 0
+    process = train(*FLAGS, *SPLIT, "--eval-every", "0", *options, "--output", str(two))
+    text = ended(process)
+    assert process.returncode == 0, text
+    lines = tiny.lines(one)
+    assert any(line.get("reward_mean") for line in lines)
+    assert "--teacher" not in options or lines[-1]["teacher_refreshes"] > 0
+    assert_same_run(two, one)
+
+
 def test_resharding_from_two_ranks_to_one_and_back(pair: Path, single: Path, tmp_path: Path) -> None:
     one = cut_back(pair, 2, tmp_path / "one")
     assert command.main(["--output", str(one), "--resume", "--keep-checkpoints", "0"]) == 0
