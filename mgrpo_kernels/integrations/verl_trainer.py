@@ -192,7 +192,7 @@ def check_config(config: Any) -> MethodOptions:
         if got not in (default, 0):
             raise ValueError(f"mgrpo.{name}: expected it left out, since {ONE_MODEL}, got {got!r}")
     options.check_one_wording("verl", "mgrpo.method")
-    if options.row.voters == "momentum":
+    if options.row.needs_momentum:
         raise ValueError(
             f"mgrpo.method: expected one whose labels are not the momentum model's, since {ONE_MODEL}, got {options.method}"
         )

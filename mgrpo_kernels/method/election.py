@@ -20,13 +20,13 @@ def elect(
     voters: Tensor,
     *,
     certainty: Tensor | None,
-    second_wording: Tensor,
+    second: Tensor,
     equivalence: Equivalence,
 ) -> tuple[Vote, Tensor]:
     """Return the vote of each group's `voters`, and how much each vote counts, ``(B,)``; 0 for a rollout that does not vote.
 
-    With a crossed election the label is that of the second wording's rollouts, and `agrees` compares each rollout with the label of the
-    other wording.
+    `second` ``(B,)`` bool are the rollouts of the second party of a crossed or harmonic election: those of another wording of the question,
+    or of another model. With a crossed election the label is theirs, and `agrees` compares each rollout with the other party's label.
     """
     counts = excess_weights(answers, offsets, voters) if options.vote_by == "excess" else voters.float()
 
@@ -44,22 +44,23 @@ def elect(
 
     election = options.row.election
     if election == "crossed":
-        first, second = (vote(voters & each, counts) for each in (~second_wording, second_wording))
-        agrees = torch.where(second_wording, first.agrees, second.agrees)
-        return second._replace(agrees=agrees), counts * second_wording
+        of_first, of_second = (vote(voters & each, counts) for each in (~second, second))
+        agrees = torch.where(second, of_first.agrees, of_second.agrees)
+        return of_second._replace(agrees=agrees), counts * second
     weights = counts
     if election == "certainty":
         assert certainty is not None
         weights = counts * torch.where(voters, certainty.nan_to_num(nan=0.0), 0.0)
     if election == "harmonic":
-        weights = counts * harmonic_weights(vote(voters, counts).cluster, offsets, voters, second_wording)
+        weights = counts * harmonic_weights(vote(voters, counts).cluster, offsets, voters, second)
     return vote(voters, weights), weights
 
 
-def harmonic_weights(cluster: Tensor, offsets: Tensor, voters: Tensor, second_wording: Tensor) -> Tensor:
-    """Return weights whose sum over the voters with an answer is the harmonic mean of its shares in the two wordings, ``(B,)``.
+def harmonic_weights(cluster: Tensor, offsets: Tensor, voters: Tensor, second: Tensor) -> Tensor:
+    """Return weights whose sum over the voters with an answer is the harmonic mean of its shares in two parties, ``(B,)``.
 
-    Self-Harmony (arXiv 2511.01191): of an answer with the shares p and q the score is 2 p q / (p + q), 0 if a wording never has it.
+    Self-Harmony (arXiv 2511.01191) and DCRL (arXiv 2603.16223): the score of an answer with the shares p and q is 2 p q / (p + q), 0 if a
+    party never has it. `second` ``(B,)`` bool are the rollouts of the second party.
     """
     group = sequences.group_index(offsets, len(cluster))
     columns = 1 + int(cluster.max()) if (cluster >= 0).any() else 1
@@ -69,10 +70,10 @@ def harmonic_weights(cluster: Tensor, offsets: Tensor, voters: Tensor, second_wo
         votes = (who & voters & (cluster >= 0)).float()
         return torch.zeros((len(offsets) - 1) * columns).index_add(0, cell, votes).reshape(-1, columns)
 
-    first, second = counts(~second_wording), counts(second_wording)
-    p, q = (each / each.sum(-1, keepdim=True).clamp(min=1.0) for each in (first, second))
+    firsts, seconds = counts(~second), counts(second)
+    p, q = (each / each.sum(-1, keepdim=True).clamp(min=1.0) for each in (firsts, seconds))
     score = 2.0 * p * q / (p + q).clamp(min=1e-12)
-    of_vote = (score / (first + second).clamp(min=1.0)).flatten()[cell]
+    of_vote = (score / (firsts + seconds).clamp(min=1.0)).flatten()[cell]
     return torch.where(voters & (cluster >= 0), of_vote, 0.0)
 
 

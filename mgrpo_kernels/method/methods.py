@@ -47,6 +47,11 @@ class Method(NamedTuple):
     needs_tokens: bool = False
     needs_generator: bool = False
 
+    @property
+    def needs_momentum(self) -> bool:
+        """Whether there is no label without rollouts of the momentum model."""
+        return self.voters == "momentum" or (self.election == "harmonic" and self.second_wording == "no")
+
 
 def _agreement(signals: Signals) -> Tensor:
     return signals.vote.agrees
@@ -111,6 +116,7 @@ MethodName = Literal[
     "co_rewarding_1",
     "co_rewarding_3",
     "self_harmony",
+    "dcrl",
     "gold",
     "random",
 ]
@@ -272,6 +278,15 @@ METHODS: dict[MethodName, Method] = {
         "a prompt whose wordings have no answer in common gives no reward",
         election="harmonic",
         second_wording="policy",
+    ),
+    "dcrl": Method(
+        _agreement,
+        "1 if the answer equals the one with the highest harmonic mean of its shares among the policy's and the momentum model's rollouts",
+        _arxiv("2603.16223", "after DCRL, "),
+        "the anchor is the momentum model and the explorer the policy; in the paper the anchor is the policy, and the explorer is the "
+        "policy after a step of unlearning that is taken back; a prompt on which the two have no answer in common gives no reward",
+        momentum_share=0.5,
+        election="harmonic",
     ),
     "gold": Method(
         _gold,

@@ -53,7 +53,7 @@ class MethodOptions:
         None,
         "number of rollouts per prompt that the momentum model generates",
         unit="rollouts",
-        if_none="half of the rollouts, rounded down, for mgrpo, co_rewarding and co_rewarding_3; 0 for the other methods",
+        if_none="half of the rollouts, rounded down, for mgrpo, co_rewarding, co_rewarding_3 and dcrl; 0 for the other methods",
         at_least=0,
         group=MOMENTUM_GROUP,
     )
@@ -254,9 +254,9 @@ class MethodOptions:
                 f"momentum_rollouts: expected at most {rollouts - 2} of {rollouts} rollouts, because the policy needs 2 to compare with "
                 f"each other, got {number}"
             )
-        if self.row.voters == "momentum" and number < 1:
+        if self.row.needs_momentum and number < 1:
             raise ValueError(
-                f"momentum_rollouts: expected >= 1 with method {self.method}, which takes its labels from them, got 0"
+                f"momentum_rollouts: expected >= 1 with method {self.method}, which has no labels without them, got 0"
             )
         if self.teacher_votes is not None and number and self.teacher_votes <= number / rollouts:
             raise ValueError(

@@ -157,7 +157,7 @@ def select(
             offsets,
             voters,
             certainty=mean_certainty,
-            second_wording=reworded,
+            second=reworded if options.row.second_wording == "policy" else momentum,
             equivalence=same,
         )
         reads_gold = options.row.needs_gold or options.gold_labels

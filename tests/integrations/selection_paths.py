@@ -64,7 +64,7 @@ def cases(*, momentum: bool) -> list[Case]:
 
     def possible(method: str) -> bool:
         row = METHODS[method]
-        return row.second_wording == "no" and (momentum or not (row.voters == "momentum" or row.needs_self_certainty))
+        return row.second_wording == "no" and (momentum or not (row.needs_momentum or row.needs_self_certainty))
 
     def few_votes(method: str) -> dict[str, Any]:  # of three rollouts one is the momentum model's, which alone votes
         return {"min_votes": 1} if METHODS[method].voters == "momentum" else {}

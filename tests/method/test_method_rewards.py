@@ -115,9 +115,15 @@ def test_the_table_is_complete() -> None:
         "co_rewarding_1",
         "co_rewarding_3",
         "self_harmony",
+        "dcrl",
         "gold",
         "random",
     ]
     assert {name for name, row in METHODS.items() if row.filters} == {"mgrpo"}
-    assert {name for name, row in METHODS.items() if row.momentum_share} == {"mgrpo", "co_rewarding", "co_rewarding_3"}
+    assert {name for name, row in METHODS.items() if row.momentum_share} == {
+        "mgrpo",
+        "co_rewarding",
+        "co_rewarding_3",
+        "dcrl",
+    }
     assert {name for name, row in METHODS.items() if row.needs_gold} == {"gold"}

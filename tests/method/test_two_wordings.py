@@ -100,6 +100,23 @@ def test_the_teacher_elects_in_its_own_wording() -> None:
     assert not got.rewards[~SECOND].any()
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_policy_and_momentum_model_have_to_agree(seed: int) -> None:
+    answers = draw(seed)
+    mask = torch.ones(len(answers), 2, dtype=torch.bool)
+    options = MethodOptions(method="dcrl", equivalence="exact", min_votes=1)
+    got = select(mask, answers, G, options, by_momentum=SECOND)
+    assert got.vote.labels == chosen("self_harmony", answers).vote.labels  # the same parties, by another criterion
+    assert got.trains.tolist() == (~SECOND).tolist()
+    whole = torch.arange(0, P * G + 1, G)
+    expected = group_advantages(got.rewards, whole, mask=~SECOND)
+    torch.testing.assert_close(got.advantages, expected)
+    with pytest.raises(
+        ValueError, match="momentum_rollouts: expected >= 1 with method dcrl, which has no labels without"
+    ):
+        MethodOptions(method="dcrl", momentum_rollouts=0).momentum_count(8)
+
+
 def test_no_answers_and_no_rollouts() -> None:
     for method in ("co_rewarding_1", "self_harmony"):
         got = chosen(method, [None] * (P * G))

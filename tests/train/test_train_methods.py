@@ -35,6 +35,7 @@ IN_0_1 = {
     "co_rewarding_1",
     "co_rewarding_3",
     "self_harmony",
+    "dcrl",
     "gold",
     "random",
 }

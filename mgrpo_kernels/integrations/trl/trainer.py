@@ -357,7 +357,7 @@ class MGRPOTrainer(GRPOTrainer):
 
 def evaluation_options(options: MethodOptions) -> MethodOptions:
     """Return the options for an evaluation, which samples the policy alone: no filter, and its majority in place of another's."""
-    method = "srt" if options.row.voters == "momentum" else options.method
+    method = "srt" if options.row.needs_momentum else options.method
     changes: dict[str, Any] = {
         "momentum_rollouts": 0,
         "iqr_filter": False,
