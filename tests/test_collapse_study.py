@@ -120,12 +120,30 @@ def test_a_run_starts_from_the_base_and_gives_its_curve(modules, tmp_path, monke
     assert study.base_of("lazy", 3, tmp_path) == base
     short = {**cells.COMMON, "steps": 4, "eval_every": 2, "eval_prompts": 4, "rollouts": 4}
     line = json.loads(
-        json.dumps(study.take("lazy: mgrpo", 3, {**short, "method": "mgrpo", "base": "lazy"}, "cpu", base))
+        json.dumps(
+            study.take("lazy: mgrpo", 3, {**short, "method": "mgrpo", "base": "lazy"}, "cpu", base, tmp_path / "kept")
+        )
     )
     assert line["curve"]["step"] == [0, 2, 4]
     assert all(0 <= value <= 1 for value in line["curve"]["eval_accuracy"])
     assert line["curve"]["entropy"][0] is None  # nothing was sampled before the first step
     assert line["curve"]["entropy"][1] > 0
+    assert 0 < line["step_seconds"] < line["seconds"] + 1
+    assert line["certificate"].keys() == {"warnings", "fall_step", "lead_steps", "lead_steps_label_free"}
+    assert {each.name for each in (tmp_path / "kept" / "lazy: mgrpo, seed 3").iterdir()} == {
+        "metrics.jsonl",
+        "certificate.json",
+    }
+
+
+def test_results_keep_what_a_certificate_says_of_warnings(modules):
+    _, study, _ = modules
+    warnings = [{"step": 12, "action": None, "signs": {"top answer": "0.2 -> 0.5"}, "label_free": ["top answer"]}]
+    leads = {"fall_step": 50, "lead_steps": 38, "lead_steps_label_free": 38}
+    kept = study.of_certificate({"steps": 100, "signs": [], "warnings": warnings, **leads})
+    assert kept == {"warnings": [{"step": 12, "signs": ["top answer"], "label_free": ["top answer"]}], **leads}
+    lines = [{"time_rollout": 1.0, "time_update": each, "time_sync": None, "step": 1} for each in (1.0, 2.0, 9.0)]
+    assert study.step_seconds([{"step": 0, "eval_accuracy": 0.5}, *lines]) == 3.0
 
 
 def test_a_finished_run_is_not_taken_again(modules, tmp_path, monkeypatch, capsys):

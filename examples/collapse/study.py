@@ -3,6 +3,7 @@
     python examples/collapse/study.py                      runs the main cells with three seeds
     python examples/collapse/study.py --all --seeds 5      runs every cell with five seeds
     python examples/collapse/study.py --cells srt mgrpo    runs these cells
+    python examples/collapse/study.py --cost --seeds 1 --jobs 1 --results FILE    measures the time of a step of each method
 
 The study can be interrupted and continued: a run that is in the results is not repeated. Each finished run is one line of JSON with its
 options, the processor, and its metrics at each evaluation. ``summary.py`` prints their table, draws their figures, and compares them with
@@ -27,7 +28,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from cells import CELLS, COMMON, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
+from cells import CELLS, COMMON, COST, FULL, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
 
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.watch.certificate import CERTIFICATE
@@ -149,11 +150,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return read_lines(path) if path.exists() else []
 
 
-def main() -> None:
-    """Run every cell and seed that is missing in the results."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="run every cell (default: the main cells)")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="run every reported cell (default: the main cells)")
+    which.add_argument("--cost", action="store_true", help="run a few steps of each method, for the time of a step")
+    which.add_argument(
         "--cells", nargs="+", choices=list(CELLS), metavar="CELL", help=f"cells to run, of: {'; '.join(CELLS)}"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: 3)")
@@ -188,10 +191,16 @@ def main() -> None:
         metavar="DIR",
         help="directory of the start models, which are kept (default: a temporary one)",
     )
-    given = parser.parse_args()
-    given.results.parent.mkdir(parents=True, exist_ok=True)
+    return parser
 
-    cells = given.cells or list(CELLS if given.all else MAIN)
+
+def wanted_runs(given: argparse.Namespace) -> dict[tuple[str, int], dict[str, object]]:
+    """Return the options of each cell and seed that the command line asks for and that the results lack.
+
+    Raises:
+        SystemExit: the results have one of them with other options.
+    """
+    cells = given.cells or list(FULL if given.all else COST if given.cost else MAIN)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     wanted = {(cell, seed): {**COMMON, "steps": given.steps, **CELLS[cell]} for seed in seeds for cell in cells}
     have = {(run["cell"], run["seed"]): run["options"] for run in read(given.results)}
@@ -200,17 +209,25 @@ def main() -> None:
             sys.exit(
                 f"{given.results}: expected {key[0]!r}, seed {key[1]}, with {options}, got {have[key]}: name another --results"
             )
-    missing = [key for key in wanted if key not in have]
+    missing = {key: options for key, options in wanted.items() if key not in have}
     print(f"{len(wanted)} runs, {len(missing)} of them missing")
+    return missing
+
+
+def main() -> None:
+    """Run every cell and seed that is missing in the results."""
+    given = make_parser().parse_args()
+    given.results.parent.mkdir(parents=True, exist_ok=True)
+    missing = wanted_runs(given)
     lock, temporary = Lock(), tempfile.TemporaryDirectory()
     bases = given.bases or Path(temporary.name)
     bases.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for name, seed in sorted({(str(wanted[key].get("base", "own")), key[1]) for key in missing}):
+    for name, seed in sorted({(str(options.get("base", "own")), seed) for (_, seed), options in missing.items()}):
         base_of(name, seed, bases)
 
     def one(key: tuple[str, int]) -> None:
-        options = wanted[key]
+        options = missing[key]
         base = base_of(str(options.get("base", "own")), key[1], bases)
         line = take(*key, options, given.device, base, given.keep)
         with lock, given.results.open("a") as file:
