@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from itertools import pairwise
 from typing import Any
@@ -94,16 +95,24 @@ BANDS = (0.0, 0.45, 0.55, 0.65, 1.0)
 """Accuracy of the first majority, of which each pair of neighbours is a row."""
 
 
+def plain_name(cell: str) -> str:
+    """Return a cell's name without the start model and the number of steps, the same in both editions."""
+    name = re.sub(r"^(choice: |choice, lazy: |lazy: )|, \d+ steps$", "", cell)
+    return {"mgrpo, N = G/2": "half", "half, excess": "excess"}.get(name, name)
+
+
 @figure
 def fate_by_first_majority(until: str, *cells: str) -> str:
     """Return how many runs of each cell end below their start after `until` steps, by the accuracy of the first majority."""
-    files = [summary.read(STUDY / f"{name}.jsonl") for name in (*paired.FILES, "choice")]
-    runs = [summary.until(run, int(until)) for file in files for run in file]
+    longest: dict[tuple[str, str, int, str], dict[str, Any]] = {}
+    for file in (*paired.FILES, "choice"):
+        for run in sorted(summary.read(STUDY / f"{file}.jsonl"), key=lambda run: run["options"]["steps"]):
+            longest[file, run["options"].get("base", "own"), run["seed"], plain_name(run["cell"])] = run
     lines = [f"| first majority | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
     for low, high in pairwise(BANDS):
         counts = []
         for cell in cells:
-            of_cell = [run for run in runs if run["cell"].removeprefix("lazy: ") == cell]
+            of_cell = [summary.until(run, int(until)) for (*_, name), run in longest.items() if name == cell]
             rows = [summary.row_of(run) for run in of_cell if low <= run["curve"]["eval_maj_at_k"][0] < high]
             counts.append(f"{sum(row.final < row.start for row in rows)} of {len(rows)}" if rows else "-")
         lines.append(f"| {low:.2f} - {high:.2f} | {' | '.join(counts)} |")
@@ -168,12 +177,11 @@ def goal_verdict(one: str, other: str) -> str:
             f"`{cell}` keeps {GOAL} of its best on {kept} of these {len(right)} ({of_long} of the {len(long)} whose runs are at least "
             f"ten times as long as srt lasted), and ends at {mean:.3f} in the mean of these seeds and at {of_all:.3f} in that of all."
         )
-    difference = [each["rows"][0].final - each["rows"][1].final for each in right]
-    error = paired.Pair(difference).error
-    words.append(
-        f"`{one}` minus `{other}` is {statistics.fmean(difference):+.3f} on these seeds"
-        + ("." if error is None else f", with a standard error of {error:.3f}.")
-    )
+    for where, some in (("these seeds", right), ("the other seeds", [each for each in every if each not in right])):
+        if some:
+            found = paired.Pair([each["rows"][0].final - each["rows"][1].final for each in some])
+            error = "" if found.error is None else f", with a standard error of {found.error:.3f}"
+            words.append(f"`{one}` minus `{other}` is {found.mean:+.3f} in the mean of {where}{error}.")
     return " ".join(words)
 
 
