@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
-from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native
+from mgrpo_kernels.ops.linear_token_stats import native
+from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
 V = 701
@@ -222,7 +223,7 @@ def test_opcheck_and_compile(backend):
     logits, labels = rows_of_logits()
     hidden, weight = logits[:, :64].clone().requires_grad_(), torch.randn(V, 64).requires_grad_()
     arguments = (
-        hidden, weight, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, TOLERANCE, False, backend,
+        hidden, weight, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, True, TOLERANCE, False, backend,
     )  # fmt: skip
     torch.library.opcheck(linear_token_stats_op, arguments)
     counter = CompileCounterWithBackend("aot_eager")

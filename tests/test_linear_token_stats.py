@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import _native, linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
-from mgrpo_kernels.ops.linear_token_stats import OP, linear_token_stats_op, native, tiled
+from mgrpo_kernels.ops.linear_token_stats import native, tiled
+from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 ALL = ("logprob", "entropy", "self_certainty")
@@ -192,7 +193,7 @@ def test_several_blocks_of_columns(backend, dtype):
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])  # where nobody knows how many rows are kept
 def test_masked_rows_never_leak(backend, as_on_a_gpu, monkeypatch):
     if as_on_a_gpu:
-        monkeypatch.setattr("mgrpo_kernels.ops.linear_token_stats.kept_rows", lambda mask: None)
+        monkeypatch.setattr("mgrpo_kernels.ops.linear_token_stats.op.kept_rows", lambda mask: None)
     h, w, _, labels = make(rows=12)
     mask = torch.rand(12) > 0.4
     h[~mask] = torch.nan
@@ -291,11 +292,9 @@ def test_gradcheck_in_float64():
 def test_opcheck(backend):
     h, w, b, labels = make(rows=4, hidden=3, vocab=7, bias=True)
     h, w, b = (t.requires_grad_() for t in (h, w, b))
-    mask = torch.tensor([True, True, False, True])
-    torch.library.opcheck(
-        linear_token_stats_op,
-        (h, w, b, labels, mask, None, 0.9, 1.1, 5.0, None, 0, None, torch.float32, None, False, backend),
-    )
+    for mask, store in ((torch.tensor([True, True, False, True]), False), (None, True)):
+        options = (0.9, 1.1, 5.0, None, 0, None, torch.float32, store, None, False, backend)
+        torch.library.opcheck(linear_token_stats_op, (h, w, b, labels, mask, None, *options))
 
 
 @each_backend(OP)

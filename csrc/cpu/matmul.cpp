@@ -8,7 +8,7 @@
 #include <vector>
 
 #ifdef __SSE2__
-#include <xmmintrin.h>
+#include <emmintrin.h>
 #endif
 
 #include <ATen/ATen.h>
@@ -82,9 +82,31 @@ int64_t inner_block(int64_t rows, int64_t row) {
   return rows - row >= INNER ? INNER : INNER_REST;
 }
 
+// Interleaves two rows: the elements of one column lie beside each other.
+template <typename T>
+void interleave(const T* first, const T* second, int64_t columns, T* to) {
+  int64_t c = 0;
+#ifdef __SSE2__
+  for (; c + 8 <= columns; c += 8) {
+    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first + c));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(second + c));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * c), _mm_unpacklo_epi16(a, b));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * c + 8), _mm_unpackhi_epi16(a, b));
+  }
+#endif
+  for (; c < columns; ++c) {
+    to[2 * c] = first[c];
+    to[2 * c + 1] = second[c];
+  }
+}
+
 template <typename T>
 void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
-  for (int64_t r = 0; r < rows; ++r) {
+  int64_t r = 0;
+  for (; column_stride == 1 && r + 2 <= rows; r += 2) {
+    interleave(from + r * row_stride, from + (r + 1) * row_stride, columns, to + r * COLUMNS);
+  }
+  for (; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       to[r / 2 * 2 * COLUMNS + 2 * c + r % 2] = from[r * row_stride + c * column_stride];
     }

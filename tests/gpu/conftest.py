@@ -51,7 +51,7 @@ def as_on_a_gpu():
         yield
         return
     with (
-        mock.patch("mgrpo_kernels.ops.linear_token_stats.kept_rows", return_value=None),
+        mock.patch("mgrpo_kernels.ops.linear_token_stats.op.kept_rows", return_value=None),
         mock.patch("mgrpo_kernels.ops.linear_policy_loss.kept_rows", return_value=None),
     ):
         yield

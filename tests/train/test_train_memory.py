@@ -34,6 +34,7 @@ FEW, MANY = 4, 16  # tokens of a response
 def small_workspace() -> Iterator[None]:
     with (
         mock.patch.object(native, "tile_shape", return_value=tiled.TileShape(64, 512)),
+        mock.patch.object(native, "WORKSPACE_BYTES", WORKSPACE),
         mock.patch.object(loss_native, "WORKSPACE_BYTES", WORKSPACE),
     ):
         yield

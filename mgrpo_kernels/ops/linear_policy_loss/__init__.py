@@ -25,7 +25,7 @@ from mgrpo_kernels.ops._schema import Schema
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_policy_loss import native, reference, triton
 from mgrpo_kernels.ops.linear_policy_loss.blocks import BlockLoss, live_first, tokens_of
-from mgrpo_kernels.ops.linear_token_stats import can_leave_out, kept_rows, linear_token_stats_op, take
+from mgrpo_kernels.ops.linear_token_stats.op import can_leave_out, kept_rows, linear_token_stats_op, take
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 from mgrpo_kernels.ops.policy_loss import check_tokens, flat_advantages, make_options, run, takes_options
 from mgrpo_kernels.ops.policy_loss import options as loss_options
@@ -151,7 +151,7 @@ def linear_policy_loss(
     }
     if fused and any(need):
         return _run_fused(head, tokens, form, need)
-    return _run_composed(head, tokens, form, group_name, vocab_start, kept, gradient_tolerance)
+    return _run_composed(head, tokens, form, group_name, vocab_start, kept, gradient_tolerance, gradient=any(need))
 
 
 def _log(fused: bool, why: str) -> None:
@@ -208,11 +208,13 @@ def _run_composed(
     vocab_start: int,
     kept: Tensor | None,
     gradient_tolerance: float | None,
+    *,
+    gradient: bool,
 ) -> PolicyLoss:
     """Return the loss of checked inputs by way of the general ops."""
     given = head | {"mask": tokens.mask, "tp_group": tp_group, "vocab_start": vocab_start, "debug": False}
     if kept is None:
-        statistics = linear_token_stats_op(**given, gradient_tolerance=gradient_tolerance)
+        statistics = linear_token_stats_op(**given, store_logits=gradient, gradient_tolerance=gradient_tolerance)
     else:
         statistics = kept_token_stats_op(**given, kept=kept)
     logprob, entropy, *_ = statistics

@@ -10,7 +10,7 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import sequences
 from mgrpo_kernels.ops import _statistics
-from mgrpo_kernels.ops.linear_token_stats import take
+from mgrpo_kernels.ops.linear_token_stats.op import take
 from mgrpo_kernels.ops.policy_loss import OP as LOSS_OP
 from mgrpo_kernels.ops.policy_loss.options import LossOptions
 from mgrpo_kernels.ops.policy_loss.reference import token_weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,26 +10,22 @@ from torch import Tensor
 
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
-from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
 from mgrpo_kernels.ops._head import (
     check_gradient_tolerance,
     check_head,
     check_head_options,
     check_kept,
     check_logits_dtype,
-    check_rows,
     check_tp_group,
 )
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
-from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
-from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
+from mgrpo_kernels.ops.linear_token_stats import tiled
+from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
-OP = "linear_token_stats"
 LOGITS_COLUMNS = (
     4096  # of whole logits on a CPU at once: what a 16-bit matmul rearranges of the weight stays in the cache
 )
-backends.register(OP, reference=reference, native=native, triton=triton)
 
 
 def linear_token_stats(
@@ -121,6 +116,7 @@ def linear_token_stats(
 
     kept = check_kept(kept, rows, hidden.device)
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     tensors = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -132,7 +128,7 @@ def linear_token_stats(
     options = (number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype)
     if kept is None:
         logprob, entropy, self_certainty, *_ = linear_token_stats_op(
-            *tensors, *options, gradient_tolerance, debug, name
+            *tensors, *options, gradient, gradient_tolerance, debug, name
         )
     else:
         logprob, entropy, self_certainty, *_ = kept_token_stats_op(*tensors, kept, *options, debug, name)
@@ -156,243 +152,3 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     for columns in tiled.spans(weight.shape[0], at_once):
         tiled.accumulate(logits[:, columns], hidden, weight[columns].t(), first=True)
     return logits if bias is None else logits.add_(bias)
-
-
-@torch.library.custom_op("mgrpo_kernels::linear_token_stats", mutates_args=())
-def linear_token_stats_op(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor | None,  # (N,)
-    mask: Tensor | None,  # (N,)
-    temperature_per_row: Tensor | None,  # (N,) float32
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    tp_group: str | None,
-    vocab_start: int,
-    workspace_bytes: int | None,
-    logits_dtype: torch.dtype,
-    gradient_tolerance: float | None,
-    debug: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``; the size of the whole vocabulary, 0-d; and the four tensors of
-    :class:`Entries`, empty where the backward pass does without. Of masked rows, which may have none, those come last.
-    """
-    _autograd.refuse_tangents("linear_token_stats", hidden, weight, bias)
-    check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
-    checks.check_temperature_values(temperature_per_row)
-    per_token = temperature if temperature_per_row is None else temperature_per_row
-    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
-    rows = kept_rows(mask)
-    implementation = backends.implementation(OP, backend)
-    inputs = take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows)
-    entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, gradient_tolerance), hidden.device)
-    if entries.room:
-        state = implementation.sparse_forward(*inputs, gradient_tolerance, entries.of_rows(slice(inputs[0].shape[0])))
-    else:
-        state = implementation.forward(*inputs)
-    if tp_group is not None:
-        state = _statistics.merge(_tensor_parallel.all_gather(state, tp_group))
-    vocab = state.new_full((), weight.shape[0]) if tp_group is None else _vocab_size(state, weight, tp_group)
-    if labels is not None and (debug or hidden.device.type == "cpu"):
-        checks.check_label_values(labels, mask, int(vocab))
-    statistics = list(_statistics.finish(state, take(labels, rows)))
-    if rows is not None:
-        statistics = [stat.new_zeros(hidden.shape[0]).index_copy_(0, rows, stat) for stat in statistics]
-    elif mask is not None:
-        statistics = [torch.where(mask, stat, 0.0) for stat in statistics]
-    logprob, entropy, self_certainty, logsumexp = statistics
-    return logprob, entropy, self_certainty, logsumexp, vocab, *entries
-
-
-def can_leave_out(backend: str) -> bool:
-    """Return whether the backend leaves entries without a share of the gradient out of the backward pass."""
-    return hasattr(backends.implementation(OP, backend), "sparse_backward")
-
-
-def entries_room(backend: str, weight: Tensor, tolerance: float | None) -> int:
-    """Return for how many entries of a row there is room between the passes: 0 where the gradient is formed without."""
-    room = getattr(backends.implementation(OP, backend), "entries_room", None)
-    return 0 if tolerance is None or room is None else int(room(weight.shape[0]))
-
-
-@linear_token_stats_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _statistics.statistics_dtype(hidden)
-    logprob, entropy, self_certainty, logsumexp = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
-    *_, tolerance, _, backend = rest
-    entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, tolerance), hidden.device)
-    return logprob, entropy, self_certainty, logsumexp, hidden.new_empty((), dtype=dtype), *entries
-
-
-@torch.library.custom_op("mgrpo_kernels::linear_token_stats_backward", mutates_args=())
-def linear_token_stats_backward_op(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_self_certainty: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    temperature_per_row: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    tp_group: str | None,
-    vocab_start: int,
-    workspace_bytes: int | None,
-    logits_dtype: torch.dtype,
-    gradient_tolerance: float | None,
-    entropy: Tensor,
-    logsumexp: Tensor,
-    vocab: Tensor,
-    entry_ids: Tensor,
-    entry_logits: Tensor,
-    entry_counts: Tensor,
-    entry_rest: Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias, in their dtypes; those not needed are empty."""
-    check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
-    given = {"entropy": entropy, "logsumexp": logsumexp, "vocab": vocab}
-    given |= {
-        "entry_ids": entry_ids,
-        "entry_logits": entry_logits,
-        "entry_counts": entry_counts,
-        "entry_rest": entry_rest,
-    }
-    for name, required in given.items():
-        # not None, which the dispatcher lets pass
-        checks.check_tensor(name, required, dtypes=(*checks.FLOATS, torch.int32))
-    rows_shape, wide = hidden.shape[:1], (_statistics.statistics_dtype(hidden),)
-    room = entry_ids.shape[-1] if entry_ids.dim() else 0
-    entries_rows = hidden.shape[0] if room else 0
-    checks.check_inside(
-        hidden.device,
-        ("grad_logprob", grad_logprob, rows_shape, wide),
-        ("grad_entropy", grad_entropy, rows_shape, wide),
-        ("grad_self_certainty", grad_self_certainty, rows_shape, wide),
-        ("entropy", entropy, rows_shape, wide),
-        ("logsumexp", logsumexp, rows_shape, wide),
-        ("vocab", vocab, (), wide),
-        ("entry_ids", entry_ids, (entries_rows, room), (torch.int32,)),
-        ("entry_logits", entry_logits, (entries_rows, room), (torch.float32,)),
-        ("entry_counts", entry_counts, (entries_rows,), (torch.int32,)),
-        ("entry_rest", entry_rest, (4, entries_rows), (torch.float32,)),
-    )
-    coefficients = _statistics.gradient_coefficients(
-        grad_logprob, grad_entropy, grad_self_certainty, entropy, vocab, mask, logsumexp
-    )
-    per_token = temperature if temperature_per_row is None else temperature_per_row
-    head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
-    implementation = backends.implementation(OP, backend)
-    sparse = gradient_tolerance is not None and can_leave_out(backend)
-    rows = kept_rows(mask) if sparse else live_rows(coefficients)
-    kept = take(hidden, rows)
-    if rows is None and mask is not None:
-        kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
-    inputs = (
-        kept,
-        head._replace(temperature=take(head.temperature, rows)),
-        take(labels, rows),
-        coefficients if rows is None else coefficients[:, rows],
-        take(logsumexp, rows),
-        (need_hidden, need_weight, need_bias),
-    )
-    if sparse:
-        entries = Entries(entry_ids, entry_logits, entry_counts, entry_rest).of_rows(slice(kept.shape[0]))
-        grad_hidden, grad_weight, grad_bias = implementation.sparse_backward(*inputs, gradient_tolerance, entries)
-    else:
-        grad_hidden, grad_weight, grad_bias = implementation.backward(*inputs)
-    if grad_hidden is not None:
-        if tp_group is not None:
-            dist.all_reduce(grad_hidden, group=_tensor_parallel.group(tp_group))
-        grad_hidden = grad_hidden.to(hidden.dtype)
-        if rows is not None:
-            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in (grad_hidden, grad_weight, grad_bias))  # type: ignore[return-value]
-
-
-@linear_token_stats_backward_op.register_fake
-def _(
-    grad_logprob: Any,
-    grad_entropy: Any,
-    grad_self_certainty: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias, _ = rest[-4:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        hidden.new_empty(weight.shape if need_weight else (0,)),
-        hidden.new_empty(weight.shape[:1] if need_bias else (0,)),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        *tensors,
-        ctx.temperature,
-        ctx.logit_scale,
-        ctx.softcap,
-        ctx.tp_group,
-        ctx.vocab_start,
-        ctx.workspace,
-        ctx.logits_dtype,
-        ctx.tolerance,
-        _,
-        ctx.backend,
-    ) = inputs
-    _, entropy, _, *others = output
-    ctx.set_materialize_grads(False)  # an unused statistic costs no work in backward
-    ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(*tensors, entropy, *others)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, labels, mask, per_row, *saved = ctx.saved_tensors
-    need = ctx.needs_input_grad[:3]
-    results = linear_token_stats_backward_op(
-        *grads[:3], hidden, weight, bias, labels, mask, per_row, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group,
-        ctx.vocab_start, ctx.workspace, ctx.logits_dtype, ctx.tolerance, *saved, *need, ctx.backend,
-    )  # fmt: skip
-    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 13)
-
-
-_autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backward, _setup_context)
-
-
-def kept_rows(mask: Tensor | None) -> Tensor | None:
-    """On a CPU, masked rows are left out of the matmuls. On a GPU their number is unknown without a host sync: None."""
-    return mask.nonzero().squeeze(-1) if mask is not None and mask.device.type == "cpu" else None
-
-
-def live_rows(coefficients: Tensor) -> Tensor | None:
-    """On a CPU, rows whose logits have no gradient are left out of the backward pass's matmuls. None: there are no others, or on a GPU."""
-    if coefficients.device.type != "cpu":
-        return None
-    live = (coefficients != 0).any(0)  # a NaN too
-    return None if live.all() else live.nonzero().squeeze(-1)
-
-
-def take(value: Any, rows: Tensor | None) -> Any:
-    """Return these rows of a tensor; anything else, and everything for None, as it is."""
-    return value[rows] if isinstance(value, Tensor) and rows is not None else value
-
-
-def _vocab_size(state: Tensor, weight: Tensor, tp_group: str) -> Tensor:
-    if state.shape[1]:
-        return state[_statistics.COUNT, 0].clone()
-    vocab = state.new_full((), weight.shape[0])  # no rows to carry the count
-    dist.all_reduce(vocab, group=_tensor_parallel.group(tp_group))
-    return vocab

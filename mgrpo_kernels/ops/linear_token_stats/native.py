@@ -9,8 +9,18 @@ from mgrpo_kernels.backend import native_unsupported as unsupported
 from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
-__all__ = ["CpuPasses", "backward", "forward", "sparse_backward", "sparse_forward", "tile_shape", "unsupported"]
+__all__ = [
+    "CpuPasses",
+    "backward",
+    "forward",
+    "logits_room",
+    "sparse_backward",
+    "sparse_forward",
+    "tile_shape",
+    "unsupported",
+]
 
+WORKSPACE_BYTES = 224 * 2**20  # of a call with a gradient: a tile, and logits stored until the backward pass
 MAX_ROOM, ROOM_STEP = (
     4096,
     16,
@@ -72,10 +82,20 @@ class TopPasses(CpuPasses):
         torch.ops.mgrpo_native.tile_state_top_(x, *numbers, labels, state, *self.entries, column, self.smallest)
 
 
-def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
-    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
+def forward(hidden: Tensor, head: Head, labels: Tensor | None, stored: tiled.Stored | None = None) -> Tensor:
+    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary, and store logits."""
     shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
-    return tiled.forward(hidden, head, labels, CpuPasses(), shape)
+    return tiled.forward(hidden, head, labels, CpuPasses(), shape if stored is None else _backward_shape(head), stored)
+
+
+def _backward_shape(head: Head) -> tiled.TileShape:
+    element_bytes = tiled.backward_bytes(head, CpuPasses())
+    return tile_shape(head.weight.dtype).within(head.workspace_bytes, element_bytes)
+
+
+def logits_room(number: int, head: Head) -> int:
+    """Return how many raw logits of `number` rows, which may be symbolic, the forward pass stores for the backward pass."""
+    return tiled.stored_room(number, head, _backward_shape(head), head.workspace_bytes or WORKSPACE_BYTES, CpuPasses())
 
 
 def sparse_forward(hidden: Tensor, head: Head, labels: Tensor | None, tolerance: float, entries: Entries) -> Tensor:
@@ -92,11 +112,11 @@ def backward(
     coefficients: Tensor,  # (4, N)
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
+    stored: tiled.Stored | None = None,
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
-    passes = CpuPasses()
-    shape = tile_shape(hidden.dtype).within(head.workspace_bytes, tiled.backward_bytes(head, passes))
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape)
+    shape = _backward_shape(head)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(), shape, stored)
 
 
 def entries_room(vocab: int) -> int:

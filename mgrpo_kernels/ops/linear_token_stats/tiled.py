@@ -1,7 +1,8 @@
 """The fused head over tiles of logits: the loop that the native and the Triton backend share.
 
 The library's matmul fills one tile ``(rows, columns)`` of raw logits in a reused workspace, and a backend's pass goes over it
-while it is in cache: :meth:`Passes.state` folds it into the rows' statistics, :meth:`Passes.gradient` computes its gradient.
+while it is in cache: :meth:`Passes.state` folds it into the rows' statistics, :meth:`Passes.gradient` computes its gradient. Tiles for
+which there is room are stored between the two (:class:`Stored`), and are not multiplied for again.
 
 A product of two 16-bit numbers is exact in float32, so 16-bit operands with a float32 tile give the logits of a float32 head at the
 speed of a 16-bit matmul. Their gradient is rounded to 16 bits, since it is an operand of the two matmuls that follow.
@@ -10,7 +11,7 @@ speed of a 16-bit matmul. Their gradient is rounded to 16 bits, since it is an o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,33 @@ class TileShape(NamedTuple):
         return TileShape(max(1, min(self.rows, elements // columns)), columns)
 
 
+class Stored(NamedTuple):
+    """Raw logits that the forward pass stores for the backward pass: those of the first columns, as many as there is room for."""
+
+    values: Tensor  # (room,) in the head's `raw_dtype`, tile after tile
+    number: int  # rows of the forward pass
+    rows: Tensor | None = None  # which of them the backward pass has; None: all
+
+    def tile(self, columns: slice, padding: int) -> Tensor | None:
+        """Return the tile ``(number, C)`` of these columns, or None if there is no room for it."""
+        end = columns.start + padded(columns.stop - columns.start, padding)
+        if self.number * end > self.values.numel():
+            return None
+        return place_of(self.values, slice(0, self.number), columns, padding, keep=True)
+
+    def take(self, tile: Tensor, rows: slice, x: Tensor) -> Tensor:
+        """Return these rows of the backward pass: a part of the tile, or copied to x."""
+        return tile[rows] if self.rows is None else torch.index_select(tile, 0, self.rows[rows], out=x)
+
+
+def stored_room(number: int, head: Head, shape: TileShape, bound: int, passes: Passes) -> int:
+    """Return how many raw logits fit beside a tile within `bound` bytes: at most those of `number` rows, which may be symbolic."""
+    vocab = head.weight.shape[0]
+    tile = torch.sym_min(number, shape.rows) * padded(min(shape.columns, vocab), passes.padding)
+    room = torch.sym_max(0, bound - tile * backward_bytes(head, passes)) // head.raw_dtype.itemsize
+    return torch.sym_min(number * padded(vocab, passes.padding), room)  # type: ignore[no-any-return]
+
+
 def gradient_dtype(head: Head) -> torch.dtype:
     """Return the dtype of a tile's gradient: the operands', or float32 where a matmul would convert 16-bit operands anyway."""
     weight = head.weight
@@ -103,9 +131,9 @@ def needs_two_tiles(head: Head, passes: Passes) -> bool:
 
 
 def backward_bytes(head: Head, passes: Passes) -> int:
-    """Return how many bytes of workspace an element of the backward pass's tile takes."""
-    size = gradient_dtype(head).itemsize
-    return size + head.raw_dtype.itemsize if needs_two_tiles(head, passes) else size
+    """Return how many bytes of workspace an element of the backward pass's tile takes at most."""
+    size = head.weight.element_size()
+    return size + head.raw_dtype.itemsize if head.raw_dtype != head.weight.dtype and not passes.in_registers else size
 
 
 def spans(total: int, size: int, multiple: int = 1) -> Iterator[slice]:
@@ -201,16 +229,19 @@ def rounds_once(product: torch.Size, device: torch.device, dtype: torch.dtype) -
     return product.numel() >= UNSPLIT_FROM or not splits
 
 
-def forward(hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, shape: TileShape) -> Tensor:
-    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)``. Weights are the outer loop: each is read once."""
+def forward(
+    hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, shape: TileShape, stored: Stored | None = None
+) -> Tensor:
+    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)``, and store logits. Weights are the outer loop: each is read once."""
     number, vocab = hidden.shape[0], head.weight.shape[0]
     state = empty_state(number, hidden.device)
     rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
     workspace = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     for columns in spans(vocab, shape.columns, ALIGNED):
+        tile = None if stored is None else stored.tile(columns, passes.padding)
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
-            x = place_of(workspace, rows, columns, passes.padding)
+            x = place_of(workspace, rows, columns, passes.padding) if tile is None else tile[rows]
             of_tile_labels = None if labels is None else labels[rows]
             passes.of_rows(rows).fill(x, hidden[rows], tile_head, of_tile_labels, state[:, rows])
     return state
@@ -225,8 +256,9 @@ def backward(
     need: tuple[bool, bool, bool],
     passes: Passes,
     shape: TileShape,
+    stored: Stored | None = None,
 ) -> Gradients:
-    """Return the gradients of hidden (float32), weight and bias (their dtype): each tile computed again, then two matmuls.
+    """Return the gradients of hidden (float32), weight and bias (their dtype): each tile read or computed again, then two matmuls.
 
     With weights as the outer loop a tile's part of the weight's gradient is complete before the next begins: 16-bit weights need
     only a tile of float32 accumulator, and none where all rows fit one tile.
@@ -242,30 +274,32 @@ def backward(
         logits = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     for columns in spans(vocab, shape.columns, ALIGNED):
         total = None if weight is None else weight[columns]
-        one_matmul = number <= shape.rows and total is not None and rounds_once(total.shape, total.device, total.dtype)
-        one_matmul = one_matmul and gradient_dtype(head) == hidden.dtype
-        if total is not None and total.dtype != torch.float32 and not one_matmul:
+        if total is not None and total.dtype != torch.float32 and not _is_one_matmul(total, number, head, shape):
             if partial is None or partial.shape != total.shape:
                 partial = torch.empty(total.shape, device=total.device)
             total = partial
+        tile = None if stored is None else stored.tile(columns, passes.padding)
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns)
             x, grad = (place_of(each, rows, columns, passes.padding) for each in (logits, gradients))
-            passes.fill_gradient(
-                x,
-                hidden[rows],
-                tile_head,
-                None if labels is None else labels[rows],
-                coefficients[:, rows],
-                logsumexp[rows],
-                grad,
-            )
+            of_labels = None if labels is None else labels[rows]
+            given = tile_head, of_labels, coefficients[:, rows], logsumexp[rows], grad
+            if stored is None or tile is None:
+                passes.fill_gradient(x, hidden[rows], *given)
+            else:
+                passes.gradient(stored.take(tile, rows, x), *given)
             sums.add(grad, tile_head.weight, rows, columns)
             if total is not None:
                 accumulate(total, grad.t(), hidden[rows], first=rows.start == 0)
         if weight is not None and partial is not None and total is partial and number:
             weight[columns].copy_(partial)
     return sums.hidden, weight, sums.bias_in(hidden.dtype)
+
+
+def _is_one_matmul(total: Tensor, number: int, head: Head, shape: TileShape) -> bool:
+    """Return whether one matmul of 16-bit factors gives this part of the weight's gradient, its sums in float32."""
+    fits = number <= shape.rows and gradient_dtype(head) == total.dtype
+    return fits and rounds_once(total.shape, total.device, total.dtype)
 
 
 def padded(width: int, padding: int) -> int:
@@ -290,10 +324,18 @@ def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, ke
     return place[:, :width]
 
 
+def large(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a new tensor, on a CPU in huge pages where the extension can ask for them: their first write costs less."""
+    room = torch.empty(shape, device=device, dtype=dtype)
+    if device.type == "cpu" and _native.missing() is None:
+        torch.ops.mgrpo_native.advise_huge_pages_(room)
+    return room
+
+
 def weight_gradient(hidden: Tensor, head: Head) -> Tensor:
     """Return room for the weight's gradient; zeros where there are no rows, and so no matmul writes it."""
-    make = torch.empty_like if hidden.shape[0] else torch.zeros_like
-    return make(head.weight, memory_format=torch.contiguous_format)
+    room = large(head.weight.shape, hidden.device, head.weight.dtype)
+    return room if hidden.shape[0] else room.zero_()
 
 
 class Sums:

@@ -13,8 +13,10 @@ from mgrpo_kernels.ops._triton.launch import launch, processors, row_tile
 from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
-__all__ = ["FusedPasses", "GpuPasses", "backward", "forward", "passes_of", "unsupported"]
+__all__ = ["FusedPasses", "GpuPasses", "backward", "forward", "logits_room", "passes_of", "unsupported"]
 
+STORED_QUARTERS = 3  # of the workspace, for logits stored until the backward pass; the last is for its tile
+STORED_FROM = 8  # an eighth of all logits: with fewer, narrower tiles cost more traffic than the stored logits spare
 FUSED_FROM = 1024  # rows: below, too few tiles for our own matmul to fill a GPU
 
 
@@ -169,10 +171,27 @@ def passes_of(hidden: Tensor, head: Head) -> GpuPasses:
     return FusedPasses() if chosen and fits and hidden.shape[0] >= FUSED_FROM else GpuPasses()
 
 
-def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
-    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
+def logits_room(number: int, head: Head) -> int:
+    """Return how many raw logits of `number` rows, which may be symbolic, the forward pass stores for the backward pass.
+
+    The more are stored, the narrower are the tiles of the others, each of which reads and writes the gradient of the hidden states.
+    """
+    tuned = tuning.of(head.weight.device)
+    if tuned.matmul == "fused":  # computes logits again in registers
+        return 0
+    bound = head.workspace_bytes or tuned.workspace_bytes
+    room = bound * STORED_QUARTERS // 4 // head.raw_dtype.itemsize
+    logits = number * tiled.padded(head.weight.shape[0], GpuPasses.padding)
+    pays = torch.sym_min(1, STORED_FROM * room // torch.sym_max(1, logits))  # 1 or 0, of a number that may be symbolic
+    return torch.sym_min(logits, room * pays)  # type: ignore[no-any-return]
+
+
+def forward(hidden: Tensor, head: Head, labels: Tensor | None, stored: tiled.Stored | None = None) -> Tensor:
+    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary, and store logits."""
     tuned = tuning.of(hidden.device)
     passes = passes_of(hidden, head)
+    if stored is not None:
+        return tiled.forward(hidden, head, labels, passes, backward_shape(hidden, head, passes, stored), stored)
     if not isinstance(passes, FusedPasses):
         shape = tiled.TileShape(*tuned.forward_tile).within(head.workspace_bytes, head.raw_dtype.itemsize)
         return tiled.forward(hidden, head, labels, passes, shape)
@@ -192,19 +211,24 @@ def backward(
     coefficients: Tensor,  # (4, N)
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
+    stored: tiled.Stored | None = None,
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     passes = passes_of(hidden, head)
-    shape = backward_shape(hidden, head, passes)
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape)
+    shape = backward_shape(hidden, head, passes, stored)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape, stored)
 
 
-def backward_shape(hidden: Tensor, head: Head, passes: GpuPasses) -> tiled.TileShape:
+def backward_shape(
+    hidden: Tensor, head: Head, passes: GpuPasses, stored: tiled.Stored | None = None
+) -> tiled.TileShape:
     """Return the tile of backward: as much of the logits as the workspace holds, with all rows if they leave it wide enough.
 
     Each span of columns reads and writes the float32 gradient of the hidden states once, and each span of rows, where there are
     several, that of the weight: so both spans should be long.
     """
     tuned = tuning.of(hidden.device)
-    shape = tiled.TileShape(min(max(1, hidden.shape[0]), tuned.backward_rows), head.weight.shape[0])
-    return shape.within(head.workspace_bytes or tuned.workspace_bytes, tiled.backward_bytes(head, passes))
+    number = hidden.shape[0] if stored is None else stored.number
+    shape = tiled.TileShape(min(max(1, number), tuned.backward_rows), head.weight.shape[0])
+    bound = (head.workspace_bytes or tuned.workspace_bytes) - (0 if stored is None else stored.values.nbytes)
+    return shape.within(bound, tiled.backward_bytes(head, passes))
