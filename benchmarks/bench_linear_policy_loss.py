@@ -1,4 +1,4 @@
-"""From hidden states to the policy loss. FLOP: 2 N V H a matmul, 3 of them fused or with the logits held, 4 composed.
+"""From hidden states to the policy loss. FLOP: 2 N V H a matmul, 3 of them fused or with the logits held, up to 4 composed.
 
 The ceiling and the shares are those of bench_linear_token_stats.py. A provider that forms the gradient in the forward pass has
 nothing to do in backward but to hand it over.
@@ -38,7 +38,7 @@ def time_it(benchmark, shape, dtype, provider, step, tokens, patient=False):
     if step != "forward":
         leaves = tuple(leaf.requires_grad_() for leaf in leaves)
     labels = labels.view(SEQUENCES, -1)
-    gemms = peer.matmuls(hidden, step)
+    gemms = peer.matmuls(hidden, vocab, step)
 
     def call(function):
         return lambda: function(*leaves, labels, old, advantages)

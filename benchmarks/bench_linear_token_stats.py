@@ -1,4 +1,4 @@
-"""The fused head. FLOP: 2 N V H a matmul; forward has one, backward two, and one more where it computes the logits again.
+"""The fused head. FLOP: 2 N V H a matmul; forward has one, backward two, and one more for the share of the logits that it computes again.
 
 The ceiling is the bare ``hidden @ weight.T`` of the same shape and dtype. `ratio` is in units of it, whatever the provider does;
 `share_of_ceiling` is the provider's own number of matmuls over that.
@@ -34,7 +34,7 @@ def time_it(benchmark, shape, dtype, provider, step, tokens, patient=False):
     leaves = hidden.detach(), weight.detach()
     if step != "forward":
         leaves = tuple(leaf.requires_grad_() for leaf in leaves)
-    gemms = peer.matmuls(hidden, step)
+    gemms = peer.matmuls(hidden, vocab, step)
 
     def call(function):
         return lambda: function(*leaves, labels)

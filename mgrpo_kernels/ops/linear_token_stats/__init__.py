@@ -54,12 +54,13 @@ def linear_token_stats(
     float32, and the matmul's float32 sums are not rounded.
 
     x = hidden @ weight.T + bias;  y = logit_scale x, then softcap tanh(y / softcap);  z = y / temperature. The library's matmul
-    fills one tile of logits at a time in a reused workspace; backward computes each tile again, then its gradient,
-    and multiplies that with the weight and the hidden states. Gradients accumulate in float32. Under autocast the op
-    computes in the autocast dtype, like ``torch.nn.functional.linear``, with autocast's own cast of the weight.
+    fills one tile of logits at a time in a reused workspace. Where a gradient is required, the tiles for which the workspace has
+    room are stored until the backward pass, which computes the others again. It forms the gradient of each tile, and multiplies that
+    with the weight and the hidden states. Gradients accumulate in float32. Under autocast the op computes in the autocast
+    dtype, like ``torch.nn.functional.linear``, with autocast's own cast of the weight.
 
-    The logits workspace is bounded by `workspace_bytes`, whatever the number of tokens, forward and backward. By default it takes at most
-    4 MiB in float32, 8 MiB forward and 12 MiB backward in 16 bits (native), 512 MiB (triton) or 64 MiB (reference).
+    The logits workspace, stored logits included, is bounded by `workspace_bytes`, whatever the number of tokens, forward and backward. By
+    default it takes at most 224 MiB (native; without a gradient 4 MiB, or 8 MiB in 16 bits), 512 MiB (triton) or 64 MiB (reference).
 
     Args:
         hidden: ``(..., H)`` float32, bfloat16 or float16 (float64 on the reference backend).
@@ -81,7 +82,8 @@ def linear_token_stats(
             out, nor does any with `kept`.
         tp_group: process group over which the vocabulary is sharded. Every rank gets the full result.
         vocab_start: vocabulary entry of this rank's first row. None asks the group, once a call (one small collective).
-        workspace_bytes: bound of the logits workspace, at least 64 KiB; None takes the backend's own. The reference backend, which takes
+        workspace_bytes: bound of the logits workspace, at least 64 KiB; None takes the backend's own. With a larger one the backward pass
+            computes fewer logits again, and more memory is held between the passes. The reference backend, which takes
             whole rows of logits, uses 28 bytes for each vocabulary entry (56 in float64) where that is more.
         logits_dtype: dtype of the logits in the workspace where hidden and weight have 16 bits: float32, or their own, as a plain 16-bit
             head has it. That halves the workspace and rounds each logit: between 16 and 32 by up to 0.06 in bfloat16.

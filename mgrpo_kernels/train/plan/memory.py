@@ -159,7 +159,8 @@ def head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> 
         fused, _ = fused_on_cpu.fusion(torch.device(device), dtype)
         if not fused:
             tile = composed_on_cpu.tile_shape(dtype)
-            return c * min(tile.rows, tokens) * min(tile.columns, V), weight
+            in_tile = min(tile.rows, tokens) * min(tile.columns, V)
+            return min(composed_on_cpu.WORKSPACE_BYTES, 4 * tokens * V + (4 + c) * in_tile), weight
         most = fused_on_cpu.WORKSPACE_BYTES
     return c * V * min(tokens, max(1, most // (c * V))), weight
 
