@@ -62,6 +62,7 @@ class Peer(NamedTuple):
     needs: str  # "module:attribute", or nothing
     gpu_only: bool
     slow_on_cpu: bool
+    why_not: Callable[[torch.device], str | None] = lambda device: None
 
     def unavailable(self, device: torch.device) -> str | None:
         """Return why it cannot run here, or None."""
@@ -79,7 +80,7 @@ class Peer(NamedTuple):
             return f"peer {self.needs.partition('.')[0]} does not import here: {type(error).__name__}: {error}"
         if self.gpu_only and device.type != "cuda":
             return f"peer {self.name} runs on a GPU only"
-        return None
+        return self.why_not(device)
 
     def matmuls(self, hidden: Tensor, vocab: int, step: str) -> float:
         """Return how many matmuls of the head's size a pass takes."""
@@ -99,11 +100,12 @@ def provider(
     needs: str = "",
     gpu_only: bool = False,
     slow_on_cpu: bool = False,
+    why_not: Callable[[torch.device], str | None] = lambda device: None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter the decorated function under `op`."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
-        PEERS[op][name] = Peer(name, function, computes, gemms, needs, gpu_only, slow_on_cpu)
+        PEERS[op][name] = Peer(name, function, computes, gemms, needs, gpu_only, slow_on_cpu, why_not)
         return function
 
     return enter
@@ -283,6 +285,23 @@ def _(hidden, weight, labels):
 
     nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels, 1.0, -100, 1, True)
     return -nll, entropy
+
+
+@provider(
+    "linear_token_stats",
+    "ours, liger",
+    STATS,
+    gemms=RECOMPUTE,
+    needs=LIGER_HEAD,
+    gpu_only=True,
+    why_not=lambda device: (
+        backend.backends(device, torch.bfloat16)["linear_token_stats"]["liger"].removeprefix("ok") or None
+    ),
+)
+def _(hidden, weight, labels):
+    """``linear_token_stats(backend="liger")``: Liger's kernel behind our arguments."""
+    stats = linear_token_stats(hidden, weight, labels, backend="liger")
+    return stats.logprob, stats.entropy
 
 
 @provider("linear_token_stats", "liger, logprob", PART, gemms=RECOMPUTE, needs=LIGER_HEAD)

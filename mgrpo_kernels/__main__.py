@@ -10,7 +10,7 @@ import sys
 import torch
 
 import mgrpo_kernels
-from mgrpo_kernels import _native
+from mgrpo_kernels import _native, backend
 
 PACKAGES = (
     "torch",
@@ -54,7 +54,9 @@ def report() -> str:
         lines.append(f"backends on {device}, float32:")
         for op, reasons in mgrpo_kernels.backends(device).items():
             lines.append(f"  {op}")
-            lines += [f"    {backend}: {reason}" for backend, reason in reasons.items()]
+            lines += [f"    {name}: {reason}" for name, reason in reasons.items() if name in backend.NAMES]
+            of_vendors = mgrpo_kernels.backends(device, torch.bfloat16)[op].items()  # the dtype of their kernels
+            lines += [f"    {name} (bfloat16): {reason}" for name, reason in of_vendors if name in backend.VENDORS]
     return "\n".join(lines)
 
 

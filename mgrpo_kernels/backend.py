@@ -20,6 +20,8 @@ import torch
 logger = logging.getLogger("mgrpo_kernels")
 
 NAMES = ("reference", "native", "triton")
+VENDORS = ("liger",)
+"""Other libraries' kernels, which an op has beside its own. They run where a call names them, and are never picked."""
 
 # Fastest first. On a CPU Triton exists only as an interpreter, which is for tests: never an automatic choice.
 _PREFERENCE = {"cpu": ("native", "reference")}
@@ -55,14 +57,16 @@ def register(op: str, **modules: Backend) -> None:
 
 def implementation(op: str, backend: str) -> Any:  # each op has its own functions beyond Backend's
     """Return the module that runs `op` on `backend`, as picked before by :func:`choose`."""
-    if backend not in _registry[op]:
-        raise ValueError(f"backend: expected one of {', '.join(_registry[op])}, got {backend!r}")
+    ours = [name for name in _registry[op] if name in NAMES]
+    if backend not in ours:
+        raise ValueError(f"backend: expected one of {', '.join(ours)}, got {backend!r}")
     return _registry[op][backend]
 
 
 def _check_name(backend: str, where: str) -> str:
     if backend not in NAMES:
-        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {backend!r}")
+        hint = "; pass it as the argument backend of an op that has it" if backend in VENDORS else ""
+        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {backend!r}{hint}")
     return backend
 
 
@@ -133,7 +137,8 @@ def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.d
     if requested is None and (requested := os.environ.get("MGRPO_BACKEND") or None) is not None:
         where = "MGRPO_BACKEND"
     if requested is not None:
-        _check_name(requested, where)
+        if where != "backend" or requested not in VENDORS:
+            _check_name(requested, where)
         if requested not in modules:
             raise BackendUnavailable(f"{op} has no {requested} backend; it has {', '.join(modules)}")
         reason = modules[requested].unsupported(device, dtype)

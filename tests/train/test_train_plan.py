@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from absent import need
+from absent import need, need_instructions
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -377,6 +378,35 @@ def test_the_plan_has_the_disk_and_what_would_lower_memory(monkeypatch: pytest.M
     (lower,) = [line for line in short if "less memory: " in line]
     assert "TOO LITTLE" in short[1]
     assert re.search(r"--(tokens-per-microbatch \d+|gradient-checkpointing|kl-coef 0)", lower)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplies", "said"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_the_plan_says_where_bfloat16_saves_no_time(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, multiplies: bool, said: int
+) -> None:
+    monkeypatch.setattr("mgrpo_kernels.ops.linear_token_stats.tiled.multiplies_16_bits", lambda *_: multiplies)
+    model = read_model(demo.model_config())
+    found = plan(tiny.config(dtype=dtype), demo.make_task(0), model, 12, torch.device("cpu"), Target(1), probe=False)
+    for lines in (found.lines, found.short):
+        assert sum("--dtype bfloat16 saves memory on this CPU, not time" in line for line in lines) == said
+    on_gpu = plan(
+        tiny.config(dtype=dtype), demo.make_task(0), model, 12, torch.device("cpu"), Target(1, "h100-80gb"), probe=False
+    )
+    assert not [line for line in on_gpu.lines if "not time" in line]
+
+
+def test_a_cpu_without_instructions_for_bfloat16_is_recognised() -> None:
+    """A oneDNN that may use AVX2 alone has no block product of 16-bit numbers, as on an older CPU."""
+    need_instructions("AVX2")
+    code = (
+        "import torch; from mgrpo_kernels.ops.linear_token_stats import tiled; "
+        "print(tiled.multiplies_16_bits(torch.device('cpu'), torch.bfloat16))"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_the_start_of_a_run_fits_15_lines_and_the_rest_is_in_files(

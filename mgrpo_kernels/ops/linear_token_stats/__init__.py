@@ -19,7 +19,7 @@ from mgrpo_kernels.ops._head import (
     check_tp_group,
 )
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
-from mgrpo_kernels.ops.linear_token_stats import tiled
+from mgrpo_kernels.ops.linear_token_stats import liger, tiled
 from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
@@ -87,7 +87,8 @@ def linear_token_stats(
             whole rows of logits, uses 28 bytes for each vocabulary entry (56 in float64) where that is more.
         logits_dtype: dtype of the logits in the workspace where hidden and weight have 16 bits: float32, or their own, as a plain 16-bit
             head has it. That halves the workspace and rounds each logit: between 16 and 32 by up to 0.06 in bfloat16.
-        backend: ``reference``, ``native`` or ``triton``; None picks.
+        backend: ``reference``, ``native`` or ``triton``; None picks one of them. ``liger`` is Liger's kernel for bfloat16 on NVIDIA GPUs of
+            compute capability 9.0 and 10.x, which has fewer options and a lower precision.
         debug: on a GPU, pay a host sync to raise for a bad label; with `kept`, also raise for a label outside its token's set.
 
     Returns:
@@ -128,6 +129,12 @@ def linear_token_stats(
         None if per_row is None else per_row.reshape(-1),
     )
     options = (number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype)
+    if name == "liger":
+        lacking = {"softcap": softcap, "kept": kept, "gradient_tolerance": gradient_tolerance, "tp_group": tp_group}
+        lacking |= {"bias": bias, "workspace_bytes": workspace_bytes, "temperature": per_row}
+        liger.refuse(wanted, logit_scale, logits_dtype, lacking)
+        flat = liger.token_stats(*tensors[:2], *tensors[3:5], number / logit_scale, wanted, debug=debug)
+        return TokenStats(*[None if stat is None else stat.view(rows) for stat in flat])
     if kept is None:
         logprob, entropy, self_certainty, *_ = linear_token_stats_op(
             *tensors, *options, gradient, gradient_tolerance, debug, name

@@ -12,11 +12,11 @@ from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
 from mgrpo_kernels.ops._head import check_rows
-from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
+from mgrpo_kernels.ops.linear_token_stats import liger, native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
 OP = "linear_token_stats"
-backends.register(OP, reference=reference, native=native, triton=triton)
+backends.register(OP, reference=reference, native=native, triton=triton, liger=liger)
 
 
 @torch.library.custom_op("mgrpo_kernels::linear_token_stats", mutates_args=())

@@ -28,7 +28,10 @@ ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows 
 # Elements of a product from which a GPU's matmul has no reason to split the inner dimension among its multiprocessors and to
 # add up the pieces in 16 bits, as it may where PyTorch's allow_bf16_reduced_precision_reduction, or that of fp16, is set (the default).
 UNSPLIT_FROM = 2**25
-WIDENED_BYTES = 4 * 2**20  # of float32 copies, where no matmul of 16-bit factors has a float32 result
+OPERAND_BYTES = (
+    32 * 2**20
+)  # of the float32 copy of a factor of several matmuls, where no matmul of 16-bit factors has a float32 result
+WIDENED_BYTES = 4 * 2**20  # of such copies for one matmul, where its factors are larger
 
 
 class Passes:
@@ -145,10 +148,17 @@ def spans(total: int, size: int, multiple: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def of_tile(head: Head, rows: slice, columns: slice) -> Head:
-    """Return the head that a tile sees."""
+def operand(x: Tensor) -> Tensor:
+    """Return a factor as the matmuls take it: in float32 where each would convert it, if that takes no more than OPERAND_BYTES."""
+    if x.element_size() != 2 or 4 * x.numel() > OPERAND_BYTES or multiplies_16_bits(x.device, x.dtype):
+        return x
+    return x.float()
+
+
+def of_tile(head: Head, rows: slice, columns: slice, weight: Tensor | None = None) -> Head:
+    """Return the head that a tile sees; `weight` is that of the columns as an :func:`operand`."""
     return head._replace(
-        weight=head.weight[columns],
+        weight=head.weight[columns] if weight is None else weight,
         bias=None if head.bias is None else head.bias[columns],
         temperature=head.temperature[rows] if isinstance(head.temperature, Tensor) else head.temperature,
         vocab_start=head.vocab_start + columns.start,
@@ -237,13 +247,15 @@ def forward(
     state = empty_state(number, hidden.device)
     rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
     workspace = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
+    hidden = hidden if number > shape.rows else operand(hidden)
     for columns in spans(vocab, shape.columns, ALIGNED):
         tile = None if stored is None else stored.tile(columns, passes.padding)
+        weight = operand(head.weight[columns])
         for rows in spans(number, shape.rows):
-            tile_head = of_tile(head, rows, columns)
+            tile_head = of_tile(head, rows, columns, weight)
             x = place_of(workspace, rows, columns, passes.padding) if tile is None else tile[rows]
             of_tile_labels = None if labels is None else labels[rows]
-            passes.of_rows(rows).fill(x, hidden[rows], tile_head, of_tile_labels, state[:, rows])
+            passes.of_rows(rows).fill(x, operand(hidden[rows]), tile_head, of_tile_labels, state[:, rows])
     return state
 
 
@@ -272,7 +284,9 @@ def backward(
     logits = gradients
     if needs_two_tiles(head, passes):
         logits = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
+    factor = hidden if number > shape.rows else operand(hidden)
     for columns in spans(vocab, shape.columns, ALIGNED):
+        of_columns = operand(head.weight[columns])
         total = None if weight is None else weight[columns]
         if total is not None and total.dtype != torch.float32 and not _is_one_matmul(total, number, head, shape):
             if partial is None or partial.shape != total.shape:
@@ -280,17 +294,17 @@ def backward(
             total = partial
         tile = None if stored is None else stored.tile(columns, passes.padding)
         for rows in spans(number, shape.rows):
-            tile_head = of_tile(head, rows, columns)
+            tile_head, of_rows = of_tile(head, rows, columns, of_columns), operand(factor[rows])
             x, grad = (place_of(each, rows, columns, passes.padding) for each in (logits, gradients))
             of_labels = None if labels is None else labels[rows]
             given = tile_head, of_labels, coefficients[:, rows], logsumexp[rows], grad
             if stored is None or tile is None:
-                passes.fill_gradient(x, hidden[rows], *given)
+                passes.fill_gradient(x, of_rows, *given)
             else:
                 passes.gradient(stored.take(tile, rows, x), *given)
             sums.add(grad, tile_head.weight, rows, columns)
             if total is not None:
-                accumulate(total, grad.t(), hidden[rows], first=rows.start == 0)
+                accumulate(total, grad.t(), of_rows, first=rows.start == 0)
         if weight is not None and partial is not None and total is partial and number:
             weight[columns].copy_(partial)
     return sums.hidden, weight, sums.bias_in(hidden.dtype)

@@ -77,15 +77,15 @@ def gradients(
     if grad_loss is None:
         return None, None
     gradient, scales, logprob, *others = saved
-    if not need_entropy and _scale_in_place(gradient, scales, logprob, grad_loss):
-        return gradient, None
+    if not need_entropy and _scale_in_place(gradient, scales, grad_loss):
+        return gradient.to(logprob.dtype), None
     of_logprob, of_entropy = policy_loss_backward_op(
         grad_loss, gradient, scales, logprob, *others, need_logprob, need_entropy
     )
     return of_logprob if need_logprob else None, of_entropy if need_entropy else None
 
 
-def _scale_in_place(gradient: Tensor, scales: Tensor, logprob: Tensor, grad_loss: Tensor) -> bool:
+def _scale_in_place(gradient: Tensor, scales: Tensor, grad_loss: Tensor) -> bool:
     """Turn the saved gradient into the one to return if nothing reads it again and its zeros stay zeros; else return False.
 
     On a CPU, where the first write to each page of a second tensor takes longer than the product.
@@ -93,7 +93,6 @@ def _scale_in_place(gradient: Tensor, scales: Tensor, logprob: Tensor, grad_loss
     if (
         type(gradient) is not Tensor  # FakeTensor, for example, which has no values
         or gradient.device.type != "cpu"
-        or gradient.dtype != logprob.dtype
         or torch._C._len_torch_dispatch_stack() > 0  # a mode that sees operators is to see this one
         or _autograd.asked_again(grad_loss)
     ):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from mgrpo_kernels import _native
+from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.train.config import Config, LoraConfig
 from mgrpo_kernels.train.config.whole import DEFAULTS
 from mgrpo_kernels.train.data.task import Task
@@ -144,7 +146,7 @@ def plan(
     lowering = []
     if room is not None and memory.total > room:
         lowering = lower(config, model, prompt_tokens, len(task.held_out), ranks, kind, flash, room)
-    disk = disk_line(config, model)
+    disk, dtype = disk_line(config, model), dtype_lines(config, kind)
     largest, trained = max(work.micro, key=work.tokens), count([model.trained])
     adapter = f"  trained parameters: {trained:,} of the adapter, {trained / model.parameters:.2%} of all"
     lines = [
@@ -152,6 +154,7 @@ def plan(
         f"  device: {name}" if ranks == 1 else f"  devices: {ranks} x {name}, one per rank",
         f"  parameters: {model.parameters:,}",
         *([] if model.whole else [adapter]),
+        *dtype,
         f"  prompts: {len(task.train):,} for training ({passes}), {len(task.held_out):,} held out",
         f"  responses per evaluation: {samples:,}",
         f"  micro-batches per step and rank: {len(work.micro)}, with at most {work.tokens(largest):,} tokens",
@@ -176,9 +179,21 @@ def plan(
         + ("" if room is None else f" of {size(room)}")
         + (": TOO LITTLE" if lowering else ""),
         *lowering,
+        *(each.strip() for each in dtype),
         disk.strip(),
     ]
     return Plan(lines, short)
+
+
+def dtype_lines(config: Config, kind: str) -> list[str]:
+    """Return a line if the matrix products of `dtype` are slower than float32's on a device of this kind."""
+    if config.model.dtype == "float32" or kind != "cpu" or _native.missing() is not None:
+        return []
+    if tiled.multiplies_16_bits(torch.device(kind), torch.bfloat16):
+        return []
+    return [
+        f"  --dtype {config.model.dtype} saves memory on this CPU, not time: it has no instructions for it, and float32 is faster"
+    ]
 
 
 def disk_line(config: Config, model: Model) -> str:
