@@ -85,6 +85,21 @@ def test_blocks_say_what_they_are(page: Path) -> None:
             assert block.language in doc_pages.RUN, (
                 f"{name(page)}, line {block.line}: a block that would not run anyway"
             )
+        elif block.language == "bash":  # a test that installs something changes the environment of all others
+            assert not installs(block), f"{name(page)}, line {block.line}: expected '<!-- not run: why -->'"
+
+
+def installs(block: doc_pages.Block) -> bool:
+    return (
+        re.search(r"\b(pip|apt|apt-get|conda|uv)\b[^\n]* install\b|\bmake (setup|vllm|peers)", block.text) is not None
+    )
+
+
+def test_a_block_that_installs_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    commands = {"python -m pip install x": True, "make setup": True, "apt-get install y": True, "make test": False}
+    page.write_text("".join(f"```bash\n{command}\n```\n" for command in commands))
+    assert [installs(block) for block in doc_pages.blocks(page)] == list(commands.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
