@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from mgrpo_kernels.ops._triton import tuning
+from mgrpo_kernels.ops.linear_token_stats import tiled
+from mgrpo_kernels.ops.linear_token_stats import triton as head
+from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -151,3 +154,33 @@ def test_a_sweep_cut_short_keeps_what_it_measured(tmp_path):
     assert result["not_reached"] == ["stats_forward", "backward_rows"]
     assert "stats_forward=[4, 0] cut off" in done.stdout
     assert "the sweep is incomplete: no time left after 30 s" in done.stdout
+
+
+@pytest.mark.parametrize(("multiprocessors", "columns"), [(132, 8448), (108, 6912), (148, 9472), (304, 9728)])
+def test_a_forward_tile_gives_every_multiprocessor_the_same_work(multiprocessors, columns):
+    shape = head.forward_shape(8192, tuning.Tuning(), multiprocessors)
+    assert shape == (8192, columns)
+    rows_of_tiles, columns_of_tiles = 8192 // head.MATMUL_TILE[0], columns // head.MATMUL_TILE[1]
+    assert rows_of_tiles * columns_of_tiles % multiprocessors == 0
+
+
+@pytest.mark.parametrize(("rows", "matmuls"), [(1, 1), (400, 1), (1024, 3), (8192, 18), (20000, 54)])
+def test_fewer_rows_take_fewer_matmuls(rows, matmuls):
+    """152064 columns on an H100; the logits of a tile are about as many, whatever the rows."""
+    shape = head.forward_shape(rows, tuning.Tuning(), 132)
+    assert shape.rows * min(shape.columns, 152064) <= 1.1 * 8192 * 8192
+    widths = [each.stop - each.start for each in tiled.spans(152064, shape.columns, shape.columns)]
+    assert widths[:-1] == [shape.columns] * (len(widths) - 1)
+    assert len(widths) * len(list(tiled.spans(rows, shape.rows))) == matmuls
+
+
+def test_forward_multiplies_in_those_tiles():
+    hidden, weight = torch.randn(3, 8), torch.randn(1100, 8)
+    sizes = tuning.Tuning(forward_tile=(4, 512))
+    of_all = Head(weight, None, 1.0, 1.0, None, 0, None)
+    with mock.patch.object(tuning, "of", return_value=sizes), mock.patch.object(head, "MATMUL_TILE", (1, 512)):
+        shape = head.forward_shape(3, sizes, 1)
+        with mock.patch.object(tiled, "accumulate", wraps=tiled.accumulate) as accumulate:
+            head.forward(hidden, of_all, None)
+    assert [call.args[0].shape[1] for call in accumulate.call_args_list] == [512, 512, 76]
+    assert shape.columns == 512

@@ -1,8 +1,9 @@
 """The fused head over tiles of logits: the loop that the native and the Triton backend share.
 
-The library's matmul fills one tile ``(rows, columns)`` of raw logits in a reused workspace, and a backend's pass goes over it
-while it is in cache: :meth:`Passes.state` folds it into the rows' statistics, :meth:`Passes.gradient` computes its gradient. Tiles for
-which there is room are stored between the two (:class:`Stored`), and are not multiplied for again.
+The library's matmul fills one tile ``(rows, columns)`` of raw logits in a reused workspace, and a backend's pass goes over it, on a CPU
+while it is in the cache (a GPU's tile of hundreds of MiB is read from memory): :meth:`Passes.state` folds it into the rows'
+statistics, :meth:`Passes.gradient` computes its gradient. Tiles for which there is room are stored between the two (:class:`Stored`),
+and are not multiplied for again.
 
 A product of two 16-bit numbers is exact in float32, so 16-bit operands with a float32 tile give the logits of a float32 head at the
 speed of a 16-bit matmul. Their gradient is rounded to 16 bits, since it is an operand of the two matmuls that follow.
@@ -240,15 +241,25 @@ def rounds_once(product: torch.Size, device: torch.device, dtype: torch.dtype) -
 
 
 def forward(
-    hidden: Tensor, head: Head, labels: Tensor | None, passes: Passes, shape: TileShape, stored: Stored | None = None
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor | None,
+    passes: Passes,
+    shape: TileShape,
+    stored: Stored | None = None,
+    *,
+    even: bool = True,
 ) -> Tensor:
-    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)``, and store logits. Weights are the outer loop: each is read once."""
+    """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)``, and store logits. Weights are the outer loop: each is read once.
+
+    Tiles are as wide as each other, or with `even` False as wide as `shape`, but for the last.
+    """
     number, vocab = hidden.shape[0], head.weight.shape[0]
     state = empty_state(number, hidden.device)
     rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
     workspace = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     hidden = hidden if number > shape.rows else operand(hidden)
-    for columns in spans(vocab, shape.columns, ALIGNED):
+    for columns in spans(vocab, shape.columns, ALIGNED if even else shape.columns):
         tile = None if stored is None else stored.tile(columns, passes.padding)
         weight = operand(head.weight[columns])
         for rows in spans(number, shape.rows):

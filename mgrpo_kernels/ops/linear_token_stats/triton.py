@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,11 @@ from mgrpo_kernels.ops.linear_token_stats.specs import Head
 __all__ = ["FusedPasses", "GpuPasses", "backward", "forward", "logits_room", "passes_of", "unsupported"]
 
 STORED_QUARTERS = 3  # of the workspace, for logits stored until the backward pass; the last is for its tile
-STORED_FROM = 8  # an eighth of all logits: with fewer, narrower tiles cost more traffic than the stored logits spare
+STORED_FROM = 6  # a sixth of all logits: with fewer, the traffic of narrower tiles costs as much as stored logits save
+MATMUL_TILE = (
+    128,
+    256,
+)  # rows and columns of the result that a multiprocessor computes at once in the library's large matmuls
 FUSED_FROM = 1024  # rows: below, too few tiles for our own matmul to fill a GPU
 
 
@@ -193,8 +198,10 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, stored: tiled.Sto
     if stored is not None:
         return tiled.forward(hidden, head, labels, passes, backward_shape(hidden, head, passes, stored), stored)
     if not isinstance(passes, FusedPasses):
-        shape = tiled.TileShape(*tuned.forward_tile).within(head.workspace_bytes, head.raw_dtype.itemsize)
-        return tiled.forward(hidden, head, labels, passes, shape)
+        shape = forward_shape(hidden.shape[0], tuned, processors(hidden.device))
+        return tiled.forward(
+            hidden, head, labels, passes, shape.within(head.workspace_bytes, head.raw_dtype.itemsize), even=False
+        )
     state = tiled.empty_state(hidden.shape[0], hidden.device)
     row_bytes = -(-head.weight.shape[0] // tuned.fused_tile[1]) * 5 * 4  # of the tiles' states
     at_once = max(1, (head.workspace_bytes or tuned.workspace_bytes) // row_bytes)
@@ -202,6 +209,19 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, stored: tiled.Sto
         tile_head = tiled.of_tile(head, rows, slice(0, head.weight.shape[0]))
         passes.fill(None, hidden[rows], tile_head, None if labels is None else labels[rows], state[:, rows])
     return state
+
+
+def forward_shape(number: int, tuned: tuning.Tuning, multiprocessors: int) -> tiled.TileShape:
+    """Return the tile of forward: about as many logits as the tuned one, whose matmul keeps all multiprocessors busy to its end.
+
+    With fewer rows it is wider, so that fewer matmuls are launched. Its columns are a multiple of what gives every multiprocessor the same
+    number of the matmul's own tiles.
+    """
+    rows = min(max(1, number), tuned.forward_tile[0])
+    of_rows = -(-rows // MATMUL_TILE[0])
+    wave = MATMUL_TILE[1] * multiprocessors // math.gcd(of_rows, multiprocessors)
+    columns = tuned.forward_tile[0] * tuned.forward_tile[1] // rows
+    return tiled.TileShape(rows, wave * max(1, round(columns / wave)))
 
 
 def backward(
