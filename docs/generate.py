@@ -16,6 +16,7 @@ import families_table  # noqa: F401 - likewise
 import figures_of_rollouts  # noqa: F401 - its tables are figures too
 import figures_of_study  # noqa: F401 - likewise
 import method_tables  # noqa: F401 - likewise
+import peer_suites_table  # noqa: F401 - likewise
 import spans
 import torture_table  # noqa: F401 - likewise
 from figures import FIGURES, PUBLISHED, RESULTS, report

@@ -67,7 +67,7 @@ class MethodOptions:
     decay_end: float | None = option(
         None,
         "decay of the momentum model at the last step, reached along a cosine",
-        if_none="the decay is constant, except for co_rewarding, where it ends at 0.9999",
+        if_none="the decay is constant, except for co_rewarding and co_rewarding_3, where it ends at 0.9999",
         at_least=0.0,
         below=1.0,
         group=MOMENTUM_GROUP,
