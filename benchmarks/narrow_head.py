@@ -28,9 +28,9 @@ def calls(tokens, width, vocab, dtype):
         with torch.no_grad():
             linear_token_stats(*operands, labels)
 
-    def both(operands):
+    def both(operands, workspace_bytes=None):
         leaves = [each.detach().requires_grad_() for each in operands]
-        stats = linear_token_stats(*leaves, labels)
+        stats = linear_token_stats(*leaves, labels, workspace_bytes=workspace_bytes)
         torch.autograd.grad((stats.logprob, stats.entropy), leaves, (upstream, upstream))
 
     def loss(operands):
@@ -44,6 +44,7 @@ def calls(tokens, width, vocab, dtype):
         "forward": lambda: forward((hidden, weight)),
         "forward, float32": lambda: forward(wide),
         "forward + backward": lambda: both((hidden, weight)),
+        "forward + backward, stored": lambda: both((hidden, weight), 2**28),
         "forward + backward, float32": lambda: both(wide),
         "loss, forward + backward": lambda: loss((hidden, weight)),
     }

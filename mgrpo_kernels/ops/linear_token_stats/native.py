@@ -20,7 +20,7 @@ __all__ = [
     "unsupported",
 ]
 
-WORKSPACE_BYTES = 224 * 2**20  # of a call with a gradient: a tile, and logits stored until the backward pass
+WORKSPACE_BYTES = 12 * 2**20  # of a call with a gradient: the largest tile; a larger workspace stores logits
 MAX_ROOM, ROOM_STEP = (
     4096,
     16,
