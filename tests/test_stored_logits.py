@@ -172,11 +172,11 @@ def test_stored_logits_and_a_tile_fit_the_workspace(backend, workspace):
 def test_nothing_is_stored_where_no_gradient_can_come(backend):
     assert held_after_forward(backend, None, grad=False)[0] == 0
     _, scored = held_after_forward(backend, None, grad=False)
-    assert scored.largest < LOGITS / 2
+    assert scored.largest < LOGITS  # a tile
     hidden, weight, labels = make()
     with watch_memory() as memory:
         linear_token_stats(hidden.detach(), weight.detach(), labels, backend=backend)
-    assert memory.largest < LOGITS / 2
+    assert memory.largest < LOGITS
 
 
 @both_backends

@@ -223,7 +223,7 @@ def test_compiles_whole_and_recompiles_once(make_case):
 
 def test_the_device_is_meant():
     """The path for masks that a GPU takes is the one that was tested."""
-    from mgrpo_kernels.ops import linear_token_stats as op_module
+    from mgrpo_kernels.ops.linear_token_stats import op as op_module
 
     assert op_module.kept_rows(torch.ones(3, dtype=torch.bool, device=DEVICE)) is None
     assert (DEVICE == CPU) == ON_CPU

@@ -73,7 +73,7 @@ def test_nested_fields(tmp_path: Path) -> None:
     assert lookup(values, "a.b") == 1
     assert lookup(values, "reward_model.no") is lookup(values, "prompt.x") is None
     (example,) = read(write(tmp_path / "a.jsonl", values), answer_field="reward_model.ground_truth")
-    assert example == ("What is 1+1?", "2")
+    assert example[:2] == ("What is 1+1?", "2")
     with pytest.raises(
         UsageError,
         match="answer_field: expected one of the fields a.b, prompt, reward_model of .*line 1, got 'reward_model.no'",
@@ -97,7 +97,7 @@ def test_several_true_answers() -> None:
 def test_csv(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text('question,answer\n"How many,\nin all?",42\n1+1,\n', encoding="utf-8-sig")
-    assert read(str(file)) == [("How many,\nin all?", "42"), ("1+1", None)]
+    assert [each[:2] for each in read(str(file))] == [("How many,\nin all?", "42"), ("1+1", None)]
     file.write_text("question,answer\n1+1,2,3\n")
     with pytest.raises(
         UsageError, match=r"data: expected 2 fields, as the first line names, in .*a\.csv, row 1, got 3"
@@ -117,7 +117,7 @@ def test_gzip(tmp_path: Path, ending: str) -> None:
     }
     file = tmp_path / f"a.{ending}.gz"
     file.write_bytes(gzip.compress(texts[ending].encode()))
-    assert read(str(file)) == [("1+1", "2")]
+    assert [each[:2] for each in read(str(file))] == [("1+1", "2")]
     file.write_bytes(b"no gzip")
     with pytest.raises(UsageError, match="data: expected a readable"):
         read_rows(str(file), "data")
@@ -168,7 +168,7 @@ def test_shuffle_and_most() -> None:
 def test_several_files_of_different_fields(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", {"question": "1+1", "answer": 2})
     two = write(tmp_path / "b.jsonl", {"problem": "2+2", "solution": r"so \boxed{4}"})
-    assert read(f"{one},{two}") == [("1+1", "2"), ("2+2", "4")]
+    assert [each[:2] for each in read(f"{one},{two}")] == [("1+1", "2"), ("2+2", "4")]
 
 
 # --- Chat templates
@@ -188,7 +188,7 @@ def test_conversations_reach_the_model(tmp_path: Path) -> None:
     name = chat_model(tmp_path / "m", TURNS)
     options = {"model": name, "data": data, "eval_data": None}
     (example,) = load_task(tiny.config(**options, chat_template="on")).train
-    assert example == ("system: Be brief.\nuser: What is 1+1?\nassistant:", "2")
+    assert example[:2] == ("system: Be brief.\nuser: What is 1+1?\nassistant:", "2")
     (example,) = load_task(tiny.config(**options, chat_template="on", prompt_template="{question} Box it.")).train
     assert example.prompt == "system: Be brief.\nuser: What is 1+1? Box it.\nassistant:"
     with pytest.raises(

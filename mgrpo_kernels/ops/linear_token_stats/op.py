@@ -270,6 +270,8 @@ def live_rows(coefficients: Tensor) -> Tensor | None:
 def stored_rows(logits: Tensor, mask: Tensor | None, rows: Tensor | None, hidden: Tensor) -> tiled.Stored:
     """Return the stored logits of these rows (None: all). The forward pass stored those of the unmasked ones, on a GPU those of all."""
     forward = kept_rows(mask)
+    # Triton's interpreter writes a kernel's arguments back, unchanged; another backward pass would take that for a change of them.
+    logits = logits.data
     if forward is None:
         return tiled.Stored(logits, hidden.shape[0], rows)
     places = None if rows is None or rows.shape == forward.shape else torch.searchsorted(forward, rows)
