@@ -90,7 +90,22 @@ REST: dict[str, dict[str, object]] = {
     "lazy: steady, scope vote": {**LAZY, **STEADY, "filter_scope": "vote"},
 }
 
-NEWER = ("om_grpo", "evol_rl", "restrain", "scrl", "spine", "dare", "confident_vote", "reszero")
+TRIED = (
+    *(
+        "ttrl",
+        "soft_vote",
+        "empo",
+        "om_grpo",
+        "evol_rl",
+        "restrain",
+        "scrl",
+        "spine",
+        "dare",
+        "confident_vote",
+        "reszero",
+    ),
+    *("intuitor", "rent", "co_rewarding_1", "co_rewarding_3", "self_harmony", "dcrl"),
+)
 """Methods of the second edition, with their defaults."""
 
 METHOD_STEPS = 150
@@ -99,7 +114,7 @@ REPORTED: dict[str, dict[str, object]] = {"srt": {"method": "srt"}, "half": HALF
 """What the second edition compares, on both start models. The number of steps is part of the cell's name."""
 
 SECOND: dict[str, dict[str, object]] = {
-    **{f"{method}, {METHOD_STEPS} steps": {"method": method, "steps": METHOD_STEPS} for method in NEWER},
+    **{f"{method}, {METHOD_STEPS} steps": {"method": method, "steps": METHOD_STEPS} for method in TRIED},
     **{
         f"{base}{name}, {steps} steps": {**start, **options, "steps": steps}
         for base, start in (("", {}), ("lazy: ", LAZY))
