@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs verl and OpenRLHF for tests/integrations into .venv/peers, with only those dependencies that their modules need on a CPU. .venv itself
-# is not changed, because both packages pin a release of transformers, and hydra pins a release of antlr that math-verify cannot use. The tests
-# find the folder; other commands need PYTHONPATH=.venv/peers.
+# Installs verl and OpenRLHF for tests/integrations into .venv/peers, and Liger into .venv/liger, with only those dependencies that their
+# modules need on a CPU. .venv itself is not changed, because verl and OpenRLHF pin a release of transformers, and hydra pins a release of
+# antlr that math-verify cannot use. The tests find the folders; other commands need PYTHONPATH=.venv/peers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,9 +16,13 @@ packages=(
   # for models with adapters, and for OpenRLHF's answers
   peft pylatexenc
 )
-to=.venv/peers
-if [ "$(cat "$to/installed" 2>/dev/null)" = "${packages[*]}" ]; then exit; fi
-rm -rf "$to"
-.venv/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --target "$to" "${packages[@]}"
-rm -rf "$to/tests" "$to/scripts"  # both wheels contain the tests and scripts of their repositories
-echo "${packages[*]}" > "$to/installed"
+into() {  # installs packages into a folder, unless it has them
+  local to=$1; shift
+  if [ "$(cat "$to/installed" 2>/dev/null)" = "$*" ]; then return; fi
+  rm -rf "$to"
+  .venv/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --target "$to" "$@"
+  rm -rf "$to/tests" "$to/scripts"  # wheels of verl and OpenRLHF contain the tests and scripts of their repositories
+  echo "$*" > "$to/installed"
+}
+into .venv/peers "${packages[@]}"
+into .venv/liger liger-kernel==0.8.5  # a folder of its own: TRL uses Liger's losses where it can import them

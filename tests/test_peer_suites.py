@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from absent import need
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "scripts" / "peer_suites"
@@ -47,7 +48,7 @@ def compare(checkout: Path, place: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_outcome_that_the_ops_change_is_seen(tmp_path: Path) -> None:
-    pytest.importorskip("trl")
+    need("trl", "make setup-dev")
     (tmp_path / "trl" / "tests").mkdir(parents=True)
     for name, text in TESTS.items():
         (tmp_path / "trl" / "tests" / name).write_text(text)
