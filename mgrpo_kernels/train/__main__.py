@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import command_line
 from mgrpo_kernels.train.config import Config, build, preset_descriptions, read_yaml
-from mgrpo_kernels.train.ending import exit_status
+from mgrpo_kernels.train.ending import exit_status, leave
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.parser import Parser, Spelling
 from mgrpo_kernels.train.run.record import Record
@@ -191,4 +190,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from mgrpo_kernels.train.errors import CheckpointError, EngineError, FailedElsewhereError, OutputError, UsageError
 from mgrpo_kernels.train.text import print_line
@@ -63,3 +67,18 @@ def is_lost_contact(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status; as one of several ranks, without taking the interpreter apart.
+
+    FSDP2 holds its process groups to the end, in spite of destroy_process_group, and with them gloo's threads. One that lets go of a
+    tensor of the last collective while the interpreter is taken apart aborts the process (pytorch #179291), and a run that ended well
+    looks like a crash.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -240,8 +240,28 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint(base: Path, tmp_path: P
     latest = checkpoint.latest(output / "checkpoints")
     assert latest is not None, text
     assert f"stopped after step {checkpoint.step_of(latest)} of {STEPS}; saved {latest}" in text
-    assert "exitcode  : 130" in text
+    assert "exitcode  : 130" in text, text
     assert not workers(process.pid)
+
+
+@pytest.mark.parametrize(("ranks", "torn_down"), [("1", True), ("2", False)])
+def test_a_rank_ends_before_its_interpreter_is_taken_apart(ranks: str, torn_down: bool) -> None:
+    program = (
+        "import atexit\n"
+        "from mgrpo_kernels.train.ending import leave\n"
+        "class Held:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "held = Held()\n"
+        "atexit.register(print, 'exit function')\n"
+        "leave(130)"
+    )
+    environment = {**os.environ, "WORLD_SIZE": ranks}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=SLOWEST
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stdout.split("\n")[0] == "exit function"
+    assert ("taken apart" in done.stdout) == torn_down
 
 
 def test_ranks_agree_shard_and_fail_together(base: Path, tmp_path: Path) -> None:
