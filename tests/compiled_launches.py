@@ -40,6 +40,7 @@ def token_stats(backend, dtype):
 
 
 def linear_token_stats(backend, dtype):
+    from mgrpo_kernels.ops._statistics import Wanted
     from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
     hidden, labels = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=torch.int64)
@@ -57,8 +58,17 @@ def linear_token_stats(backend, dtype):
         if dtype.itemsize == 2:
             backend.FusedPasses().fill(None, hidden, head, labels, state)
             backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, row, grad)
+    plain = head._replace(bias=None, softcap=None)
+    alone = Wanted(True, False, False)
+    yield "log-prob alone"
+    backend.GpuPasses(alone).state(x, plain, labels, state)
+    backend.GpuPasses(alone).gradient(x, plain, labels, coefficients, row, grad)
     if dtype.itemsize == 2:
-        plain = head._replace(bias=None, softcap=None)
+        backend.FusedPasses(alone).fill(None, hidden, plain, labels, state)
+        backend.FusedPasses(alone).fill_gradient(grad, hidden, plain, labels, coefficients, row, grad)
+        yield "log-prob alone, logits in 16 bits"
+        backend.GpuPasses(alone).state(grad, plain, labels, state)
+        backend.GpuPasses(alone).gradient(grad, plain, labels, coefficients, row, grad)
         yield "plain, logits written"
         backend.FusedPasses().fill(x, hidden, plain, labels, state)
         yield "plain, logits in 16 bits"

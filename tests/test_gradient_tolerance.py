@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
+from mgrpo_kernels.ops._statistics import EVERYTHING
 from mgrpo_kernels.ops.linear_token_stats import native
 from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
@@ -223,7 +224,7 @@ def test_opcheck_and_compile(backend):
     logits, labels = rows_of_logits()
     hidden, weight = logits[:, :64].clone().requires_grad_(), torch.randn(V, 64).requires_grad_()
     arguments = (
-        hidden, weight, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, True, TOLERANCE, False, backend,
+        hidden, weight, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, True, False, True, TOLERANCE, False, backend,
     )  # fmt: skip
     torch.library.opcheck(linear_token_stats_op, arguments)
     counter = CompileCounterWithBackend("aot_eager")
@@ -245,7 +246,7 @@ def test_shards_of_a_vocabulary_keep_to_the_tolerance_together():
     for start, stop in ((0, 300), (300, 450), (450, V)):
         head = Head(weight[start:stop], None, 0.9, 1.0, None, start, None)
         entries = Entries.empty(len(labels), native.entries_room(stop - start), logits.device)
-        states.append(native.sparse_forward(logits, head, labels, TOLERANCE, entries))
+        states.append(native.sparse_forward(logits, head, labels, EVERYTHING, TOLERANCE, entries))
         parts.append((head, entries))
     statistics = _statistics.finish(_statistics.merge(torch.stack(states)), labels)
     ones = torch.ones(len(labels))
@@ -256,7 +257,7 @@ def test_shards_of_a_vocabulary_keep_to_the_tolerance_together():
     for head, entries in parts:
         need = (True, False, False)
         got += native.sparse_backward(
-            logits, head, labels, coefficients, statistics.logsumexp, need, TOLERANCE, entries
+            logits, head, labels, coefficients, statistics.logsumexp, need, EVERYTHING, TOLERANCE, entries
         )[0]
     left_out = (got - exact).abs().sum(-1)
     assert (left_out <= TOLERANCE * 1.001 * exact.abs().sum(-1) + 1e-4).all()

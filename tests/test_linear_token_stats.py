@@ -292,9 +292,18 @@ def test_gradcheck_in_float64():
 def test_opcheck(backend):
     h, w, b, labels = make(rows=4, hidden=3, vocab=7, bias=True)
     h, w, b = (t.requires_grad_() for t in (h, w, b))
-    for mask, store in ((torch.tensor([True, True, False, True]), False), (None, True)):
-        options = (0.9, 1.1, 5.0, None, 0, None, torch.float32, store, None, False, backend)
-        torch.library.opcheck(linear_token_stats_op, (h, w, b, labels, mask, None, *options))
+    some = torch.tensor([True, True, False, True])
+    for mask, store, wanted in (
+        (some, False, ALL),
+        (None, True, ALL),
+        (some, False, ("logprob",)),
+        (None, False, ("entropy",)),
+        (some, False, ("logprob", "self_certainty")),
+    ):
+        of_labels = labels if "logprob" in wanted else None
+        asked = "entropy" in wanted, "self_certainty" in wanted
+        options = (0.9, 1.1, 5.0, None, 0, None, torch.float32, *asked, store, None, False, backend)
+        torch.library.opcheck(linear_token_stats_op, (h, w, b, of_labels, mask, None, *options))
 
 
 @each_backend(OP)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from mgrpo_kernels.ops._statistics import EVERYTHING
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.linear_token_stats import triton as head
@@ -181,6 +182,6 @@ def test_forward_multiplies_in_those_tiles():
     with mock.patch.object(tuning, "of", return_value=sizes), mock.patch.object(head, "MATMUL_TILE", (1, 512)):
         shape = head.forward_shape(3, sizes, 1)
         with mock.patch.object(tiled, "accumulate", wraps=tiled.accumulate) as accumulate:
-            head.forward(hidden, of_all, None)
+            head.forward(hidden, of_all, None, EVERYTHING)
     assert [call.args[0].shape[1] for call in accumulate.call_args_list] == [512, 512, 76]
     assert shape.columns == 512

@@ -23,6 +23,17 @@ MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT = range(6)
 STATE_ROWS = 6
 
 
+class Wanted(NamedTuple):
+    """Which statistics are asked for; in a backward pass, which of them have a gradient. Kernels compute nothing for the others."""
+
+    logprob: bool
+    entropy: bool
+    self_certainty: bool
+
+
+EVERYTHING = Wanted(True, True, True)
+
+
 class Statistics(NamedTuple):
     """Per row, float32 (float64 from a float64 state)."""
 
@@ -35,6 +46,14 @@ class Statistics(NamedTuple):
 def statistics_dtype(values: Tensor) -> torch.dtype:
     """Return the dtype of statistics and losses: float32, or float64 for float64 values."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def without_unwanted(state: Tensor, wanted: Wanted) -> Tensor:
+    """Return the state, with NaN written to the sums of statistics that are not wanted: none of these reads as a number then."""
+    for row, want in zip((LABEL, SUM_EXPZ, SUM), wanted, strict=True):
+        if not want:
+            state[row] = torch.nan
+    return state
 
 
 def row_state(z: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
@@ -64,7 +83,10 @@ def merge(states: Tensor) -> Tensor:
 
 
 def finish(state: Tensor, labels: Tensor | None) -> Statistics:
-    """Turn a whole row's state ``(6, N)`` into its statistics. A label outside [0, COUNT) makes its logprob NaN."""
+    """Turn a whole row's state ``(6, N)`` into its statistics. A label outside [0, COUNT) makes its logprob NaN.
+
+    Statistics of which the state has no sums are NaN too.
+    """
     log_sum = state[SUM_EXP].log()
     logsumexp = state[MAX] + log_sum
     logprob = state[LABEL] - logsumexp

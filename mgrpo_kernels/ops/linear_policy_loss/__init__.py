@@ -213,7 +213,13 @@ def _run_composed(
     """Return the loss of checked inputs by way of the general ops."""
     given = head | {"mask": tokens.mask, "tp_group": tp_group, "vocab_start": vocab_start, "debug": False}
     if kept is None:
-        statistics = linear_token_stats_op(**given, store_logits=gradient, gradient_tolerance=gradient_tolerance)
+        statistics = linear_token_stats_op(
+            **given,
+            want_entropy=True,  # the metrics show it
+            want_self_certainty=False,
+            store_logits=gradient,
+            gradient_tolerance=gradient_tolerance,
+        )
     else:
         statistics = kept_token_stats_op(**given, kept=kept)
     logprob, entropy, *_ = statistics
@@ -253,7 +259,7 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     )
     need = tuple(given[name] for name in _NEED)
     grad_hidden, *others = backends.implementation(OP, backend).forward_backward(
-        kept, head, take(labels, rows), loss.coefficients_of, need, live
+        kept, head, take(labels, rows), loss.coefficients_of, need, live, loss.gradients
     )
     loss.metrics[_SEQUENCES] = number_of_sequences.float()
     if grad_hidden is not None:

@@ -78,6 +78,7 @@ class BlockLoss:
 
     def __init__(self, tokens: Tokens, form: LossOptions, backend: str, vocab: int) -> None:
         self.tokens, self.form, self.vocab = tokens, form, vocab
+        self.gradients = _statistics.Wanted(logprob=True, entropy=form.entropy_coef != 0, self_certainty=False)
         self.loss_of = backends.implementation(LOSS_OP, backend).forward
         self.total = tokens.logprob.new_zeros(())
         self.metrics = torch.zeros(len(METRICS), device=tokens.logprob.device)
@@ -90,7 +91,7 @@ class BlockLoss:
         highest = torch.maximum(self.metrics[_RATIO_MAX], seen[_RATIO_MAX])
         self.metrics = self.metrics + seen
         self.metrics[_RATIO_MAX] = highest
-        bonus = None if self.form.entropy_coef == 0 else torch.zeros_like(gradient) - scales[1]
+        bonus = torch.zeros_like(gradient) - scales[1] if self.gradients.entropy else None
         return _statistics.gradient_coefficients(
             gradient * scales[0], bonus, None, statistics.entropy, self.vocab, part.mask, statistics.logprob
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import native_unsupported as unsupported
+from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops.linear_policy_loss import three_matmuls
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
@@ -35,10 +36,12 @@ def forward_backward(
     coefficients_of: three_matmuls.CoefficientsOf,
     need: tuple[bool, bool, bool],
     live: int,
+    gradients: Wanted,
 ) -> tiled.Gradients:
     """Return the gradients of hidden, bias and weight, float32, None where `need` is False. Rows from `live` on have none."""
+    passes = native.CpuPasses(three_matmuls.WANTED, gradients)
     return three_matmuls.forward_backward(
-        hidden, head, labels, coefficients_of, need, native.CpuPasses(), COLUMNS, WORKSPACE_BYTES, live
+        hidden, head, labels, coefficients_of, need, passes, COLUMNS, WORKSPACE_BYTES, live
     )
 
 

@@ -14,6 +14,9 @@ from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 CoefficientsOf = Callable[[slice, _statistics.Statistics], Tensor]  # (rows, their statistics) -> (4, n)
 
+WANTED = _statistics.Wanted(logprob=True, entropy=True, self_certainty=False)
+"""The statistics that a loss and its metrics are computed from."""
+
 GRADIENT_COLUMNS = 16384
 """Of a block of rows whose logits are kept in float32: so many have their 16-bit gradient at one time."""
 
@@ -45,7 +48,7 @@ def forward_backward(
         slice(live + each.start, live + each.stop) for each in tiled.spans(number - live, room.rows, tiled.ALIGNED)
     )
     for rows in (*tiled.spans(live, room.rows, tiled.ALIGNED), *without_gradient):
-        state = tiled.empty_state(rows.stop - rows.start, hidden.device)
+        state = tiled.empty_state(rows.stop - rows.start, hidden.device, passes.wanted)
         for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED):
             tile_head = tiled.of_tile(head, rows, columns)
             x = tiled.place_of(room.logits, rows, columns, passes.padding, keep=True)

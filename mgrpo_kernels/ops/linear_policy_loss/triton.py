@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
+from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops._triton.launch import launch, processors
 from mgrpo_kernels.ops.linear_policy_loss import three_matmuls
@@ -33,12 +34,13 @@ def forward_backward(
     coefficients_of: three_matmuls.CoefficientsOf,
     need: tuple[bool, bool, bool],
     live: int,
+    gradients: Wanted,
 ) -> tiled.Gradients:
     """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False.
 
     Rows from `live` on have none.
     """
-    passes = triton.passes_of(hidden, head)
+    passes = triton.passes_of(hidden, head, three_matmuls.WANTED, gradients)
     everything = head.weight.shape[0]  # columns at once: one matmul of a block's logits
     return three_matmuls.forward_backward(
         hidden, head, labels, coefficients_of, need, passes, everything, tuning.of(hidden.device).workspace_bytes, live

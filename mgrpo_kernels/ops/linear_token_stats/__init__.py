@@ -137,7 +137,7 @@ def linear_token_stats(
         return TokenStats(*[None if stat is None else stat.view(rows) for stat in flat])
     if kept is None:
         logprob, entropy, self_certainty, *_ = linear_token_stats_op(
-            *tensors, *options, gradient, gradient_tolerance, debug, name
+            *tensors, *options, wanted.entropy, wanted.self_certainty, gradient, gradient_tolerance, debug, name
         )
     else:
         logprob, entropy, self_certainty, *_ = kept_token_stats_op(*tensors, kept, *options, debug, name)

@@ -17,47 +17,67 @@ from mgrpo_kernels.ops._triton.kernels import (
 
 @triton.jit
 def final(raw, bias, column, inside, logit_scale, softcap, inverse):
-    """Return final logits z of raw ones, and the slope of softcap's tanh. Softcap of None: none, and slope 1."""
+    """Return final logits z of raw ones, and the slope of softcap's tanh. Softcap of None: none, and no slope."""
     y = raw.to(tl.float32)
     if bias is not None:
         y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    y *= logit_scale
     if softcap is not None:
-        bent = tanh(y * (1.0 / softcap))
+        bent = tanh(y * logit_scale * (1.0 / softcap))
         return softcap * bent * inverse, 1.0 - bent * bent
     else:
-        return y * inverse, 1.0
+        return y * (logit_scale * inverse), None
 
 
 @triton.jit
-def fold(place, stride, maximum, sum_exp, sum_expz, total, count, inside):
+def fold(
+    place, stride, maximum, sum_exp, sum_expz, total, count, inside, WANT_EXPZ: tl.constexpr, WANT_SUM: tl.constexpr
+):
     """Fold the state of some columns, sum_expz in units of log 2, into rows of MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT."""
     sum_exp = tl.where(sum_exp == float("inf"), float("nan"), sum_exp)  # +inf among the logits
     old_maximum = tl.load(place, mask=inside)
     old_exp = tl.load(place + stride, mask=inside)
-    old_expz = tl.load(place + 2 * stride, mask=inside)
     new_maximum = tl.maximum(old_maximum, maximum)
     old_shift = tl.maximum(old_maximum - new_maximum, NEGLIGIBLE)
     old_scale = tl.exp(old_shift)
     shift = tl.maximum(maximum - new_maximum, NEGLIGIBLE)
     scale = tl.exp(shift)
-    expz = old_scale * (old_expz + old_exp * old_shift) + scale * (LN_2 * sum_expz + sum_exp * shift)
     tl.store(place, new_maximum, mask=inside)
     tl.store(place + stride, old_exp * old_scale + sum_exp * scale, mask=inside)
-    tl.store(place + 2 * stride, expz, mask=inside)
-    tl.store(place + 3 * stride, tl.load(place + 3 * stride, mask=inside) + total, mask=inside)
+    if WANT_EXPZ:
+        expz = old_scale * (tl.load(place + 2 * stride, mask=inside) + old_exp * old_shift)
+        tl.store(place + 2 * stride, expz + scale * (LN_2 * sum_expz + sum_exp * shift), mask=inside)
+    if WANT_SUM:
+        tl.store(place + 3 * stride, tl.load(place + 3 * stride, mask=inside) + total, mask=inside)
     tl.store(place + 5 * stride, tl.load(place + 5 * stride, mask=inside) + count, mask=inside)
 
 
 @triton.jit
-def gradient(z, slope, hit, alpha, beta, gamma, delta, lse, inverse, logit_scale):
-    """Return the gradient of raw logits from final ones z; `hit` says where the label is, None: nowhere."""
+def gradient(z, alpha, beta, gamma, lse):
+    """Return the gradient of final logits z, without what the label adds and the head's slope. A coefficient of None is 0."""
     logp = z - lse
     p = tl.exp2(logp * LOG2_E)
-    grad = p * (alpha + beta * tl.maximum(logp, NEGLIGIBLE)) + gamma
-    if hit is not None:
-        grad = tl.where(hit, grad + delta, grad)
-    return tl.where(z == float("-inf"), 0.0, grad * (inverse * logit_scale) * slope)
+    grad = p * alpha if beta is None else p * (alpha + beta * tl.maximum(logp, NEGLIGIBLE))
+    return grad if gamma is None else grad + gamma
+
+
+@triton.jit
+def finished(grad, z, slope, factor):
+    """Return the gradient of raw logits from that of final ones z: times `factor` and softcap's slope, and 0 where z is impossible."""
+    grad *= factor if slope is None else factor * slope
+    return tl.where(z == float("-inf"), 0.0, grad)
+
+
+@triton.jit
+def all_zero(alpha, beta, gamma, delta):
+    """Return whether these coefficients, of which None is 0, leave a row without gradient."""
+    zero = alpha == 0.0
+    if beta is not None:
+        zero &= beta == 0.0
+    if gamma is not None:
+        zero &= gamma == 0.0
+    if delta is not None:
+        zero &= delta == 0.0
+    return zero
 
 
 @triton.jit(do_not_specialize=["first", "state_stride"])  # they change from tile to tile, or with the number of rows
@@ -76,12 +96,15 @@ def state_kernel(
     state_stride,
     state_row_stride,
     PLAIN: tl.constexpr,
+    WANT_EXPZ: tl.constexpr,
+    WANT_SUM: tl.constexpr,
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Fold a row of a tile ``(n, width)``, vocabulary entries `first` and on, into its state, a column of ``(6, n)``.
 
-    PLAIN says that final logits are raw ones times a positive number: then the row's sums take that factor, not its elements.
+    PLAIN says that final logits are raw ones times a positive number: then the row's sums take that factor, not its elements. Of the
+    sums, SUM_EXPZ and SUM are formed where they are wanted.
     """
     row = tl.program_id(0).to(tl.int64)
     inverse = scale if temperature is None else scale / tl.load(temperature + row)
@@ -94,15 +117,18 @@ def state_kernel(
     for start in range(0, width, STEPS * LANES):
         column = start + columns
         inside = column < width
-        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(x + column, mask=inside, other=0.0 if WANT_SUM else float("-inf")).to(tl.float32)
         if not PLAIN:
             z, _ = final(z, bias, column, inside, logit_scale, softcap, inverse)
-        total += tl.sum(z if PLAIN else tl.where(inside, z, 0.0), 0)
-        z = tl.where(inside, z, float("-inf"))
-        maximum, sum_exp, sum_expz = add_tile(z, unit, maximum, sum_exp, sum_expz, True)
+        if WANT_SUM:
+            total += tl.sum(z if PLAIN else tl.where(inside, z, 0.0), 0)
+        if WANT_SUM or not PLAIN:
+            z = tl.where(inside, z, float("-inf"))
+        maximum, sum_exp, sum_expz = add_tile(z, unit, maximum, sum_exp, sum_expz, WANT_EXPZ)
     tile_maximum, tile_exp, tile_expz = merge_lanes(unit, maximum, sum_exp, sum_expz)
     place = state + row * state_row_stride
-    fold(place, state_stride, tile_maximum * factor, tile_exp, tile_expz, tl.sum(total, 0) * factor, width, None)
+    tile_total = tl.sum(total, 0) * factor
+    fold(place, state_stride, tile_maximum * factor, tile_exp, tile_expz, tile_total, width, None, WANT_EXPZ, WANT_SUM)
     if labels is not None:
         column = tl.load(labels + row).to(tl.int64) - first
         there = (column >= 0) & (column < width)
@@ -115,19 +141,22 @@ def state_kernel(
 def gradient_kernel(
     x, out, bias, labels, temperature, coefficients, logsumexp,
     scale, logit_scale, softcap, first, width, row_stride, out_stride, coefficient_stride, coefficient_row_stride,
-    STEPS: tl.constexpr, LANES: tl.constexpr,
+    WANT_BETA: tl.constexpr, WANT_GAMMA: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of a row of a tile of raw logits to `out`, which may be the tile itself."""
+    """Write the gradient of a row of a tile of raw logits to `out`, which may be the tile itself.
+
+    The coefficients beta and gamma are read where they are wanted, and delta where there are labels; elsewhere they are 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
     out += row * out_stride
     place = coefficients + row * coefficient_row_stride
     alpha = tl.load(place)
-    beta = tl.load(place + coefficient_stride)
-    gamma = tl.load(place + 2 * coefficient_stride)
-    delta = tl.load(place + 3 * coefficient_stride)
+    beta = tl.load(place + coefficient_stride) if WANT_BETA else None
+    gamma = tl.load(place + 2 * coefficient_stride) if WANT_GAMMA else None
+    delta = tl.load(place + 3 * coefficient_stride) if labels is not None else None
     columns = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    if (alpha == 0.0) & (beta == 0.0) & (gamma == 0.0) & (delta == 0.0):  # masked: nothing of it is read
+    if all_zero(alpha, beta, gamma, delta):  # masked: nothing of it is read
         zeros = tl.zeros([STEPS, LANES], out.dtype.element_ty)
         for start in range(0, width, STEPS * LANES):
             tl.store(out + start + columns, zeros, mask=start + columns < width)
@@ -143,8 +172,9 @@ def gradient_kernel(
         z, slope = final(
             tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse
         )
-        if labels is not None:
-            grad = gradient(z, slope, column == hit, alpha, beta, gamma, delta, lse, inverse, logit_scale)
-        else:
-            grad = gradient(z, slope, None, alpha, beta, gamma, delta, lse, inverse, logit_scale)
+        grad = gradient(z, alpha, beta, gamma, lse)
+        if labels is not None:  # noqa: SIM102 - decided when the kernel is compiled
+            if (hit >= start) & (hit < start + STEPS * LANES):  # uniform: a label elsewhere costs the elements nothing
+                grad += tl.where(column == hit, delta, 0.0)
+        grad = finished(grad, z, slope, inverse * logit_scale)
         tl.store(out + column, narrow(grad, out.dtype.element_ty), mask=inside)

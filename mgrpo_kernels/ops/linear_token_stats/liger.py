@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import checks
-from mgrpo_kernels.ops.token_stats.specs import TokenStats, Wanted
+from mgrpo_kernels.ops._statistics import Wanted
+from mgrpo_kernels.ops.token_stats.specs import TokenStats
 
 __all__ = ["refuse", "token_stats", "unsupported"]
 

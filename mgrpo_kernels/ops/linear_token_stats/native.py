@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import native_unsupported as unsupported
+from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
@@ -69,12 +70,13 @@ def _numbers(head: Head, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | No
 class TopPasses(CpuPasses):
     """The same passes, which also keep the largest logits of each row."""
 
-    def __init__(self, entries: Entries, first_column: int, smallest: float) -> None:
+    def __init__(self, wanted: Wanted, entries: Entries, first_column: int, smallest: float) -> None:
+        super().__init__(wanted)
         self.entries, self.first_column, self.smallest = entries, first_column, smallest
 
     def of_rows(self, rows: slice) -> TopPasses:
         """Return the passes that keep the logits of these rows."""
-        return TopPasses(self.entries.of_rows(rows), self.first_column, self.smallest)
+        return TopPasses(self.wanted, self.entries.of_rows(rows), self.first_column, self.smallest)
 
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state and keep its largest logits."""
@@ -83,10 +85,13 @@ class TopPasses(CpuPasses):
         torch.ops.mgrpo_native.tile_state_top_(x, *numbers, labels, state, *self.entries, column, self.smallest)
 
 
-def forward(hidden: Tensor, head: Head, labels: Tensor | None, stored: tiled.Stored | None = None) -> Tensor:
+def forward(
+    hidden: Tensor, head: Head, labels: Tensor | None, wanted: Wanted, stored: tiled.Stored | None = None
+) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary, and store logits."""
     shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
-    return tiled.forward(hidden, head, labels, CpuPasses(), shape if stored is None else _backward_shape(head), stored)
+    shape = shape if stored is None else _backward_shape(head)
+    return tiled.forward(hidden, head, labels, CpuPasses(wanted), shape, stored)
 
 
 def _backward_shape(head: Head) -> tiled.TileShape:
@@ -99,10 +104,12 @@ def logits_room(number: int, head: Head) -> int:
     return tiled.stored_room(number, head, _backward_shape(head), head.workspace_bytes or WORKSPACE_BYTES, CpuPasses())
 
 
-def sparse_forward(hidden: Tensor, head: Head, labels: Tensor | None, tolerance: float, entries: Entries) -> Tensor:
+def sparse_forward(
+    hidden: Tensor, head: Head, labels: Tensor | None, wanted: Wanted, tolerance: float, entries: Entries
+) -> Tensor:
     """Return the same state, and keep of each row what :func:`sparse_backward` needs in `entries`."""
     shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
-    passes = TopPasses(entries, head.vocab_start, SMALLEST * tolerance / head.weight.shape[0])
+    passes = TopPasses(wanted, entries, head.vocab_start, SMALLEST * tolerance / head.weight.shape[0])
     return tiled.forward(hidden, head, labels, passes, shape)
 
 
@@ -113,11 +120,12 @@ def backward(
     coefficients: Tensor,  # (4, N)
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
+    wanted: Wanted,
     stored: tiled.Stored | None = None,
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     shape = _backward_shape(head)
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(), shape, stored)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(wanted), shape, stored)
 
 
 def entries_room(vocab: int) -> int:
@@ -132,6 +140,7 @@ def sparse_backward(
     coefficients: Tensor,
     logsumexp: Tensor,
     need: tuple[bool, bool, bool],
+    wanted: Wanted,
     tolerance: float,
     entries: Entries,
 ) -> tiled.Gradients:
@@ -149,7 +158,7 @@ def sparse_backward(
     if dense.numel():
         rows = head._replace(temperature=per_row[dense] if per_row is not None else number)
         of_labels = None if labels is None else labels[dense]
-        parts = backward(hidden[dense], rows, of_labels, coefficients[:, dense], logsumexp[dense], need)
+        parts = backward(hidden[dense], rows, of_labels, coefficients[:, dense], logsumexp[dense], need, wanted)
         for total, part in zip(grads, parts, strict=True):
             if total is not None and part is not None:
                 total.index_add_(0, dense, part) if part is parts[0] else total.add_(part)

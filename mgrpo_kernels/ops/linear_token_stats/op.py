@@ -12,6 +12,7 @@ from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
 from mgrpo_kernels.ops._head import check_rows
+from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops.linear_token_stats import liger, native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
@@ -34,6 +35,8 @@ def linear_token_stats_op(
     vocab_start: int,
     workspace_bytes: int | None,
     logits_dtype: torch.dtype,
+    want_entropy: bool,
+    want_self_certainty: bool,
     store_logits: bool,
     gradient_tolerance: float | None,
     debug: bool,
@@ -41,7 +44,8 @@ def linear_token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``; the size of the whole vocabulary, 0-d; the four tensors of
     :class:`Entries`, empty where the backward pass does without; and raw logits (:class:`tiled.Stored`), if `store_logits`, as far as there
-    is room. Of masked rows, which have no logits and may have no entries, those come last.
+    is room. Of masked rows, which have no logits and may have no entries, those come last. Statistics that are not wanted are empty, and so
+    is logprob without labels.
     """
     _autograd.refuse_tangents("linear_token_stats", hidden, weight, bias)
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
@@ -50,7 +54,8 @@ def linear_token_stats_op(
     head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
     rows = kept_rows(mask)
     implementation = backends.implementation(OP, backend)
-    inputs = take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows)
+    wanted = Wanted(labels is not None, want_entropy, want_self_certainty)
+    inputs = take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows), wanted
     entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, gradient_tolerance), hidden.device)
     room = logits_room(backend, hidden.shape[0], head) if store_logits and not entries.room else 0
     logits = tiled.large((room,), hidden.device, head.raw_dtype)
@@ -65,13 +70,18 @@ def linear_token_stats_op(
     vocab = state.new_full((), weight.shape[0]) if tp_group is None else _vocab_size(state, weight, tp_group)
     if labels is not None and (debug or hidden.device.type == "cpu"):
         checks.check_label_values(labels, mask, int(vocab))
-    statistics = list(_statistics.finish(state, take(labels, rows)))
-    if rows is not None:
-        statistics = [stat.new_zeros(hidden.shape[0]).index_copy_(0, rows, stat) for stat in statistics]
-    elif mask is not None:
-        statistics = [torch.where(mask, stat, 0.0) for stat in statistics]
-    logprob, entropy, self_certainty, logsumexp = statistics
+    logprob, entropy, self_certainty, logsumexp = (
+        _of_all_rows(stat, rows, mask) if want else stat.new_empty(0)
+        for stat, want in zip(_statistics.finish(state, take(labels, rows)), (*wanted, True), strict=True)
+    )
     return logprob, entropy, self_certainty, logsumexp, vocab, *entries, logits
+
+
+def _of_all_rows(stat: Tensor, rows: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return a statistic of these rows (None: all) with the masked rows, which are 0."""
+    if mask is None:
+        return stat
+    return torch.where(mask, stat, 0.0) if rows is None else stat.new_zeros(mask.shape).index_copy_(0, rows, stat)
 
 
 def can_leave_out(backend: str) -> bool:
@@ -93,11 +103,14 @@ def logits_room(backend: str, number: int, head: Head) -> int:
 
 @linear_token_stats_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, *rest: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _statistics.statistics_dtype(hidden)
-    logprob, entropy, self_certainty, logsumexp = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
-    *_, workspace_bytes, logits_dtype, store_logits, tolerance, _, backend = rest
+    *_, workspace_bytes, logits_dtype, want_entropy, want_self_certainty, store_logits, tolerance, _, backend = rest
+    logprob, entropy, self_certainty, logsumexp = (
+        hidden.new_empty(hidden.shape[0] if want else 0, dtype=dtype)
+        for want in (labels is not None, want_entropy, want_self_certainty, True)
+    )
     entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, tolerance), hidden.device)
     head = Head(weight, None, 1.0, 1.0, None, 0, workspace_bytes, logits_dtype)
     room = logits_room(backend, hidden.shape[0], head) if store_logits and not entries.room else 0
@@ -124,7 +137,7 @@ def linear_token_stats_backward_op(
     workspace_bytes: int | None,
     logits_dtype: torch.dtype,
     gradient_tolerance: float | None,
-    entropy: Tensor,
+    entropy: Tensor | None,
     logsumexp: Tensor,
     vocab: Tensor,
     entry_ids: Tensor,
@@ -139,7 +152,9 @@ def linear_token_stats_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in their dtypes; those not needed are empty."""
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
-    given = {"entropy": entropy, "logsumexp": logsumexp, "vocab": vocab}
+    if (grad_logprob is not None and labels is None) or (grad_entropy is not None and entropy is None):
+        raise ValueError("expected labels with grad_logprob and entropy with grad_entropy, got None")
+    given = {"logsumexp": logsumexp, "vocab": vocab}
     given |= {
         "entry_ids": entry_ids,
         "entry_logits": entry_logits,
@@ -178,13 +193,15 @@ def linear_token_stats_backward_op(
     kept = take(hidden, rows)
     if rows is None and mask is not None:
         kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
+    wanted = Wanted(grad_logprob is not None, grad_entropy is not None, grad_self_certainty is not None)
     inputs = (
         kept,
         head._replace(temperature=take(head.temperature, rows)),
-        take(labels, rows),
+        take(labels if wanted.logprob else None, rows),
         coefficients if rows is None else coefficients[:, rows],
         take(logsumexp, rows),
         (need_hidden, need_weight, need_bias),
+        wanted,
     )
     if sparse:
         entries = Entries(entry_ids, entry_logits, entry_counts, entry_rest).of_rows(slice(kept.shape[0]))
@@ -230,15 +247,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.vocab_start,
         ctx.workspace,
         ctx.logits_dtype,
+        want_entropy,
+        want_self_certainty,
         _,
         ctx.tolerance,
         _,
         ctx.backend,
     ) = inputs
+    wanted = Wanted(tensors[3] is not None, want_entropy, want_self_certainty)
     _, entropy, _, *others = output
     ctx.set_materialize_grads(False)  # an unused statistic costs no work in backward
-    ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(*tensors, entropy, *others)
+    ctx.mark_non_differentiable(*others, *(stat for stat, want in zip(output, wanted, strict=False) if not want))
+    ctx.save_for_backward(*tensors, entropy if want_entropy else None, *others)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -248,7 +268,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *grads[:3], hidden, weight, bias, labels, mask, per_row, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group,
         ctx.vocab_start, ctx.workspace, ctx.logits_dtype, ctx.tolerance, *saved, *need, ctx.backend,
     )  # fmt: skip
-    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 14)
+    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 16)
 
 
 _autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backward, _setup_context)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgrpo_kernels.backend import reference_unsupported as unsupported
 from mgrpo_kernels.ops import _statistics
+from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head, transform, transform_gradient
 
 __all__ = ["backward", "forward", "sparse_backward", "unsupported"]
@@ -49,7 +50,7 @@ def _rows(value: float | Tensor, block: slice) -> float | Tensor:
     return value[block] if isinstance(value, Tensor) else value
 
 
-def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
+def forward(hidden: Tensor, head: Head, labels: Tensor | None, wanted: Wanted) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary."""
     states = [
         _statistics.row_state(
@@ -60,7 +61,8 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None) -> Tensor:
         for block in _row_blocks(hidden, head)
     ]
     dtype = _statistics.statistics_dtype(hidden)
-    return torch.cat(states, 1) if states else hidden.new_empty((_statistics.STATE_ROWS, 0), dtype=dtype)
+    state = torch.cat(states, 1) if states else hidden.new_empty((_statistics.STATE_ROWS, 0), dtype=dtype)
+    return _statistics.without_unwanted(state, wanted)
 
 
 def backward(
@@ -70,6 +72,7 @@ def backward(
     coefficients: Tensor,  # (4, N)
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
+    wanted: Wanted,
     tolerance: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False.
@@ -115,11 +118,12 @@ def sparse_backward(
     coefficients: Tensor,
     logsumexp: Tensor,
     need: tuple[bool, bool, bool],
+    wanted: Wanted,
     tolerance: float,
     entries: Entries,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients without what the tolerance allows to leave out. The definition computes all, and needs no entries."""
-    return backward(hidden, head, labels, coefficients, logsumexp, need, tolerance)
+    return backward(hidden, head, labels, coefficients, logsumexp, need, wanted, tolerance)
 
 
 def without_smallest(grad: Tensor, tolerance: float) -> Tensor:

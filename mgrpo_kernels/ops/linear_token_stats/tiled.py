@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mgrpo_kernels import _native
 from mgrpo_kernels.ops import _statistics
+from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -36,10 +37,16 @@ WIDENED_BYTES = 4 * 2**20  # of such copies for one matmul, where its factors ar
 
 
 class Passes:
-    """What a backend does with a tile. A backend writes :meth:`state` and :meth:`gradient`; the matmuls are the library's."""
+    """What a backend does with a tile. A backend writes :meth:`state` and :meth:`gradient`; the matmuls are the library's.
+
+    The passes compute nothing for statistics that are not `wanted`, or that have no gradient (`gradients`, by default of all wanted).
+    """
 
     padding = 1  # a tile's row stride is a multiple of this many elements
     in_registers = False  # True if :meth:`fill_gradient` needs no tile of raw logits
+
+    def __init__(self, wanted: Wanted = EVERYTHING, gradients: Wanted | None = None) -> None:
+        self.wanted, self.gradients = wanted, wanted if gradients is None else gradients
 
     def of_rows(self, rows: slice) -> Passes:
         """Return the passes for these rows. A backend that keeps something of each row, beside the state, overrides it."""
@@ -166,11 +173,11 @@ def of_tile(head: Head, rows: slice, columns: slice, weight: Tensor | None = Non
     )
 
 
-def empty_state(number: int, device: torch.device) -> Tensor:
-    """Return the state ``(6, N)`` of rows of which nothing has been seen."""
+def empty_state(number: int, device: torch.device, wanted: Wanted = EVERYTHING) -> Tensor:
+    """Return the state ``(6, N)`` of rows of which nothing has been seen. Sums that are not wanted are NaN and stay so."""
     state = torch.zeros(_statistics.STATE_ROWS, number, device=device)
     state[_statistics.MAX] = -torch.inf
-    return state
+    return _statistics.without_unwanted(state, wanted)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -255,7 +262,7 @@ def forward(
     Tiles are as wide as each other, or with `even` False as wide as `shape`, but for the last.
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
-    state = empty_state(number, hidden.device)
+    state = empty_state(number, hidden.device, passes.wanted)
     rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
     workspace = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, head.raw_dtype)
     hidden = hidden if number > shape.rows else operand(hidden)

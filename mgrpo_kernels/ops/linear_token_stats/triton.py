@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
+from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops._triton.launch import launch, processors, row_tile
 from mgrpo_kernels.ops.linear_token_stats import tiled
@@ -48,6 +49,7 @@ class GpuPasses(tiled.Passes):
             x.stride(0),
             *state.stride(),
             PLAIN=plain,
+            **_sums(self.wanted),
             STEPS=tile.steps,
             LANES=tile.lanes,
             num_warps=tile.num_warps,
@@ -73,6 +75,7 @@ class GpuPasses(tiled.Passes):
             x.stride(0),
             out.stride(0),
             *coefficients.stride(),
+            **_terms(self.gradients),
             STEPS=tile.steps,
             LANES=tile.lanes,
             num_warps=tile.num_warps,
@@ -92,7 +95,7 @@ class FusedPasses(GpuPasses):
         block_n = tuning.of(hidden.device).fused_tile[1]
         states = torch.empty(-(-columns // block_n), 5, number, device=hidden.device)
         sizes = (number, columns, width, 0 if x is None else x.stride(0))
-        self._launch(kernels.state_kernel, hidden, head, (_contiguous(labels), x, states), sizes)
+        self._launch(kernels.state_kernel, hidden, head, (_contiguous(labels), x, states), sizes, _sums(self.wanted))
         launch(
             kernels.merge_kernel,
             (-(-number // 32),),
@@ -103,6 +106,7 @@ class FusedPasses(GpuPasses):
             states.shape[0],
             columns,
             *state.stride(),
+            **_sums(self.wanted),
             PARTS=32,
             ROWS=32,
             num_warps=4,
@@ -123,10 +127,17 @@ class FusedPasses(GpuPasses):
 
         sizes = (hidden.shape[0], head.weight.shape[0], hidden.shape[1], out.stride(0), *coefficients.stride())
         tensors = (_contiguous(labels), out, coefficients, logsumexp.contiguous())
-        self._launch(kernels.gradient_kernel, hidden, head, tensors, sizes)
+        self._launch(kernels.gradient_kernel, hidden, head, tensors, sizes, _terms(self.gradients))
 
     @staticmethod
-    def _launch(kernel: Any, hidden: Tensor, head: Head, tensors: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+    def _launch(
+        kernel: Any,
+        hidden: Tensor,
+        head: Head,
+        tensors: tuple[Any, ...],
+        sizes: tuple[int, ...],
+        asked: dict[str, bool],
+    ) -> None:
         """Run a kernel with `tensors` from labels on, `temperature` after them, and `sizes` after `first`."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -142,12 +153,23 @@ class FusedPasses(GpuPasses):
             labels,
             *_numbers(head, *rest),
             *sizes,
+            **asked,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             num_stages=stages,
             num_warps=num_warps,
         )
+
+
+def _sums(wanted: Wanted) -> dict[str, bool]:
+    """Return which of the sums that only some statistics need a kernel forms."""
+    return {"WANT_EXPZ": wanted.entropy, "WANT_SUM": wanted.self_certainty}
+
+
+def _terms(gradients: Wanted) -> dict[str, bool]:
+    """Return which of the coefficients that only some statistics have a kernel reads."""
+    return {"WANT_BETA": gradients.entropy, "WANT_GAMMA": gradients.self_certainty}
 
 
 def _contiguous(values: Tensor | None) -> Tensor | None:
@@ -161,7 +183,7 @@ def _numbers(head: Head, *tensors: Tensor) -> tuple[Any, ...]:
     return _contiguous(per_row), *tensors, 1.0 / number, float(head.logit_scale), softcap, head.vocab_start
 
 
-def passes_of(hidden: Tensor, head: Head) -> GpuPasses:
+def passes_of(hidden: Tensor, head: Head, wanted: Wanted = EVERYTHING, gradients: Wanted | None = None) -> GpuPasses:
     """Return what works on tiles: :class:`FusedPasses` where that is the device's tuned choice and the operands allow it."""
     operands = (hidden, head.weight)
     fits = all(
@@ -173,7 +195,8 @@ def passes_of(hidden: Tensor, head: Head) -> GpuPasses:
         for each in operands
     )
     chosen = tuning.of(hidden.device).matmul == "fused"
-    return FusedPasses() if chosen and fits and hidden.shape[0] >= FUSED_FROM else GpuPasses()
+    passes = FusedPasses if chosen and fits and hidden.shape[0] >= FUSED_FROM else GpuPasses
+    return passes(wanted, gradients)
 
 
 def logits_room(number: int, head: Head) -> int:
@@ -191,10 +214,12 @@ def logits_room(number: int, head: Head) -> int:
     return torch.sym_min(logits, room * pays)  # type: ignore[no-any-return]
 
 
-def forward(hidden: Tensor, head: Head, labels: Tensor | None, stored: tiled.Stored | None = None) -> Tensor:
+def forward(
+    hidden: Tensor, head: Head, labels: Tensor | None, wanted: Wanted, stored: tiled.Stored | None = None
+) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary, and store logits."""
     tuned = tuning.of(hidden.device)
-    passes = passes_of(hidden, head)
+    passes = passes_of(hidden, head, wanted)
     if stored is not None:
         return tiled.forward(hidden, head, labels, passes, backward_shape(hidden, head, passes, stored), stored)
     if not isinstance(passes, FusedPasses):
@@ -202,7 +227,7 @@ def forward(hidden: Tensor, head: Head, labels: Tensor | None, stored: tiled.Sto
         return tiled.forward(
             hidden, head, labels, passes, shape.within(head.workspace_bytes, head.raw_dtype.itemsize), even=False
         )
-    state = tiled.empty_state(hidden.shape[0], hidden.device)
+    state = tiled.empty_state(hidden.shape[0], hidden.device, wanted)
     row_bytes = -(-head.weight.shape[0] // tuned.fused_tile[1]) * 5 * 4  # of the tiles' states
     at_once = max(1, (head.workspace_bytes or tuned.workspace_bytes) // row_bytes)
     for rows in tiled.spans(hidden.shape[0], at_once, tuned.fused_tile[0]):
@@ -231,10 +256,11 @@ def backward(
     coefficients: Tensor,  # (4, N)
     logsumexp: Tensor,  # (N,)
     need: tuple[bool, bool, bool],
+    wanted: Wanted,
     stored: tiled.Stored | None = None,
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
-    passes = passes_of(hidden, head)
+    passes = passes_of(hidden, head, wanted)
     shape = backward_shape(hidden, head, passes, stored)
     return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape, stored)
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd
-from mgrpo_kernels.ops._statistics import statistics_dtype
+from mgrpo_kernels.ops._statistics import Wanted, statistics_dtype
 from mgrpo_kernels.ops.token_stats import native, reference, triton
-from mgrpo_kernels.ops.token_stats.specs import TokenStats, Wanted, check_stats
+from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
 OP = "token_stats"
 backends.register(OP, reference=reference, native=native, triton=triton)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import native_unsupported as unsupported
-from mgrpo_kernels.ops.token_stats.specs import Wanted
+from mgrpo_kernels.ops._statistics import Wanted
 
 __all__ = ["backward", "forward", "unsupported"]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import reference_unsupported as unsupported
-from mgrpo_kernels.ops._statistics import statistics_dtype
-from mgrpo_kernels.ops.token_stats.specs import Wanted
+from mgrpo_kernels.ops._statistics import Wanted, statistics_dtype
 
 __all__ = ["backward", "forward", "unsupported"]
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mgrpo_kernels.ops._statistics import Wanted
+
 
 class TokenStats(NamedTuple):
     """Statistics of each token's distribution, in nats, of the labels' shape; None where one was not asked for."""
@@ -14,14 +16,6 @@ class TokenStats(NamedTuple):
     logprob: Tensor | None  # log softmax(z)[label]
     entropy: Tensor | None  # -sum p log p
     self_certainty: Tensor | None  # logsumexp(z) - mean(z)
-
-
-class Wanted(NamedTuple):
-    """Which statistics a kernel has to write."""
-
-    logprob: bool
-    entropy: bool
-    self_certainty: bool
 
 
 def check_stats(stats: Sequence[str]) -> Wanted:

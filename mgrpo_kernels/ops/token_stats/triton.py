@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import triton_unsupported as unsupported
+from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops._triton.launch import launch, parts_of_row, power_of_2, row_tile
-from mgrpo_kernels.ops.token_stats.specs import Wanted
 
 __all__ = ["backward", "forward", "unsupported"]
 
