@@ -7,9 +7,11 @@ import statistics
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import paired
+import rules
 import warned
-from cells import LAZY_SHARE
+from cells import DOSES, LAZY_SHARE
 from figures import NO_RUN, STUDY, figure, summary
 
 CERTIFIED = ("results_second", "choice")
@@ -91,6 +93,84 @@ def warned_in_time() -> str:
     return warned.table(runs) if runs else NO_RUN
 
 
+@figure
+def aim_missed() -> str:
+    """Return by how much the guard misses its aim over all runs with a certificate, and what the false alarms are."""
+    runs = warned.with_certificate([STUDY / f"{name}.jsonl" for name in CERTIFIED])
+    found = warned.count(runs, label_free=False)
+    if not found.collapsing or not found.healthy:
+        return NO_RUN
+    late = warned.IN_TIME - found.in_time / found.collapsing
+    alarms = found.false_alarms / found.healthy - warned.FALSE_ALARMS
+    fell = sum(
+        bool(run["certificate"]["warnings"]) and run["certificate"]["fall_step"] is not None
+        for run in runs
+        if summary.row_of(run).collapse is None
+    )
+    return (
+        f"{100 * late:.0f} points too few collapsing runs are warned of in time, and the share of false alarms is {100 * alarms:.0f} "
+        f"points too high. {fell} of the {found.false_alarms} false alarms are in runs that did lose 5 points for a time."
+    )
+
+
+@figure
+def quartile_pairs() -> str:
+    """Return what the filter changed with each comparison of the entropies, in pairs of runs."""
+    return paired.table(list(paired.OF_QUARTILES), paired.results())
+
+
+@figure
+def best_rule() -> str:
+    """Return the best rule of two signs on the even seeds, and what it warns of on the odd ones."""
+    return rules.table(rules.all_runs())
+
+
+@figure
+def falls_at_once() -> str:
+    """Return how many collapsing runs fall at their first evaluation."""
+    found = rules.gathered(rules.all_runs())
+    first = int((np.diff([*found.starts, len(found.values)]) == 1)[found.collapsing].sum())
+    return rules.share(first, int(found.collapsing.sum()))
+
+
+@figure
+def doses() -> str:
+    """Return OM-GRPO's last and best accuracy by the weight of the answer's tokens, by start model and seed."""
+    runs = {(run["cell"], run["seed"]): run for run in summary.read(STUDY / "results_second.jsonl")}
+    places = [
+        (base, seed)
+        for base in ("", "lazy: ")
+        for seed in sorted({seed for cell, seed in runs if cell.startswith(f"{base}om_grpo, answer")})
+    ]
+    names = (f"{base or 'own: '}seed {seed}" for base, seed in places)
+    lines = [f"| answer weight | {' | '.join(names)} |"]
+    lines.append("|---" * (len(places) + 1) + "|")
+    for dose in DOSES:
+        found = [runs.get((f"{base}om_grpo, answer weight {dose}, 300 steps", seed)) for base, seed in places]
+        ends = (
+            f"{run['curve']['eval_accuracy'][-1]:.2f}, {summary.row_of(run).best:.2f}" if run else "" for run in found
+        )
+        lines.append(f"| {dose:g} | {' | '.join(ends)} |")
+    return "\n".join(lines)
+
+
+DIPS_AFTER = 1000
+"""Steps after which an evaluation below :data:`GOAL` of the best so far counts as a dip: no run learns much later."""
+
+
+@figure
+def dips(files: str, cell: str) -> str:
+    """Return the share of the evaluations after :data:`DIPS_AFTER` steps that are below :data:`GOAL` of the best so far."""
+    low = [
+        value < GOAL * max(values[: at + 1])
+        for run in cells_of(files)[cell]
+        for values in [run["curve"]["eval_accuracy"]]
+        for at, (step, value) in enumerate(zip(run["curve"]["step"], values, strict=True))
+        if step > DIPS_AFTER
+    ]
+    return f"{statistics.fmean(low):.0%}"
+
+
 BANDS = (0.0, 0.45, 0.55, 0.65, 1.0)
 """Accuracy of the first majority, of which each pair of neighbours is a row."""
 
@@ -128,6 +208,70 @@ def second_runs(base: str, name: str) -> dict[int, dict[str, Any]]:
     prefix = ("" if base == "own" else "lazy: ") + name
     runs = [run for run in summary.read(STUDY / "results_second.jsonl") if run["cell"].rpartition(", ")[0] == prefix]
     return {run["seed"]: run for run in sorted(runs, key=lambda run: run["options"]["steps"])}
+
+
+def long_rows(steps: str, cells: tuple[str, ...]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+    """Return the runs of the second edition with so many steps, of these cells, by start model and seed."""
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for run in summary.read(STUDY / "results_second.jsonl"):
+        base = "lazy" if run["cell"].startswith("lazy: ") else "own"
+        for cell in cells:
+            if run["cell"].removeprefix("lazy: ") == f"{cell}, {steps} steps":
+                found.setdefault((base, run["seed"]), {})[cell] = run
+    return dict(sorted(found.items(), key=lambda each: (each[0][0] == "lazy", each[0][1])))
+
+
+@figure
+def long_runs(steps: str, *cells: str) -> str:
+    """Return final accuracy and share kept by seed, with means over the seeds that all cells have."""
+    found = long_rows(steps, cells)
+    if not found:
+        return NO_RUN
+    columns = ("start model", "seed", "first majority", "srt collapsed at", *cells)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for (base, seed), runs in found.items():
+        majority = next(iter(runs.values()))["curve"]["eval_maj_at_k"][0]
+        srt = second_runs(base, "srt").get(seed)
+        at = "-" if srt is None or (step := summary.row_of(srt).collapse) is None else str(step)
+        rows = [summary.row_of(runs[cell]) if cell in runs else None for cell in cells]
+        ends = [f"{row.final:.3f}, {row.kept:.3f}" if row else "" for row in rows]
+        lines.append(f"| {' | '.join([base, str(seed), f'{majority:.2f}', at, *ends])} |")
+    shared = [[summary.row_of(runs[cell]) for cell in cells] for runs in found.values() if runs.keys() >= set(cells)]
+    if shared:
+        means = (
+            f"{statistics.fmean(row.final for row in of_cell):.3f}, {statistics.fmean(row.kept for row in of_cell):.3f}"
+            for of_cell in zip(*shared, strict=True)
+        )
+        lines.append(f"| mean of {len(shared)} seeds | | | | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+@figure
+def long_verdict(steps: str, cell: str, *others: str) -> str:
+    """Return on how many seeds each cell reaches the goal where the first majority is right, and by how much the first ends higher."""
+    right = [
+        runs for runs in long_rows(steps, (cell, *others)).values() if majority_is_right(next(iter(runs.values())))
+    ]
+    words = []
+    for name in (cell, *others):
+        kept = [summary.row_of(runs[name]).kept >= GOAL for runs in right if name in runs]
+        words.append(f"`{name}` keeps {GOAL} of its best on {sum(kept)} of {len(kept)} seeds")
+    for other in others:
+        both = [
+            [summary.row_of(runs[name]).final for name in (cell, other)]
+            for runs in right
+            if {cell, other} <= runs.keys()
+        ]
+        if both:
+            found = paired.Pair([one - two for one, two in both])
+            error = "" if found.error is None else f", with a standard error of {found.error:.3f}"
+            words.append(f"`{cell}` minus `{other}` is {found.mean:+.3f} in the mean of {len(both)} seeds{error}")
+    return ". ".join(words) + "."
+
+
+def majority_is_right(run: dict[str, Any]) -> bool:
+    """Return whether the first majority is right on more than half of the held-out prompts."""
+    return bool(run["curve"]["eval_maj_at_k"][0] > 0.5)
 
 
 def goal_rows(one: str, other: str) -> list[dict[str, Any]]:
@@ -192,7 +336,7 @@ def choice() -> str:
     columns = sorted({run["seed"] for run in runs})
     rows: dict[tuple[str, str, int], dict[int, str]] = {}
     for run in runs:
-        name = run["cell"].removeprefix("choice: ").removeprefix("choice, lazy: ").partition(", 1000 steps")[0]
+        name = re.sub(r"^choice(, lazy)?: |, \d+ steps$", "", run["cell"])
         place = rows.setdefault((run["options"].get("base", "own"), name, run["options"]["steps"]), {})
         place[run["seed"]] = f"{summary.row_of(run).final:.2f}"
     lines = [f"| start model | options | steps | {' | '.join(f'seed {each}' for each in columns)} |"]

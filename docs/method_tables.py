@@ -38,10 +38,11 @@ def measured(method: str) -> tuple[str, str, str]:
     if not runs:
         return "not run", "not run", cost
     early = statistics.fmean(summary.row_of(summary.until(run, METHOD_STEPS)).final for run in runs)
-    rows, steps = [summary.row_of(run) for run in runs], {run["options"]["steps"] for run in runs}
+    steps = max(run["options"]["steps"] for run in runs)
+    rows = [summary.row_of(run) for run in runs if run["options"]["steps"] == steps]
     final, kept = (statistics.fmean(each) for each in ([row.final for row in rows], [row.kept for row in rows]))
     fallen = f"{sum(row.collapse is not None for row in rows)} of {len(rows)} collapsed"
-    return f"{early:.2f}", f"{final:.2f}, kept {kept:.2f}; {fallen} in {max(steps)} steps", cost
+    return f"{early:.2f}", f"{final:.2f}, kept {kept:.2f}; {fallen} in {steps} steps", cost
 
 
 def runs_of(method: str) -> list[dict[str, Any]]:

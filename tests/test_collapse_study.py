@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples" / "collapse"
-NAMES = ("cells", "study", "summary", "paired", "warned")
+NAMES = ("cells", "study", "summary", "paired", "warned", "quartiles", "rules")
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_every_cell_is_a_command_that_the_trainer_takes(modules):
     cells, study, _ = modules
     assert set(cells.MAIN) <= set(cells.CELLS)
     for options in cells.CELLS.values():
-        given = {name: value for name, value in {**cells.COMMON, **options}.items() if name != "base"}
+        given = {name: value for name, value in {**cells.COMMON, **options}.items() if name not in cells.NOT_OPTIONS}
         config = read_command_line(study.arguments_of(given))[0].values()
         assert {name: config[name] for name in given} == given
 
@@ -215,6 +215,122 @@ def test_warnings_are_counted_against_falls_and_healthy_runs(modules):
     )
 
 
+def test_a_rule_is_chosen_on_even_seeds_and_counted_on_odd_ones(modules):
+    """The vote share rises early in the runs that fall; in one healthy run of the odd seeds it does too."""
+    rules = importlib.import_module("rules")
+    fallen, healthy = [0.5, 0.6, 0.6, 0.6, 0.1, 0.1, 0.1], [0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
+    early, late, calm = ([None, 0.4, *rest] for rest in ([0.9] * 5, [0.4, 0.4, 0.9, 0.9, 0.9], [0.4] * 5))
+
+    def of(seed, accuracy, share):
+        columns = dict.fromkeys(("eval_greedy", "eval_maj_at_k", "pruned_fraction"), accuracy)
+        return {**run(accuracy, vote_share=share, **columns), "seed": seed}
+
+    even = [of(0, fallen, early), of(2, fallen, early), of(4, healthy, calm), of(6, healthy, calm)]
+    odd = [of(1, fallen, early), of(3, fallen, late), of(5, healthy, calm), of(7, healthy, early)]
+    found = rules.gathered(even)
+    assert (
+        len(found.values) == 2 * 4 + 2 * 7
+    )  # the fall is at step 200, so that the last evaluation that counts is at step 150
+    lines = rules.table([*even, *odd]).splitlines()
+    assert "vote_share > " in lines[0]
+    assert lines[-2:] == ["| even | 2 | 2 (100%) | 2 | 0 (0%) |", "| odd | 2 | 1 (50%) | 2 | 1 (50%) |"]
+
+
+def test_a_rule_with_too_many_false_alarms_is_not_chosen(modules):
+    rules = importlib.import_module("rules")
+    values = [[0.5, 0.6, 0.6, 0.1, 0.1, 0.1], [0.5, 0.6, 0.6, 0.6, 0.6, 0.6]]
+    alike = [run(each, vote_share=[None, 0.4, 0.9, 0.9, 0.9, 0.9], pruned_fraction=[None] * 6) for each in values]
+    found = rules.gathered([{**each, "seed": 0} for each in alike])
+    first, second = rules.best_rule(found)
+    in_time, alarms = rules.warned(found, first.holds(found) & second.holds(found))
+    assert (int(in_time), int(alarms)) == (0, 0)  # up to the fall the two runs are the same
+
+
+def test_quartiles_are_taken_over_what_a_cell_names(modules):
+    """Two prompts with four rollouts each, of which the second has low entropies only."""
+    import torch
+
+    quartiles = importlib.import_module("quartiles")
+    high, low = [0.9, 1.0, 1.1, 1.0], [0.2, 0.22, 0.21, 0.05]
+    entropy, lengths = torch.tensor([*high, *low]), torch.tensor([8] * 4 + [2] * 4)
+
+    def pruned(kind, *steps):
+        chosen = quartiles.Filter(kind)
+        return [(~chosen.keep(each, lengths[: len(each)], 4, 0.0)).nonzero().flatten().tolist() for each in steps][-1]
+
+    assert pruned("batch", entropy) == [4, 7]
+    assert pruned("history", entropy) == [4, 7]  # there is no step before the first
+    assert pruned("batch", torch.tensor(high), torch.tensor(low)) == [3]
+    assert pruned("history", torch.tensor(high), torch.tensor(low)) == [0, 3]
+    mixed = torch.tensor([0.2, 1.0, 1.1, 0.9, *low])  # the first is low as short responses are
+    lengths[0] = 2
+    left = quartiles.residual(mixed, lengths)
+    assert left[1:4].mean().abs() < 1e-5
+    assert left[[0, 4, 5, 6, 7]].mean().abs() < 1e-5
+    assert pruned("length", mixed) == [3, 7]
+    assert quartiles.survivors(mixed, 4, k=0.0).tolist() == [False, True, True, True, True, True, True, False]
+
+
+def test_what_other_quartiles_prune_neither_votes_nor_trains(modules):
+    import torch
+
+    from mgrpo_kernels.method import MethodOptions
+
+    _, study, _ = modules
+    quartiles = importlib.import_module("quartiles")
+    entropy = torch.tensor([1.0, 1.0, 1.1, 0.9, 0.2, 0.22, 0.21, 1.0])[:, None]
+    options = MethodOptions(method="srt", iqr_filter=True, iqr_k=0.0, equivalence="exact")
+    answers = ["3", "3", "4", "4", "5", "5", "5", "6"]
+    found = quartiles.Filter("batch").select(torch.ones(8, 1, dtype=torch.bool), answers, 4, options, entropy=entropy)
+    kept = [True, True, True, True, False, True, False, True]
+    assert found.survives.tolist() == found.voters.tolist() == found.trains.tolist() == kept
+    assert found.metrics()["pruned_fraction"] == 0.25
+    assert found.vote.share.tolist() == [0.5, 0.5]
+    command = study.command_of({"method": "srt", "quartiles": "history", "base": "lazy", "iqr_filter": True})
+    assert command[1:] == [str(FOLDER / "quartiles.py"), "history", "--method", "srt", "--iqr-filter"]
+    assert study.command_of({"steps": 3})[1:] == ["-m", "mgrpo_kernels.train", "--steps", "3"]
+
+
+@pytest.fixture
+def figures(modules, monkeypatch):
+    """The figures of the study's page, over runs that a test gives."""
+    docs = Path(__file__).parent.parent / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    found = importlib.import_module("figures_of_study")
+    yield found
+    for name in ("figures_of_study", "figures"):
+        sys.modules.pop(name, None)
+
+
+def test_a_dip_is_a_late_evaluation_below_the_best_before_it(figures, monkeypatch):
+    accuracy = [0.5, 0.1, 0.95, 0.92, 1.0, 0.99]
+    late = {**run(accuracy), "cell": "a"}
+    late["curve"]["step"] = [0, 1000, 1050, 1100, 1150, 1200]
+    monkeypatch.setattr(figures.summary, "read", lambda path: [late])
+    assert figures.dips("any", "a") == "25%"  # of the four after step 1000, 0.92 alone is below 0.97 of the best so far
+
+
+def test_means_of_long_runs_are_over_the_seeds_that_every_cell_has(figures, monkeypatch):
+    def ends(cell, seed, final, majority=0.6):
+        ended = run([0.5, 1.0, 1.0, final, final, final], eval_maj_at_k=[majority])
+        return {**ended, "cell": f"{cell}, 90 steps", "seed": seed, "options": {"steps": 90}}
+
+    runs = [ends("lazy: a", 3, 0.7), ends("lazy: b", 3, 0.6), ends("a", 3, 0.98), ends("b", 3, 0.8), ends("a", 4, 0.1)]
+    runs += [ends("srt", 3, 0.1), ends("lazy: a", 4, 0.9, majority=0.4)]
+    monkeypatch.setattr(figures.summary, "read", lambda path: runs)
+    assert figures.long_runs("90", "a", "b").splitlines()[2:] == [
+        "| own | 3 | 0.60 | 200 | 0.980, 0.987 | 0.800, 0.857 |",
+        "| own | 4 | 0.60 | - | 0.100, 0.120 |  |",
+        "| lazy | 3 | 0.60 | - | 0.700, 0.778 | 0.600, 0.692 |",
+        "| lazy | 4 | 0.40 | - | 0.900, 0.931 |  |",
+        "| mean of 2 seeds | | | | 0.840, 0.882 | 0.700, 0.775 |",
+    ]
+    assert figures.long_verdict("90", "a", "b") == (
+        "`a` keeps 0.97 of its best on 1 of 3 seeds. `b` keeps 0.97 of its best on 0 of 2 seeds. "
+        "`a` minus `b` is +0.140 in the mean of 2 seeds, with a standard error of 0.040."
+    )
+
+
 def test_pairs_share_the_seed_and_the_file(modules):
     paired = importlib.import_module("paired")
 
@@ -237,10 +353,9 @@ def test_the_table_of_the_filter_is_of_cells_that_differ_in_the_filter_alone(mod
     from mgrpo_kernels.train.__main__ import read_command_line
 
     def config(cell):
-        options = {name: value for name, value in {**cells.COMMON, **cells.CELLS[cell]}.items() if name != "base"}
-        return read_command_line(study.arguments_of(options))[0].values()
+        return read_command_line(study.arguments_of({**cells.COMMON, **cells.CELLS[cell]}))[0].values()
 
-    for one, other in paired.OF_FILTER:
+    for one, other in (*paired.OF_FILTER, *paired.OF_QUARTILES):
         changed = {name for name, value in config(one).items() if value != config(other)[name]}
         assert changed - {"method", "filter_scope"} <= {"iqr_filter"}, (one, other)
         assert cells.CELLS[one].get("base") == cells.CELLS[other].get("base")

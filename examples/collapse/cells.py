@@ -1,11 +1,14 @@
 """The cells of the collapse study: the options that each run passes to ``python -m mgrpo_kernels.train``.
 
-All cells share :data:`COMMON`, and each adds its own options. ``base`` is not an option of the trainer: it names the model to start from.
+All cells share :data:`COMMON`, and each adds its own options. Two are not options of the trainer: ``base`` names the model to start from,
+and ``quartiles`` the comparison of the IQR filter (quartiles.py).
 """
 
 from __future__ import annotations
 
 from mgrpo_kernels.method import METHODS
+
+NOT_OPTIONS = ("base", "quartiles")
 
 COMMON = {
     "steps": 2000,
@@ -95,7 +98,18 @@ TRIED = [name for name in METHODS if name not in ("mgrpo", "srt", "co_rewarding"
 
 METHOD_STEPS = 150
 
-REPORTED: dict[str, dict[str, object]] = {"srt": {"method": "srt"}, "half": HALF, "excess": EXCESS, "steady": STEADY}
+REPORTED: dict[str, dict[str, object]] = {
+    "srt": {"method": "srt"},
+    "half": HALF,
+    "excess": EXCESS,
+    "steady": STEADY,
+    "self_harmony": {"method": "self_harmony"},
+    "self_harmony, excess": {"method": "self_harmony", "vote_by": "excess"},
+    "co_rewarding_1": {"method": "co_rewarding_1"},
+    "gold": {"method": "gold"},
+    "srt, cosine": {"method": "srt", "lr_schedule": "cosine"},
+    "half, cosine": {**HALF, "lr_schedule": "cosine"},
+}
 """What the second edition compares, on both start models. The number of steps is part of the cell's name."""
 
 SECOND: dict[str, dict[str, object]] = {
@@ -107,6 +121,31 @@ SECOND: dict[str, dict[str, object]] = {
         for steps in (300, 600, 1500, 3000)
     },
 }
+
+DOSES = (0.0, 0.25, 0.75, 1.0)
+"""Weights of the final answer's tokens in OM-GRPO's loss: the doses of its paper (arXiv 2608.03119), and the plain soft vote."""
+
+DOSE: dict[str, dict[str, object]] = {
+    f"{base}om_grpo, answer weight {dose}, 300 steps": {
+        **start,
+        "method": "om_grpo",
+        "answer_weight": dose,
+        "steps": 300,
+    }
+    for base, start in (("", {}), ("lazy: ", LAZY))
+    for dose in DOSES
+}
+
+QUARTILES: dict[str, dict[str, object]] = {
+    f"{base}srt{filtered}, 300 steps": {**start, "method": "srt", **options, "steps": 300}
+    for base, start in (("", {}), ("lazy: ", LAZY))
+    for filtered, options in {
+        "": {},
+        " + IQR": {"iqr_filter": True},
+        **{f" + IQR, {kind}": {"iqr_filter": True, "quartiles": kind} for kind in ("batch", "history", "length")},
+    }.items()
+}
+"""The plain vote, and the IQR filter with each comparison of the entropies."""
 
 COST: dict[str, dict[str, object]] = {f"cost: {method}": {"method": method, "steps": 50} for method in METHODS}
 """For the duration of a step of each method, before any of them has collapsed."""
@@ -155,6 +194,13 @@ TRIED: dict[str, dict[str, object]] = {
         for share in (0.625, 0.75)
     },
     "srt, min share 0.5": {"method": "srt", "min_share": 0.5},
+    "self_harmony": {"method": "self_harmony"},
+    "self_harmony, excess": {"method": "self_harmony", "vote_by": "excess"},
+    "co_rewarding_1": {"method": "co_rewarding_1"},
+    "co_rewarding_1, excess": {"method": "co_rewarding_1", "vote_by": "excess"},
+    "co_rewarding_3, excess": {"method": "co_rewarding_3", "vote_by": "excess", "decay_end": 0.99},
+    "dcrl, excess": {"method": "dcrl", "vote_by": "excess"},
+    "half, excess, KL to momentum 0.1": {**HALF, "vote_by": "excess", "kl_reference": "momentum", "kl_coef": 0.1},
     "soft vote, N = G/2": {"method": "soft_vote", "momentum_rollouts": 8},
     "scrl, N = G/2": {"method": "scrl", "momentum_rollouts": 8},
 }
@@ -172,9 +218,13 @@ CHOICE: dict[str, dict[str, object]] = {
         for name in ("half", "half, excess", "half, min share 0.75", "half, min share 0.75, m 0.999")
         for steps in (1000, 2000)
     },
+    **{
+        f"choice: {name}, 3000 steps": {"steps": 3000, **TRIED[name]}
+        for name in ("half, excess", "half, excess, KL to momentum 0.1", "self_harmony, excess")
+    },
 }
 
-FULL = {**MAIN, **REST, **SECOND}
+FULL = {**MAIN, **REST, **SECOND, **DOSE, **QUARTILES}
 """What `make study-full` runs."""
 
 CELLS = {**FULL, **COST, **CHOICE}

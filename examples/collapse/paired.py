@@ -33,6 +33,12 @@ OF_FILTER = (
     ("lazy: steady", "lazy: momentum labels"),
 )
 """Cells with the filter, and the same cells without it."""
+OF_QUARTILES = tuple(
+    (f"{base}srt + IQR{kind}, 300 steps", f"{base}srt, 300 steps")
+    for base in ("", "lazy: ")
+    for kind in ("", ", batch", ", history", ", length")
+)
+"""The same with each comparison of the entropies (quartiles.py)."""
 
 
 class Pair(NamedTuple):

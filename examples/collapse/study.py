@@ -28,13 +28,14 @@ from threading import Lock
 from typing import Any
 
 import torch
-from cells import CELLS, COMMON, COST, FULL, LAZY_RESPONSE, LAZY_SHARE, MAIN, WARM_STEPS
+from cells import CELLS, COMMON, COST, FULL, LAZY_RESPONSE, LAZY_SHARE, MAIN, NOT_OPTIONS, WARM_STEPS
 
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.watch.certificate import CERTIFICATE
 from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.report import cpu_name
 
+OWN = Path(__file__).parent
 KEPT = ("step", "eval_accuracy", "eval_greedy", "eval_maj_at_k")
 AVERAGED = (
     "vote_share",
@@ -51,12 +52,21 @@ AVERAGED = (
 
 
 def arguments_of(options: dict[str, object]) -> list[str]:
-    """Return the options as command-line arguments."""
+    """Return the options as command-line arguments of the trainer."""
     out = []
     for name, value in options.items():
+        if name in NOT_OPTIONS:
+            continue
         flag = name.replace("_", "-")
         out += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return out
+
+
+def command_of(options: dict[str, object]) -> list[str]:
+    """Return the command of a run: the trainer's, or that of quartiles.py, and the options."""
+    kind = options.get("quartiles")
+    trainer = ["-m", "mgrpo_kernels.train"] if kind is None else [str(OWN / "quartiles.py"), str(kind)]
+    return [sys.executable, *trainer, *arguments_of(options)]
 
 
 def curve_of(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
@@ -114,12 +124,10 @@ def take(
 ) -> dict[str, Any]:
     """Run one cell with one seed, and return its line of results. Its metrics and certificate are copied to `kept`."""
     start = time.perf_counter()
-    arguments = arguments_of({name: value for name, value in options.items() if name != "base"})
-    command = [sys.executable, "-m", "mgrpo_kernels.train", *arguments, f"--seed={seed}", f"--device={device}"]
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(base, f"{place}/run/base")  # a run of the built-in task uses a model that is already here
         done = subprocess.run(
-            [*command, "--output", f"{place}/run"],
+            [*command_of(options), f"--seed={seed}", f"--device={device}", "--output", f"{place}/run"],
             capture_output=True,
             text=True,
             check=False,
