@@ -157,6 +157,12 @@ def head(draw: random.Random, rows: tuple[int, ...], backend: str) -> tuple[list
     return [hidden, weight, torch.randint(0, vocab, rows)], keywords
 
 
+def counts(draw: random.Random, number: int, mask: torch.Tensor | None) -> dict:
+    """Return the numbers of tokens that a caller may give."""
+    unmasked = number if mask is None else int(mask.sum())
+    return {"unmasked_tokens": some(draw, unmasked), "tokens_with_gradient": some(draw, draw.randint(unmasked, number))}
+
+
 def linear_token_stats(draw: random.Random, backend: str) -> Call:
     rows = draw.choice(((), (3,), (0,), (2, 3), (70,)))
     inputs, keywords = head(draw, rows, backend)
@@ -165,6 +171,7 @@ def linear_token_stats(draw: random.Random, backend: str) -> Call:
     kept = torch.randint(-1, vocab, (*rows, draw.choice((1, 4, 9))), dtype=draw.choice((torch.int32, torch.int64)))
     keywords |= {"stats": tuple(stats), "mask": some(draw, bools(*rows)), "kept": some(draw, kept)}
     keywords["gradient_tolerance"] = draw.choice((None, 0.01))
+    keywords |= counts(draw, inputs[2].numel(), keywords["mask"])
     return Call("linear_token_stats", mgrpo_kernels.linear_token_stats, tuple(inputs), keywords)
 
 
@@ -187,6 +194,7 @@ def linear_policy_loss(draw: random.Random, backend: str) -> Call:
     inputs, of_head = head(draw, shape, backend)
     advantages = floats(draw, *draw.choice((shape, (batch,))))
     args = (*inputs, some(draw, floats(draw, *shape)), advantages)
+    keywords |= counts(draw, inputs[2].numel(), keywords["mask"])
     return Call("linear_policy_loss", mgrpo_kernels.linear_policy_loss, args, keywords | of_head)
 
 

@@ -193,7 +193,10 @@ def test_several_blocks_of_columns(backend, dtype):
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])  # where nobody knows how many rows are kept
 def test_masked_rows_never_leak(backend, as_on_a_gpu, monkeypatch):
     if as_on_a_gpu:
-        monkeypatch.setattr("mgrpo_kernels.ops.linear_token_stats.op.kept_rows", lambda mask: None)
+        monkeypatch.setattr("mgrpo_kernels.ops._rows.can_read", lambda device: False)
+        monkeypatch.setattr(
+            native, "logits_room", lambda number, head: 0
+        )  # its kernels never see stored logits of masked rows
     h, w, _, labels = make(rows=12)
     mask = torch.rand(12) > 0.4
     h[~mask] = torch.nan
@@ -293,16 +296,17 @@ def test_opcheck(backend):
     h, w, b, labels = make(rows=4, hidden=3, vocab=7, bias=True)
     h, w, b = (t.requires_grad_() for t in (h, w, b))
     some = torch.tensor([True, True, False, True])
-    for mask, store, wanted in (
-        (some, False, ALL),
-        (None, True, ALL),
-        (some, False, ("logprob",)),
-        (None, False, ("entropy",)),
-        (some, False, ("logprob", "self_certainty")),
+    for mask, store, wanted, counts in (
+        (some, False, ALL, (None, None)),
+        (None, True, ALL, (None, None)),
+        (some, True, ALL, (3, 3)),
+        (some, False, ("logprob",), (3, None)),
+        (None, False, ("entropy",), (None, None)),
+        (some, False, ("logprob", "self_certainty"), (None, None)),
     ):
         of_labels = labels if "logprob" in wanted else None
         asked = "entropy" in wanted, "self_certainty" in wanted
-        options = (0.9, 1.1, 5.0, None, 0, None, torch.float32, *asked, store, None, False, backend)
+        options = (0.9, 1.1, 5.0, None, 0, None, torch.float32, *counts, *asked, store, None, False, backend)
         torch.library.opcheck(linear_token_stats_op, (h, w, b, of_labels, mask, None, *options))
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels.ops.policy_loss import make_options
 from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES
+from mgrpo_kernels.ops.policy_loss.specs import is_token_level
 from mgrpo_kernels.train import parallel
 from mgrpo_kernels.train.config import Config, LossConfig, OptimConfig
 from mgrpo_kernels.train.model.policy import Policy
@@ -87,7 +89,8 @@ def accumulate_gradient(
     """
     lengths = batch.mask.sum(-1).tolist()
     options = loss.keywords() if batch.ref_logprobs is not None else loss.keywords() | {"kl_coef": 0.0}
-    live = rows_with_gradient(batch, options)
+    with_gradient_of = tokens_with_gradient(batch, options)
+    live = rows_with_gradient(with_gradient_of)
     tokens, sequences, with_gradient = map(int, parallel.total(sum(lengths), len(lengths), len(live)))
     normalizer = LOSSES[loss.loss_type].normalizer(tokens, sequences, max_tokens)
     sums: dict[str, Tensor] = {}
@@ -110,6 +113,7 @@ def accumulate_gradient(
                 advantages if advantages.dim() == 1 else advantages[mask],
                 bias=bias,
                 cu_seqlens=packed.cu_seqlens,
+                tokens_with_gradient=sum(with_gradient_of[row] for row in rows),
                 temperature=temperature,
                 kept=part(batch.kept),
                 gradient_tolerance=tolerance or None,
@@ -149,16 +153,27 @@ def _tokens_of(values: Tensor | None, *, chosen: Tensor, mask: Tensor) -> Tensor
     return None if values is None else values[chosen][mask]
 
 
-def rows_with_gradient(batch: Batch, options: dict[str, Any]) -> list[int]:
-    """Return the rollouts that the loss has a gradient for: without KL penalty and entropy bonus, those with an advantage that is not 0.
+def tokens_with_gradient(batch: Batch, options: dict[str, Any]) -> list[int]:
+    """Return how many tokens of each rollout the loss has a gradient for.
+
+    Without KL penalty and entropy bonus these are the tokens whose advantage is not 0 or, where the loss weighs whole sequences, all
+    tokens of a rollout that has one.
+    """
+    lengths = batch.mask.sum(-1)
+    if options["kl_coef"] != 0 or options["entropy_coef"] != 0:
+        return lengths.tolist()  # type: ignore[no-any-return]
+    counts = ((batch.advantages.reshape(len(lengths), -1) != 0) & batch.mask).sum(-1) if len(lengths) else lengths
+    if not is_token_level(make_options("policy_loss", options), batch.behaviour_logprobs):
+        counts = torch.where(counts > 0, lengths, 0)
+    return counts.tolist()  # type: ignore[no-any-return]
+
+
+def rows_with_gradient(counts: Sequence[int]) -> list[int]:
+    """Return the rollouts with a token that has a gradient.
 
     At least one, so that every parameter has a gradient, of 0, and the optimizer's step is the same.
     """
-    rows = range(len(batch.prompts))
-    if options["kl_coef"] != 0 or options["entropy_coef"] != 0:
-        return list(rows)
-    counts = batch.advantages.reshape(len(rows), -1).count_nonzero(-1).tolist() if rows else []
-    return [row for row, count in zip(rows, counts, strict=True) if count] or list(rows[:1])
+    return [row for row, count in enumerate(counts) if count] or list(range(len(counts)))[:1]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -136,6 +137,27 @@ def test_a_rollout_of_which_only_one_token_has_an_advantage_passes_through_the_m
     sums, grad = gradient(policy, part._replace(advantages=advantages, old_logprobs=None), 10**6, kl_coef=0.0)
     assert sums["with_gradient"] == 1
     assert grad.norm() > 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_the_loss_is_given_the_number_of_tokens_with_a_gradient(policy: Policy, level: str, kl_coef: float) -> None:
+    part = batch(policy)
+    advantages = torch.where(torch.arange(part.mask.shape[1]) < 2, part.advantages[:, None], 0.0)
+    advantages[:3] = 0.0
+    part, options = part._replace(advantages=advantages), {"importance_level": level, "kl_coef": kl_coef}
+    with mock.patch.object(update, "linear_policy_loss", wraps=linear_policy_loss) as loss:
+        got = gradient(policy, part, 45, entropy_coef=0.0, **options)
+    given = sum(call.kwargs["tokens_with_gradient"] for call in loss.call_args_list)
+    of_tokens = int(((advantages != 0) & part.mask).sum())
+    assert 0 < of_tokens < part.mask[3:].sum() < part.mask.sum()
+    assert given == (part.mask.sum() if kl_coef else of_tokens if level == "token" else part.mask[3:].sum())
+
+    def without(*arguments: Any, tokens_with_gradient: int, **keywords: Any) -> Any:
+        return linear_policy_loss(*arguments, **keywords)
+
+    with mock.patch.object(update, "linear_policy_loss", without):
+        torch.testing.assert_close(got, gradient(policy, part, 45, entropy_coef=0.0, **options), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("term", ["kl_coef", "entropy_coef"])

@@ -18,7 +18,7 @@ from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
 from mgrpo_kernels.ops._head import check_rows
 from mgrpo_kernels.ops.kept_token_stats import native, reference, triton
-from mgrpo_kernels.ops.kept_token_stats.specs import label_columns, local_ids
+from mgrpo_kernels.ops.kept_token_stats.specs import ABSENT, label_columns, local_ids
 from mgrpo_kernels.ops.linear_token_stats.specs import Head, transform, transform_gradient
 
 OP = "kept_token_stats"
@@ -214,6 +214,8 @@ def kept_token_stats_backward_op(
     coefficients = _statistics.gradient_coefficients(
         grad_logprob, grad_entropy, grad_self_certainty, entropy, count, mask, logsumexp
     )
+    live = (coefficients != 0).any(0)  # a NaN too
+    ids = torch.where(live.unsqueeze(-1), ids, ABSENT)  # a row without a gradient multiplies no rows of the weight
     grad = torch.empty(x.shape, dtype=wide[0], device=x.device)
     for rows in _blocks(x, head):
         grad[rows] = _gradient(

@@ -21,11 +21,12 @@ from mgrpo_kernels.ops._head import (
     check_rows,
     check_tp_group,
 )
+from mgrpo_kernels.ops._rows import check_counts, kept_rows, put_back, spoil, take, take_hidden
 from mgrpo_kernels.ops._schema import Schema
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_policy_loss import native, reference, triton
 from mgrpo_kernels.ops.linear_policy_loss.blocks import BlockLoss, live_first, tokens_of
-from mgrpo_kernels.ops.linear_token_stats.op import can_leave_out, kept_rows, linear_token_stats_op, take
+from mgrpo_kernels.ops.linear_token_stats.op import can_leave_out, linear_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 from mgrpo_kernels.ops.policy_loss import check_tokens, flat_advantages, make_options, run, takes_options
 from mgrpo_kernels.ops.policy_loss import options as loss_options
@@ -58,6 +59,8 @@ def linear_policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     vocab_start: int | None = None,
     mask: Tensor | None = None,
+    unmasked_tokens: int | None = None,
+    tokens_with_gradient: int | None = None,
     cu_seqlens: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     behaviour_logprobs: Tensor | None = None,
@@ -86,6 +89,9 @@ def linear_policy_loss(
             the gradient is formed in the forward pass. None: 224 MiB (native; 12 MiB in 16 bits), 512 MiB (triton) or 64 MiB (reference).
         mask, cu_seqlens, ref_logprobs, behaviour_logprobs: as in :func:`policy_loss`. The entropy of the bonus and of the
             metrics is the head's own.
+        unmasked_tokens: as in :func:`linear_token_stats`.
+        tokens_with_gradient: as in :func:`linear_token_stats`: unmasked tokens whose advantage is not 0, or all unmasked ones with a KL
+            penalty or an entropy bonus. A loss that weighs whole sequences gives every token of such a sequence a gradient.
         {options}
         normalizer, entropy_normalizer, backend: as in :func:`policy_loss`.
 
@@ -114,6 +120,7 @@ def linear_policy_loss(
         options=form,
         name="labels",
     )
+    check_counts(mask, rows.numel(), unmasked_tokens, tokens_with_gradient)
     tokens = tokens._replace(advantages=flat_advantages(advantages, like, tokens), entropy=None)
     check_head_options(logit_scale, softcap, workspace_bytes)
     check_logits_dtype(logits_dtype, hidden.dtype)
@@ -146,6 +153,8 @@ def linear_policy_loss(
         "softcap": softcap,
         "workspace_bytes": workspace_bytes,
         "logits_dtype": logits_dtype,
+        "unmasked_tokens": unmasked_tokens,
+        "tokens_with_gradient": tokens_with_gradient,
         "backend": name,
     }
     if fused and any(need):
@@ -171,6 +180,8 @@ _HEAD = {
     "softcap": "float?",
     "workspace_bytes": "SymInt?",
     "logits_dtype": "ScalarType",
+    "unmasked_tokens": "SymInt?",
+    "tokens_with_gradient": "SymInt?",
     "backend": "str",
 }
 _TOKENS = {
@@ -183,6 +194,7 @@ _TOKENS = {
     "normalizer": "Tensor?",  # 0-d
     "entropy_normalizer": "Tensor?",  # 0-d
 }
+COUNTS = ("unmasked_tokens", "tokens_with_gradient")
 _NEED = {"need_hidden": "bool", "need_weight": "bool", "need_bias": "bool"}
 _ANCHOR = {"anchor": "Tensor?"}  # of hidden, weight and bias, which the backward pass does not read
 ARGUMENTS = Schema(_HEAD | _TOKENS | loss_options.SCHEMA | _NEED | _ANCHOR, "(Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -221,6 +233,7 @@ def _run_composed(
             gradient_tolerance=gradient_tolerance,
         )
     else:
+        given = {name: value for name, value in given.items() if name not in COUNTS}
         statistics = kept_token_stats_op(**given, kept=kept)
     logprob, entropy, *_ = statistics
     entropy = entropy if form.entropy_coef != 0 else entropy.detach()
@@ -235,17 +248,16 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     _autograd.refuse_tangents("linear_policy_loss", hidden, weight, given["bias"])
     check_rows(hidden, weight, given["bias"], labels, mask, given["temperature_per_row"])
     check_token_tensors(given, hidden.shape[0], hidden.device)
+    check_counts(mask, hidden.shape[0], given["unmasked_tokens"], given["tokens_with_gradient"])
     checks.check_temperature_values(given["temperature_per_row"])
     sequences.check_offset_values("cu_seqlens", given["offsets"], hidden.shape[0])
     if labels.device.type == "cpu":
         checks.check_label_values(labels, mask, weight.shape[0])
     form, _ = loss_options.from_arguments(given)
-    rows, live = live_first(kept_rows(mask), given, form)
-    kept = take(hidden, rows)
-    if rows is None and mask is not None:
-        kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
+    kept = kept_rows(mask, hidden.shape[0], given["unmasked_tokens"])
+    rows, live, too_low = live_first(kept, given, form)
     tokens, number_of_sequences = tokens_of(given, form, rows)
-    loss = BlockLoss(tokens, form, backend, weight.shape[0])
+    loss = BlockLoss(tokens, form, backend, weight.shape[0], (kept.wrong, too_low))
     per_row = given["temperature_per_row"]
     head = Head(
         weight=weight,
@@ -259,15 +271,19 @@ def linear_policy_loss_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     )
     need = tuple(given[name] for name in _NEED)
     grad_hidden, *others = backends.implementation(OP, backend).forward_backward(
-        kept, head, take(labels, rows), loss.coefficients_of, need, live, loss.gradients
+        take_hidden(hidden, rows, mask, kept),
+        head,
+        take(labels, rows),
+        loss.coefficients_of,
+        need,
+        live,
+        loss.gradients,
     )
     loss.metrics[_SEQUENCES] = number_of_sequences.float()
     if grad_hidden is not None:
-        grad_hidden = grad_hidden.to(hidden.dtype)
-        if rows is not None:
-            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
+        grad_hidden = spoil(put_back(grad_hidden.to(hidden.dtype), rows, hidden.shape[0]), *loss.wrong)
     grads = [hidden.new_empty(0) if grad is None else grad.to(hidden.dtype) for grad in (grad_hidden, *others)]
-    return loss.total, loss.metrics, *grads
+    return spoil(loss.total, *loss.wrong), spoil(loss.metrics, *loss.wrong), *grads
 
 
 @linear_policy_loss_op.register_fake

@@ -10,7 +10,7 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import sequences
 from mgrpo_kernels.ops import _statistics
-from mgrpo_kernels.ops.linear_token_stats.op import take
+from mgrpo_kernels.ops._rows import Kept, first_rows, number_with_gradient, spoil, take
 from mgrpo_kernels.ops.policy_loss import OP as LOSS_OP
 from mgrpo_kernels.ops.policy_loss.options import LossOptions
 from mgrpo_kernels.ops.policy_loss.reference import token_weights
@@ -19,23 +19,20 @@ from mgrpo_kernels.ops.policy_loss.specs import LOSSES, METRICS, Tokens
 _RATIO_MAX = METRICS.index("ratio_max")
 
 
-def live_first(rows: Tensor | None, given: dict[str, Any], form: LossOptions) -> tuple[Tensor | None, int]:
-    """Return these rows (None: all), those that can have a gradient first, and how many they are.
+def live_first(kept: Kept, given: dict[str, Any], form: LossOptions) -> tuple[Tensor | None, int, Tensor | None]:
+    """Return the kept rows (None: all), those that can have a gradient first; how many these are; and whether their number is too low.
 
-    Without KL penalty and entropy bonus a token whose advantage is 0 has none, and its logits are needed for the metrics alone. On a GPU
-    their number is unknown without a host sync: all count as live.
+    Without KL penalty and entropy bonus a token whose advantage is 0 has none, and its logits are needed for the metrics alone.
     """
-    number = given["labels"].shape[0]
-    if (
-        given["labels"].device.type != "cpu"
-        or form.entropy_coef != 0
-        or (form.kl_coef != 0 and given["ref"] is not None)
-    ):
-        return rows, number if rows is None else rows.shape[0]
-    live = take(advantages_per_token(given) != 0, rows)  # a NaN too
-    rows = torch.arange(number) if rows is None else rows
-    count = int(live.sum())
-    return (None if count == number else torch.cat([rows[live], rows[~live]])), count
+    mask = given["mask"]
+    if form.entropy_coef != 0 or (form.kl_coef != 0 and given["ref"] is not None):
+        live = torch.ones_like(given["labels"], dtype=torch.bool) if mask is None else mask
+    else:
+        live = advantages_per_token(given) != 0  # a NaN too
+        live = live if mask is None else live & mask
+    count, too_low = number_with_gradient(live, kept, given["tokens_with_gradient"])
+    rows = kept.rows if count == kept.number else first_rows(kept.number, live, mask)
+    return rows, count, too_low
 
 
 def advantages_per_token(given: dict[str, Any]) -> Tensor:
@@ -61,7 +58,7 @@ def tokens_of(given: dict[str, Any], form: LossOptions, rows: Tensor | None) -> 
         logprob=hidden.new_empty(0, dtype=wide),
         old=take(given["old"], rows),
         advantages=take(advantages_per_token(given), rows),
-        mask=mask if rows is None else None,
+        mask=take(mask, rows),
         offsets=offsets,
         ref=take(given["ref"], rows),
         entropy=None,
@@ -76,9 +73,12 @@ def tokens_of(given: dict[str, Any], form: LossOptions, rows: Tensor | None) -> 
 class BlockLoss:
     """The loss of blocks of rows, added up."""
 
-    def __init__(self, tokens: Tokens, form: LossOptions, backend: str, vocab: int) -> None:
+    def __init__(
+        self, tokens: Tokens, form: LossOptions, backend: str, vocab: int, wrong: tuple[Tensor | None, ...] = ()
+    ) -> None:
         self.tokens, self.form, self.vocab = tokens, form, vocab
         self.gradients = _statistics.Wanted(logprob=True, entropy=form.entropy_coef != 0, self_certainty=False)
+        self.wrong = wrong  # counts of the caller, as far as only the device knows: 0-d bool
         self.loss_of = backends.implementation(LOSS_OP, backend).forward
         self.total = tokens.logprob.new_zeros(())
         self.metrics = torch.zeros(len(METRICS), device=tokens.logprob.device)
@@ -92,9 +92,10 @@ class BlockLoss:
         self.metrics = self.metrics + seen
         self.metrics[_RATIO_MAX] = highest
         bonus = torch.zeros_like(gradient) - scales[1] if self.gradients.entropy else None
-        return _statistics.gradient_coefficients(
+        coefficients = _statistics.gradient_coefficients(
             gradient * scales[0], bonus, None, statistics.entropy, self.vocab, part.mask, statistics.logprob
         )
+        return spoil(coefficients, *self.wrong)
 
 
 def _block(tokens: Tokens, block: slice) -> Tokens:

@@ -18,6 +18,7 @@ from mgrpo_kernels.ops._head import (
     check_logits_dtype,
     check_tp_group,
 )
+from mgrpo_kernels.ops._rows import check_counts
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats import liger, tiled
 from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
@@ -39,6 +40,8 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    unmasked_tokens: int | None = None,
+    tokens_with_gradient: int | None = None,
     kept: Tensor | None = None,
     gradient_tolerance: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -72,6 +75,11 @@ def linear_token_stats(
         logit_scale: finite; multiplies the logits (Cohere's logit_scale, the inverse of Granite's logits_scaling).
         softcap: > 0 or None (Gemma's final_logit_softcapping).
         mask: ``(...)`` bool, True counts. A masked row gives exactly 0 and no gradient, whatever hidden holds there.
+        unmasked_tokens: number of True in `mask`, if the caller knows it. On a GPU masked rows are left out of the matmuls only with it,
+            because counting them means waiting for the device; a wrong number there makes every result NaN. Not used with `kept`.
+        tokens_with_gradient: number of tokens, at most, whose statistics have a gradient that is not 0, if the caller knows it. On a GPU
+            the backward pass leaves out the rows of the others only with it; too low a number there makes every gradient NaN. Not used
+            with `kept`.
         kept: ``(..., K)`` int32 or int64, the vocabulary entries that the sampler kept for each token, in any order, -1 where a token has
             fewer than K; an entry that is given twice counts once. Everything is of the softmax over this set alone, with N K H operations
             in place of N V H. A label outside its token's set gives NaN, and a token without any entry gives NaN for every statistic.
@@ -89,21 +97,23 @@ def linear_token_stats(
             head has it. That halves the workspace and rounds each logit: between 16 and 32 by up to 0.06 in bfloat16.
         backend: ``reference``, ``native`` or ``triton``; None picks one of them. ``liger`` is Liger's kernel for bfloat16 on NVIDIA GPUs of
             compute capability 9.0 and 10.x, which has fewer options and a lower precision.
-        debug: on a GPU, pay a host sync to raise for a bad label; with `kept`, also raise for a label outside its token's set.
+        debug: on a GPU, pay a host sync to raise for a bad label and a wrong `unmasked_tokens`; with `kept`, also raise for a label
+            outside its token's set.
 
     Returns:
         TokenStats of float32 (float64 for float64 input), ``(...)``; None where a statistic was not asked for.
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, device or option; on a CPU also an unmasked label, or an unmasked entry of `kept`, outside the
-            vocabulary (on a GPU: NaN).
+        ValueError: wrong shape, device or option; on a CPU also a wrong `unmasked_tokens`, too low a `tokens_with_gradient` (in the
+            backward pass), and an unmasked label, or an unmasked entry of `kept`, outside the vocabulary (on a GPU: NaN).
         BackendUnavailable: `backend` cannot run here.
     """
     wanted = check_stats(stats)
     hidden, weight, bias = check_head(hidden, weight, bias)
     rows = hidden.shape[:-1]
     mask = checks.check_mask("mask", mask, rows, hidden.device)
+    check_counts(mask, rows.numel(), unmasked_tokens, tokens_with_gradient)
     number, per_row = checks.check_temperature(temperature, rows, hidden.device)
     check_head_options(logit_scale, softcap, workspace_bytes)
     check_logits_dtype(logits_dtype, hidden.dtype)
@@ -131,13 +141,29 @@ def linear_token_stats(
     options = (number, float(logit_scale), softcap, group_name, vocab_start, workspace_bytes, logits_dtype)
     if name == "liger":
         lacking = {"softcap": softcap, "kept": kept, "gradient_tolerance": gradient_tolerance, "tp_group": tp_group}
-        lacking |= {"bias": bias, "workspace_bytes": workspace_bytes, "temperature": per_row}
+        lacking |= {
+            "tokens_with_gradient": tokens_with_gradient,
+            "bias": bias,
+            "workspace_bytes": workspace_bytes,
+            "temperature": per_row,
+        }
         liger.refuse(wanted, logit_scale, logits_dtype, lacking)
-        flat = liger.token_stats(*tensors[:2], *tensors[3:5], number / logit_scale, wanted, debug=debug)
+        flat = liger.token_stats(
+            *tensors[:2], *tensors[3:5], number / logit_scale, wanted, unmasked_tokens=unmasked_tokens, debug=debug
+        )
         return TokenStats(*[None if stat is None else stat.view(rows) for stat in flat])
     if kept is None:
         logprob, entropy, self_certainty, *_ = linear_token_stats_op(
-            *tensors, *options, wanted.entropy, wanted.self_certainty, gradient, gradient_tolerance, debug, name
+            *tensors,
+            *options,
+            unmasked_tokens,
+            tokens_with_gradient,
+            wanted.entropy,
+            wanted.self_certainty,
+            gradient,
+            gradient_tolerance,
+            debug,
+            name,
         )
     else:
         logprob, entropy, self_certainty, *_ = kept_token_stats_op(*tensors, kept, *options, debug, name)

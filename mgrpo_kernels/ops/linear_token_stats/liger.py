@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels import checks
+from mgrpo_kernels.ops._rows import kept_rows, put_back, take
 from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops.token_stats.specs import TokenStats
 
@@ -105,13 +106,39 @@ def token_stats(
     temperature: float,
     wanted: Wanted,
     *,
+    unmasked_tokens: int | None,
     debug: bool,
 ) -> TokenStats:
     """Return log-probs and entropy ``(N,)``, float32, with their graph. Masked rows are 0 and have no gradient.
 
+    With `unmasked_tokens`, the number of True in `mask`, Liger is given the unmasked rows alone.
+
     Raises:
-        ValueError: with `debug`, an unmasked label outside the vocabulary.
+        ValueError: with `debug`, an unmasked label outside the vocabulary, or another number of unmasked rows.
     """
+    if mask is None or unmasked_tokens is None:
+        return _of_rows(hidden, weight, labels, mask, temperature, wanted, debug=debug)
+    number = hidden.shape[0]
+    kept = kept_rows(mask, number, unmasked_tokens, debug=debug)
+    if kept.rows is not None:
+        hidden, labels, mask = hidden.index_select(0, kept.rows), take(labels, kept.rows), mask[kept.rows]
+    found = _of_rows(hidden, weight, labels, mask, temperature, wanted, debug=debug)
+    factor = (
+        1.0 if kept.wrong is None else torch.where(kept.wrong, torch.nan, 1.0)
+    )  # a factor makes the gradients NaN too
+    return TokenStats(*[None if each is None else put_back(each, kept.rows, number) * factor for each in found])
+
+
+def _of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    wanted: Wanted,
+    *,
+    debug: bool,
+) -> TokenStats:
     if hidden.shape[0] == 0:  # which Liger refuses
         nothing = (hidden @ weight[:1].t()).float().squeeze(-1)
         return TokenStats(nothing if wanted.logprob else None, nothing if wanted.entropy else None, None)

@@ -12,6 +12,17 @@ from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
 from mgrpo_kernels.ops._head import check_rows
+from mgrpo_kernels.ops._rows import (
+    Kept,
+    check_counts,
+    first_rows,
+    kept_rows,
+    number_with_gradient,
+    put_back,
+    spoil,
+    take,
+    take_hidden,
+)
 from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops.linear_token_stats import liger, native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
@@ -35,6 +46,8 @@ def linear_token_stats_op(
     vocab_start: int,
     workspace_bytes: int | None,
     logits_dtype: torch.dtype,
+    unmasked_tokens: int | None,
+    tokens_with_gradient: int | None,
     want_entropy: bool,
     want_self_certainty: bool,
     store_logits: bool,
@@ -49,15 +62,19 @@ def linear_token_stats_op(
     """
     _autograd.refuse_tangents("linear_token_stats", hidden, weight, bias)
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
+    check_counts(mask, hidden.shape[0], unmasked_tokens, tokens_with_gradient)
     checks.check_temperature_values(temperature_per_row)
     per_token = temperature if temperature_per_row is None else temperature_per_row
     head = Head(weight, bias, per_token, logit_scale, softcap, vocab_start, workspace_bytes, logits_dtype)
-    rows = kept_rows(mask)
+    kept = kept_rows(mask, hidden.shape[0], unmasked_tokens, debug=debug)
+    rows = kept.rows
     implementation = backends.implementation(OP, backend)
     wanted = Wanted(labels is not None, want_entropy, want_self_certainty)
     inputs = take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows), wanted
     entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, gradient_tolerance), hidden.device)
-    room = logits_room(backend, hidden.shape[0], head) if store_logits and not entries.room else 0
+    room = (
+        logits_room(backend, _rows_at_most(hidden, unmasked_tokens), head) if store_logits and not entries.room else 0
+    )
     logits = tiled.large((room,), hidden.device, head.raw_dtype)
     if entries.room:
         state = implementation.sparse_forward(*inputs, gradient_tolerance, entries.of_rows(slice(inputs[0].shape[0])))
@@ -71,17 +88,18 @@ def linear_token_stats_op(
     if labels is not None and (debug or hidden.device.type == "cpu"):
         checks.check_label_values(labels, mask, int(vocab))
     logprob, entropy, self_certainty, logsumexp = (
-        _of_all_rows(stat, rows, mask) if want else stat.new_empty(0)
+        _of_all_rows(stat, mask, kept) if want else stat.new_empty(0)
         for stat, want in zip(_statistics.finish(state, take(labels, rows)), (*wanted, True), strict=True)
     )
     return logprob, entropy, self_certainty, logsumexp, vocab, *entries, logits
 
 
-def _of_all_rows(stat: Tensor, rows: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return a statistic of these rows (None: all) with the masked rows, which are 0."""
+def _of_all_rows(stat: Tensor, mask: Tensor | None, kept: Kept) -> Tensor:
+    """Return a statistic of the kept rows with the masked rows, which are 0; NaN everywhere if the caller's count is wrong."""
     if mask is None:
         return stat
-    return torch.where(mask, stat, 0.0) if rows is None else stat.new_zeros(mask.shape).index_copy_(0, rows, stat)
+    stat = put_back(stat, kept.rows, mask.shape[0])
+    return spoil(torch.where(mask, stat, 0.0) if kept.masked else stat, kept.wrong)
 
 
 def can_leave_out(backend: str) -> bool:
@@ -101,19 +119,38 @@ def logits_room(backend: str, number: int, head: Head) -> int:
     return 0 if room is None else room(number, head)
 
 
+def _rows_at_most(hidden: Tensor, unmasked_tokens: int | None) -> int:
+    """Return how many rows' logits may be stored, which may be symbolic."""
+    return hidden.shape[0] if unmasked_tokens is None else unmasked_tokens
+
+
 @linear_token_stats_op.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _statistics.statistics_dtype(hidden)
-    *_, workspace_bytes, logits_dtype, want_entropy, want_self_certainty, store_logits, tolerance, _, backend = rest
+    (
+        *_,
+        workspace_bytes,
+        logits_dtype,
+        unmasked_tokens,
+        _,
+        want_entropy,
+        want_self_certainty,
+        store_logits,
+        tolerance,
+        _,
+        backend,
+    ) = rest
     logprob, entropy, self_certainty, logsumexp = (
         hidden.new_empty(hidden.shape[0] if want else 0, dtype=dtype)
         for want in (labels is not None, want_entropy, want_self_certainty, True)
     )
     entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, tolerance), hidden.device)
     head = Head(weight, None, 1.0, 1.0, None, 0, workspace_bytes, logits_dtype)
-    room = logits_room(backend, hidden.shape[0], head) if store_logits and not entries.room else 0
+    room = (
+        logits_room(backend, _rows_at_most(hidden, unmasked_tokens), head) if store_logits and not entries.room else 0
+    )
     logits = hidden.new_empty(room, dtype=head.raw_dtype)
     return logprob, entropy, self_certainty, logsumexp, hidden.new_empty((), dtype=dtype), *entries, logits
 
@@ -136,6 +173,8 @@ def linear_token_stats_backward_op(
     vocab_start: int,
     workspace_bytes: int | None,
     logits_dtype: torch.dtype,
+    unmasked_tokens: int | None,
+    tokens_with_gradient: int | None,
     gradient_tolerance: float | None,
     entropy: Tensor | None,
     logsumexp: Tensor,
@@ -152,6 +191,7 @@ def linear_token_stats_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, in their dtypes; those not needed are empty."""
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)
+    check_counts(mask, hidden.shape[0], unmasked_tokens, tokens_with_gradient)
     if (grad_logprob is not None and labels is None) or (grad_entropy is not None and entropy is None):
         raise ValueError("expected labels with grad_logprob and entropy with grad_entropy, got None")
     given = {"logsumexp": logsumexp, "vocab": vocab}
@@ -189,13 +229,15 @@ def linear_token_stats_backward_op(
     )
     implementation = backends.implementation(OP, backend)
     sparse = gradient_tolerance is not None and can_leave_out(backend)
-    rows = kept_rows(mask) if sparse else live_rows(coefficients)
-    kept = take(hidden, rows)
-    if rows is None and mask is not None:
-        kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)  # 0 x NaN would reach the weight's gradient
+    kept = kept_rows(mask, hidden.shape[0], unmasked_tokens)
+    live = (coefficients != 0).any(0)  # a NaN too
+    number, too_low = number_with_gradient(live, kept, tokens_with_gradient)
+    rows = kept.rows if sparse or number == kept.number else first_rows(number, live, mask)
+    coefficients = spoil(coefficients, kept.wrong, too_low)
+    taken = take_hidden(hidden, rows, mask, kept)
     wanted = Wanted(grad_logprob is not None, grad_entropy is not None, grad_self_certainty is not None)
     inputs = (
-        kept,
+        taken,
         head._replace(temperature=take(head.temperature, rows)),
         take(labels if wanted.logprob else None, rows),
         coefficients if rows is None else coefficients[:, rows],
@@ -204,18 +246,16 @@ def linear_token_stats_backward_op(
         wanted,
     )
     if sparse:
-        entries = Entries(entry_ids, entry_logits, entry_counts, entry_rest).of_rows(slice(kept.shape[0]))
+        entries = Entries(entry_ids, entry_logits, entry_counts, entry_rest).of_rows(slice(taken.shape[0]))
         grad_hidden, grad_weight, grad_bias = implementation.sparse_backward(*inputs, gradient_tolerance, entries)
     elif logits.numel():
-        grad_hidden, grad_weight, grad_bias = implementation.backward(*inputs, stored_rows(logits, mask, rows, hidden))
+        grad_hidden, grad_weight, grad_bias = implementation.backward(*inputs, stored_rows(logits, kept, rows))
     else:
         grad_hidden, grad_weight, grad_bias = implementation.backward(*inputs)
     if grad_hidden is not None:
         if tp_group is not None:
             dist.all_reduce(grad_hidden, group=_tensor_parallel.group(tp_group))
-        grad_hidden = grad_hidden.to(hidden.dtype)
-        if rows is not None:
-            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
+        grad_hidden = spoil(put_back(grad_hidden.to(hidden.dtype), rows, hidden.shape[0]), kept.wrong, too_low)
     return tuple(hidden.new_empty(0) if grad is None else grad for grad in (grad_hidden, grad_weight, grad_bias))  # type: ignore[return-value]
 
 
@@ -247,6 +287,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.vocab_start,
         ctx.workspace,
         ctx.logits_dtype,
+        ctx.unmasked_tokens,
+        ctx.tokens_with_gradient,
         want_entropy,
         want_self_certainty,
         _,
@@ -266,41 +308,22 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     need = ctx.needs_input_grad[:3]
     results = linear_token_stats_backward_op(
         *grads[:3], hidden, weight, bias, labels, mask, per_row, ctx.temperature, ctx.logit_scale, ctx.softcap, ctx.tp_group,
-        ctx.vocab_start, ctx.workspace, ctx.logits_dtype, ctx.tolerance, *saved, *need, ctx.backend,
+        ctx.vocab_start, ctx.workspace, ctx.logits_dtype, ctx.unmasked_tokens, ctx.tokens_with_gradient, ctx.tolerance, *saved, *need,
+        ctx.backend,
     )  # fmt: skip
-    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 16)
+    return (*(grad if wanted else None for grad, wanted in zip(results, need, strict=True)), *[None] * 18)
 
 
 _autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backward, _setup_context)
 
 
-def kept_rows(mask: Tensor | None) -> Tensor | None:
-    """On a CPU, masked rows are left out of the matmuls. On a GPU their number is unknown without a host sync: None."""
-    return mask.nonzero().squeeze(-1) if mask is not None and mask.device.type == "cpu" else None
-
-
-def live_rows(coefficients: Tensor) -> Tensor | None:
-    """On a CPU, rows whose logits have no gradient are left out of the backward pass's matmuls. None: there are no others, or on a GPU."""
-    if coefficients.device.type != "cpu":
-        return None
-    live = (coefficients != 0).any(0)  # a NaN too
-    return None if live.all() else live.nonzero().squeeze(-1)
-
-
-def stored_rows(logits: Tensor, mask: Tensor | None, rows: Tensor | None, hidden: Tensor) -> tiled.Stored:
-    """Return the stored logits of these rows (None: all). The forward pass stored those of the unmasked ones, on a GPU those of all."""
-    forward = kept_rows(mask)
+def stored_rows(logits: Tensor, kept: Kept, rows: Tensor | None) -> tiled.Stored:
+    """Return the stored logits of these rows (None: all). The forward pass stored those of the kept ones."""
     # Triton's interpreter writes a kernel's arguments back, unchanged; another backward pass would take that for a change of them.
     logits = logits.data
-    if forward is None:
-        return tiled.Stored(logits, hidden.shape[0], rows)
-    places = None if rows is None or rows.shape == forward.shape else torch.searchsorted(forward, rows)
-    return tiled.Stored(logits, forward.shape[0], places)
-
-
-def take(value: Any, rows: Tensor | None) -> Any:
-    """Return these rows of a tensor; anything else, and everything for None, as it is."""
-    return value[rows] if isinstance(value, Tensor) and rows is not None else value
+    if kept.rows is None or rows is None:
+        return tiled.Stored(logits, kept.number, rows)
+    return tiled.Stored(logits, kept.number, None if rows is kept.rows else torch.searchsorted(kept.rows, rows))
 
 
 def _vocab_size(state: Tensor, weight: Tensor, tp_group: str) -> Tensor:
