@@ -161,11 +161,11 @@ def tokens_with_gradient(batch: Batch, options: dict[str, Any]) -> list[int]:
     """
     lengths = batch.mask.sum(-1)
     if options["kl_coef"] != 0 or options["entropy_coef"] != 0:
-        return lengths.tolist()  # type: ignore[no-any-return]
+        return lengths.tolist()
     counts = ((batch.advantages.reshape(len(lengths), -1) != 0) & batch.mask).sum(-1) if len(lengths) else lengths
     if not is_token_level(make_options("policy_loss", options), batch.behaviour_logprobs):
         counts = torch.where(counts > 0, lengths, 0)
-    return counts.tolist()  # type: ignore[no-any-return]
+    return counts.tolist()
 
 
 def rows_with_gradient(counts: Sequence[int]) -> list[int]:
