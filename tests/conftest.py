@@ -29,9 +29,11 @@ GPU_TESTS_ON = os.environ.get("MGRPO_GPU_TESTS_ON") or ("cuda" if only_gpu_tests
 if GPU_TESTS_ON != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton"):
+        import interpreter_speed
         import specialising
 
         specialising.specialise()
+        interpreter_speed.apply()
 
 
 @pytest.fixture(autouse=True)
