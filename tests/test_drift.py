@@ -7,6 +7,7 @@ errors add up where those of plain bfloat16 average out.
 
 import contextlib
 import functools
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -106,6 +107,9 @@ PATHS = {
 def on_path(path):
     """Yield the backend of a path, with what it lacks taken away."""
     backend, replaced = PATHS[path]
+    tiled.multiplies_16_bits(
+        torch.device("cpu"), torch.bfloat16
+    )  # found out once in a process: before anything is taken away
     with mock.patch.object(tiled, "native_accumulate", replaced or tiled.native_accumulate):
         yield backend
 
@@ -119,6 +123,7 @@ def test_the_entropy_does_not_drift(path):
 @pytest.fixture
 def rounding():
     """Put the fault in that these tests are for."""
+    tiled.multiplies_16_bits(torch.device("cpu"), torch.bfloat16)
     with (
         mock.patch.object(tiled, "native_accumulate", missing),
         mock.patch.object(tiled, "accumulate_widened", rounded_products),
@@ -155,9 +160,12 @@ def test_tiles_change_more_where_products_are_rounded():
     assert min(different_bits("native")) > 0.2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("path", [tiled.native_accumulate, tiled.accumulate_widened])
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 1, 1), (5, 0, 3), (65, 513, 129), (130, 1030, 40)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [(1, 1, 1), (5, 0, 3), (65, 513, 129), (130, 1030, 40), (17, 65, 700), (97, 576, 384), (80, 31, 128)],
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_are_summed_in_float32(dtype, path, rows, inner, columns, transposed):
     a, b = torch.rand(rows, inner).to(dtype), torch.rand(columns, inner).to(dtype).t()
@@ -167,12 +175,51 @@ def test_products_are_summed_in_float32(dtype, path, rows, inner, columns, trans
     total = place[:, :columns]
     want = a.double() @ b.double()
     if path(total, a, b, True) is False:
-        assert dtype == torch.float16 or not torch.cpu._is_avx512_supported()
+        assert dtype != torch.bfloat16 or not torch.cpu._is_avx512_supported()
         return
     torch.testing.assert_close(total.double(), want, rtol=1e-5, atol=1e-5)
     path(total, a, b, False)
     torch.testing.assert_close(total.double(), 2 * want, rtol=1e-5, atol=1e-5)
     assert place[:, columns:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 1000), (70, 300), (300, 130)])
+def test_threads_change_no_bit(dtype, rows, columns):
+    """Where there are fewer blocks of rows than threads, each thread has some of the columns."""
+    a, b = torch.randn(rows, 200).to(dtype), torch.randn(200, columns).to(dtype)
+    threads, totals = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 7):
+            torch.set_num_threads(number)
+            totals.append(torch.full((rows, columns), torch.nan))
+            if not tiled.native_accumulate(totals[-1], a, b, True):
+                return
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(totals[0], a.float() @ b.float(), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(each, totals[0]) for each in totals)
+
+
+def test_float32_is_multiplied_in_blocks_where_mkl_has_avx2_at_most():
+    """MKL takes its kernels for AVX-512 on Intel's processors alone."""
+    is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    want = torch.backends.mkl.is_available() and not is_intel and torch.cpu._is_avx512_supported()
+    assert tiled.native_accumulate(torch.empty(64, 128), torch.ones(64, 64), torch.ones(64, 128), True) == want
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "blocks"), [(32, 64, 128, 1), (31, 64, 128, 0), (32, 63, 128, 0), (32, 64, 127, 0)]
+)
+def test_small_float32_products_are_not_filled_up_to_blocks(monkeypatch, rows, inner, columns, blocks):
+    seen, real = [], tiled.native_accumulate
+    monkeypatch.setattr(tiled, "native_accumulate", lambda *given: seen.append(given) or real(*given))
+    a, b = torch.rand(rows, inner), torch.rand(inner, columns)
+    total = torch.full((rows, columns), torch.nan)
+    for times in (1, 2):
+        tiled.accumulate(total, a, b, first=times == 1)
+        torch.testing.assert_close(total, times * (a.double() @ b.double()).float())
+    assert len(seen) == 2 * blocks
 
 
 def test_a_device_that_multiplies_into_float32_is_asked_once():

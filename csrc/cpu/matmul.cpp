@@ -1,10 +1,13 @@
-// A 16-bit matrix product whose sums stay in float32 until they are added to a float32 result. aten's own rounds every product to 16 bits,
-// and the sum of many rounded products is not the rounded sum. The arithmetic is oneDNN's, one block at a time, through at::native::cpublas.
+// Matrix products with a float32 result, by oneDNN, one block at a time, through at::native::cpublas.
+// - Of 16-bit factors, summed in float32 until they are added to the result. aten's own rounds every product to 16 bits, and the sum of many
+//   rounded products is not the rounded sum.
+// - Of float32 factors on processors with AVX-512 that are not Intel's: aten multiplies those with MKL, which has AVX2 for them.
 
 #include "check.h"
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __SSE2__
@@ -12,6 +15,7 @@
 #endif
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
@@ -22,23 +26,39 @@ namespace {
 using at::Tensor;
 
 // Every block is filled up with zeros to one of these sizes, because oneDNN compiles and keeps a kernel for each size that it meets.
-constexpr int64_t ROWS = 64, COLUMNS = 128, INNER = 512, INNER_REST = 64;
-constexpr at::ScalarType SIXTEEN_BITS[] = {at::kBFloat16, at::kHalf};
+constexpr int64_t ROWS = 64, FEW_ROWS = 16, COLUMNS = 128, INNER = 512, INNER_REST = 64;
+constexpr at::ScalarType FACTORS[] = {at::kBFloat16, at::kHalf, at::kFloat};
 constexpr int64_t PACKED_BYTES = 8 << 20; // of the second factor, rearranged, at most: or one block of its rows, INNER * columns
 
+// The block product reads the rows of its second factor interleaved: so many elements of a column, 32 bits, lie beside each other.
 template <typename T>
-void multiply_block(int64_t inner, int64_t c_stride, bool add, const T* a, int64_t a_stride, const T* b, float* c) {
-  at::native::cpublas::brgemm(ROWS, COLUMNS, inner, a_stride, COLUMNS, c_stride, add, a, b, c);
+constexpr int64_t PAIR = 4 / sizeof(T);
+
+template <typename T>
+void multiply_block(int64_t height, int64_t inner, int64_t c_stride, bool add, const T* a, int64_t a_stride, const T* b, float* c) {
+  at::native::cpublas::brgemm(height, COLUMNS, inner, a_stride, COLUMNS, c_stride, add, a, b, c);
 }
 
-// Whether this build of PyTorch, on this CPU, has the block product. PyTorch raises where it has not.
+bool is_intel() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// Whether this build of PyTorch, on this CPU, has the block product, and it is worth while. PyTorch raises where it has not.
 template <typename T>
 bool available() {
   static const bool found = [] {
+    if (std::is_same_v<T, float> && (!at::hasMKL() || is_intel())) {
+      return false;
+    }
     try {
       const std::vector<T> a(ROWS * INNER_REST, T(1)), b(INNER_REST * COLUMNS, T(1));
       std::vector<float> c(ROWS * COLUMNS);
-      multiply_block<T>(INNER_REST, COLUMNS, false, a.data(), INNER_REST, b.data(), c.data());
+      multiply_block<T>(ROWS, INNER_REST, COLUMNS, false, a.data(), INNER_REST, b.data(), c.data());
       at::native::cpublas::brgemm_release();
       return std::all_of(c.begin(), c.end(), [](float each) { return each == static_cast<float>(INNER_REST); });
     } catch (const std::exception&) {
@@ -82,6 +102,11 @@ int64_t inner_block(int64_t rows, int64_t row) {
   return rows - row >= INNER ? INNER : INNER_REST;
 }
 
+// How many rows of a are multiplied at once, of those from `row` on.
+int64_t row_block(int64_t rows, int64_t row) {
+  return rows - row <= FEW_ROWS ? FEW_ROWS : rows - row <= 2 * FEW_ROWS ? 2 * FEW_ROWS : ROWS;
+}
+
 // Interleaves two rows: the elements of one column lie beside each other.
 template <typename T>
 void interleave(const T* first, const T* second, int64_t columns, T* to) {
@@ -103,12 +128,18 @@ void interleave(const T* first, const T* second, int64_t columns, T* to) {
 template <typename T>
 void pack_rows(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
   int64_t r = 0;
-  for (; column_stride == 1 && r + 2 <= rows; r += 2) {
-    interleave(from + r * row_stride, from + (r + 1) * row_stride, columns, to + r * COLUMNS);
+  if constexpr (PAIR<T> == 1) {
+    for (; column_stride == 1 && r < rows; ++r) {
+      std::copy_n(from + r * row_stride, columns, to + r * COLUMNS);
+    }
+  } else {
+    for (; column_stride == 1 && r + 2 <= rows; r += 2) {
+      interleave(from + r * row_stride, from + (r + 1) * row_stride, columns, to + r * COLUMNS);
+    }
   }
   for (; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
-      to[r / 2 * 2 * COLUMNS + 2 * c + r % 2] = from[r * row_stride + c * column_stride];
+      to[r / PAIR<T> * PAIR<T> * COLUMNS + PAIR<T> * c + r % PAIR<T>] = from[r * row_stride + c * column_stride];
     }
   }
 }
@@ -122,57 +153,54 @@ void transpose_pairs(const T* from, int64_t stride, T* to) {
   _MM_TRANSPOSE4_PS(a, b, c, d);
   for (const __m128& row : {a, b, c, d}) {
     _mm_storeu_ps(reinterpret_cast<float*>(to), row);
-    to += 2 * COLUMNS;
+    to += PAIR<T> * COLUMNS;
   }
 #else
   for (int64_t pair = 0; pair < 4; ++pair) {
     for (int64_t column = 0; column < 4; ++column) {
-      std::memcpy(to + pair * 2 * COLUMNS + 2 * column, from + column * stride + 2 * pair, 2 * sizeof(T));
+      std::memcpy(to + pair * PAIR<T> * COLUMNS + PAIR<T> * column, from + column * stride + PAIR<T> * pair, PAIR<T> * sizeof(T));
     }
   }
 #endif
 }
 
-// The same where a column is contiguous: two interleaved elements are neighbours already, and move as one.
+// The same where a column is contiguous: the elements of a pair are neighbours already, and move as one.
 template <typename T>
 void pack_transposed(const T* from, int64_t column_stride, int64_t rows, int64_t columns, T* to) {
-  constexpr int64_t STEP = 16; // pairs: the cache lines of a step are used up before they leave the cache
-  for (int64_t first = 0; first < rows / 2; first += STEP) {
-    const int64_t last = std::min(first + STEP, rows / 2);
+  constexpr int64_t STEP = PAIR<T> == 1 ? 64 : 16; // pairs: the cache lines of a step are used up before they leave the cache
+  for (int64_t first = 0; first < rows / PAIR<T>; first += STEP) {
+    const int64_t last = std::min(first + STEP, rows / PAIR<T>);
     for (int64_t c = 0; c < columns; c += 4) {
       int64_t pair = first;
       for (; c + 4 <= columns && pair + 4 <= last; pair += 4) {
-        transpose_pairs(from + c * column_stride + 2 * pair, column_stride, to + pair * 2 * COLUMNS + 2 * c);
+        transpose_pairs(from + c * column_stride + PAIR<T> * pair, column_stride, to + pair * PAIR<T> * COLUMNS + PAIR<T> * c);
       }
       for (; pair < last; ++pair) {
         for (int64_t column = c; column < std::min(c + 4, columns); ++column) {
-          std::memcpy(to + pair * 2 * COLUMNS + 2 * column, from + column * column_stride + 2 * pair, 2 * sizeof(T));
+          std::memcpy(
+              to + pair * PAIR<T> * COLUMNS + PAIR<T> * column, from + column * column_stride + PAIR<T> * pair, PAIR<T> * sizeof(T));
         }
       }
     }
   }
-  for (int64_t c = 0; rows % 2 && c < columns; ++c) {
-    to[(rows - 1) * COLUMNS + 2 * c] = from[c * column_stride + rows - 1];
+  for (int64_t c = 0; rows % PAIR<T> && c < columns; ++c) {
+    to[(rows - 1) * COLUMNS + PAIR<T> * c] = from[c * column_stride + rows - 1];
   }
 }
 
-// Packs rows [row, row + inner) of b, COLUMNS at a time, as the block product reads them: two rows interleaved.
+// Packs COLUMNS columns of rows [row, row + inner) of b as the block product reads them.
 template <typename T>
-void pack(const Matrix<T>& b, int64_t row, int64_t inner, T* out) {
-  const int64_t blocks = (b.columns + COLUMNS - 1) / COLUMNS;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t column = block * COLUMNS, columns = std::min(COLUMNS, b.columns - column), rows = std::min(inner, b.rows - row);
-    const T* from = b.data + row * b.row_stride + column * b.column_stride;
-    T* to = out + block * inner * COLUMNS;
-    if (columns < COLUMNS || rows < inner) {
-      std::fill(to, to + inner * COLUMNS, T(0));
-    }
-    b.row_stride == 1 ? pack_transposed(from, b.column_stride, rows, columns, to)
-                      : pack_rows(from, b.row_stride, b.column_stride, rows, columns, to);
+void pack(const Matrix<T>& b, int64_t row, int64_t inner, int64_t column, T* to) {
+  const int64_t columns = std::min(COLUMNS, b.columns - column), rows = std::min(inner, b.rows - row);
+  const T* from = b.data + row * b.row_stride + column * b.column_stride;
+  if (columns < COLUMNS || rows < inner) {
+    std::fill(to, to + inner * COLUMNS, T(0));
   }
+  b.row_stride == 1 ? pack_transposed(from, b.column_stride, rows, columns, to)
+                    : pack_rows(from, b.row_stride, b.column_stride, rows, columns, to);
 }
 
-// Adds c (ROWS, COLUMNS), or what of it lies inside, to `total` at (row, column); or writes it there.
+// Adds c (height, COLUMNS), or what of it lies inside, to `total` at (row, column); or writes it there.
 void put_block(const float* c, const Tensor& total, int64_t row, int64_t column, bool add) {
   const int64_t rows = std::min(ROWS, total.size(0) - row), columns = std::min(COLUMNS, total.size(1) - column);
   for (int64_t r = 0; r < rows; ++r) {
@@ -183,24 +211,26 @@ void put_block(const float* c, const Tensor& total, int64_t row, int64_t column,
   }
 }
 
-// Adds rows [m, m + ROWS) of a[:, row : row + inner] @ b[row : row + inner] to `total`; `packed` is that part of b.
+// Adds rows [m, m + ROWS) of a[:, row : row + inner] @ b[row : row + inner] to columns [begin, end) of `total`; `packed` is that part of b.
 template <typename T>
 void multiply_rows(
-    const Tensor& total, const Matrix<T>& a, const T* packed, int64_t m, int64_t row, int64_t inner, bool add, T* copy, float* c) {
+    const Tensor& total, const Matrix<T>& a, const T* packed, int64_t m, int64_t begin, int64_t end, int64_t row, int64_t inner, bool add,
+    T* copy, float* c) {
   const int64_t columns = total.size(1);
+  const int64_t height = row_block(a.rows, m);
   const T* block = a.data + m * a.row_stride + row;
   int64_t stride = a.row_stride;
-  if (a.column_stride != 1 || m + ROWS > a.rows || row + inner > a.columns) {
-    copy_block(a, m, row, ROWS, inner, copy);
+  if (a.column_stride != 1 || m + height > a.rows || row + inner > a.columns) {
+    copy_block(a, m, row, height, inner, copy);
     block = copy;
     stride = inner;
   }
-  for (int64_t n = 0; n < columns; n += COLUMNS) {
+  for (int64_t n = begin; n < end; n += COLUMNS) {
     const T* right = packed + n * inner;
-    if (m + ROWS <= a.rows && n + COLUMNS <= columns) {
-      multiply_block<T>(inner, total.stride(0), add, block, stride, right, total.mutable_data_ptr<float>() + m * total.stride(0) + n);
+    if (m + height <= a.rows && n + COLUMNS <= columns) {
+      multiply_block<T>(height, inner, total.stride(0), add, block, stride, right, total.mutable_data_ptr<float>() + m * total.stride(0) + n);
     } else {
-      multiply_block<T>(inner, COLUMNS, false, block, stride, right, c);
+      multiply_block<T>(height, inner, COLUMNS, false, block, stride, right, c);
       put_block(c, total, m, n, add);
     }
   }
@@ -212,7 +242,10 @@ bool multiply(const Tensor& total, const Tensor& a_, const Tensor& b_, bool add)
     return false;
   }
   const Matrix<T> a(a_), b(b_);
-  const int64_t width = (b.columns + COLUMNS - 1) / COLUMNS * COLUMNS;
+  const int64_t blocks = (b.columns + COLUMNS - 1) / COLUMNS, width = blocks * COLUMNS;
+  // Where there are fewer blocks of rows than threads, each block's columns are multiplied in parts.
+  const int64_t lines = (a.rows + ROWS - 1) / ROWS, threads = at::get_num_threads();
+  const int64_t parts = lines >= threads ? 1 : std::min(blocks, (threads + lines - 1) / std::max<int64_t>(1, lines));
   std::vector<int64_t> starts; // of blocks of the inner dimension
   for (int64_t row = 0; row < b.rows; row += inner_block(b.rows, row)) {
     starts.push_back(row);
@@ -223,18 +256,22 @@ bool multiply(const Tensor& total, const Tensor& a_, const Tensor& b_, bool add)
   for (int64_t first = 0; first < count; first += at_once) {
     const int64_t last = std::min(first + at_once, count), origin = starts[first];
     T* out = packed.mutable_data_ptr<T>();
-    at::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        pack(b, starts[i], inner_block(b.rows, starts[i]), out + (starts[i] - origin) * width);
+    at::parallel_for(0, (last - first) * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t each = begin; each < end; ++each) {
+        const int64_t row = starts[first + each / blocks], inner = inner_block(b.rows, row), column = each % blocks * COLUMNS;
+        pack(b, row, inner, column, out + (row - origin) * width + column * inner);
       }
     });
-    at::parallel_for(0, (a.rows + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, lines * parts, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> copy(ROWS * INNER);
       std::vector<float> c(ROWS * COLUMNS);
-      for (int64_t m = begin * ROWS; m < std::min(end * ROWS, a.rows); m += ROWS) {
+      for (int64_t each = begin; each < end; ++each) {
+        const int64_t m = each / parts * ROWS, part = each % parts;
+        const int64_t from = blocks * part / parts * COLUMNS, to = blocks * (part + 1) / parts * COLUMNS;
         for (int64_t i = first; i < last; ++i) {
-          const T* part = out + (starts[i] - origin) * width;
-          multiply_rows(total, a, part, m, starts[i], inner_block(b.rows, starts[i]), add || i > 0, copy.data(), c.data());
+          const T* right = out + (starts[i] - origin) * width;
+          const int64_t inner = inner_block(b.rows, starts[i]);
+          multiply_rows(total, a, right, m, from, std::min(to, b.columns), starts[i], inner, add || i > 0, copy.data(), c.data());
         }
       }
       at::native::cpublas::brgemm_release();
@@ -247,13 +284,16 @@ bool mm_float32(const Tensor& total, const Tensor& a, const Tensor& b, bool add)
   TORCH_CHECK_VALUE(
       a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "mm_float32_: expected a (m, k) and b (k, n), got ", a.sizes(), " and ",
       b.sizes());
-  check_dtype("a", a, SIXTEEN_BITS);
+  check_dtype("a", a, FACTORS);
   check_dtype("b", b, {a.scalar_type()});
   check_tensor("total", total, FLOAT32, {a.size(0), b.size(1)});
   TORCH_CHECK_VALUE(
       total.stride(1) == 1 || total.size(1) <= 1, "total: expected an inner stride of 1, got strides ", total.strides());
   if (a.size(1) == 0 && !add) {
     total.zero_();
+  }
+  if (a.scalar_type() == at::kFloat) {
+    return multiply<float>(total, a, b, add);
   }
   return a.scalar_type() == at::kBFloat16 ? multiply<at::BFloat16>(total, a, b, add) : multiply<at::Half>(total, a, b, add);
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from operator import ge
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ UNSPLIT_FROM = 2**25
 OPERAND_BYTES = (
     32 * 2**20
 )  # of the float32 copy of a factor of several matmuls, where no matmul of 16-bit factors has a float32 result
+WHOLE_BLOCKS_FROM = 32, 64, 128  # rows, inner dimension and columns
 WIDENED_BYTES = 4 * 2**20  # of such copies for one matmul, where its factors are larger
 
 
@@ -187,7 +189,8 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     would look as exact with rounded products, but over dozens of steps their errors add up and the entropy drifts.
     """
     if a.dtype == b.dtype == total.dtype:
-        torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
+        if not (is_large(a, b) and native_accumulate(total, a, b, first)):
+            torch.mm(a, b, out=total) if first else torch.addmm(total, a, b, out=total)
     elif a.dtype == b.dtype and multiplies_into_float32(a.device, a.dtype):
         if first:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
@@ -195,6 +198,13 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif not (a.device.type == "cpu" and a.dtype == b.dtype and native_accumulate(total, a, b, first)):
         accumulate_widened(total, a, b, first)
+
+
+def is_large(a: Tensor, b: Tensor) -> bool:
+    """Return whether csrc/cpu/matmul.cpp, which fills up its blocks with zeros, is worth while for these float32 factors."""
+    return (
+        a.device.type == "cpu" and a.dtype == torch.float32 and all(map(ge, (*a.shape, b.shape[1]), WHOLE_BLOCKS_FROM))
+    )
 
 
 @functools.cache
