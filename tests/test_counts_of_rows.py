@@ -245,6 +245,22 @@ def test_compiles_whole_and_a_count_recompiles_once(device):
     assert counter.frame_count <= 3
 
 
+@DEVICES
+def test_counts_under_autocast_and_no_second_derivative(device):
+    hidden, weight, labels, mask, live = make()
+    counts = {"unmasked_tokens": UNMASKED, "tokens_with_gradient": WITH_GRADIENT}
+    results = []
+    for keywords in ({}, counts):
+        with torch.autocast("cpu", torch.bfloat16):
+            stats = linear_token_stats(hidden, weight, labels, mask=mask, backend="reference", **keywords)
+        loss = torch.where(live, stats.logprob, 0.0).sum()
+        results.append([stats.logprob.detach(), *torch.autograd.grad(loss, [hidden, weight], create_graph=True)])
+        with pytest.raises(RuntimeError, match="expected a first derivative only, got a second"):
+            results[-1][2].sum().backward()
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
 def test_tokens_without_a_gradient_multiply_no_kept_entries():
     """With kept sets nothing has to be counted: a row without a gradient has no entries in the backward pass."""
     hidden, weight, labels, mask, live = make()

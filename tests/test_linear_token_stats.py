@@ -10,7 +10,7 @@ from contract import assert_no_worse_than_plain, each_backend, poisoned_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import _native, linear_policy_loss, linear_token_stats
-from mgrpo_kernels.ops import _statistics
+from mgrpo_kernels.ops import _rows, _statistics
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
@@ -393,6 +393,7 @@ def _rank(rank, world, path, backend, results):
     edges = [0, 300, 450, 701]  # uneven
     shard = slice(edges[rank], edges[rank + 1])
     mask = torch.arange(len(labels)) % 5 != 0
+    counts: dict = {}
     for start in (None, edges[rank]):
         leaves = [t.clone().requires_grad_() for t in (h, w[shard], b[shard])]
         stats = linear_token_stats(
@@ -406,8 +407,11 @@ def _rank(rank, world, path, backend, results):
             tp_group=dist.group.WORLD,
             vocab_start=start,
             backend=backend,
+            **counts,
         )
         sum(stat.sum() * (i + 1) for i, stat in enumerate(stats)).backward()
+        _rows.can_read = lambda device: False  # the second time as on a GPU: every rank gives the same count
+        counts = {"unmasked_tokens": int(mask.sum()), "tokens_with_gradient": int(mask.sum())}
     loss = policy(leaves[0], leaves[1], labels, tp_group=dist.group.WORLD, backend=backend)
     results[rank] = [stat.detach() for stat in stats] + [leaf.grad for leaf in leaves] + [loss.detach()]
     results[rank] += list(torch.autograd.grad(loss, leaves[:2]))

@@ -65,6 +65,19 @@ def linear_token_stats(sizes: Sizes, device: torch.device) -> Call:
     return Call(run, (hidden, weight))
 
 
+def counted_token_stats(sizes: Sizes, device: torch.device) -> Call:
+    """The caller gives the numbers of tokens: masked rows are left out, and half of the others in the backward pass."""
+    (hidden, weight), (labels, mask) = _head(sizes, device), _labels(sizes, device)
+    live = mask & (torch.arange(sizes.rows, device=device) % 2 == 0)
+    counts = {"unmasked_tokens": int(mask.sum()), "tokens_with_gradient": int(live.sum())}
+
+    def run():
+        stats = mk.linear_token_stats(hidden, weight, labels, mask=mask, backend="triton", **counts)
+        return stats.logprob.detach(), *torch.autograd.grad((stats.logprob * live).sum(), (hidden, weight))
+
+    return Call(run, (hidden, weight))
+
+
 def kept_token_stats(sizes: Sizes, device: torch.device) -> Call:
     (hidden, weight), (labels, mask) = _head(sizes, device), _labels(sizes, device)
     kept = torch.randint(-1, sizes.vocab, (sizes.rows, 64), device=device)
@@ -85,6 +98,23 @@ def linear_policy_loss(sizes: Sizes, device: torch.device) -> Call:
     def run():
         result = mk.linear_policy_loss(
             hidden.view(*old.shape, -1), weight, labels, old, advantages, mask=mask, backend="triton"
+        )
+        return result.loss.detach(), *torch.autograd.grad(result.loss, (hidden, weight))
+
+    return Call(run, (hidden, weight, old, advantages))
+
+
+def counted_policy_loss(sizes: Sizes, device: torch.device) -> Call:
+    """The caller gives the numbers of tokens: masked ones are left out, and for the gradient those of the sequences without an advantage."""
+    (hidden, weight), (labels, mask) = _head(sizes, device), _labels(sizes, device)
+    old, advantages = _values(sizes, device) - 6, _values(sizes, device, SEQUENCES)
+    labels, mask = labels.view_as(old), mask.view_as(old)
+    advantages[::2] = 0.0
+    counts = {"unmasked_tokens": int(mask.sum()), "tokens_with_gradient": int(mask[1::2].sum())}
+
+    def run():
+        result = mk.linear_policy_loss(
+            hidden.view(*old.shape, -1), weight, labels, old, advantages, mask=mask, backend="triton", **counts
         )
         return result.loss.detach(), *torch.autograd.grad(result.loss, (hidden, weight))
 
@@ -145,8 +175,10 @@ CALLS: dict[str, Callable[[Sizes, torch.device], Call]] = {
     for make in (
         token_stats,
         linear_token_stats,
+        counted_token_stats,
         kept_token_stats,
         linear_policy_loss,
+        counted_policy_loss,
         policy_loss,
         grpo_loss,
         group_advantages,
