@@ -39,11 +39,13 @@ TORCH_LIBRARY(mgrpo_native, m) {
       "Tensor? labels, Tensor? mask, Tensor? temperature_per_row, float temperature, Tensor logsumexp, Tensor? entropy) -> ()");
 
 #define TILE "Tensor? bias, Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, int vocab_start, Tensor? labels"
-  m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state) -> ()");
+#define WANTED "bool want_entropy, bool want_self_certainty"
+  m.def("tile_state_(Tensor x, " TILE ", Tensor(a!) state, " WANTED ") -> ()");
   m.def(
-      "tile_state_top_(Tensor x, " TILE ", Tensor(a!) state, Tensor(b!) ids, Tensor(c!) logits, Tensor(d!) counts, Tensor(e!) rest, "
+      "tile_state_top_(Tensor x, " TILE ", Tensor(a!) state, " WANTED ", Tensor(b!) ids, Tensor(c!) logits, Tensor(d!) counts, Tensor(e!) rest, "
       "int first_column, float smallest) -> ()");
-  m.def("tile_gradient_(Tensor x, " TILE ", Tensor coefficients, Tensor logsumexp, Tensor(a!) out) -> ()");
+  m.def("tile_gradient_(Tensor x, " TILE ", Tensor coefficients, Tensor logsumexp, Tensor(a!) out, " WANTED ") -> ()");
+#undef WANTED
 #undef TILE
   m.def("kept_logits(Tensor hidden, Tensor weight, Tensor ids) -> Tensor");
   m.def("kept_hidden_gradient(Tensor grad, Tensor weight, Tensor ids) -> Tensor");

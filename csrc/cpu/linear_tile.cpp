@@ -56,35 +56,36 @@ void check_rows(const char* name, const Tensor& values, int64_t count, int64_t r
   TORCH_CHECK_VALUE(rows <= 1 || values.stride(1) == 1, name, ": expected an inner stride of 1, got strides ", values.strides());
 }
 
-void fold_tile(const Arguments& args, const Tensor& state, const TopEntries* top) {
+void fold_tile(const Arguments& args, const Tensor& state, Wanted wanted, const TopEntries* top) {
   check_rows("state", state, 6, args.tile.rows);
-  MGRPO_CALL(tile_state_kernel)(args.tile, state.mutable_data_ptr<float>(), state.stride(0), top);
+  MGRPO_CALL(tile_state_kernel)(args.tile, wanted, state.mutable_data_ptr<float>(), state.stride(0), top);
 }
 
 void tile_state(
     const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels,
-    const Tensor& state) {
-  fold_tile(arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels), state, nullptr);
+    const Tensor& state, bool want_entropy, bool want_self_certainty) {
+  const auto args = arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels);
+  fold_tile(args, state, {want_entropy, want_self_certainty}, nullptr);
 }
 
 void tile_state_top(
     const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels, const Tensor& state,
-    const Tensor& ids, const Tensor& logits, const Tensor& counts, const Tensor& rest, int64_t first_column, double smallest) {
+    bool want_entropy, bool want_self_certainty, const Tensor& ids, const Tensor& logits, const Tensor& counts, const Tensor& rest, int64_t first_column, double smallest) {
   const auto args = arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels);
   TORCH_CHECK_VALUE(
       first_column >= 0 && first_column + x.size(1) <= INT32_MAX, "first_column: expected ids in [0, 2^31), got ", first_column);
   TopEntries top = checked_entries(ids, logits, counts, rest, x.size(0));
   top.first_column = first_column;
   top.smallest = smallest;
-  fold_tile(args, state, &top);
+  fold_tile(args, state, {want_entropy, want_self_certainty}, &top);
 }
 
 void tile_gradient(
     const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature_per_row, double temperature,
     double logit_scale, std::optional<double> softcap, int64_t vocab_start, const std::optional<Tensor>& labels,
-    const Tensor& coefficients, const Tensor& logsumexp, const Tensor& out) {
+    const Tensor& coefficients, const Tensor& logsumexp, const Tensor& out, bool want_entropy, bool want_self_certainty) {
   const auto args = arguments(x, bias, temperature_per_row, temperature, logit_scale, softcap, vocab_start, labels);
   check_rows("coefficients", coefficients, 4, x.size(0));
   check_tensor("logsumexp", logsumexp, FLOAT32, {x.size(0)});
@@ -95,7 +96,7 @@ void tile_gradient(
       out.scalar_type() == x.scalar_type() || (x.scalar_type() == at::kFloat && at::isReducedFloatingType(out.scalar_type())),
       "out: expected x's dtype ", x.scalar_type(), ", or 16 bits beside a float32 x, got ", out.scalar_type());
   MGRPO_CALL(tile_gradient_kernel)
-  (args.tile, coefficients.const_data_ptr<float>(), coefficients.stride(0), logsumexp.const_data_ptr<float>(), out.scalar_type(),
+  (args.tile, {want_entropy, want_self_certainty}, coefficients.const_data_ptr<float>(), coefficients.stride(0), logsumexp.const_data_ptr<float>(), out.scalar_type(),
    out.mutable_data_ptr());
 }
 

@@ -22,14 +22,20 @@ struct LinearTile {
   const int64_t* labels; // (rows,) or null
 };
 
+// Which statistics are asked for beside the log-prob; of a gradient, which of them have one.
+struct Wanted {
+  bool entropy, self_certainty;
+};
+
 } // namespace mgrpo
 
-// Folds the tile into state (6, rows), whose rows lie `stride` apart: MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT. `top` may be null.
-MGRPO_KERNEL(tile_state_kernel, void(const mgrpo::LinearTile&, float* state, int64_t stride, const mgrpo::TopEntries* top))
+// Folds the tile into state (6, rows), whose rows lie `stride` apart: MAX, SUM_EXP, SUM_EXPZ, SUM, LABEL, COUNT. Sums of statistics that are not
+// wanted are neither read nor written. `top` may be null.
+MGRPO_KERNEL(tile_state_kernel, void(const mgrpo::LinearTile&, mgrpo::Wanted, float* state, int64_t stride, const mgrpo::TopEntries* top))
 // Writes the gradient of x to `out` (rows, columns), which may be x: of coefficients (4, rows), rows `stride` apart: alpha, beta, gamma,
-// delta. A float32 tile may have a gradient of another dtype.
+// delta, of which beta and gamma are read where entropy and self-certainty are wanted. A float32 tile may have a gradient of another dtype.
 MGRPO_KERNEL(
     tile_gradient_kernel,
     void(
-        const mgrpo::LinearTile&, const float* coefficients, int64_t stride, const float* logsumexp, c10::ScalarType out_dtype,
+        const mgrpo::LinearTile&, mgrpo::Wanted, const float* coefficients, int64_t stride, const float* logsumexp, c10::ScalarType out_dtype,
         void* out))

@@ -24,10 +24,13 @@ float final_logit(const LinearTile& tile, const Transform& transform, const T* x
 }
 
 template <typename T, typename Transform>
-RowState row_state(const LinearTile& tile, const Transform& transform, const T* x, double inv, TopRow* top) {
+RowState row_state(const LinearTile& tile, Wanted wanted, const Transform& transform, const T* x, double inv, TopRow* top) {
   RowState state;
   auto add = [&](const auto* values, int64_t column, int64_t n, double scale) {
-    top ? top->add(state, values, column, n, scale) : add_block<true>(state, values, n, scale * LOG2_E);
+    for_flags(wanted.self_certainty, wanted.entropy, [&](auto sum, auto expt) {
+      top ? top->add<sum(), expt()>(state, values, column, n, scale)
+          : add_block<sum(), expt()>(state, values, n, scale * LOG2_E);
+    });
   };
   if constexpr (std::is_same_v<Transform, Scaled>) {
     if (const double factor = tile.logit_scale * inv; factor > 0) { // z in units of x: no copy is needed
@@ -55,7 +58,7 @@ RowState row_state(const LinearTile& tile, const Transform& transform, const T* 
 }
 
 template <typename T, typename Transform>
-void fold(const LinearTile& tile, float* state, int64_t stride, const TopEntries* top) {
+void fold(const LinearTile& tile, Wanted wanted, float* state, int64_t stride, const TopEntries* top) {
   at::parallel_for(0, tile.rows, std::max<int64_t>(1, 2 * BLOCK / tile.columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(tile.x) + row * tile.columns;
@@ -66,21 +69,25 @@ void fold(const LinearTile& tile, float* state, int64_t stride, const TopEntries
       RowState before;
       before.max = *max;
       before.sum_exp = *sum_exp;
-      before.sum_expt = *sum_expz * LOG2_E;
-      before.sum = *sum;
+      before.sum_expt = wanted.entropy ? *sum_expz * LOG2_E : 0;
+      before.sum = wanted.self_certainty ? *sum : 0;
       std::optional<TopRow> top_row;
       if (top) {
         top_row.emplace(*top, row, before);
       }
-      RowState merged = row_state(tile, transform, x, inv, top ? &*top_row : nullptr);
+      RowState merged = row_state(tile, wanted, transform, x, inv, top ? &*top_row : nullptr);
       if (merged.max == -std::numeric_limits<float>::infinity() && !std::isnan(merged.sum_exp)) {
         merged.sum_exp = merged.sum_expt = 0;
       }
       before.merge(merged, LOG2_E);
       *max = before.max;
       *sum_exp = static_cast<float>(before.sum_exp);
-      *sum_expz = static_cast<float>(before.sum_expt * LOG_2);
-      *sum = static_cast<float>(before.sum);
+      if (wanted.entropy) {
+        *sum_expz = static_cast<float>(before.sum_expt * LOG_2);
+      }
+      if (wanted.self_certainty) {
+        *sum = static_cast<float>(before.sum);
+      }
       *count += static_cast<float>(tile.columns);
       if (const int64_t column = label_column(tile, row); column >= 0) {
         const float z = final_logit(tile, transform, x, column);
@@ -96,7 +103,7 @@ void fold(const LinearTile& tile, float* state, int64_t stride, const TopEntries
   });
 }
 
-template <typename T, typename Out, typename Transform>
+template <bool BETA, bool GAMMA, typename T, typename Out, typename Transform>
 void gradient(const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp, Out* out) {
   at::parallel_for(0, tile.rows, std::max<int64_t>(1, 2 * BLOCK / tile.columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -106,7 +113,8 @@ void gradient(const LinearTile& tile, const float* coefficients, int64_t stride,
       const Transform transform(tile, inv_temperature(tile, row));
       const float* c = coefficients + row;
       const float delta = c[3 * stride];
-      const RowGradient grad_z{Vec(c[0]), Vec(c[stride]), Vec(c[2 * stride]), Vec(logsumexp[row])};
+      const RowGradient<BETA, GAMMA> grad_z{
+          Vec(c[0]), Vec(BETA ? c[stride] : 0.0f), Vec(GAMMA ? c[2 * stride] : 0.0f), Vec(logsumexp[row])};
       auto grad_x = [&](Vec z) { return grad_z(z) * transform.slope(z); };
 
       const int64_t column = label_column(tile, row);
@@ -136,21 +144,24 @@ void gradient(const LinearTile& tile, const float* coefficients, int64_t stride,
 
 } // namespace
 
-void tile_state_kernel(const LinearTile& tile, float* state, int64_t stride, const TopEntries* top) {
+void tile_state_kernel(const LinearTile& tile, Wanted wanted, float* state, int64_t stride, const TopEntries* top) {
   for_dtype(tile.dtype, [&](auto zero) {
     using T = decltype(zero);
-    is_scaled(tile) ? fold<T, Scaled>(tile, state, stride, top) : fold<T, Capped>(tile, state, stride, top);
+    is_scaled(tile) ? fold<T, Scaled>(tile, wanted, state, stride, top) : fold<T, Capped>(tile, wanted, state, stride, top);
   });
 }
 
 void tile_gradient_kernel(
-    const LinearTile& tile, const float* coefficients, int64_t stride, const float* logsumexp, c10::ScalarType out_dtype, void* out) {
+    const LinearTile& tile, Wanted wanted, const float* coefficients, int64_t stride, const float* logsumexp, c10::ScalarType out_dtype,
+    void* out) {
   auto run = [&](auto zero, auto out_zero) {
     using T = decltype(zero);
     using Out = decltype(out_zero);
     Out* to = static_cast<Out*>(out);
-    is_scaled(tile) ? gradient<T, Out, Scaled>(tile, coefficients, stride, logsumexp, to)
-                    : gradient<T, Out, Capped>(tile, coefficients, stride, logsumexp, to);
+    for_flags(wanted.entropy, wanted.self_certainty, [&](auto beta, auto gamma) {
+      is_scaled(tile) ? gradient<beta(), gamma(), T, Out, Scaled>(tile, coefficients, stride, logsumexp, to)
+                      : gradient<beta(), gamma(), T, Out, Capped>(tile, coefficients, stride, logsumexp, to);
+    });
   };
   for_dtype(out_dtype, [&](auto zero) { tile.dtype == c10::ScalarType::Float ? run(0.0f, zero) : run(zero, zero); });
 }

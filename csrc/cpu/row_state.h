@@ -56,9 +56,9 @@ inline float block_max(const T* x, int64_t n) {
   return maximum(at::vec::clamp_min(top.a, top.b));
 }
 
-// Adds a block of n <= BLOCK logits. SUM: whether anyone wants state.sum. `watch` is called with the place of each vector of logits in the
+// Adds a block of n <= BLOCK logits. SUM, EXPT: whether anyone wants state.sum, state.sum_expt. `watch` is called with the place of each vector of logits in the
 // block, the vector, 2^t and t; beyond n, a logit is -inf.
-template <bool SUM, typename T, typename Watch>
+template <bool SUM, bool EXPT, typename T, typename Watch>
 inline void add_block(RowState& state, const T* x, int64_t n, double factor, Watch& watch) {
   constexpr float lowest = -std::numeric_limits<float>::infinity();
   const float top = block_max(x, n);
@@ -71,7 +71,9 @@ inline void add_block(RowState& state, const T* x, int64_t n, double factor, Wat
       const Vec t = at::vec::clamp_min((value - max) * by, Vec(EXP2_LOWEST));
       const Vec e = exp2(t);
       exp = exp + e;
-      expt = at::vec::fmadd(e, t, expt);
+      if constexpr (EXPT) {
+        expt = at::vec::fmadd(e, t, expt);
+      }
       watch(place, value, e, t);
       if constexpr (SUM) {
         x = x + value;
@@ -97,16 +99,18 @@ inline void add_block(RowState& state, const T* x, int64_t n, double factor, Wat
     sums[1].x = before_b + zero_padded.b;
   }
   state.sum_exp += sum(sums[0].exp + sums[1].exp);
-  state.sum_expt += sum(sums[0].expt + sums[1].expt);
+  if constexpr (EXPT) {
+    state.sum_expt += sum(sums[0].expt + sums[1].expt);
+  }
   if constexpr (SUM) {
     state.sum += sum(sums[0].x + sums[1].x);
   }
 }
 
-template <bool SUM, typename T>
+template <bool SUM, bool EXPT, typename T>
 inline void add_block(RowState& state, const T* x, int64_t n, double factor) {
   auto nothing = [](int64_t, Vec, Vec, Vec) {};
-  add_block<SUM>(state, x, n, factor, nothing);
+  add_block<SUM, EXPT>(state, x, n, factor, nothing);
 }
 
 } // namespace CPU_CAPABILITY

@@ -10,12 +10,13 @@ namespace {
 constexpr int64_t PART = 4 * BLOCK;
 
 template <typename T>
-RowState part_state(const T* x, int64_t n, double factor, bool want_sum) {
+RowState part_state(const T* x, int64_t n, double factor, bool want_sum, bool want_expt) {
   RowState state;
-  for (int64_t i = 0; i < n; i += BLOCK) {
-    want_sum ? add_block<true>(state, x + i, std::min(BLOCK, n - i), factor)
-             : add_block<false>(state, x + i, std::min(BLOCK, n - i), factor);
-  }
+  for_flags(want_sum, want_expt, [&](auto sum, auto expt) {
+    for (int64_t i = 0; i < n; i += BLOCK) {
+      add_block<sum(), expt()>(state, x + i, std::min(BLOCK, n - i), factor);
+    }
+  });
   return state;
 }
 
@@ -84,7 +85,8 @@ void forward(const TokenStatsForward& args) {
   auto factor = [&](int64_t row) { return inv_temperature(row) * LOG2_E; };
   auto state_of = [&](int64_t row, int64_t part) {
     return part_state(
-        row_start(row) + part * PART, std::min(PART, args.vocab - part * PART), factor(row), args.self_certainty != nullptr);
+        row_start(row) + part * PART, std::min(PART, args.vocab - part * PART), factor(row), args.self_certainty != nullptr,
+        args.entropy != nullptr);
   };
   auto masked = [&](int64_t row) { return args.mask && !args.mask[row]; };
 
@@ -125,7 +127,7 @@ void forward(const TokenStatsForward& args) {
   }
 }
 
-template <typename T>
+template <typename T, bool BETA, bool GAMMA>
 void backward_row(const TokenStatsBackward& args, int64_t row) {
   const T* x = static_cast<const T*>(args.logits) + args.offsets[row];
   T* out = static_cast<T*>(args.out) + args.out_offsets[row];
@@ -142,7 +144,7 @@ void backward_row(const TokenStatsBackward& args, int64_t row) {
   const float of_entropy = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
   const float of_certainty = args.grad_self_certainty ? args.grad_self_certainty[row] : 0.0f;
   const double alpha = of_certainty - of_labels - (args.grad_entropy ? static_cast<double>(of_entropy) * args.entropy[row] : 0.0);
-  const RowGradient grad_z{
+  const RowGradient<BETA, GAMMA> grad_z{
       Vec(static_cast<float>(alpha)), Vec(-of_entropy), Vec(static_cast<float>(-of_certainty / static_cast<double>(args.vocab))),
       Vec(args.logsumexp[row])};
   const Vec scale(inv);
@@ -182,10 +184,12 @@ void backward_row(const TokenStatsBackward& args, int64_t row) {
 
 template <typename T>
 void backward(const TokenStatsBackward& args) {
-  at::parallel_for(0, args.rows, std::max<int64_t>(1, BLOCK / args.vocab), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      backward_row<T>(args, row);
-    }
+  for_flags(args.grad_entropy != nullptr, args.grad_self_certainty != nullptr, [&](auto beta, auto gamma) {
+    at::parallel_for(0, args.rows, std::max<int64_t>(1, BLOCK / args.vocab), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        backward_row<T, beta(), gamma()>(args, row);
+      }
+    });
   });
 }
 

@@ -45,7 +45,7 @@ struct Row {
   int64_t count;
   float alpha, beta, delta, logsumexp;
   Transform transform;
-  RowGradient grad_z;
+  RowGradient<true, false> grad_z;
 
   Row(const EntryGradient& of_, int64_t row, int32_t* kept_, float* gradient_, const LinearTile& head)
       : of(of_), top(of_.entries), ids(top.ids + row * top.room), logits(top.logits + row * top.room), kept(kept_ + row * top.room),
@@ -68,7 +68,8 @@ struct Row {
     const double shift = double(rest[0]) - logsumexp, scale = std::exp(shift);
     const double probability = scale * sum_exp, log_part = -scale * (sum_expz + shift * sum_exp);
     const double steepest = std::abs(of.logit_scale * inv_temperature_of(row));
-    return steepest * (std::abs(alpha) * probability + std::abs(beta) * log_part);
+    const double of_log = beta == 0 ? 0 : std::abs(beta) * log_part; // sum_expz is NaN where entropy, whose beta is, was not wanted
+    return steepest * (std::abs(alpha) * probability + of_log);
   }
 
   double inv_temperature_of(int64_t row) const {

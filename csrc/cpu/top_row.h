@@ -28,15 +28,15 @@ class TopRow {
     }
   }
 
-  // Adds n <= BLOCK logits x = z / scale to the state as add_block does, and keeps the largest.
-  template <typename T>
+  // Adds n <= BLOCK logits x = z / scale to the state as add_block does, and keeps the largest. Without EXPT, the rest has none: NaN.
+  template <bool SUM, bool EXPT, typename T>
   void add(RowState& state, const T* x, int64_t column, int64_t n, double scale) {
-    Watch watch{*this, column, scale, Vec(bound_in(scale)), Vec(0.0f), Vec(0.0f)};
-    add_block<true>(state, x, n, scale * LOG2_E, watch);
+    Watch<EXPT> watch{*this, column, scale, Vec(bound_in(scale)), Vec(0.0f), Vec(0.0f)};
+    add_block<SUM, EXPT>(state, x, n, scale * LOG2_E, watch);
     RowState block;
     block.max = static_cast<float>(state.max * scale);
     block.sum_exp = sum(watch.exp);
-    block.sum_expt = sum(watch.expt);
+    block.sum_expt = EXPT ? sum(watch.expt) : std::numeric_limits<double>::quiet_NaN();
     rest_.merge(block, LOG2_E);
   }
 
@@ -55,6 +55,7 @@ class TopRow {
 
  private:
   // Sums up what is not kept of a block; what is kept goes to the row.
+  template <bool EXPT>
   struct Watch {
     TopRow& row;
     int64_t column;
@@ -65,7 +66,9 @@ class TopRow {
       const Vec above = x > bound;
       e = Vec::blendv(e, Vec(0.0f), above);
       exp = exp + e;
-      expt = at::vec::fmadd(e, t, expt);
+      if constexpr (EXPT) {
+        expt = at::vec::fmadd(e, t, expt);
+      }
       unsigned lanes = ~static_cast<unsigned>(above.zero_mask()) & ((1u << WIDTH) - 1);
       if (lanes != 0) {
         float values[WIDTH];
@@ -112,13 +115,13 @@ class TopRow {
       } else {
         others[gone++] = logits_[i];
         if (gone == BLOCK) {
-          add_block<false>(rest_, others, gone, LOG2_E);
+          add_block<false, true>(rest_, others, gone, LOG2_E);
           gone = 0;
         }
       }
     }
     if (gone > 0) {
-      add_block<false>(rest_, others, gone, LOG2_E);
+      add_block<false, true>(rest_, others, gone, LOG2_E);
     }
     count_ = kept;
   }

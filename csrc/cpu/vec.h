@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -73,6 +74,16 @@ inline void for_dtype(c10::ScalarType dtype, Function function) {
       return function(c10::Half());
     default:
       TORCH_INTERNAL_ASSERT(false, "dtype ", dtype);
+  }
+}
+
+// Calls function with two flags as types, for what is decided when a kernel is compiled: function(std::true_type(), std::false_type()).
+template <typename Function>
+inline void for_flags(bool a, bool b, Function function) {
+  if (a) {
+    b ? function(std::true_type(), std::true_type()) : function(std::true_type(), std::false_type());
+  } else {
+    b ? function(std::false_type(), std::true_type()) : function(std::false_type(), std::false_type());
   }
 }
 

@@ -45,13 +45,14 @@ class CpuPasses(tiled.Passes):
 
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state."""
-        torch.ops.mgrpo_native.tile_state_(x, *_numbers(head, x.dtype), labels, state)
+        torch.ops.mgrpo_native.tile_state_(x, *_numbers(head, x.dtype), labels, state, *_beside_logprob(self.wanted))
 
     def gradient(
         self, x: Tensor, head: Head, labels: Tensor | None, coefficients: Tensor, logsumexp: Tensor, out: Tensor
     ) -> None:
         """Write the gradient of the tile to `out`, which has the rows of a tile too."""
-        torch.ops.mgrpo_native.tile_gradient_(x, *_numbers(head, x.dtype), labels, coefficients, logsumexp, out)
+        given = coefficients, logsumexp, out, *_beside_logprob(self.gradients)
+        torch.ops.mgrpo_native.tile_gradient_(x, *_numbers(head, x.dtype), labels, *given)
 
 
 def _numbers(head: Head, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float, float, float | None, int]:
@@ -65,6 +66,11 @@ def _numbers(head: Head, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | No
         head.softcap,
         head.vocab_start,
     )
+
+
+def _beside_logprob(wanted: Wanted) -> tuple[bool, bool]:
+    """Return the kernels' arguments want_entropy and want_self_certainty. Whether log-probs are wanted, `labels` tells them."""
+    return wanted.entropy, wanted.self_certainty
 
 
 class TopPasses(CpuPasses):
@@ -81,8 +87,8 @@ class TopPasses(CpuPasses):
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state and keep its largest logits."""
         column = head.vocab_start - self.first_column
-        numbers = _numbers(head, x.dtype)
-        torch.ops.mgrpo_native.tile_state_top_(x, *numbers, labels, state, *self.entries, column, self.smallest)
+        given = state, *_beside_logprob(self.wanted), *self.entries, column, self.smallest
+        torch.ops.mgrpo_native.tile_state_top_(x, *_numbers(head, x.dtype), labels, *given)
 
 
 def forward(
