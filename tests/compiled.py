@@ -107,12 +107,14 @@ def measure(target, op, dtype, call, device=None):
         entry["registers"] = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
         loads = re.findall(r"(?:global|buffer)_load_(dwordx\d|dword|ushort|sshort|short|ubyte|sbyte|lds)", text)
         entry["load"] = max((AMD_WIDTHS.get(load, 1) for load in loads), default=0)
+        entry["barriers"] = text.count("s_barrier")
     else:
         cubin = compiled.asm["cubin"]
         usage = resource_usage(cubin)
         entry["spilled"] = usage["STACK"] + usage["LOCAL"]
         entry["registers"] = usage["REG"]
         sass = disassembled(cubin)
+        entry["barriers"] = sass.count("BAR.SYNC")
         found, _ = compiled_sass.blocks(sass)
         entry["load"] = max((each.load_bytes for block in found for each in block), default=0)
         if loop := loop_of(name, args, options, sass):

@@ -38,14 +38,10 @@ def _logits(hidden, weight, row, column, width, BLOCK_M: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def _label_columns(labels, row, there, first, columns, start, BLOCK_N: tl.constexpr):
-    """Return the column of each row's label among these, or -1, and whether one lies in the tile of columns from `start` on.
-
-    In 32 bits: that tile is compared with them, element by element.
-    """
+def _label_columns(labels, row, there, first, columns):
+    """Return the column of each row's label among these, or -1. In 32 bits: a tile is compared with them."""
     column = tl.load(labels + row, mask=there, other=-1).to(tl.int64) - first
-    column = tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
-    return column, tl.max(((column >= start) & (column < start + BLOCK_N)).to(tl.int32), 0) > 0
+    return tl.where((column >= 0) & (column < columns), column, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["first", "number"])
@@ -83,8 +79,9 @@ def state_kernel(
             tl.store(state + 3 * number, tl.sum(tl.where(inside, z, 0.0), 1), mask=there)
         label = tl.zeros([BLOCK_M], tl.float32)
         if labels is not None:
-            hit, some = _label_columns(labels, row, there, first, columns, n * BLOCK_N, BLOCK_N)
-            if some:
+            hit = _label_columns(labels, row, there, first, columns)
+            near = (hit >= n * BLOCK_N) & (hit < (n + 1) * BLOCK_N)
+            if tl.max(near.to(tl.int32), 0) > 0:  # nearly all tiles have no row's label
                 label = tl.sum(tl.where(column == hit[:, None], z, 0.0), 1)
         tl.store(state + 4 * number, label, mask=there)
         z = tl.where(inside, z, float("-inf"))
@@ -148,8 +145,7 @@ def gradient_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         m, n = _place(tile, tiles_m, tiles_n)
         raw = _logits(hidden, weight, m * BLOCK_M, n * BLOCK_N, width, BLOCK_M, BLOCK_N, BLOCK_K)
-        of_block = m * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = of_block[:, None]
+        row = m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         there = row < number
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         inside = column < columns
@@ -165,9 +161,8 @@ def gradient_kernel(
         z, slope = final(raw, bias, column, inside, logit_scale, softcap, inverse)
         grad = gradient(z, alpha, beta, gamma, lse)
         if labels is not None:
-            hit, some = _label_columns(labels, of_block, of_block < number, first, columns, n * BLOCK_N, BLOCK_N)
-            if some:
-                grad += tl.where(column == hit[:, None], delta, 0.0)
+            # Every element is compared: with a branch, as in the state, the tile of gradients spills on sm_80 and sm_100.
+            grad = tl.where(column == _label_columns(labels, row, there, first, columns), grad + delta, grad)
         masked = all_zero(alpha, beta, gamma, delta)  # its logits may be anything
         grad = tl.where(masked, 0.0, finished(grad, z, slope, inverse * logit_scale))
         tl.store(out + row.to(tl.int64) * out_stride + column, narrow(grad, out.dtype.element_ty), mask=there & inside)

@@ -145,7 +145,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """Write the gradient of a row of a tile of raw logits to `out`, which may be the tile itself.
 
-    The coefficients beta and gamma are read where they are wanted, and delta where there are labels; elsewhere they are 0.
+    The coefficients beta and gamma are read where they are wanted, and delta where there are labels; elsewhere they are 0. No element is
+    compared with the label: its own gradient is written last, to its place alone.
     """
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
@@ -163,18 +164,22 @@ def gradient_kernel(
         return
     inverse = scale if temperature is None else scale / tl.load(temperature + row)
     lse = tl.load(logsumexp + row)
+    factor = inverse * logit_scale
     if labels is not None:
         hit = tl.load(labels + row).to(tl.int64) - first
-        hit = tl.where((hit >= 0) & (hit < width), hit, -1).to(tl.int32)
+        there = (hit >= 0) & (hit < width)
+        raw = tl.load(x + hit, mask=there, other=0.0)
+        z_label, slope_label = final(raw, bias, hit, there, logit_scale, softcap, inverse)
+        at_label = finished(gradient(z_label, alpha, beta, gamma, lse) + delta, z_label, slope_label, factor)
+        tl.debug_barrier()  # no thread overwrites the label's logit, where `out` is x, before every other has read it
     for start in range(0, width, STEPS * LANES):
         column = start + columns
         inside = column < width
         z, slope = final(
             tl.load(x + column, mask=inside, other=0.0), bias, column, inside, logit_scale, softcap, inverse
         )
-        grad = gradient(z, alpha, beta, gamma, lse)
-        if labels is not None:  # noqa: SIM102 - decided when the kernel is compiled
-            if (hit >= start) & (hit < start + STEPS * LANES):  # uniform: a label elsewhere costs the elements nothing
-                grad += tl.where(column == hit, delta, 0.0)
-        grad = finished(grad, z, slope, inverse * logit_scale)
+        grad = finished(gradient(z, alpha, beta, gamma, lse), z, slope, factor)
         tl.store(out + column, narrow(grad, out.dtype.element_ty), mask=inside)
+    if labels is not None:
+        tl.debug_barrier()  # after the store of the thread that has the label among its elements
+        tl.store(out + hit, narrow(at_label, out.dtype.element_ty), mask=there)
