@@ -105,7 +105,10 @@ def test_the_labels_gradient_is_written_after_all_others(compiled, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_what_is_not_asked_for_takes_no_instructions(compiled, target):
     loops = {entry["key"]: entry["loop"] for entry in compiled[target] if "loop" in entry}
-    for kernel, fewer in (("state", 3.5), ("gradient", 1.5)):  # an element; SUM_EXPZ and SUM take more than beta and gamma
+    for kernel, fewer in (
+        ("state", 3.5),
+        ("gradient", 1.5),
+    ):  # an element; SUM_EXPZ and SUM take more than beta and gamma
         for what in ("float32: {}", "bfloat16: {}", "bfloat16: {}, logits in 16 bits"):
             key = f"linear_token_stats.{kernel}_kernel, {what}"
             assert loops[key.format("log-prob alone")] <= loops[key.format("plain")] - fewer

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from contract import assert_no_worse_than_plain, each_backend, poisoned_memory
 from test_linear_token_stats import ALL, SMALL, make, plain, run
 
-from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels import _native, linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops._triton import tuning
@@ -22,6 +22,11 @@ from mgrpo_kernels.ops.token_stats import token_stats_from_logits
 SUBSETS = [names for size in (1, 2, 3) for names in itertools.combinations(ALL, size)]
 OF_NAMES = pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 MASK = torch.arange(37) % 5 != 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _extension():
+    assert _native.missing() is None  # loads it
 
 
 def of_names(names, stats):
