@@ -130,7 +130,7 @@ def test_the_op_gives_no_number_for_what_is_not_asked_for(backend):
         for names in SUBSETS:
             of_labels = labels if "logprob" in names else None
             asked = "entropy" in names, "self_certainty" in names
-            options = (1.0, 1.0, None, None, 0, None, torch.float32, *asked, True, None, False, backend)
+            options = (1.0, 1.0, None, None, 0, None, torch.float32, None, None, *asked, True, None, False, backend)
             outputs = linear_token_stats_op(h, w, None, of_labels, mask, None, *options)
             for name, stat in zip(ALL, outputs, strict=False):
                 assert stat.shape == ((37,) if name in names else (0,))
@@ -156,9 +156,9 @@ def test_a_backward_pass_refuses_a_gradient_of_what_was_not_computed(backend):
     h, w, _, labels = make()
     ones = torch.ones(37)
     *_, logsumexp, vocab, ids, logits, counts, rest, stored = linear_token_stats_op(
-        h, w, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, False, False, False, None, False, backend
+        h, w, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, None, None, False, False, False, None, False, backend
     )  # fmt: skip
-    head = (None, None, 1.0, 1.0, None, None, 0, None, torch.float32, None)
+    head = (None, None, 1.0, 1.0, None, None, 0, None, torch.float32, None, None, None)
     saved = (logsumexp, vocab, ids, logits, counts, rest, stored, True, True, False, backend)
     backward = op.linear_token_stats_backward_op
     with pytest.raises(ValueError, match="entropy with grad_entropy"):

@@ -17,7 +17,7 @@ from mgrpo_kernels.ops._triton.kernels import (
 
 @triton.jit
 def final(raw, bias, column, inside, logit_scale, softcap, inverse):
-    """Return final logits z of raw ones, and the slope of softcap's tanh. Softcap of None: none, and no slope."""
+    """Return final logits z of raw ones, and the slope of softcap's tanh. Softcap of None: none, and slope 1."""
     y = raw.to(tl.float32)
     if bias is not None:
         y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -25,7 +25,7 @@ def final(raw, bias, column, inside, logit_scale, softcap, inverse):
         bent = tanh(y * logit_scale * (1.0 / softcap))
         return softcap * bent * inverse, 1.0 - bent * bent
     else:
-        return y * (logit_scale * inverse), None
+        return y * (logit_scale * inverse), 1.0
 
 
 @triton.jit
@@ -63,8 +63,7 @@ def gradient(z, alpha, beta, gamma, lse):
 @triton.jit
 def finished(grad, z, slope, factor):
     """Return the gradient of raw logits from that of final ones z: times `factor` and softcap's slope, and 0 where z is impossible."""
-    grad *= factor if slope is None else factor * slope
-    return tl.where(z == float("-inf"), 0.0, grad)
+    return tl.where(z == float("-inf"), 0.0, grad * (factor * slope))
 
 
 @triton.jit
