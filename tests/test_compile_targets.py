@@ -61,9 +61,9 @@ def test_the_number_of_rows_compiles_nothing_new():
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills(compiled, target):
     # Our own matmul is shipped where a device's tuning chooses it. Where none does it may spill, but no more than the table says:
-    # on sm_100 24 bytes with the logits written, on gfx942 260 to 320 scalar registers to lanes of vector registers.
+    # on gfx942 246 to 320 scalar registers to lanes of vector registers.
     shipped = any(tuned.matmul == "fused" for _, tuned in compiling.tuned_for(target))
-    may_spill = target in {"sm_100", "gfx942"} and not shipped
+    may_spill = target == "gfx942" and not shipped
     entries = [entry for entry in compiled[target] if not (may_spill and ".fused." in entry["kernel"])]
     assert [entry for entry in entries if entry["spilled"] > PARKED] == []
 
