@@ -21,6 +21,7 @@ from mgrpo_kernels.ops._head import (
 from mgrpo_kernels.ops._rows import check_counts
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats import liger, tiled
+from mgrpo_kernels.ops.linear_token_stats.layers import linear
 from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
 
@@ -181,6 +182,8 @@ def float32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     For the few rows of which a sampler needs all logits. They are float32 (float64 for float64 operands); autocast casts the operands.
     """
     hidden, weight, bias = check_head(hidden, weight, bias)
+    if hidden.dtype == torch.float32:
+        return linear(hidden, weight, bias)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = torch.empty(hidden.shape[0], weight.shape[0], device=hidden.device, dtype=wide)
     at_once = weight.shape[0] if hidden.device.type == "cuda" else LOGITS_COLUMNS

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
+from mgrpo_kernels.ops.linear_token_stats.layers import linear
 from mgrpo_kernels.train.model.attention import Layout
 
 FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)

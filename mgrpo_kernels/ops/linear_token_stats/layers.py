@@ -1,0 +1,38 @@
+"""Linear layers without gradients on a CPU, multiplied by oneDNN where PyTorch's own float32 matmul is slow."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from mgrpo_kernels.ops.linear_token_stats import tiled
+
+LARGE = 2**16
+"""Elements of a weight from which the call of another operator is worth while."""
+
+
+@functools.cache
+def is_faster() -> bool:
+    """Return whether oneDNN's float32 matmul is faster than PyTorch's on this CPU, found out from the native backend."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    ones = torch.ones(128, 128)
+    return tiled.native_accumulate(torch.empty(128, 128), ones, ones, first=True)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return :func:`torch.nn.functional.linear`, by oneDNN for a large float32 weight on a CPU if no gradient is required."""
+    if (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.numel() >= LARGE
+        and weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and is_faster()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return torch.nn.functional.linear(x, weight, bias)
