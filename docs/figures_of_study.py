@@ -159,10 +159,11 @@ DIPS_AFTER = 1000
 
 
 @figure
-def dips(files: str, cell: str) -> str:
-    """Return the share of the evaluations after :data:`DIPS_AFTER` steps that are below :data:`GOAL` of the best so far."""
+def dips(files: str, *cells: str) -> str:
+    """Return the share of low evaluations: of those after :data:`DIPS_AFTER` steps, below :data:`GOAL` of the best so far."""
     low = [
         value < GOAL * max(values[: at + 1])
+        for cell in cells
         for run in cells_of(files)[cell]
         for values in [run["curve"]["eval_accuracy"]]
         for at, (step, value) in enumerate(zip(run["curve"]["step"], values, strict=True))
@@ -265,7 +266,9 @@ def long_verdict(steps: str, cell: str, *others: str) -> str:
         if both:
             found = paired.Pair([one - two for one, two in both])
             error = "" if found.error is None else f", with a standard error of {found.error:.3f}"
-            words.append(f"`{cell}` minus `{other}` is {found.mean:+.3f} in the mean of {len(both)} seeds{error}")
+            words.append(
+                f"`{cell}` minus `{other}` is {found.mean:+.3f} in the mean of {len(both)} seed{'s' * (len(both) > 1)}{error}"
+            )
     return ". ".join(words) + "."
 
 

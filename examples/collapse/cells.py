@@ -103,12 +103,7 @@ REPORTED: dict[str, dict[str, object]] = {
     "half": HALF,
     "excess": EXCESS,
     "steady": STEADY,
-    "self_harmony": {"method": "self_harmony"},
     "self_harmony, excess": {"method": "self_harmony", "vote_by": "excess"},
-    "co_rewarding_1": {"method": "co_rewarding_1"},
-    "gold": {"method": "gold"},
-    "srt, cosine": {"method": "srt", "lr_schedule": "cosine"},
-    "half, cosine": {**HALF, "lr_schedule": "cosine"},
 }
 """What the second edition compares, on both start models. The number of steps is part of the cell's name."""
 
@@ -196,7 +191,6 @@ TRIED: dict[str, dict[str, object]] = {
     "srt, min share 0.5": {"method": "srt", "min_share": 0.5},
     "self_harmony": {"method": "self_harmony"},
     "self_harmony, excess": {"method": "self_harmony", "vote_by": "excess"},
-    "co_rewarding_1": {"method": "co_rewarding_1"},
     "co_rewarding_1, excess": {"method": "co_rewarding_1", "vote_by": "excess"},
     "co_rewarding_3, excess": {"method": "co_rewarding_3", "vote_by": "excess", "decay_end": 0.99},
     "dcrl, excess": {"method": "dcrl", "vote_by": "excess"},
