@@ -283,6 +283,20 @@ def test_native_kernels_neither_read_nor_write_what_is_not_wanted(dtype):
         torch.testing.assert_close(out.float(), want / 0.7, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("passes", [native.CpuPasses, triton.GpuPasses])
+@pytest.mark.parametrize("which", range(4), ids=["alpha", "beta", "gamma", "delta"])
+def test_a_row_of_one_coefficient_is_not_taken_for_a_masked_one(passes, which):
+    x, labels = torch.randn(3, 300), torch.tensor([0, 150, 299])
+    head = Head(torch.zeros(300, 1), None, 1.0, 1.0, None, 0, None)
+    coefficients = torch.zeros(4, 3)
+    coefficients[which] = torch.tensor([1.0, -2.0, 0.5])
+    out = torch.empty_like(x)
+    passes().gradient(x, head, labels, coefficients, x.logsumexp(-1), out)
+    want = _statistics.row_gradient(x, labels, coefficients, x.logsumexp(-1))
+    assert (want != 0).any(-1).all()
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------- other paths that must follow
 
 
