@@ -224,7 +224,7 @@ def test_opcheck_and_compile(backend):
     logits, labels = rows_of_logits()
     hidden, weight = logits[:, :64].clone().requires_grad_(), torch.randn(V, 64).requires_grad_()
     arguments = (
-        hidden, weight, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, True, False, True, TOLERANCE, False, backend,
+        hidden, weight, None, labels, None, None, 1.0, 1.0, None, None, 0, None, torch.float32, None, None, True, False, True, TOLERANCE, False, backend,
     )  # fmt: skip
     torch.library.opcheck(linear_token_stats_op, arguments)
     counter = CompileCounterWithBackend("aot_eager")
