@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from figures import NO_RUN, figure, report, run
+from figures import NO_RUN, RESULTS, figure, read_json, report, run
 
 MOST = {  # the targets, in bare matmuls
     ("real_rollouts", "ours, tolerance 2^-8", "both"): 1.5,
@@ -58,6 +58,24 @@ def real_rollouts() -> str:
         ]
         lines.append(f"| error of the gradients of hidden and weight | {' | '.join(cells)} |")
     return "\n".join(lines) if of_op else NO_RUN
+
+
+@figure
+def rollout_engines() -> str:
+    """Return the rates of the rollout engines on the real model."""
+    if not (RESULTS / "rollout-engines.json").exists():
+        return NO_RUN
+    found = read_json("rollout-engines")
+    lines = ["| engine | tokens a second | ours is as fast, times |", "|---|---|---|"]
+    for name, row in found["engines"].items():
+        target = "" if name != "vLLM" else missed(row["ours_over_it"], 2.0)
+        lines.append(f"| {name} | {row['tokens_per_second']:.0f} | {row['ours_over_it']:.2f}{target} |")
+    return "\n".join(lines)
+
+
+def missed(value: float, least: float) -> str:
+    """Return by how much a target was missed, if it was."""
+    return "" if value >= least else f" (target {least:g}, missed by {least - value:.2f})"
 
 
 @figure
