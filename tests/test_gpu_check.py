@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("outside_xdist")  # the processes that thes
 DEVICE_ONLY = {
     "test_accumulate_is_in_float32": 4,
     "test_triton_is_chosen": 1,
-    "test_no_host_sync": 9,
+    "test_no_host_sync": 11,
     "test_the_watch_for_syncs_works": 1,
     "test_a_bad_label_is_nan_in_its_row_alone": 6,
     "test_cuda_graph": 5,

@@ -23,6 +23,9 @@ from mgrpo_kernels.ops.policy_loss.specs import Groups, Tokens
 CSRC = Path(__file__).parents[1] / "csrc" / "cpu"
 FUNCTIONS = [policy_loss, grpo_loss, linear_policy_loss]
 BEFORE = "mask=None, cu_seqlens=None, ref_logprobs=None, entropy=None, behaviour_logprobs=None"
+OF_TOKENS = BEFORE.replace(" entropy=None,", "").replace(
+    "mask=None", "mask=None, unmasked_tokens=None, tokens_with_gradient=None"
+)
 HEAD = (
     "bias=None, temperature=1.0, logit_scale=1.0, softcap=None, kept=None, gradient_tolerance=None, workspace_bytes=None, "
     "logits_dtype=torch.float32, tp_group=None, vocab_start=None"
@@ -35,7 +38,7 @@ entropy_normalizer=None, backend=None""".replace("\n", " ")
 SIGNATURES = [
     f"(logprobs, old_logprobs, advantages, *, {BEFORE}, {CONTRACT})",
     f"(logprobs, old_logprobs, rewards, groups, *, rollout_mask=None, baseline='mean', scale='std', eps=1e-06, {BEFORE}, {CONTRACT})",
-    f"(hidden, weight, labels, old_logprobs, advantages, *, {HEAD}, {BEFORE.replace(' entropy=None,', '')}, {CONTRACT})",
+    f"(hidden, weight, labels, old_logprobs, advantages, *, {HEAD}, {OF_TOKENS}, {CONTRACT})",
 ]
 OTHER = {
     "loss_type": "sapo",
