@@ -39,10 +39,11 @@ void multiply_block(int64_t height, int64_t inner, int64_t c_stride, bool add, c
   at::native::cpublas::brgemm(height, COLUMNS, inner, a_stride, COLUMNS, c_stride, add, a, b, c);
 }
 
-bool is_intel() {
+// Whether aten's float32 product leaves this processor's AVX-512 unused.
+bool is_left_to_avx2() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-  return __builtin_cpu_is("intel");
+  return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
 #else
   return false;
 #endif
@@ -52,7 +53,7 @@ bool is_intel() {
 template <typename T>
 bool available() {
   static const bool found = [] {
-    if (std::is_same_v<T, float> && (!at::hasMKL() || is_intel())) {
+    if (std::is_same_v<T, float> && !is_left_to_avx2()) {
       return false;
     }
     try {
