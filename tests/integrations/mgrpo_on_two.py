@@ -11,6 +11,8 @@ import torch.distributed as dist
 from test_trl_mgrpo import G, P, examples, first_digit, responses, shake, trainer_of
 from trl import GRPOTrainer
 
+from mgrpo_kernels.train.ending import leave
+
 base, want, place = sys.argv[1:]
 trainer = trainer_of(base, Path(place), per_device_train_batch_size=P * G // 2, gradient_accumulation_steps=1)
 shake(trainer.momentum)
@@ -56,3 +58,4 @@ assert torch.equal(other[0], other[1])
 assert any(line.get("grad_norm", 0) > 0 for line in trainer.state.log_history)
 print("the same")
 dist.destroy_process_group()
+leave(0)

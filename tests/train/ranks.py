@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mgrpo_kernels import MomentumModel
 from mgrpo_kernels.train import export, parallel
 from mgrpo_kernels.train.config import LoraConfig
+from mgrpo_kernels.train.ending import leave
 from mgrpo_kernels.train.errors import UsageError
 from mgrpo_kernels.train.model.lora import Adapter, merged_weights
 from mgrpo_kernels.train.model.policy import Policy, load_policy
@@ -216,3 +217,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
