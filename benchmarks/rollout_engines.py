@@ -22,17 +22,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mgrpo_kernels.train.config import LoraConfig
-from mgrpo_kernels.train.model.policy import load_policy
+from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.watch.report import environment
 
 QUESTION = "Question: a farmer has {} rows of {} trees. How many trees are there? Think step by step.\nAnswer:"
 
 
-def engines(model: str, prompts: list[list[int]], copies: int, tokens: int) -> dict[str, Callable[[], int]]:
-    """Return for each engine a call that generates, and returns how many tokens it has generated."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(model, device, torch.float32, LoraConfig(), 0)
+def engines(
+    model: str, policy: Policy, prompts: list[list[int]], copies: int, tokens: int
+) -> dict[str, Callable[[], int]]:
+    """Return for each engine a call that generates, and returns how many tokens it has generated. `policy` is the model, for ours."""
+    device = policy.device
     policy.eos = (-1,)  # nothing ends early
     ours = TransformersEngine(policy, tokens, 10**6)
     generator = torch.Generator().manual_seed(0)
@@ -83,9 +84,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of the result")
     options = parser.parse_args()
     load = os.getloadavg()[0]
-    policy = load_policy(options.model, torch.device("cpu"), torch.float32, LoraConfig(), 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(options.model, device, torch.float32, LoraConfig(), 0)
     prompts = policy.encode([QUESTION.format(i + 2, i + 5) for i in range(options.prompts)])
-    calls = engines(options.model, prompts, options.rollouts, options.tokens)
+    calls = engines(options.model, policy, prompts, options.rollouts, options.tokens)
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(options.rounds + 1):
         for name, call in calls.items():
@@ -105,7 +107,6 @@ def main() -> None:
             f"{name}: {found['tokens_per_second']:.0f} tokens a second; ours is {found['ours_over_it']:.2f} times as fast"
         )
     if options.out:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         written = {
             "environment": environment(device) | machine.stamp(),
             "load_average": load,

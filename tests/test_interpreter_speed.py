@@ -6,8 +6,6 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton's interpreter is off")
-
 
 @triton.jit
 def doubled(x):

@@ -18,9 +18,7 @@ class Kept(NamedTuple):
     rows: Tensor | None  # (number,), ascending; None: all
     number: int  # of them; all, where the host does not know
     masked: bool  # whether masked rows may be among them
-    wrong: (
-        Tensor | None
-    )  # 0-d bool: whether the caller gave another number than the mask's; None: the host knows it is right
+    wrong: Tensor | None  # 0-d bool: the caller's number is not the mask's; None: the host knows that it is
 
 
 def can_read(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mgrpo_kernels.ops.linear_token_stats import tiled
 
 LARGE = 2**16
-"""Elements of a weight from which the call of another operator is worth while."""
+"""Elements of a weight from which oneDNN multiplies it. Smaller ones, as the built-in model has, stay with PyTorch."""
 
 
 @functools.cache
