@@ -10,13 +10,14 @@ from cells import METHOD_STEPS
 from figures import NO_RUN, STUDY, figure, summary
 from figures_of_study import second_runs
 
-from mgrpo_kernels.method import METHODS, MOMENTUM_OPTIONS, MethodOptions, help_of
+from mgrpo_kernels.method import METHODS, MOMENTUM_OPTIONS, Method, MethodOptions, help_of
 
 
 @figure
 def methods(*more: str) -> str:
     """Return the table of methods; with the word measured, beside what the collapse study measured."""
     columns = ["`--method`", "reward of a rollout", "momentum model's rollouts", "IQR filter", "source"]
+    columns += ["also in"] if more else []
     columns += ["accuracy at step " + str(METHOD_STEPS), "whole run", "time of a step / srt's"] if more else []
     lines = []
     for name, row in METHODS.items():
@@ -26,10 +27,15 @@ def methods(*more: str) -> str:
             share(row.momentum_share),
             "on" if row.filters else "-",
             row.source,
-            *(measured(name) if more else ()),
+            *((peers(row), *measured(name)) if more else ()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines])
+
+
+def peers(row: Method) -> str:
+    """Return the libraries whose trainers can have the method: verl's has no momentum model and no self-certainty."""
+    return "TRL" if row.needs_momentum or row.needs_self_certainty else "TRL, verl"
 
 
 def measured(method: str) -> tuple[str, str, str]:

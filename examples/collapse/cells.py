@@ -107,6 +107,24 @@ REPORTED: dict[str, dict[str, object]] = {
 }
 """What the second edition compares, on both start models. The number of steps is part of the cell's name."""
 
+LATER: dict[str, dict[str, object]] = {
+    "co_rewarding_1": {"method": "co_rewarding_1"},
+    "self_harmony": {"method": "self_harmony"},
+    "half, cosine": {**HALF, "decay_end": 0.9999},
+    "gated, excess, rollback": {
+        **EXCESS,
+        "teacher": "gated",
+        "teacher_every": 50,
+        "guard": "rollback",
+        "guard_rollbacks": 10,
+    },
+}
+"""Compared with :data:`REPORTED` in the longest runs only: the plain methods with two wordings, a decay of the momentum model that
+rises along a cosine as in Co-rewarding-II, and all safeguards at once."""
+
+TOLERANCE = 2**-8
+"""The share of each token's logit gradient that the head's backward pass may leave out in the cells that are compared with exact ones."""
+
 SECOND: dict[str, dict[str, object]] = {
     **{f"{method}, {METHOD_STEPS} steps": {"method": method, "steps": METHOD_STEPS} for method in TRIED},
     **{
@@ -114,6 +132,22 @@ SECOND: dict[str, dict[str, object]] = {
         for base, start in (("", {}), ("lazy: ", LAZY))
         for name, options in REPORTED.items()
         for steps in (300, 600, 1500, 3000)
+    },
+    **{
+        f"{base}{name}, 3000 steps": {**start, **options, "steps": 3000}
+        for base, start in (("", {}), ("lazy: ", LAZY))
+        for name, options in LATER.items()
+    },
+    **{
+        f"{base}{name}, tolerance, {steps} steps": {
+            **start,
+            **REPORTED[name],
+            "gradient_tolerance": TOLERANCE,
+            "steps": steps,
+        }
+        for base, start in (("", {}), ("lazy: ", LAZY))
+        for name in ("srt", "half")
+        for steps in (300, 3000)
     },
 }
 

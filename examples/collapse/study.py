@@ -31,6 +31,7 @@ import torch
 from cells import CELLS, COMMON, COST, FULL, LAZY_RESPONSE, LAZY_SHARE, MAIN, NOT_OPTIONS, WARM_STEPS
 
 from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.run.loop import COLLAPSED as STOPPED_BY_GUARD
 from mgrpo_kernels.train.watch.certificate import CERTIFICATE
 from mgrpo_kernels.train.watch.lines import read_lines
 from mgrpo_kernels.train.watch.report import cpu_name
@@ -133,7 +134,7 @@ def take(
             check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        if done.returncode:
+        if done.returncode not in (0, STOPPED_BY_GUARD):
             raise RuntimeError(f"{cell}, seed {seed}: exit status {done.returncode}\n{done.stderr[-2000:]}")
         lines = read_lines(Path(place, "run", "metrics.jsonl"))
         found = json.loads(Path(place, "run", CERTIFICATE).read_text(encoding="utf-8"))
@@ -149,6 +150,7 @@ def take(
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "seconds": round(time.perf_counter() - start),
         "step_seconds": step_seconds(lines),
+        "stopped": lines[-1]["step"] if done.returncode else None,
         "certificate": of_certificate(found),
         "curve": curve_of(lines),
     }

@@ -1,4 +1,4 @@
-"""verl 0.9: the fused head in place of its kernel, and its clipped policy loss fused.
+"""verl 0.9: the fused head in place of its kernel, and its clipped policy loss and those of DPPO fused.
 
 :func:`patched` puts them under verl's own names. verl does it by itself where this package is installed beside it
 (:mod:`mgrpo_kernels.integrations.verl_plugin`); M-GRPO's filter and vote are a trainer of its own
@@ -20,10 +20,13 @@ from mgrpo_kernels.integrations import Patch
 from mgrpo_kernels.integrations.guard import CollapseError, GuardHook
 from mgrpo_kernels.ops.linear_token_stats import linear_token_stats
 from mgrpo_kernels.ops.policy_loss import policy_loss
+from mgrpo_kernels.ops.policy_loss.loss_types import LOSSES, SEQUENCE_MEAN
 
 INSTALL = "pip install 'verl==0.9.*'"
 LOSS = "mgrpo_kernels"
 """Name of the loss in verl's registry: actor_rollout_ref.actor.policy_loss.loss_mode."""
+DPPO = ("dppo_tv", "dppo_kl")
+"""verl's losses of arXiv 2602.04879; here ``mgrpo_kernels_dppo_tv`` and ``mgrpo_kernels_dppo_kl``."""
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 REDUCTIONS = ("none", "sum", "mean")
@@ -79,14 +82,16 @@ def patched(strict: bool = False, *, vanilla: bool = True) -> Patch:
     verl.utils.kernel.linear_cross_entropy.linear_cross_entropy      :func:`linear_cross_entropy` (impl_backend triton)
     verl.utils.experimental.torch_functional.FusedLinearForPPO       the same (impl_backend torch and liger)
     the policy losses' registry, under "mgrpo_kernels"               verl's clipped loss, one launch forward and backward
-    compute_policy_loss_vanilla, and "vanilla" in the registry       the same, with `vanilla`
+    the same, under "mgrpo_kernels_dppo_tv" and "..._dppo_kl"        verl's losses of DPPO
+    compute_policy_loss_vanilla, and "vanilla" in the registry       the clipped loss, with `vanilla`
+    compute_policy_loss_dppo_tv and _kl, and "dppo_tv", "dppo_kl"    those of DPPO, with `vanilla`
     ===============================================================  ====================================================
 
     verl calls a head of its own only where actor_rollout_ref.model.use_fused_kernels is set.
 
     Args:
         strict: raise IntegrationError where the loss would run verl's own code: clip_ratio_c below 1 + clip_ratio_high.
-        vanilla: replace verl's own loss too, so that no configuration changes.
+        vanilla: replace verl's own losses too, so that no configuration changes.
 
     Raises:
         IntegrationError: verl is not installed, or has moved one of these names.
@@ -106,9 +111,13 @@ def patched(strict: bool = False, *, vanilla: bool = True) -> Patch:
     loss = _policy_loss(patch, own)
     patch.registry = patch.original(_LOSSES, "POLICY_LOSS_REGISTRY")
     patch.losses = {LOSS: loss}
+    verls = {"vanilla": loss}
+    for kind in DPPO:
+        patch.losses[f"{LOSS}_{kind}"] = verls[kind] = _dppo_loss(kind)
     if vanilla:
-        patch.replace(_LOSSES, "compute_policy_loss_vanilla", loss, parameters=_LOSS_PARAMETERS)
-        patch.losses["vanilla"] = loss
+        for name, each in verls.items():
+            patch.replace(_LOSSES, f"compute_policy_loss_{name}", each, parameters=_LOSS_PARAMETERS)
+        patch.losses |= verls
     return patch.apply()
 
 
@@ -228,11 +237,7 @@ def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,  # (B, L)
     ) -> tuple[Tensor, dict[str, Any]]:
-        if config is None:
-            raise ValueError("config: expected verl's ActorConfig, got None")
-        low, high = (
-            config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
-        )
+        low, high = _bounds(config)
         most = config.get("clip_ratio_c", 3.0)
         if most < 1.0 + high:
             patch.fall_back(LOSS, f"expected clip_ratio_c >= 1 + clip_ratio_high = {1.0 + high:g}, got {most:g}")
@@ -242,8 +247,7 @@ def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
             return plain
         mask = response_mask.bool()
         loss_type, normalizer = aggregation(loss_agg_mode, mask, config.global_batch_info)
-        # A weight is never negative: it scales the surrogate whichever side of the clip it is on.
-        weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
+        weighted = _weighted(advantages, rollout_is_weights)
         value = policy_loss(
             log_prob,
             old_log_prob,
@@ -255,9 +259,73 @@ def _policy_loss(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
             clip_delta=most,
             normalizer=normalizer,
         ).loss
-        return value, _metrics(log_prob.detach(), old_log_prob, advantages, mask, low, high, most)
+        new, down = log_prob.detach(), advantages < 0
+        ratio = (new - old_log_prob).exp()
+        clipped = ((advantages > 0) & (ratio > 1.0 + high)) | (down & (ratio < 1.0 - low))
+        return value, _metrics(new, old_log_prob, mask, clipped, down, most)
 
     return loss
+
+
+def _dppo_loss(kind: str) -> Callable[..., Any]:
+    """Return verl's loss `kind`, fused: the clip ratios are bounds of the divergence, and clip_ratio_c is the largest weight."""
+
+    def loss(
+        old_log_prob: Tensor,  # (B, L)
+        log_prob: Tensor,  # (B, L)
+        advantages: Tensor,  # (B, L)
+        response_mask: Tensor,  # (B, L)
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,  # (B, L)
+    ) -> tuple[Tensor, dict[str, Any]]:
+        low, high = _bounds(config)
+        bounds = (high, low)  # of a rise and of a fall
+        most, mask = config.get("clip_ratio_c", 20.0), response_mask.bool()
+        loss_type, normalizer = aggregation(loss_agg_mode, mask, config.global_batch_info)
+        weighted = _weighted(advantages, rollout_is_weights)
+        if LOSSES[loss_type].share == SEQUENCE_MEAN:
+            weighted = weighted / mask.sum(-1, keepdim=True).clamp(min=1)
+        value = policy_loss(
+            log_prob,
+            old_log_prob,
+            weighted,
+            mask=mask,
+            loss_type=kind,
+            dppo_cap=most,
+            normalizer=normalizer,
+            dppo_tv_bounds=bounds,  # the loss reads those of its kind
+            dppo_kl_bounds=bounds,
+        ).loss
+        new = log_prob.detach()
+        moved = _moved_too_far(kind, new, old_log_prob, advantages, low, high)
+        return value, _metrics(new, old_log_prob, mask, moved, ~moved, most)
+
+    return loss
+
+
+def _moved_too_far(kind: str, new: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Return the tokens that verl's DPPO masks, ``(B, L)`` bool; without an advantage they count as with a negative one."""
+    p, q = new.exp(), old.exp()
+    if kind == "dppo_tv":
+        return torch.where(advantages > 0, p - q > high, q - p > low)
+    divergence = q * (old - new) + (1 - q) * ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+    return torch.where(advantages > 0, (divergence > high) & (p > q), (divergence > low) & (p < q))
+
+
+def _weighted(advantages: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the advantages with the weights, which are never negative: they scale a surrogate whichever bound it has."""
+    return advantages if weights is None else advantages * weights
+
+
+def _bounds(config: Any) -> tuple[float, float]:
+    """Return verl's clip ratios, low and high."""
+    if config is None:
+        raise ValueError("config: expected verl's ActorConfig, got None")
+    low, high = (
+        config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
+    )
+    return low, high
 
 
 def aggregation(mode: str, mask: Tensor, batch: dict[str, Any]) -> tuple[str, Tensor]:
@@ -295,16 +363,16 @@ def aggregation(mode: str, mask: Tensor, batch: dict[str, Any]) -> tuple[str, Te
 
 
 def _metrics(
-    log_prob: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float, most: float
+    log_prob: Tensor, old: Tensor, mask: Tensor, clipped: Tensor, capped: Tensor, most: float
 ) -> dict[str, float]:
-    """Return what verl logs of its clipped loss: means over the response's tokens, with one host sync for the three."""
+    """Return what verl logs of a loss: means over the response's tokens, with one host sync for the three.
+
+    `clipped` ``(B, L)`` bool are the tokens without a gradient, `capped` those whose ratio counts as too large above `most`.
+    """
     gap = torch.where(mask, log_prob - old, 0.0).clamp(-20.0, 20.0)
-    ratio = gap.exp()
-    up, down = mask & (advantages > 0), mask & (advantages < 0)
-    clipped = (up & (ratio > 1.0 + high)) | (down & (ratio < 1.0 - low))
-    sums = torch.stack([clipped.sum().float(), -gap.sum(), (down & (ratio > most)).sum().float()])
+    sums = [(mask & clipped).sum().float(), -gap.sum(), (mask & capped & (gap.exp() > most)).sum().float()]
     names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-    return dict(zip(names, (sums / mask.sum().clamp(min=1)).tolist(), strict=True))
+    return dict(zip(names, (torch.stack(sums) / mask.sum().clamp(min=1)).tolist(), strict=True))
 
 
-__all__ = ["LOSS", "aggregation", "linear_cross_entropy", "patched"]
+__all__ = ["DPPO", "LOSS", "aggregation", "linear_cross_entropy", "patched"]

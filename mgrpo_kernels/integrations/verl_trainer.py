@@ -7,7 +7,8 @@ and takes the advantages there. Importing this module registers it; have verl do
     VERL_USE_EXTERNAL_MODULES=mgrpo_kernels.integrations.verl_trainer python -m verl.trainer.main_ppo \
         trainer.use_v1=True trainer.v1.trainer_mode=mgrpo algorithm.adv_estimator=grpo +mgrpo.iqr_k=0.75 ...
 
-All rollouts are the policy's: verl's rollout servers hold one set of weights, so there is no momentum model here.
+All rollouts are the policy's: verl's rollout servers hold one set of weights, so there is no momentum model here. Where the method asks a
+question in two wordings, the last sessions of a prompt answer the second one (:class:`TwoWordingsLoop`).
 """
 
 from __future__ import annotations
@@ -21,15 +22,33 @@ import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from torch import Tensor
+from verl.experimental.agent_loop.agent_loop import register
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
 
 from mgrpo_kernels import extract_answer
+from mgrpo_kernels.integrations.wordings import second_wording
 from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, answer_tokens, read_gold, select
+from mgrpo_kernels.train.data.fields import FIELDS
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
 
+SINGLE_TURN, TWO_WORDINGS = "single_turn_agent", "mgrpo_two_wordings"
+"""Names of verl's agent loop of a single turn, and of ours that answers two wordings of a question."""
 ONE_MODEL = "verl's rollout servers hold one set of weights, so there is no momentum model"
+
+
+@register(TWO_WORDINGS)
+class TwoWordingsLoop(SingleTurnAgentLoop):
+    """verl's single turn, in which a prompt's last sessions answer its second wording. :class:`MGRPOTrainer` adds what it reads."""
+
+    async def run(self, sampling_params: dict[str, Any], **sample: Any) -> Any:
+        """Answer the wording of this session."""
+        if sample["session_id"] >= sample["first_wording_sessions"]:
+            sample["raw_prompt"] = sample["second_wording"]
+        return await super().run(sampling_params, **sample)
 
 
 @register_trainer("mgrpo")
@@ -37,12 +56,41 @@ class MGRPOTrainer(PPOTrainerSync):
     """verl's synchronous trainer with M-GRPO's filter, vote and advantages.
 
     Its options, under ``+mgrpo.`` in verl's configuration, are those of :class:`mgrpo_kernels.method.MethodOptions` but for the momentum
-    model's. Rewards of verl's own are only logged, as ``mgrpo/own_reward``.
+    model's, and ``paraphrase_field``, the column with the question in another wording. Rewards of verl's own are only logged, as
+    ``mgrpo/own_reward``.
     """
 
     def __init__(self, config: Any) -> None:
         self.options = check_config(config)
         super().__init__(config=config)
+
+    @property
+    def first_wording_sessions(self) -> int:
+        """Number of each prompt's sessions that answer the first wording of its question: all of them, or the first half."""
+        sessions = int(self.config.actor_rollout_ref.rollout.n)
+        return sessions - self.options.second_wording_count(sessions)
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        """Return verl's batch of prompts; with a method that needs it, those of the second wording too, and the loop that answers both."""
+        batch: TensorDict = super()._next_train_batch(num_prompts)
+        if self.options.row.second_wording == "no":
+            return batch
+        loops = set(tu.get(batch, "agent_name", None) or ()) - {SINGLE_TURN}
+        if loops:
+            raise ValueError(
+                f"agent_name: expected {SINGLE_TURN} in every row with method {self.options.method}, got {', '.join(sorted(loops))}"
+            )
+        field = paraphrase_field(self.config)
+        prompts, others = (list(tu.get(batch, name, None) or ()) for name in ("raw_prompt", field))
+        if not others:
+            raise ValueError(
+                f"mgrpo.paraphrase_field: expected one of the data's columns {', '.join(sorted(map(str, batch.keys())))}, got {field!r}"
+            )
+        reworded = [second_wording(*each, field) for each in zip(prompts, others, strict=True)]
+        fields = {"agent_name": TWO_WORDINGS, "first_wording_sessions": self.first_wording_sessions}
+        for name, values in {"second_wording": reworded, **{k: [v] * len(prompts) for k, v in fields.items()}}.items():
+            tu.assign_non_tensor_stack(batch, name, values)
+        return batch
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """Filter, vote, reward; then verl's own part (rollout correction); then M-GRPO's advantages in place of verl's."""
@@ -61,8 +109,11 @@ class MGRPOTrainer(PPOTrainerSync):
             self.tokenizer.decode(tokens[mask.bool()], skip_special_tokens=True)
             for tokens, mask in zip(data["responses"].unbind(), data["response_mask"].unbind(), strict=True)
         ]
-        order, groups = by_group(data.get("uid").tolist(), real)
-        chosen = self._select(data, texts, order, groups)
+        second = None
+        if self.options.row.second_wording != "no":
+            second = torch.tensor([int(key.rsplit("_", 2)[1]) for key in batch.keys]) >= self.first_wording_sessions
+        order, groups = by_group(data.get("uid").tolist(), real, second)
+        chosen = self._select(data, texts, order, groups, second)
         metrics.update({f"mgrpo/{name}": value for name, value in chosen.metrics().items() if value is not None})
         metrics["mgrpo/own_reward"] = _sums(data["rm_scores"])[real].mean().item()
 
@@ -97,8 +148,13 @@ class MGRPOTrainer(PPOTrainerSync):
         )
         return batch
 
-    def _select(self, data: TensorDict, texts: Sequence[str], order: Tensor, groups: Tensor) -> Selection:
-        """Return what becomes of the rollouts `order`, which has each prompt's together; `groups` are their offsets."""
+    def _select(
+        self, data: TensorDict, texts: Sequence[str], order: Tensor, groups: Tensor, second: Tensor | None
+    ) -> Selection:
+        """Return what becomes of the rollouts `order`, which has each prompt's together; `groups` are their offsets.
+
+        `second` ``(B,)`` bool are the rollouts of the data that answer the second wording of their question.
+        """
         row, rows = self.options.row, order.tolist()
         fields = {
             "entropy": True,
@@ -118,6 +174,7 @@ class MGRPOTrainer(PPOTrainerSync):
             answers,
             groups,
             self.options,
+            second_wording=None if second is None else second[order],
             entropy=padded["entropy"][order].float(),
             logprob=padded["old_log_probs"][order].float() if row.needs_logprob else None,
             tokens=padded["responses"][order].long() if row.needs_tokens else None,
@@ -153,19 +210,28 @@ class MGRPOTrainer(PPOTrainerSync):
         )
 
 
-def by_group(names: Sequence[Hashable], real: Tensor) -> tuple[Tensor, Tensor]:
+def paraphrase_field(config: Any) -> str:
+    """Return the name of the column with the question in another wording."""
+    return str((config.get("mgrpo", None) or {}).get("paraphrase_field", None) or FIELDS["paraphrase_field"][0])
+
+
+def by_group(names: Sequence[Hashable], real: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the rows that are no padding, those of one prompt together, and where each prompt's begin and end.
 
     Args:
         names: B names, in any order: rollouts of one prompt have the same.
         real: ``(B,)`` bool, False for padding.
+        second: ``(B,)`` bool, rows that come after the others of their prompt.
 
     Returns:
-        Row numbers, and offsets ``(P+1,)``; prompts in the order of their first row, and their rows in their own order.
+        Row numbers, and offsets ``(P+1,)``; prompts in the order of their first row, and their rows otherwise in their own order.
     """
     rows: dict[Hashable, list[int]] = {}
     for row in real.nonzero().flatten().tolist():
         rows.setdefault(names[row], []).append(row)
+    if second is not None:
+        for each in rows.values():
+            each.sort(key=second.tolist().__getitem__)
     order = torch.tensor([row for each in rows.values() for row in each], dtype=torch.int64)
     return order, torch.tensor([0, *map(len, rows.values())]).cumsum(0)
 
@@ -186,12 +252,13 @@ def check_config(config: Any) -> MethodOptions:
     ):
         if got != want:
             raise ValueError(f"{name}: expected {want} with trainer_mode mgrpo, got {got}")
-    options = MethodOptions.from_mapping(dict(config.get("mgrpo", None) or {}), "mgrpo")
+    given = dict(config.get("mgrpo", None) or {})
+    asked_for = given.pop("paraphrase_field", None)
+    options = MethodOptions.from_mapping(given, "mgrpo")
     for name in MOMENTUM_OPTIONS:
         got, default = getattr(options, name), MethodOptions.__dataclass_fields__[name].default
         if got not in (default, 0):
             raise ValueError(f"mgrpo.{name}: expected it left out, since {ONE_MODEL}, got {got!r}")
-    options.check_one_wording("verl", "mgrpo.method")
     if options.row.needs_momentum:
         raise ValueError(
             f"mgrpo.method: expected one whose labels are not the momentum model's, since {ONE_MODEL}, got {options.method}"
@@ -202,6 +269,17 @@ def check_config(config: Any) -> MethodOptions:
         )
     options = dataclasses.replace(options, momentum_rollouts=0)
     options.check_use(momentum=False)
+    options.second_wording_count(int(config.actor_rollout_ref.rollout.n))  # raises for too few rollouts
+    loop = (config.actor_rollout_ref.rollout.get("agent", None) or {}).get("default_agent_loop", SINGLE_TURN)
+    if options.row.second_wording != "no" and loop != SINGLE_TURN:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.agent.default_agent_loop: expected {SINGLE_TURN} with method {options.method}, got {loop}"
+        )
+    if asked_for is not None and options.row.second_wording == "no":
+        raise ValueError(
+            f"mgrpo.paraphrase_field: expected it left out with method {options.method}, which asks each question in one wording, got "
+            f"{asked_for!r}"
+        )
     return options
 
 
@@ -219,4 +297,4 @@ def _sums(nested: Tensor) -> Tensor:
     return torch.stack([row.sum() for row in nested.unbind()])
 
 
-__all__ = ["MGRPOTrainer", "check_config"]
+__all__ = ["MGRPOTrainer", "TwoWordingsLoop", "check_config"]

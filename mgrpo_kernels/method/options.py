@@ -221,14 +221,6 @@ class MethodOptions:
             )
         return rollouts // 2
 
-    def check_one_wording(self, library: str, name: str = "method") -> None:
-        """Raise ValueError for a method that needs two wordings of a question, which `library` does not sample."""
-        if self.row.second_wording != "no":
-            raise ValueError(
-                f"{name}: expected one that asks a question in one wording, since {library} samples one prompt for each question, got "
-                f"{self.method!r}; this project's trainer has it (--paraphrase-field)"
-            )
-
     @property
     def weight_of_answer(self) -> float:
         """Weight of the final answer's tokens in the loss."""

@@ -64,7 +64,8 @@ def cases(*, momentum: bool) -> list[Case]:
 
     def possible(method: str) -> bool:
         row = METHODS[method]
-        return row.second_wording == "no" and (momentum or not (row.needs_momentum or row.needs_self_certainty))
+        needs_teacher = row.needs_momentum or row.second_wording == "momentum"
+        return momentum or not (needs_teacher or row.needs_self_certainty)
 
     def few_votes(method: str) -> dict[str, Any]:  # of three rollouts one is the momentum model's, which alone votes
         return {"min_votes": 1} if METHODS[method].voters == "momentum" else {}
@@ -73,7 +74,7 @@ def cases(*, momentum: bool) -> list[Case]:
         make_case(G, method=method, **few_votes(method), **none)
         for method in METHODS
         if possible(method)
-        for G in (3, 5, 8)
+        for G in ((4, 5, 8) if METHODS[method].second_wording == "policy" else (3, 5, 8))
     ]
     found += [
         make_case(7, method=method, iqr_filter=True, **none, **more)
@@ -88,6 +89,8 @@ def cases(*, momentum: bool) -> list[Case]:
             ("rent", {"entropy_reduction": "sum", "iqr_k": 0.1}),
             ("gold", {"filter_scope": "penalise", "iqr_k": 0.1}),
             ("mgrpo", {"gold_labels": True}),
+            ("self_harmony", {"vote_by": "excess", "iqr_k": 0.1}),
+            ("co_rewarding_1", {"filter_scope": "penalise", "iqr_k": 0.1}),
             ("soft_vote", {"gold_labels": True, "answer_weight": 0.75}),
             ("rent", {"answer_weight": 0.25, "iqr_k": 0.1}),
         )
@@ -102,6 +105,14 @@ def gold(case: Case) -> list[str | None]:
     """Return the true answers; with gold labels, those of two prompts are unknown."""
     known = ["3", None, "7", None, "1"] if case.options.get("gold_labels") else "36791"
     return [answer for answer in known for _ in range(case.G)]
+
+
+def first_wording(prompt: int) -> str:
+    return f"{prompt}+{prompt}="
+
+
+def second_wording(prompt: int) -> str:
+    return f"+{prompt}{prompt}="
 
 
 def tokens(case: Case) -> list[list[int]]:
@@ -169,11 +180,14 @@ class Scripted(RolloutEngine):
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        self.asked = False
 
     def sample(self, prompts: Any, copies: int, *, momentum: Any = None, **_: Any) -> Rollouts:
-        """Return the first `copies` of each prompt's rollouts, or the last where the momentum model samples."""
+        """Return the first `copies` of each prompt's rollouts, or the last where it is asked again: of another model, or in other words."""
         G = self.case.G
-        places = range(G - copies, G) if momentum is not None else range(copies)
+        places = range(G - copies, G) if self.asked else range(copies)
+        assert momentum is None or self.asked
+        self.asked = True
         rows = [p * G + i for p in range(len(prompts)) for i in places]
         ids, which = tokens(self.case), torch.tensor(rows)
         padded = torch.tensor([ids[row] + [0] * (WIDTH - len(ids[row])) for row in rows])
@@ -209,7 +223,7 @@ def by_trainer(case: Case, learner_of: Any, monkeypatch: Any) -> Found:
     scores = stats(case)
     monkeypatch.setattr(steps, "training_batch", training_batch)
     monkeypatch.setattr(steps, "score_by_sampler", lambda *_: TokenStats(**scores))
-    examples = [demo.Example(f"{p}+{p}=", gold(case)[p * case.G]) for p in range(P)]
+    examples = [demo.Example(first_wording(p), gold(case)[p * case.G], second_wording(p)) for p in range(P)]
     with contextlib.suppress(Enough):
         steps.train_step(learner, examples, 1)
     return Found.of(caught[0], caught[0].metrics(prompts=P))
@@ -222,12 +236,16 @@ def by_trl(case: Case, trainer: Any, monkeypatch: Any) -> Found:
     from mgrpo_kernels.integrations.trl import trainer as module
 
     caught, ids, scores = [], tokens(case), stats(case)
-    momentum = trainer.by_momentum(P * case.G)
+    momentum, reworded = trainer.by_momentum(P * case.G), trainer.by_second_wording(P * case.G).tolist()
+    asked = [(second_wording if again else first_wording)(i // case.G) for i, again in enumerate(reworded)]
+    encoded = trainer.processing_class(text=asked)["input_ids"]
 
     def sample(self: Any, prompt_ids: Any, images: Any, fields: Any, copies: int, has_tool_images: bool = False) -> Any:
-        said = [row for row, theirs in zip(ids, momentum.tolist(), strict=True) if theirs == self.momentum._swapped]
-        assert len(said) == len(prompt_ids)
-        return said, None
+        assert len(prompt_ids) == copies * P  # each prompt's rollouts of this model and wording
+        mine = [i for i, theirs in enumerate(momentum.tolist()) if theirs == self.momentum._swapped]
+        again = [i for i in mine if encoded[i] in prompt_ids]
+        assert [encoded[i] for i in again] == prompt_ids
+        return [ids[i] for i in again], None
 
     def completion_stats(trainer: Any, rows: Any, width: int, names: Any) -> dict[str, Tensor]:
         chosen = momentum if trainer.momentum._swapped else ~momentum
@@ -242,7 +260,10 @@ def by_trl(case: Case, trainer: Any, monkeypatch: Any) -> Found:
     )  # as in the other paths, no response is cut
     trainer.model.train()
     answers = gold(case)
-    rows = [{"prompt": f"{i // case.G}+{i // case.G}=", "answer": answers[i]} for i in range(P * case.G)]
+    rows = [
+        {"prompt": first_wording(p), "answer": answers[i], "paraphrase": second_wording(p)}
+        for i, p in enumerate(p for p in range(P) for _ in range(case.G))
+    ]
     output = trainer._generate_and_score_completions(rows)
     logged = {
         name.removeprefix("mgrpo/"): each[-1] for name, each in trainer._metrics["train"].items() if "mgrpo/" in name

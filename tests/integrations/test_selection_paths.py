@@ -42,7 +42,7 @@ def both(base: str, policy: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
                 paths.prune_all(pruning, patch)
             ours = paths.by_trainer(case, lambda config: make_learner(config, demo.make_task(0), policy), patch)
             rows = paths.P * case.G
-            data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"]})
+            data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"], "paraphrase": row["prompt"]})
             args = tiny_trl.settings(
                 tmp_path,
                 num_generations=case.G,
@@ -72,6 +72,12 @@ DEVIATIONS: dict[str, Any] = {
         "by_momentum",
         lambda self, rows: torch.arange(rows) % self.num_generations < self.momentum_rollouts,
     ),
+    "TRL does not know which rollouts answer the second wording": (
+        of_trl,
+        "select",
+        lambda *a, select=of_trl.select, **k: select(*a, **k | {"second_wording": k["second_wording"].roll(1)}),
+    ),
+    "TRL asks everybody the first wording": (of_trl, "reworded", lambda rows, *_: rows),
     "TRL draws other coin flips": (MGRPOTrainer, "_generator", lambda self: torch.Generator().manual_seed(9)),
     "TRL prunes with another k": (
         of_trl,
@@ -98,21 +104,22 @@ DEVIATIONS: dict[str, Any] = {
 
 @pytest.mark.parametrize("deviation", DEVIATIONS)
 def test_a_trainer_that_deviates_is_found(both: Any, monkeypatch: pytest.MonkeyPatch, deviation: str) -> None:
-    method = "random" if "coin" in deviation else "mgrpo"
+    method = "random" if "coin" in deviation else "self_harmony" if "wording" in deviation else "mgrpo"
     monkeypatch.setattr(*DEVIATIONS[deviation])
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
         paths.check_same(*both(paths.make_case(8, method=method)))
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.second_wording == "no"])
+@pytest.mark.parametrize("method", METHODS)
 def test_trl_and_our_trainer_divide_a_group_alike(tmp_path: Any, method: str) -> None:
     for G in range(2, 20):
         votes = {"min_votes": 1}  # co_rewarding's labels take as many momentum rollouts as votes
         settings = tiny_trl.settings(tmp_path, num_generations=G, per_device_train_batch_size=G, method=method, **votes)
-        if G == 2 and METHODS[method].momentum_share:
-            with pytest.raises(UsageError, match=f"rollouts: expected at least 3 with method {method}"):
+        least = 4 if METHODS[method].second_wording == "policy" else 3 if METHODS[method].momentum_share else 2
+        if least > G:
+            with pytest.raises(UsageError, match=f"rollouts: expected at least {least} with method {method}"):
                 build({"method": method, "rollouts": G, **votes})
-            with pytest.raises(ValueError, match=f"rollouts: expected at least 3 with method {method}"):
+            with pytest.raises(ValueError, match=f"rollouts: expected at least {least} with method {method}"):
                 MGRPOConfig(**settings)
             continue
         ours = build({"method": method, "rollouts": G, **votes}).momentum_rollouts

@@ -30,6 +30,9 @@ LOSSES = {
     "sapo": {"loss_type": "sapo", "mask_truncated_completions": True, **OFF_POLICY},
     "vespo": {"loss_type": "vespo", "learning_rate": 3e-4, **OFF_POLICY},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", **OFF_POLICY},
+    "gmpo": {"kind": "gmpo", "beta": 0.1, "epsilon": 0.1, "epsilon_high": 0.05, **OFF_POLICY},
+    "gmpo, forking tokens": {"kind": "gmpo", "beta": 0.1, "top_entropy_quantile": 0.5, "epsilon": 0.02, **OFF_POLICY},
+    "gmpo, on-policy": {"kind": "gmpo"},
     "rloo": {"kind": "rloo", "beta": 0.1, "num_iterations": 2},
     "rloo, normalized": {"kind": "rloo", "normalize_advantages": True, "epsilon": 0.05, "num_iterations": 3},
 }
@@ -256,6 +259,13 @@ def test_what_moved_is_named(monkeypatch):
     ):
         patched()
     assert GRPOTrainer._compute_loss is before
+
+
+@pytest.mark.parametrize("loss_type", ["gmpo", "dppo_tv"])
+def test_a_loss_that_trls_trainer_does_not_have_is_refused_by_trl(trainer, monkeypatch, loss_type):
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    with patched(), pytest.raises(ValueError, match=f"Unknown loss type: {loss_type}"):
+        trainer._compute_loss(trainer.model, batch())
 
 
 def test_what_cannot_run_fused_says_so_once(trainer, base, monkeypatch, caplog):

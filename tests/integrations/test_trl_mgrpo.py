@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mgrpo_kernels import MomentumModel, policy_loss
 from mgrpo_kernels.integrations import trl as integration
 from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
+from mgrpo_kernels.integrations.trl.columns import reworded
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.integrations.trl.trainer import MOMENTUM_FILE, _text
 from mgrpo_kernels.method import METHODS
@@ -204,7 +205,7 @@ def test_given_rollouts_have_our_trainers_rewards_and_advantages(base, tmp_path,
     assert output["sequences_in_batch"] == trains.sum()
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "gmpo"])
 def test_rollouts_that_do_not_train_have_no_part_in_the_loss(base, tmp_path, monkeypatch, loss_type):
     trainer = trainer_of(
         base,
@@ -361,10 +362,10 @@ def test_a_run_moves_policy_and_momentum_and_resumes_to_the_same(base, tmp_path)
         foreign.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.second_wording == "no"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_evaluated(base, tmp_path, method):
     momentum = {} if METHODS[method].momentum_share else {"momentum_rollouts": 0}
-    data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"]})
+    data = tiny_trl.prompts().map(lambda row: {"answer": row["gold"], "paraphrase": "0+" + row["prompt"]})
     args = settings(tmp_path, **{"momentum_rollouts": None, "max_steps": 2, "beta": 0.0, "method": method, **momentum})
     trainer = MGRPOTrainer(
         base,
@@ -389,12 +390,37 @@ def test_every_method_trains_and_is_evaluated(base, tmp_path, method):
         assert METHODS[method].lowest <= found <= 1
 
 
-@pytest.mark.parametrize("method", ["co_rewarding_1", "co_rewarding_3", "self_harmony"])
-def test_a_second_wording_is_refused(tmp_path, method):
+def test_a_second_wording_that_is_missing_is_named(base, tmp_path):
+    with pytest.raises(ValueError, match="paraphrase_field: expected one of the columns prompt, gold, got None"):
+        trainer_of(base, tmp_path, method="self_harmony", momentum_rollouts=0)
+    with pytest.raises(ValueError, match="paraphrase_field: expected None with method mgrpo, .* got 'gold'"):
+        MGRPOConfig(**settings(tmp_path, paraphrase_field="gold"))
+    with pytest.raises(ValueError, match="rollouts: expected at least 4 with method co_rewarding_1"):
+        MGRPOConfig(
+            **tiny_trl.settings(tmp_path, method="co_rewarding_1", num_generations=3, per_device_train_batch_size=3)
+        )
+    trainer = trainer_of(
+        base, tmp_path, method="self_harmony", momentum_rollouts=0, paraphrase_field="gold", iqr_k=0.75
+    )
+    trainer.model.train()
+    rows = [{"prompt": "1+1=", "gold": "  " if i == G - 1 else "+11="} for i in range(G)]
     with pytest.raises(
-        ValueError, match=f"method: expected one that asks a question in one wording, since TRL .*'{method}'"
+        ValueError, match="paraphrase_field: expected a text in the column 'gold' of every row, got '  '"
     ):
-        MGRPOConfig(**settings(tmp_path, method=method))
+        trainer._generate_and_score_completions(rows)
+
+
+def test_a_second_wording_of_messages_is_messages_or_the_text_of_the_last_one():
+    system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+2?"}
+    rows = [
+        {"prompt": [system, asked], "other": other} for other in ("2+1?", [{"role": "user", "content": "2+1?"}], "")
+    ]
+    first, second = reworded(rows[:2], torch.tensor([True, True]), "other")
+    assert first["prompt"] == [system, {"role": "user", "content": "2+1?"}]
+    assert second["prompt"] == [{"role": "user", "content": "2+1?"}]
+    assert reworded(rows, torch.tensor([False] * 3), "other") == rows
+    with pytest.raises(ValueError, match="paraphrase_field: expected messages or a text in the column 'other'"):
+        reworded(rows, torch.tensor([True] * 3), "other")
 
 
 def test_self_certainty_is_that_of_the_logits(base, tmp_path):
@@ -423,9 +449,7 @@ def test_the_decay_rises_to_the_methods_own(base, tmp_path, monkeypatch):
 
 
 def test_a_column_of_true_answers_that_is_missing_is_named(base, tmp_path):
-    with pytest.raises(
-        ValueError, match="answer_field: expected a column with the true answers, one of prompt, gold, got None"
-    ):
+    with pytest.raises(ValueError, match="answer_field: expected one of the columns prompt, gold, got None"):
         trainer_of(base, tmp_path, method="gold", momentum_rollouts=0, iqr_k=0.75)
     with pytest.raises(ValueError, match="answer_field: expected .* got 'truth'"):
         trainer_of(base, tmp_path, answer_field="truth")
@@ -473,6 +497,10 @@ def test_what_it_cannot_do_is_refused(base, tmp_path):
         trainer_of(base, tmp_path, reward_weights=[2.0])
     with pytest.raises(ValueError, match=r"got epsilon 1.5 is not in \[0, 1\]"):
         trainer_of(base, tmp_path, epsilon=1.5)
+    with pytest.raises(ValueError, match="got loss_type 'dppo_tv' is not one of grpo, .*, gmpo"):
+        trainer_of(base, tmp_path, loss_type="dppo_tv")
+    with pytest.raises(ValueError, match="got delta 1.5 has no effect on loss_type 'gmpo', which needs None"):
+        trainer_of(base, tmp_path, loss_type="gmpo", delta=1.5)
 
 
 def test_the_text_of_a_chat_completion():

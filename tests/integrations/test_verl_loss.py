@@ -92,6 +92,45 @@ def test_loss_is_verls_own(mode, info, weighted, seed):
     assert got[2]["actor/pg_clipfrac_lower"] > 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", verl.DPPO)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("info", [{}, {"dp_size": 4, "batch_num_tokens": 97, "global_batch_size": 24}])
+def test_dppo_is_verls_own(mode, kind, weighted, info):
+    old, new, *inputs, weights = batch()
+    new = new.clamp(max=-1e-3)  # the log of a probability
+    low, high = (0.04, 0.06) if kind == "dppo_tv" else (0.01, 0.02)
+    config = actor(mode, low=low, high=high, most=1.2, **info)
+    weights = weights if weighted else None
+    own = getattr(core_algos, f"compute_policy_loss_{kind}")
+    want = run(own, config, old, new, *inputs, weights)
+    with verl.patched(strict=True, vanilla=False):
+        assert core_algos.get_policy_loss_fn(kind) is own
+        got = run(core_algos.get_policy_loss_fn(f"{verl.LOSS}_{kind}"), config, old, new, *inputs, weights)
+    torch.testing.assert_close(got[0], want[0], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-8)
+    assert got[1].abs().max() > 0
+    assert got[2] == pytest.approx(want[2], rel=1e-5, abs=1e-7)
+    assert got[2]["actor/pg_clipfrac"] > 0
+    assert got[2]["actor/pg_clipfrac_lower"] > 0
+
+
+@pytest.mark.parametrize("kind", verl.DPPO)
+def test_dppo_does_not_read_what_a_masked_token_holds_and_takes_verls_names(kind):
+    old, new, advantages, mask, _ = batch()
+    config, own = actor(low=0.01, high=0.01, most=20.0), getattr(core_algos, f"compute_policy_loss_{kind}")
+    with verl.patched() as patch:
+        loss = getattr(core_algos, f"compute_policy_loss_{kind}")
+        assert loss is core_algos.get_policy_loss_fn(kind) is patch.losses[f"{verl.LOSS}_{kind}"] is not own
+        want = run(loss, config, old, new, advantages, mask, None)
+        nan = torch.where(mask, new, float("nan"))
+        got = run(loss, config, torch.where(mask, old, float("inf")), nan, advantages, mask, None)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert got[2] == want[2]
+    assert core_algos.get_policy_loss_fn(kind) is own is getattr(core_algos, f"compute_policy_loss_{kind}")
+
+
 @pytest.mark.parametrize(("low", "high", "most"), [(0.2, 0.2, 1.2), (0.1, 0.5, 10.0), (0.0, 0.0, 1.5)])
 def test_clip_ratios(low, high, most):
     *inputs, weights = batch()

@@ -8,7 +8,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl_trainer_checks import KVBatchMeta, Tokenizer, settings
 
 from mgrpo_kernels.integrations import verl_trainer
-from mgrpo_kernels.method import Selection, pruning
+from mgrpo_kernels.method import MethodOptions, Selection, pruning
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.run.learner import make_learner
@@ -22,10 +22,14 @@ def policy(tmp_path_factory):
 
 
 def fill(queue, case):
-    """Put a case's rollouts into the queue, those of the prompts mixed, with a row of padding; return batch and keys in the case's order."""
+    """Put a case's rollouts into the queue, those of the prompts mixed, with a row of padding; return batch and keys in the case's order.
+
+    Rollouts of the second wording come first.
+    """
     scores, answers, logprobs = paths.stats(case)["entropy"], paths.gold(case), paths.stats(case)["logprob"]
     rows, keys = [], []
-    for place in range(case.G):
+    first = case.G - MethodOptions(**case.options).second_wording_count(case.G)
+    for place in [*range(first, case.G), *range(first)]:
         for prompt in range(paths.P):
             i = prompt * case.G + place
             text, ones = case.texts[i], torch.ones(len(case.texts[i]), dtype=torch.long)
@@ -65,7 +69,7 @@ def by_verl(case, queue, monkeypatch):
     """Return what verl's trainer makes of a case: rewards, who trains and advantages are read from what it puts into the queue."""
     options = {f"mgrpo__{name}": value for name, value in {**case.options, "equivalence": "exact"}.items()}
     trainer = verl_trainer.MGRPOTrainer.__new__(verl_trainer.MGRPOTrainer)
-    trainer.config = settings(**options, data__seed=paths.SEED)
+    trainer.config = settings(**options, data__seed=paths.SEED, actor_rollout_ref__rollout__n=case.G)
     trainer.options, trainer.tokenizer, trainer.global_steps = verl_trainer.check_config(trainer.config), Tokenizer(), 1
     caught, select = [], verl_trainer.select
     monkeypatch.setattr(verl_trainer, "extract_answer", demo.after_hash)
@@ -109,16 +113,23 @@ def test_verl_makes_of_rollouts_what_our_trainer_makes(policy, queue, monkeypatc
     assert case.all_pruned or ours["advantages"].abs().sum() > 1
 
 
-def shifted(names, real, by_group=verl_trainer.by_group):
-    order, offsets = by_group(names, real)
+def shifted(names, real, second=None, by_group=verl_trainer.by_group):
+    order, offsets = by_group(names, real, second)
     return order.roll(1), offsets
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("by_group", shifted), ("_gold", lambda _: "9")])
-def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name, wrong):
+def other_half(*args, select=verl_trainer.select, second_wording, **options):
+    return select(*args, **options, second_wording=None if second_wording is None else ~second_wording)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "method"),
+    [("by_group", shifted, "mgrpo"), ("_gold", lambda _: "9", "mgrpo"), ("select", other_half, "co_rewarding_1")],
+)
+def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name, wrong, method):
     monkeypatch.setattr(verl_trainer, name, wrong)
-    ours, theirs = both(paths.make_case(8, method="mgrpo", momentum_rollouts=0), policy, queue, monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ValueError)):  # noqa: PT012
+        ours, theirs = both(paths.make_case(8, method=method, momentum_rollouts=0), policy, queue, monkeypatch)
         paths.check_same(ours, theirs)
 
 
@@ -134,10 +145,8 @@ def test_a_verl_trainer_that_deviates_is_found(policy, queue, monkeypatch, name,
             {"method": "confident_vote"},
             "mgrpo.method: expected one without self-certainty, since verl scores log-probs",
         ),
-        (
-            {"method": "self_harmony"},
-            "mgrpo.method: expected one that asks a question in one wording, since verl samples",
-        ),
+        ({"method": "co_rewarding_3"}, "mgrpo.method: expected one whose labels are not the momentum model's"),
+        ({"method": "srt", "paraphrase_field": "b"}, "mgrpo.paraphrase_field: expected it left out with method srt"),
         (
             {"momentum_rollouts": 4},
             "mgrpo.momentum_rollouts: expected it left out, since verl's rollout servers hold one set",

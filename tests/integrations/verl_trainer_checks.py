@@ -1,11 +1,17 @@
 """M-GRPO's filter and vote in verl's own trainer class. tests/integrations/test_verl_trainer.py runs this in a process of its own."""
 
+import asyncio
+
 import pytest
 import torch
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1 import PPOTrainerSync, get_trainer_cls, trainer_base
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.trainer.ppo.v1 import PPOTrainerSync, agent_loop_tq, get_trainer_cls, trainer_base
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+from verl.utils.tensordict_utils import get_tensordict, list_of_dict_to_tensordict
 
 from mgrpo_kernels import group_advantages, iqr_filter
 from mgrpo_kernels.integrations import verl_trainer
@@ -159,6 +165,85 @@ def test_rollout_correction_stays_verls(queue):
     weights = queue.rows["a_0_0"]["rollout_is_weights"]
     torch.testing.assert_close(weights, torch.full_like(weights, 0.1).exp())
     assert queue.rows["b_2_0"]["response_mask"].sum() == 0
+
+
+def two_wordings(monkeypatch, rows, **changes):
+    """Return our trainer, and verl's batch of these rows as it gives them to the agent loops."""
+    self = trainer(settings(mgrpo__method="self_harmony", **changes))
+    messages = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"question {i}"}] for i in (0, 1)
+    ]
+    columns = {"raw_prompt": messages, "uid": ["u0", "u1"], "index": [0, 1], **rows}
+    monkeypatch.setattr(PPOTrainerSync, "_next_train_batch", lambda *_: get_tensordict(columns, {"global_steps": 3}))
+    return self, messages
+
+
+def test_the_last_sessions_of_a_prompt_answer_its_second_wording(queue, monkeypatch):
+    """Through verl's own dispatch of a batch to its agent loops, as far as the single turn, whose engine is not here."""
+    given = [{"role": "user", "content": "the other question 1"}]
+    self, messages = two_wordings(monkeypatch, {"paraphrase": ["the other question 0", given]})
+    batch, asked = self._next_train_batch(), []
+
+    async def single_turn(self, sampling_params, **sample):
+        asked.append((sample["uid"], sample["session_id"], sample["raw_prompt"]))
+
+    async def put(**_):
+        pass
+
+    class Worker:
+        def __init__(self):
+            self.config, self.background_tasks = trainer(settings()).config, set()
+
+        async def _run_agent_loop(self, sampling_params, *, agent_name, trajectory, trace, **sample):
+            found = get_class(_agent_loop_registry[agent_name]["_target_"])
+            return await found.__new__(found).run(sampling_params, **sample)
+
+        _run_prompt = AgentLoopWorkerTQ.__ray_metadata__.modified_class._run_prompt
+
+    monkeypatch.setattr(SingleTurnAgentLoop, "run", single_turn)
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_put", put)
+    for part in batch.chunk(2):  # verl gives each worker a part
+        names = [name for name in part.keys() if name != "global_steps"]  # noqa: SIM118 - a TensorDict
+        sample = {name: part[name][0].data if hasattr(part[name][0], "data") else part[name][0] for name in names}
+        asyncio.run(Worker()._run_prompt(sample, {}, {"validate": False}))
+    first = [("u0", i, messages[0]) for i in range(3)], [("u1", i, messages[1]) for i in range(3)]
+    changed = [messages[0][0], {"role": "user", "content": "the other question 0"}]
+    assert asked == [
+        *first[0],
+        *[("u0", i, changed) for i in range(3, 6)],
+        *first[1],
+        *[("u1", i, given) for i in range(3, 6)],
+    ]
+
+
+def test_a_second_wording_that_is_missing_is_named(queue, monkeypatch):
+    self, _ = two_wordings(monkeypatch, {})
+    with pytest.raises(
+        ValueError, match="mgrpo.paraphrase_field: expected one of the data's columns .*raw_prompt.*'paraphrase'"
+    ):
+        self._next_train_batch()
+    self, _ = two_wordings(monkeypatch, {"other": ["fine", " "]}, mgrpo__paraphrase_field="other")
+    with pytest.raises(
+        ValueError, match="paraphrase_field: expected messages or a text in the column 'other' of every row, got ' '"
+    ):
+        self._next_train_batch()
+    self, _ = two_wordings(monkeypatch, {"paraphrase": ["a", "b"], "agent_name": ["single_turn_agent", "tool_agent"]})
+    with pytest.raises(ValueError, match="agent_name: expected single_turn_agent in every row .* got tool_agent"):
+        self._next_train_batch()
+    loop = {"actor_rollout_ref__rollout__agent__default_agent_loop": "tool_agent"}
+    with pytest.raises(
+        ValueError, match="default_agent_loop: expected single_turn_agent with method self_harmony, got tool_agent"
+    ):
+        trainer(settings(mgrpo__method="self_harmony", **loop))
+    assert trainer(settings(**loop)).options.method == "mgrpo"
+    with pytest.raises(ValueError, match="rollouts: expected at least 4 with method self_harmony"):
+        trainer(settings(mgrpo__method="self_harmony", actor_rollout_ref__rollout__n=3))
+
+
+def test_a_batch_of_one_wording_is_verls_own(queue, monkeypatch):
+    self, _ = two_wordings(monkeypatch, {})
+    self.options = verl_trainer.check_config(settings())
+    assert set(self._next_train_batch().keys()) == {"raw_prompt", "uid", "index", "global_steps"}
 
 
 def test_several_outputs_of_a_rollout_are_refused(queue):

@@ -1,4 +1,4 @@
-"""TRL 1.16: the fused head and losses under GRPOTrainer and RLOOTrainer, and M-GRPO for a script that uses GRPOTrainer.
+"""TRL 1.16: the fused head and losses under GRPOTrainer, GMPOTrainer and RLOOTrainer, and M-GRPO for a script that uses GRPOTrainer.
 
 ::
 
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from mgrpo_kernels.integrations import Patch
@@ -43,7 +44,8 @@ def patched(strict: bool = False) -> Patch:
 
     - ``trl.trainer.utils._ChunkedLogProbFunction``, which scores tokens from hidden states, becomes :func:`linear_token_stats`. TRL hands
       it temperature, soft cap and the model family's logit multiplier, and an FSDP2 head already gathered.
-    - ``GRPOTrainer._compute_loss`` and ``RLOOTrainer._compute_loss`` take their loss from :func:`policy_loss`.
+    - ``GRPOTrainer._compute_loss``, ``RLOOTrainer._compute_loss`` and that of ``trl.experimental.gmpo.GMPOTrainer`` take their loss from
+      :func:`policy_loss`.
     - On a CPU only the tokens that have a label are scored, as TRL does on a GPU.
 
     It works on trainers that exist already, and nests. Where the fused ops cannot run, TRL's own code runs, and one warning names it.
@@ -63,12 +65,21 @@ def patched(strict: bool = False) -> Patch:
     patch.replace(_UTILS, "_ChunkedLogProbFunction", head.FusedHead(patch, own_head))
     own_choice = patch.original(_UTILS, "_use_triton")
     patch.replace(_UTILS, "_use_triton", head.scores_labels_alone(own_choice), parameters=("device",))
-    for name, fused in (("GRPO", loss.grpo_loss), ("RLOO", loss.rloo_loss)):
-        module, method = f"trl.trainer.{name.lower()}_trainer", f"{name}Trainer._compute_loss"
-        own = patch.original(module, method)
+    for name, place, fused, unsupported in (
+        ("GRPO", "trl.trainer", loss.grpo_loss, loss.unsupported),
+        ("RLOO", "trl.trainer", loss.rloo_loss, loss.unsupported_rloo),
+        ("GMPO", "trl.experimental.gmpo", loss.gmpo_loss, loss.unsupported_gmpo),
+    ):
+        module, method = f"{place}.{name.lower()}_trainer", f"{name}Trainer._compute_loss"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that trl.experimental is imported
+            own = patch.original(module, method)
         patch.check(module, f"{name}Trainer._get_per_token_logps_and_entropies", loss.SCORING)
         patch.replace(
-            module, method, loss.replacement(patch, method, own, fused), parameters=("self", "model", "inputs")
+            module,
+            method,
+            loss.replacement(patch, method, own, fused, unsupported),
+            parameters=("self", "model", "inputs"),
         )
     return patch.apply()
 

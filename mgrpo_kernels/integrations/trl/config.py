@@ -56,15 +56,25 @@ class MGRPOConfig(GRPOConfig):
         None,
         "column with the true answer, for method gold, gold_labels and label_accuracy; none: answer or solution, where there is one",
     )
+    paraphrase_field: str | None = _option(
+        None,
+        "column with the question in another wording, for the methods that ask it in two; none: paraphrase, rephrased_question or "
+        "rewritten_question, where there is one",
+    )
     momentum_dtype: str = _option("float32", "dtype in which the momentum model is kept: float32, bfloat16 or float16")
     momentum_device: str | None = _option(None, "device on which the momentum model is kept; none: the policy's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         options = self.method_options()
-        options.check_one_wording("TRL")
+        if self.paraphrase_field is not None and options.row.second_wording == "no":
+            raise ValueError(
+                f"paraphrase_field: expected None with method {options.method}, which asks each question in one wording, got "
+                f"{self.paraphrase_field!r}"
+            )
         G = int(self.num_generations)  # type: ignore[arg-type]  # TRL has filled it in
         count = options.momentum_count(G)
+        options.second_wording_count(G)  # raises for too few rollouts
         options.check_use(momentum=count > 0)
         if options.train_momentum_rollouts:
             raise ValueError(

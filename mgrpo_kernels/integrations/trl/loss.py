@@ -1,8 +1,8 @@
-"""The losses of TRL's GRPOTrainer and RLOOTrainer, computed by :func:`policy_loss`; TRL's metrics beside them."""
+"""The losses of TRL's GRPOTrainer, GMPOTrainer and RLOOTrainer, computed by :func:`policy_loss`; TRL's metrics beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgrpo_kernels import policy_loss
 from mgrpo_kernels.integrations import Patch
-from mgrpo_kernels.ops.policy_loss.loss_types import CISPO, CLIP, LOSSES, TOKENS, VESPO
+from mgrpo_kernels.ops.policy_loss.loss_types import CISPO, CLIP, GMPO, LOSSES, TOKENS, VESPO
 
 _IMAGES = (
     "pixel_values",
@@ -37,15 +37,59 @@ SCORING = (
 )
 """What ``_get_per_token_logps_and_entropies`` takes."""
 
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
+"""What GRPOTrainer's ``loss_type`` may be."""
+WITH_GMPO = (*LOSS_TYPES, "gmpo")
+"""What MGRPOTrainer's may be. TRL has a trainer of its own for gmpo."""
+
 _OVER_GENERATION_BATCH = tuple(name for name, row in LOSSES.items() if row.counts == TOKENS and name != "bnpo")
 """Losses that TRL divides by the tokens of the whole generation batch; bnpo counts those of the micro-batch."""
 _NO_CAP = 1e30  # TRL's own cap has been applied before, or there is none
 
 
+def unsupported(trainer: Any, loss_types: Sequence[str] = LOSS_TYPES) -> str | None:
+    """Return why the fused loss cannot do what the configuration of a GRPOTrainer asks for, or None."""
+    reason = unsupported_gmpo(trainer)
+    if reason is not None:
+        return reason
+    if trainer.use_adaptive_entropy:
+        return "the controller of use_adaptive_entropy lives inside that method"
+    if trainer.loss_type not in loss_types:
+        return f"loss_type {trainer.loss_type!r} is not one of {', '.join(loss_types)}"
+    if trainer.loss_type != "gmpo":
+        return None
+    for name, value, without in (
+        ("delta", trainer.args.delta, None),
+        ("top_entropy_quantile", trainer.top_entropy_quantile, 1.0),
+        ("importance_sampling_level", trainer.importance_sampling_level, "token"),
+    ):
+        if value != without:
+            return f"{name} {value!r} has no effect on loss_type 'gmpo', which needs {without!r}"
+    return None
+
+
+def unsupported_gmpo(trainer: Any) -> str | None:
+    """Return why the fused loss cannot do what the configuration of a GMPOTrainer asks for, or None."""
+    return unsupported_rloo(trainer) or (f"beta {trainer.beta} is below 0" if trainer.beta < 0 else None)
+
+
+def unsupported_rloo(trainer: Any) -> str | None:
+    """Return why the fused loss cannot do what the configuration of an RLOOTrainer asks for, or None."""
+    if not 0 <= trainer.epsilon_low <= 1:
+        return f"epsilon {trainer.epsilon_low} is not in [0, 1]"
+    if trainer.epsilon_high < 0:
+        return f"epsilon_high {trainer.epsilon_high} is below 0"
+    return None
+
+
 def replacement(
-    patch: Patch, name: str, own: Callable[..., Tensor], fused: Callable[..., Tensor]
+    patch: Patch,
+    name: str,
+    own: Callable[..., Tensor],
+    fused: Callable[..., Tensor],
+    unsupported: Callable[[Any], str | None],
 ) -> Callable[..., Tensor]:
-    """Return the method that takes the place of `own`."""
+    """Return the method that takes the place of `own`; `unsupported` says why `fused` cannot run, or None."""
 
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         reason = unsupported(self)
@@ -55,23 +99,6 @@ def replacement(
         return own(self, model, inputs)
 
     return _compute_loss
-
-
-def unsupported(trainer: Any) -> str | None:
-    """Return why the fused loss cannot do what the trainer's configuration asks for, or None."""
-    if not 0 <= trainer.epsilon_low <= 1:
-        return f"epsilon {trainer.epsilon_low} is not in [0, 1]"
-    if trainer.epsilon_high < 0:
-        return f"epsilon_high {trainer.epsilon_high} is below 0"
-    if not hasattr(trainer, "loss_type"):  # RLOOTrainer: one loss, the KL penalty is in its rewards
-        return None
-    if trainer.use_adaptive_entropy:
-        return "the controller of use_adaptive_entropy lives inside that method"
-    if trainer.loss_type not in LOSSES:
-        return f"loss_type {trainer.loss_type!r} is not one of {', '.join(LOSSES)}"
-    if trainer.beta < 0:
-        return f"beta {trainer.beta} is below 0"
-    return None
 
 
 class Scored(NamedTuple):
@@ -152,6 +179,49 @@ def grpo_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     return loss
 
 
+def gmpo_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return what ``GMPOTrainer._compute_loss`` returns, 0-d, and log what it logs.
+
+    Like TRL's, it reads no other option of the loss than epsilon, epsilon_high, beta and top_entropy_quantile.
+    """
+    mode = "train" if trainer.model.training else "eval"
+    logprobs, entropy, _, mask = score(trainer, model, inputs)
+    quantile = trainer.top_entropy_quantile
+    acts = mask if quantile == 1 else trainer.get_high_entropy_mask(entropy, mask, 1 - quantile)
+    accumulation = trainer.current_gradient_accumulation_steps if mode == "train" else 1
+    rows = torch.full((), len(mask) * accumulation, device=mask.device)
+    loss = policy_loss(
+        logprobs,
+        inputs.get("old_per_token_logps"),
+        inputs["advantages"],
+        mask=acts,
+        loss_type="gmpo",
+        clip_low=trainer.epsilon_low,
+        clip_high=trainer.epsilon_high,
+        normalizer=rows,
+    ).loss
+    # TRL's ratio of a completion none of whose tokens acts is 1, a constant; ours has no term for it.
+    loss = loss - torch.where(acts.any(1), 0.0, inputs["advantages"]).sum() / rows
+    log = trainer._metrics[mode]
+    if trainer.beta != 0:  # of all tokens, also those that are left out of the geometric mean
+        nothing, reference = torch.zeros_like(inputs["advantages"]), inputs["ref_per_token_logps"]
+        penalty = policy_loss(
+            logprobs,
+            None,
+            nothing,
+            mask=mask,
+            ref_logprobs=reference,
+            loss_type="grpo",
+            kl_coef=trainer.beta,
+            normalizer=rows,
+        )
+        loss = loss + penalty.loss
+        log["kl"].append(mean(trainer, penalty.metrics["kl_sum"], penalty.metrics["tokens"]))
+    log["entropy"].append(mean_where(trainer, entropy.detach(), mask))
+    log_clipped(trainer, log, clipped_by_log_ratio(trainer, inputs, logprobs.detach(), mask), mask)
+    return loss
+
+
 def token_weights(
     trainer: Any, inputs: dict[str, Any], logprobs: Tensor, mask: Tensor, acts: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -228,6 +298,9 @@ def log_ratios(trainer: Any, log: Any, inputs: dict[str, Any], logprobs: Tensor,
         )
         log["vespo/phi_seq_mean"].append(mean_where(trainer, gamma, mask))
         return
+    if surrogate is GMPO:
+        log_clipped(trainer, log, clipped_by_log_ratio(trainer, inputs, logprobs, mask), mask)
+        return
     if trainer.importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     ratio = log_ratio.exp()
@@ -239,11 +312,24 @@ def log_ratios(trainer: Any, log: Any, inputs: dict[str, Any], logprobs: Tensor,
         ratio = ratio.clamp(max=trainer.args.delta)
     low = (ratio < 1 - trainer.epsilon_low) & (advantages < 0)
     high = (ratio > 1 + trainer.epsilon_high) & (advantages > 0)
-    for name, clipped in (("low", low), ("high", high), ("region", low | high)):
-        log[f"clip_ratio/{name}_mean"].append(mean_where(trainer, clipped, mask))
-    for name, clipped, extreme in (("low_min", low, torch.amin), ("high_max", high, torch.amax)):
-        where = counted(clipped, mask)
-        shares = trainer.accelerator.gather((clipped & where).sum(1) / where.sum(1))  # NaN for an empty completion
+    log_clipped(trainer, log, (low, high), mask)
+
+
+def clipped_by_log_ratio(trainer: Any, inputs: dict[str, Any], logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which tokens gmpo clips from below and from above, ``(B, T)`` each."""
+    old, advantages = inputs.get("old_per_token_logps"), per_token(inputs["advantages"])
+    log_ratio = torch.zeros_like(logprobs) if old is None else torch.where(mask, logprobs - old, 0.0)
+    return (log_ratio < -trainer.epsilon_low) & (advantages < 0), (log_ratio > trainer.epsilon_high) & (advantages > 0)
+
+
+def log_clipped(trainer: Any, log: Any, clipped: tuple[Tensor, Tensor], mask: Tensor) -> None:
+    """Log the shares of what was clipped from below and from above, under TRL's names."""
+    low, high = clipped
+    for name, each in (("low", low), ("high", high), ("region", low | high)):
+        log[f"clip_ratio/{name}_mean"].append(mean_where(trainer, each, mask))
+    for name, each, extreme in (("low_min", low, torch.amin), ("high_max", high, torch.amax)):
+        where = counted(each, mask)
+        shares = trainer.accelerator.gather((each & where).sum(1) / where.sum(1))  # NaN for an empty completion
         shares = shares[~shares.isnan()]
         log[f"clip_ratio/{name}"].append(extreme(shares, 0).item() if shares.numel() else float("nan"))
 

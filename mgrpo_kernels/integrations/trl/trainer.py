@@ -18,10 +18,12 @@ from trl.trainer.utils import pad
 
 from mgrpo_kernels import Teacher, extract_answer
 from mgrpo_kernels.integrations.trl import loss
+from mgrpo_kernels.integrations.trl.columns import find_column, reworded
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
-from mgrpo_kernels.method import ANSWER_FIELDS, MethodOptions, Selection, answer_tokens, read_gold, select
+from mgrpo_kernels.method import MethodOptions, Selection, answer_tokens, read_gold, select
 from mgrpo_kernels.method.agreement import label_free_signs
+from mgrpo_kernels.train.data.fields import FIELDS
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
 
@@ -97,7 +99,16 @@ class MGRPOTrainer(GRPOTrainer):
         functions: Any = majority_vote_reward if self.uses_method_rewards else reward_funcs
         super().__init__(model, functions, args, **more)
         self.momentum_rollouts = int(args.momentum_rollouts)  # filled in when the config was built
-        self.answer_field = self._find_answer_field()
+        self.reworded_rollouts = self.options.second_wording_count(self.num_generations)
+        row, method_rewards = self.options.row, self.uses_method_rewards
+        needs_gold = method_rewards and (row.needs_gold or self.options.gold_labels)
+        asks_twice = row.second_wording != "no"
+        self.answer_field = find_column(
+            "answer_field", args.answer_field, FIELDS["answer_field"], self.train_dataset, needed=needs_gold
+        )
+        self.paraphrase_field = find_column(
+            "paraphrase_field", args.paraphrase_field, FIELDS["paraphrase_field"], self.train_dataset, needed=asks_twice
+        )
         for name, used in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if used:
                 raise ValueError(
@@ -109,7 +120,7 @@ class MGRPOTrainer(GRPOTrainer):
                 f"generation_batch_size: expected whole groups of num_generations {args.num_generations} on each process with vLLM, "
                 f"got {rows} rollouts"
             )
-        reason = loss.unsupported(self)
+        reason = loss.unsupported(self, loss.WITH_GMPO)
         if reason is not None:
             raise ValueError(f"MGRPOTrainer: expected a configuration that the fused loss can run, got {reason}")
         # A list of the parameters that train: with PEFT the average of the adapter alone is kept.
@@ -127,28 +138,17 @@ class MGRPOTrainer(GRPOTrainer):
         self._selection: Selection | None = None  # of all processes' rollouts, from reward to advantage
         self._random = (-1, generator_for(args.seed, "rewards", 0))  # step, and what its coin flips are drawn from
 
-    def _find_answer_field(self) -> str | None:
-        """Return the column with the true answers, None if there is none.
-
-        Raises:
-            ValueError: a column that is named, or needed, is missing.
-        """
-        named, columns = self.args.answer_field, getattr(self.train_dataset, "column_names", None)
-        if columns is None and named is not None:  # a stream, which does not say what columns it has
-            return named
-        names = ANSWER_FIELDS if named is None else (named,)
-        found = next((name for name in names if name in (columns or ())), None)
-        needed = self.uses_method_rewards and (self.options.row.needs_gold or self.options.gold_labels)
-        if found is None and (named is not None or needed):
-            raise ValueError(
-                f"answer_field: expected a column with the true answers, one of {', '.join(columns or ())}, got {named!r}"
-            )
-        return found
-
     def by_momentum(self, rows: int) -> Tensor:
         """Return which of this process's `rows` rollouts are the momentum model's, ``(rows,)`` bool: the last of each group."""
+        return self._last_of_group(rows, self.momentum_rollouts)
+
+    def by_second_wording(self, rows: int) -> Tensor:
+        """Return which of this process's `rows` rollouts answer the second wording of their question, ``(rows,)`` bool."""
+        return self._last_of_group(rows, self.reworded_rollouts)
+
+    def _last_of_group(self, rows: int, count: int) -> Tensor:
         index_in_group: Tensor = (torch.arange(rows) + self.accelerator.process_index * rows) % self.num_generations
-        return index_in_group >= self.num_generations - self.momentum_rollouts
+        return index_in_group >= self.num_generations - count
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
@@ -171,7 +171,11 @@ class MGRPOTrainer(GRPOTrainer):
             for i, row in enumerate(rows):
                 completions[row], logprobs[row] = tokens[i], None if said is None else said[i]
 
-        fill((~momentum).nonzero().flatten().tolist(), num_generations - self.momentum_rollouts)
+        first = ~momentum & ~self.by_second_wording(len(prompt_ids))
+        second = ~momentum & ~first  # apart, because an engine may take one prompt for each group
+        reworded_by_policy = 0 if self.momentum_rollouts else self.reworded_rollouts
+        fill(first.nonzero().flatten().tolist(), num_generations - self.momentum_rollouts - reworded_by_policy)
+        fill(second.nonzero().flatten().tolist(), reworded_by_policy)
         with self.momentum.swapped_into(self._trained):
             self._engine_weights_changed()
             fill(momentum.nonzero().flatten().tolist(), self.momentum_rollouts)
@@ -265,12 +269,14 @@ class MGRPOTrainer(GRPOTrainer):
         if options.weight_of_answer < 1.0:
             spans = gathered(answer_tokens(ids, texts, answers, self._decode, width).to(device))
         by_momentum, answers = gather(momentum.to(device)).cpu(), gather_object(answers)
+        second = torch.arange(len(answers)) % self.num_generations >= self.num_generations - self.reworded_rollouts
         selection = select(
             gather(mask.to(device)).cpu(),
             answers,
             self.num_generations if training else int(self.num_generations_eval or 0),
             options,
             by_momentum=by_momentum,
+            second_wording=second if training and self.reworded_rollouts else None,
             may_vote=self._may_vote(by_momentum) if training and options.teacher_votes is not None else None,
             may_train=gather(torch.tensor(ended, device=device)).cpu(),
             gold=None if gold is None else gather_object(gold),
@@ -308,6 +314,9 @@ class MGRPOTrainer(GRPOTrainer):
         return self._random[1]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if self.model.training and self.reworded_rollouts:
+            assert self.paraphrase_field is not None
+            inputs = reworded(inputs, self.by_second_wording(len(inputs)), self.paraphrase_field)
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
@@ -356,8 +365,8 @@ class MGRPOTrainer(GRPOTrainer):
 
 
 def evaluation_options(options: MethodOptions) -> MethodOptions:
-    """Return the options for an evaluation, which samples the policy alone: no filter, and its majority in place of another's."""
-    method = "srt" if options.row.needs_momentum else options.method
+    """Return the options for an evaluation, which asks the policy once: no filter, and its majority in place of another vote."""
+    method = "srt" if options.row.needs_momentum or options.row.second_wording != "no" else options.method
     changes: dict[str, Any] = {
         "momentum_rollouts": 0,
         "iqr_filter": False,

@@ -86,6 +86,7 @@ class Config:
     def _check_unused(self) -> None:
         """Raise ValueError for an option that was set but has no effect without another one."""
         self.method.check_use(momentum=self.needs_momentum)
+        self.method.second_wording_count(self.rollout.rollouts)  # raises for too few rollouts
         if self.method.row.own_advantages and self.method.reward is not None and self.method.reward_share < 1.0:
             raise ValueError(
                 f"reward_share: expected 1 with method {self.method.method}, whose advantages are not those of its rewards, got "

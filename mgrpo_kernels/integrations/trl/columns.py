@@ -1,0 +1,38 @@
+"""The columns of a data set that MGRPOTrainer reads beside the prompt: the true answer, and the question in another wording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mgrpo_kernels.integrations.wordings import second_wording
+
+
+def find_column(option: str, given: str | None, usual: Sequence[str], dataset: Any, *, needed: bool) -> str | None:
+    """Return the column that an option names, or the first of the `usual` ones that there is; None if there is none.
+
+    Raises:
+        ValueError: a column that is named, or needed, is missing.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and given is not None:  # a stream, which does not say what columns it has
+        return given
+    names = usual if given is None else (given,)
+    found = next((name for name in names if name in (columns or ())), None)
+    if found is None and (given is not None or needed):
+        raise ValueError(f"{option}: expected one of the columns {', '.join(columns or ())}, got {given!r}")
+    return found
+
+
+def reworded(rows: Sequence[Mapping[str, Any]], second: Tensor, column: str) -> list[dict[str, Any]]:
+    """Return the rows, of which those in `second` ``(rows,)`` bool have the wording of `column` as their prompt.
+
+    Raises:
+        ValueError: a row has none; remove_unused_columns would have removed the column.
+    """
+    return [
+        {**row, "prompt": second_wording(row["prompt"], row.get(column), column)} if is_second else dict(row)
+        for row, is_second in zip(rows, second.tolist(), strict=True)
+    ]
