@@ -1,4 +1,4 @@
-"""Three matmuls on a CPU, in float32."""
+"""Three matmuls on a CPU."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ WORKSPACE_BYTES = 224 * 2**20
 
 def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether to fuse, and why."""
-    if dtype == torch.float32:
-        return True, "3 matmuls take less time than 4"
-    return (
-        False,
-        "on a CPU, 3 matmuls are known to take less time than 4 in float32 only",
-    )
+    if dtype == torch.float16:
+        return False, three_matmuls.FLOAT16
+    if dtype == torch.float32 or tiled.multiplies_16_bits(device, dtype):
+        return True, three_matmuls.FEWER
+    return False, "this CPU multiplies 16-bit factors in float32, and two ops convert fewer of them"
 
 
 def forward_backward(
@@ -38,7 +37,7 @@ def forward_backward(
     live: int,
     gradients: Wanted,
 ) -> tiled.Gradients:
-    """Return the gradients of hidden, bias and weight, float32, None where `need` is False. Rows from `live` on have none."""
+    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False. Rows from `live` on have none."""
     passes = native.CpuPasses(three_matmuls.WANTED, gradients)
     return three_matmuls.forward_backward(
         hidden, head, labels, coefficients_of, need, passes, COLUMNS, WORKSPACE_BYTES, live

@@ -17,6 +17,10 @@ CoefficientsOf = Callable[[slice, _statistics.Statistics], Tensor]  # (rows, the
 WANTED = _statistics.Wanted(logprob=True, entropy=True, self_certainty=False)
 """The statistics that a loss and its metrics are computed from."""
 
+FEWER = "3 matmuls take less time than 4"
+FLOAT16 = "float16 gradients are formed after the loss has been scaled up, or they vanish"
+"""Why a backend fuses, and why not in this dtype."""
+
 GRADIENT_COLUMNS = 16384
 """Of a block of rows whose logits are kept in float32: so many have their 16-bit gradient at one time."""
 

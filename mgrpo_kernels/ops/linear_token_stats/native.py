@@ -128,10 +128,11 @@ def backward(
     need: tuple[bool, bool, bool],
     wanted: Wanted,
     stored: tiled.Stored | None = None,
+    weight: Tensor | None = None,
 ) -> tiled.Gradients:
-    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False; see :func:`tiled.backward`."""
     shape = _backward_shape(head)
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(wanted), shape, stored)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(wanted), shape, stored, weight)
 
 
 def entries_room(vocab: int) -> int:
@@ -164,9 +165,11 @@ def sparse_backward(
     if dense.numel():
         rows = head._replace(temperature=per_row[dense] if per_row is not None else number)
         of_labels = None if labels is None else labels[dense]
-        parts = backward(hidden[dense], rows, of_labels, coefficients[:, dense], logsumexp[dense], need, wanted)
-        for total, part in zip(grads, parts, strict=True):
-            if total is not None and part is not None:
-                total.index_add_(0, dense, part) if part is parts[0] else total.add_(part)
+        given = coefficients[:, dense], logsumexp[dense], need, wanted, None, grads[1]
+        of_hidden, _, of_bias = backward(hidden[dense], rows, of_labels, *given)
+        if grads[0] is not None and of_hidden is not None:
+            grads[0].index_add_(0, dense, of_hidden)
+        if grads[2] is not None and of_bias is not None:
+            grads[2].add_(of_bias)
     grad_hidden, grad_weight, grad_bias = grads
     return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
