@@ -49,7 +49,7 @@ TORCH_LIBRARY(mgrpo_native, m) {
 #undef TILE
   m.def("kept_logits(Tensor hidden, Tensor weight, Tensor ids) -> Tensor");
   m.def("kept_hidden_gradient(Tensor grad, Tensor weight, Tensor ids) -> Tensor");
-  m.def("kept_weight_gradient(Tensor grad, Tensor hidden, Tensor ids, int vocab) -> (Tensor, Tensor)");
+  m.def("kept_weight_gradient_(Tensor grad, Tensor hidden, Tensor ids, Tensor(a!) total, bool add) -> Tensor");
   m.def(
       "entry_gradient(Tensor ids, Tensor logits, Tensor counts, Tensor rest, Tensor coefficients, Tensor logsumexp, "
       "Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, float tolerance) -> (Tensor, Tensor, Tensor)");

@@ -1,9 +1,8 @@
 #include "kept.h"
 
 #include "check.h"
-#include "pages.h"
 
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include <ATen/ATen.h>
@@ -78,23 +77,28 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> by_id(const Tensor& ids, i
   return {std::move(order), std::move(bounds)};
 }
 
-std::tuple<Tensor, Tensor> weight_gradient(const Tensor& grad_, const Tensor& hidden_, const Tensor& ids_, int64_t vocab) {
+Tensor weight_gradient(const Tensor& grad_, const Tensor& hidden_, const Tensor& ids_, const Tensor& total, bool add) {
   const Tensor hidden = checked_rows("hidden", hidden_, KERNEL_FLOATS), ids = checked_ids(ids_, hidden.size(0));
   const Tensor grad = checked_grad(grad_, ids);
-  TORCH_CHECK_VALUE(vocab >= 1 && vocab <= INT32_MAX, "vocab: expected a number in [1, 2^31), got ", vocab);
+  check_dtype("total", total, {hidden.scalar_type()});
+  TORCH_CHECK_VALUE(
+      total.dim() == 2 && total.size(0) >= 1 && total.size(0) <= INT32_MAX && total.size(1) == hidden.size(1) && total.is_contiguous(),
+      "total: expected a contiguous tensor of shape (vocab, ", hidden.size(1), ") with vocab in [1, 2^31), got ", total.sizes(),
+      " with strides ", total.strides());
+  const int64_t vocab = total.size(0);
   const auto [order, bounds] = by_id(ids, vocab);
-  const Tensor out = empty_in_huge_pages({vocab, hidden.size(1)}, hidden.options()), bias = at::empty({vocab}, grad.options());
+  const Tensor bias = at::empty({vocab}, grad.options());
   MGRPO_CALL(kept_weight_gradient_kernel)
   ({hidden.scalar_type(), hidden.const_data_ptr(), nullptr, hidden.stride(0), 0, ids.const_data_ptr<int32_t>(), ids.size(0), ids.size(1),
     hidden.size(1), vocab},
-   grad.const_data_ptr<float>(), order.data(), bounds.data(), out.mutable_data_ptr(), bias.mutable_data_ptr<float>());
-  return {out, bias};
+   grad.const_data_ptr<float>(), order.data(), bounds.data(), add, total.mutable_data_ptr(), bias.mutable_data_ptr<float>());
+  return bias;
 }
 
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {
   m.impl("kept_logits", &logits);
   m.impl("kept_hidden_gradient", &hidden_gradient);
-  m.impl("kept_weight_gradient", &weight_gradient);
+  m.impl("kept_weight_gradient_", &weight_gradient);
 }
 
 } // namespace

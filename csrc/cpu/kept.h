@@ -24,8 +24,10 @@ struct KeptRows {
 MGRPO_KERNEL(kept_logits_kernel, void(const mgrpo::KeptRows&, float* x))
 // Writes out (rows, width), the sum of each token's rows of the weight times grad (rows, kept). Does not read `hidden`.
 MGRPO_KERNEL(kept_hidden_gradient_kernel, void(const mgrpo::KeptRows&, const float* grad, float* out))
-// Writes out (vocab, width), of the dtype, and bias (vocab,): for each id the sums of its tokens times grad and of grad. `order` lists the places
-// of all ids by id and then by place; those of id v begin at bounds[v], bounds (vocab + 1,). Does not read `weight`.
+// Writes out (vocab, width), of the dtype, and bias (vocab,): for each id the sums of its tokens times grad and of grad. With `add` it adds to
+// what is in `out`. `order` lists the places of all ids by id and then by place; those of id v begin at bounds[v], bounds (vocab + 1,). Does not
+// read `weight`.
 MGRPO_KERNEL(
     kept_weight_gradient_kernel,
-    void(const mgrpo::KeptRows&, const float* grad, const int64_t* order, const int64_t* bounds, void* out, float* bias))
+    void(
+        const mgrpo::KeptRows&, const float* grad, const int64_t* order, const int64_t* bounds, bool add, void* out, float* bias))

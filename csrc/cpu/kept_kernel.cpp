@@ -198,7 +198,8 @@ double sum_of_entries(
 }
 
 template <typename T>
-void weight_gradient(const KeptRows& of, const float* grad, const int64_t* order, const int64_t* bounds, T* out, float* bias) {
+void weight_gradient(
+    const KeptRows& of, const float* grad, const int64_t* order, const int64_t* bounds, bool add, T* out, float* bias) {
   // An id costs about as much as an entry, for its row is written to memory: threads share the sum of both evenly.
   constexpr int64_t PARTS = 64;
   const int64_t cost = of.vocab + bounds[of.vocab] - bounds[0];
@@ -219,10 +220,17 @@ void weight_gradient(const KeptRows& of, const float* grad, const int64_t* order
       T* row = out + id * of.width;
       bias[id] = 0;
       if (bounds[id] == bounds[id + 1]) {
-        std::fill(row, row + of.width, T(0));
+        if (!add) {
+          std::fill(row, row + of.width, T(0));
+        }
         continue;
       }
       bias[id] = static_cast<float>(sum_of_entries<T>(of, grad, order, bounds[id], bounds[id + 1], total, part));
+      if (add) {
+        const float one = 1.0f;
+        const T* before = row;
+        add_rows(total, &one, &before, &before, 1, of.width);
+      }
       narrowed(total, of.width, row);
     }
   });
@@ -239,10 +247,10 @@ void kept_hidden_gradient_kernel(const KeptRows& of, const float* grad, float* o
 }
 
 void kept_weight_gradient_kernel(
-    const KeptRows& of, const float* grad, const int64_t* order, const int64_t* bounds, void* out, float* bias) {
+    const KeptRows& of, const float* grad, const int64_t* order, const int64_t* bounds, bool add, void* out, float* bias) {
   for_dtype(of.dtype, [&](auto zero) {
     using T = decltype(zero);
-    weight_gradient<T>(of, grad, order, bounds, static_cast<T*>(out), bias);
+    weight_gradient<T>(of, grad, order, bounds, add, static_cast<T*>(out), bias);
   });
 }
 

@@ -25,10 +25,4 @@ inline void advise_huge_pages(const at::Tensor& x) {
 #endif
 }
 
-inline at::Tensor empty_in_huge_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor x = at::empty(sizes, options);
-  advise_huge_pages(x);
-  return x;
-}
-
 } // namespace mgrpo

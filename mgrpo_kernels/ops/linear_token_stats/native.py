@@ -128,11 +128,10 @@ def backward(
     need: tuple[bool, bool, bool],
     wanted: Wanted,
     stored: tiled.Stored | None = None,
-    weight: Tensor | None = None,
 ) -> tiled.Gradients:
-    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False; see :func:`tiled.backward`."""
+    """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     shape = _backward_shape(head)
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(wanted), shape, stored, weight)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(wanted), shape, stored)
 
 
 def entries_room(vocab: int) -> int:
@@ -157,19 +156,21 @@ def sparse_backward(
     ids, gradient, outside = ops.entry_gradient(
         *entries, coefficients, logsumexp, per_row, number, head.logit_scale, head.softcap, tolerance
     )
-    grads: list[Tensor | None] = [ops.kept_hidden_gradient(gradient, head.weight, ids) if need[0] else None, None, None]
-    if need[1] or need[2]:
-        of_weight, of_bias = ops.kept_weight_gradient(gradient, hidden, ids, head.weight.shape[0])
-        grads[1:] = of_weight if need[1] else None, of_bias if need[2] else None
+    grad_hidden: Tensor | None = ops.kept_hidden_gradient(gradient, head.weight, ids) if need[0] else None
+    grad_weight = grad_bias = None
     dense = outside.nonzero().squeeze(-1)
     if dense.numel():
         rows = head._replace(temperature=per_row[dense] if per_row is not None else number)
         of_labels = None if labels is None else labels[dense]
-        given = coefficients[:, dense], logsumexp[dense], need, wanted, None, grads[1]
-        of_hidden, _, of_bias = backward(hidden[dense], rows, of_labels, *given)
-        if grads[0] is not None and of_hidden is not None:
-            grads[0].index_add_(0, dense, of_hidden)
-        if grads[2] is not None and of_bias is not None:
-            grads[2].add_(of_bias)
-    grad_hidden, grad_weight, grad_bias = grads
-    return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(hidden.dtype)
+        of_rows, grad_weight, grad_bias = backward(
+            hidden[dense], rows, of_labels, coefficients[:, dense], logsumexp[dense], need, wanted
+        )
+        if grad_hidden is not None and of_rows is not None:
+            grad_hidden.index_add_(0, dense, of_rows)
+    if need[1] or need[2]:
+        total = tiled.weight_gradient(hidden, head) if grad_weight is None else grad_weight
+        bias = ops.kept_weight_gradient_(gradient, hidden, ids, total, add=grad_weight is not None)
+        grad_weight = total if need[1] else None
+        if need[2]:
+            grad_bias = (bias if grad_bias is None else bias + grad_bias).to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias

@@ -298,19 +298,15 @@ def backward(
     passes: Passes,
     shape: TileShape,
     stored: Stored | None = None,
-    weight: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype): each tile read or computed again, then two matmuls.
-
-    That of the weight is added to `weight`, which is returned, if it is given.
 
     With weights as the outer loop a tile's part of the weight's gradient is complete before the next begins: 16-bit weights need
     only a tile of float32 accumulator, and none where all rows fit one tile.
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
     sums = Sums(hidden, head, need)
-    add = weight is not None
-    weight = (weight if add else weight_gradient(hidden, head)) if need[1] else None
+    weight = weight_gradient(hidden, head) if need[1] else None
     partial: Tensor | None = None
     rows_at_once, columns_at_once = min(shape.rows, number), min(shape.columns, vocab)
     gradients = make_workspace(hidden, rows_at_once, columns_at_once, passes.padding, gradient_dtype(head))
@@ -321,7 +317,7 @@ def backward(
     for columns in spans(vocab, shape.columns, ALIGNED):
         of_columns = operand(head.weight[columns])
         total = None if weight is None else weight[columns]
-        if total is not None and total.dtype != torch.float32 and (add or not _is_one_matmul(total, number, head, shape)):
+        if total is not None and total.dtype != torch.float32 and not _is_one_matmul(total, number, head, shape):
             if partial is None or partial.shape != total.shape:
                 partial = torch.empty(total.shape, device=total.device)
             total = partial
@@ -337,9 +333,9 @@ def backward(
                 passes.gradient(stored.take(tile, rows, x), *given)
             sums.add(grad, tile_head.weight, rows, columns)
             if total is not None:
-                accumulate(total, grad.t(), of_rows, first=rows.start == 0 and not (add and total is not partial))
+                accumulate(total, grad.t(), of_rows, first=rows.start == 0)
         if weight is not None and partial is not None and total is partial and number:
-            weight[columns].add_(partial) if add else weight[columns].copy_(partial)
+            weight[columns].copy_(partial)
     return sums.hidden, weight, sums.bias_in(hidden.dtype)
 
 
