@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mgrpo_kernels import linear_token_stats
 from mgrpo_kernels.ops.linear_token_stats import native, tiled, triton
@@ -166,10 +167,17 @@ def test_tiles_change_more_where_products_are_rounded():
     ("rows", "inner", "columns"),
     [(1, 1, 1), (5, 0, 3), (65, 513, 129), (130, 1030, 40), (17, 65, 700), (97, 576, 384), (80, 31, 128)],
 )
-@pytest.mark.parametrize("transposed", [False, True])
-def test_products_are_summed_in_float32(dtype, path, rows, inner, columns, transposed):
+@pytest.mark.parametrize("layout", ["rows", "transposed", "sliced", "sliced and transposed", "every other element"])
+def test_products_are_summed_in_float32(dtype, path, rows, inner, columns, layout):
+    """Of factors in any layout: the slices begin where no 4 bytes do, and their rows are as long as an odd number of elements."""
     a, b = torch.rand(rows, inner).to(dtype), torch.rand(columns, inner).to(dtype).t()
-    if transposed:
+    if layout == "sliced":
+        a, b = (F.pad(x, (1, 1 - x.shape[1] % 2, 1, 0))[1:, 1 : 1 + x.shape[1]] for x in (a, b.contiguous()))
+    elif layout == "sliced and transposed":
+        a, b = (F.pad(x.t(), (1, 1 - x.shape[0] % 2, 1, 0))[1:, 1 : 1 + x.shape[0]].t() for x in (a, b))
+    elif layout == "every other element":
+        a, b = (x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2] for x in (a, b))
+    elif layout == "transposed":
         a, b = a.t().contiguous().t(), b.contiguous()
     place = torch.full((rows, columns + 3), torch.nan)
     total = place[:, :columns]

@@ -395,20 +395,22 @@ def test_compiles_whole_and_agrees(backend):
     assert counter.frame_count <= 2
 
 
-def test_16_bit_on_a_cpu_composes_and_says_so(caplog):
+@pytest.mark.parametrize("in_16_bits", [True, False])
+def test_which_dtypes_a_cpu_fuses_and_why(caplog, monkeypatch, in_16_bits):
     from mgrpo_kernels.ops.linear_policy_loss import _logged
 
     _logged.clear()
+    monkeypatch.setattr(tiled, "multiplies_16_bits", lambda device, dtype: in_16_bits)
     data = batch(bias=False)
     with caplog.at_level(logging.INFO, "mgrpo_kernels"):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float16, torch.bfloat16):
             leaves = [t.to(dtype).requires_grad_() for t in data["head"][:2]]
             linear_policy_loss(
                 *leaves, data["labels"], data["old"], data["advantages"], mask=data["mask"], backend="native"
             ).loss.backward()
     said = [record.message for record in caplog.records if record.message.startswith("linear_policy_loss ")]
-    assert "forms the gradient in the forward pass" in said[0]
-    assert "composes the general ops" in said[1]
+    assert "composes the general ops: float16 gradients are formed after" in said[0]
+    assert ("forms the gradient in the forward pass" if in_16_bits else "composes the general ops: this CPU") in said[1]
 
 
 def test_second_derivative_is_refused():

@@ -140,6 +140,7 @@ def test_policy_loss(backend, dtype, level):
         ("native", torch.float32),
         ("triton", torch.float32),
         ("triton", torch.bfloat16),
+        *([("native", torch.bfloat16)] if tiled.multiplies_16_bits(torch.device("cpu"), torch.bfloat16) else []),
     }
     workspace = workspace_of(backend, whole_rows=fused)
     largest, returned = gradients_of_weight(backend, dtype, fused=fused)

@@ -26,7 +26,7 @@ void transpose(const T* x, int64_t x_stride, int64_t rows, int64_t columns, T* t
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
-      to[c * to_stride + r] = x[r * x_stride + c];
+      std::memcpy(to + c * to_stride + r, x + r * x_stride + c, sizeof(T)); // pairs may begin where no float does
     }
   }
 }

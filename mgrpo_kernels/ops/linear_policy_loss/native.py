@@ -37,7 +37,10 @@ def forward_backward(
     live: int,
     gradients: Wanted,
 ) -> tiled.Gradients:
-    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False. Rows from `live` on have none."""
+    """Return the gradients of hidden and bias (float32) and weight (its dtype), None where `need` is False.
+
+    Rows from `live` on have none.
+    """
     passes = native.CpuPasses(three_matmuls.WANTED, gradients)
     return three_matmuls.forward_backward(
         hidden, head, labels, coefficients_of, need, passes, COLUMNS, WORKSPACE_BYTES, live

@@ -220,7 +220,6 @@ def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether :func:`accumulate` multiplies operands of this 16-bit dtype as they are, without converting them first."""
@@ -228,6 +227,9 @@ def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     factor = torch.ones(16, 16, device=device, dtype=dtype)
     return device.type == "cpu" and native_accumulate(torch.empty(16, 16), factor, factor, first=True)
+
+
+multiplies_16_bits.__dict__["_dynamo_marked_constant"] = True  # as in backend.py: a constant of the traced graph
 
 
 def native_accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:

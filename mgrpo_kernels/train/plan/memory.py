@@ -152,7 +152,7 @@ def layer_bytes(options: ModelConfig, model: Model, work: Work, micro: Micro, *,
 def head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> tuple[int, int]:
     """Return the fused head's workspace, and the size of its weight's gradient before that is accumulated."""
     c, V = width_of(options), model.vocabulary
-    weight = V * model.width * (4 if c == 4 else 6) * model.whole  # with 16 bits, a float32 copy beside it
+    weight = V * model.width * (4 if c == 4 else 6) * model.whole  # with 16 bits, a float32 sum beside it
     most = Tuning().workspace_bytes
     if device == "cpu":
         dtype = torch.float32 if c == 4 else torch.bfloat16
@@ -162,7 +162,9 @@ def head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> 
             in_tile = min(tile.rows, tokens) * min(tile.columns, V)
             return min(composed_on_cpu.WORKSPACE_BYTES, 4 * tokens * V + (4 + c) * in_tile), weight
         most = fused_on_cpu.WORKSPACE_BYTES
-    return c * V * min(tokens, max(1, most // (c * V))), weight
+    if weight and c < 4 and tokens <= model.width:  # the logits of all tokens take the place of that sum
+        return 4 * V * tokens, c * V * model.width
+    return 4 * V * min(tokens, max(1, most // (4 * V))), weight
 
 
 def unit_bytes(options: ModelConfig, model: Model) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from mgrpo_kernels.ops.linear_policy_loss import native as fused_on_cpu
 from mgrpo_kernels.train.config import Config, ModelConfig
 from mgrpo_kernels.train.plan.devices import Rates
 from mgrpo_kernels.train.plan.memory import layer_bytes
@@ -21,7 +24,8 @@ def seconds(config: Config, model: Model, work: Work, ranks: int, rates: Rates) 
     )
     c, whole, trained = width_of(config.model), model.parameters, count([model.trained], ranks)
     frozen = 0 if model.whole else 1  # matrix products for the gradients of weights, which frozen weights do not need
-    composed = c < 4 and rates.passes > 1  # a CPU computes the head's logits twice in 16 bits
+    fused, _ = fused_on_cpu.fusion(torch.device("cpu"), torch.float32 if c == 4 else torch.bfloat16)
+    composed = rates.passes > 1 and not fused  # a CPU then computes the head's logits twice
     share = (ranks - 1) / ranks / rates.link  # seconds per byte that is gathered or summed
     update = score = 0.0
     for micro in work.micro:
