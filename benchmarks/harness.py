@@ -91,6 +91,8 @@ def worth_it_on_a_cpu(op: str, peer: peers.Peer, dtype: str, step: str) -> bool:
     """Return whether a CPU times the row, so that all of them take it less than 20 minutes. Backward alone it times of none."""
     if step == "backward" or peer.name == "ours, composed":
         return False
+    if peer.name == "ours, logits stored":
+        return step == "both"
     if peer.computes == "logprob":  # a part of an op; of a head, where that is all that the peer has, and ours
         all_it_has = not peer.name.endswith(", logprob") or peer.name == "ours, logprob"
         return step == "both" and dtype == "bfloat16" and (op == "token_stats" or all_it_has)

@@ -230,6 +230,20 @@ def _(hidden, weight, labels):
     return stats.logprob, stats.entropy
 
 
+@provider(
+    "linear_token_stats",
+    "ours, logits stored",
+    STATS,
+    gemms=HELD,
+    why_not=lambda device: None if device.type == "cpu" else "a GPU's default workspace stores logits",
+)
+def _(hidden, weight, labels):
+    """``linear_token_stats`` with room for the logits of all tokens: as many matmuls as those who hold them."""
+    room = 4 * hidden.shape[0] * weight.shape[0] + 2**24  # and a tile
+    stats = linear_token_stats(hidden, weight, labels, workspace_bytes=room)
+    return stats.logprob, stats.entropy
+
+
 @provider("linear_token_stats", "ours, logprob", PART, gemms=_stored)
 def _(hidden, weight, labels):
     """``linear_token_stats(stats=("logprob",))``."""

@@ -170,6 +170,20 @@ def measured(*ops: str) -> str:
 
 
 @figure
+def logits_stored() -> str:
+    """Return the table of the head's statistics with and without room for all logits, forward + backward."""
+    op, lines = (
+        "linear_token_stats",
+        ["| | by default | with room for all logits | `torch.compile` |", "|---|---|---|---|"],
+    )
+    for dtype in ("float32", "bfloat16"):
+        found = [row_of(op, name, (dtype, "both")) for name in ("ours", "ours, logits stored", "compile")]
+        cells = [f"{row.info['ratio']:.2f} matmul, {row.memory:.0f} MiB" if row else NO_RUN for row in found]
+        lines.append(f"| {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@figure
 def runs() -> str:
     """Return the list of all recorded runs."""
     lines = []

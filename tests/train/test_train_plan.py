@@ -38,7 +38,7 @@ from mgrpo_kernels.train.step import train_step
 ACTIVATIONS_WITHIN = 0.05  # docs/planning.md says so; indices and the norms' deviations are left out
 PROMPT, RESPONSE, V = 17, 33, 512
 PROCESS = {"Python and its packages": PROCESS_BYTES}
-IDEAL = Rates(1.0, torch.inf, 0.0, torch.inf, torch.inf)  # seconds are then operations
+IDEAL = Rates(1.0, 1.0, torch.inf, 0.0, torch.inf, torch.inf)  # seconds are then operations
 
 
 def nbytes(tensors: Any) -> int:
@@ -217,7 +217,7 @@ def test_more_of_anything_takes_more_memory(qwen: Policy) -> None:
 
 
 def test_more_work_takes_more_time(qwen: Policy) -> None:
-    model, rates = model_of(qwen.model), Rates(1e11, 2e10, 2e-6, 5e7, 1e9, 3)
+    model, rates = model_of(qwen.model), Rates(1e11, 1e11, 2e10, 2e-6, 5e7, 1e9, 3)
 
     def of(ranks: int = 1, with_rates: Rates = rates, **changes: Any) -> dict[str, float]:
         config = tiny.config(**{**BIG, **changes})
@@ -228,7 +228,13 @@ def test_more_work_takes_more_time(qwen: Policy) -> None:
     assert of(gradient_checkpointing=True)["update"] > base["update"]
     assert of(kl_coef=0.0)["score"] == 0 < base["score"]
     assert of(method="srt", momentum_rollouts=0)["ema"] == 0 < base["ema"]
-    for name, phase in (("matmul", "update"), ("bandwidth", "ema"), ("draws", "rollout")):
+    for name, phase in (
+        ("matmul", "update"),
+        ("head", "update"),
+        ("head", "score"),
+        ("bandwidth", "ema"),
+        ("draws", "rollout"),
+    ):
         assert of(with_rates=rates._replace(**{name: 1e3}))[phase] > base[phase], name
     assert of(ranks=2, with_rates=rates._replace(link=1e3))["update"] > of(ranks=2)["update"]
     quarter = of(with_rates=IDEAL)["update"] / 4

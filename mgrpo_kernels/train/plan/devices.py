@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mgrpo_kernels.ops.linear_token_stats import tiled
 from mgrpo_kernels.train.config import ModelConfig
 from mgrpo_kernels.train.plan.shape import Model, width_of
 
@@ -20,6 +21,7 @@ class Rates(NamedTuple):
     """Rates of a device, per second."""
 
     matmul: float  # floating-point operations of matrix products
+    head: float  # the same in the fused head, whose products may be others
     bandwidth: float  # bytes read from or written to memory
     operation: float  # shortest duration of an operation, in seconds
     draws: float  # random numbers
@@ -56,7 +58,8 @@ def rates_of(device: Device, options: ModelConfig) -> Rates:
     """Return the rates that are assumed for a device with this data sheet."""
     peak = 1e12 * (device.bfloat16 if width_of(options) == 2 else device.float32)
     bandwidth = 1e9 * BANDWIDTH_SHARE * device.bandwidth
-    return Rates(MATMUL_SHARE * peak, bandwidth, LAUNCH, bandwidth / NOISE_BYTES, 1e9 * LINK_SHARE * device.link)
+    matmul = MATMUL_SHARE * peak
+    return Rates(matmul, matmul, bandwidth, LAUNCH, bandwidth / NOISE_BYTES, 1e9 * LINK_SHARE * device.link)
 
 
 def known_device(device: torch.device) -> str | None:
@@ -104,14 +107,17 @@ def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], 
 
     with torch.no_grad():
         a, b = (torch.ones(n, model.width, device=device, dtype=kind) for n in (rows, model.inner))
-        matmul = 2 * rows * model.width * model.inner / typical(lambda: torch.mm(a, b.t()))
+        product = 2 * rows * model.width * model.inner
+        matmul = product / typical(lambda: torch.mm(a, b.t()))
+        logits = torch.empty(rows, model.inner, device=device)
+        head = matmul if on_gpu else product / typical(lambda: tiled.accumulate(logits, a, b.t(), first=True))
         block, other = (torch.ones(numbers, device=device) for _ in range(2))
         bandwidth = 2 * 4 * numbers / typical(lambda: other.copy_(block), 3)
         few = block[: numbers // 64]
         draws = len(few) / typical(lambda: few.exponential_().clamp_min_(1e-30).log_().neg_())
         x, w = torch.ones(16, 64, device=device), torch.ones(64, 64, device=device)
         operation = typical(lambda: [_operations(x, w) for _ in range(5)], 20) / (5 * 8)
-    return Rates(matmul, bandwidth, operation, draws, bandwidth / 8, passes=1 if on_gpu else 3)
+    return Rates(matmul, head, bandwidth, operation, draws, bandwidth / 8, passes=1 if on_gpu else 3)
 
 
 def _operations(x: Tensor, w: Tensor) -> Tensor:

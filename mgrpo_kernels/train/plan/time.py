@@ -53,7 +53,7 @@ def forward_seconds(
     moved = 4 * layer_bytes(options, model, work, micro) * model.layers / rates.bandwidth
     by = BY_MODULES if ranks > 1 or options.gradient_checkpointing else 1
     layers = products / rates.matmul + moved + by * OPERATIONS_LAYER * rates.operation * model.layers
-    return layers, 2 * N * model.vocabulary * model.width / rates.matmul
+    return layers, 2 * N * model.vocabulary * model.width / rates.head
 
 
 def sampling_seconds(config: Config, model: Model, work: Work, copies: int, ranks: int, rates: Rates) -> float:
