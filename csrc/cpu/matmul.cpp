@@ -22,13 +22,14 @@ namespace {
 using at::Tensor;
 
 // Every block is filled up with zeros to one of these sizes, because oneDNN compiles and keeps a kernel for each size that it meets.
-constexpr int64_t ROWS = 64, FEW_ROWS = 16, COLUMNS = PANEL, INNER = 512, INNER_STEP = 64;
+constexpr int64_t ROWS = 64, FEW_ROWS = 16, COLUMNS = 128, INNER = 512, INNER_STEP = 64;
 constexpr at::ScalarType FACTORS[] = {at::kBFloat16, at::kHalf, at::kFloat};
 constexpr int64_t PACKED_BYTES = 8 << 20; // of the second factor, rearranged, at most: or one block of its rows, INNER * columns
 
 template <typename T>
-void multiply_block(int64_t height, int64_t inner, int64_t c_stride, bool add, const T* a, int64_t a_stride, const T* b, float* c) {
-  at::native::cpublas::brgemm(height, COLUMNS, inner, a_stride, COLUMNS, c_stride, add, a, b, c);
+void multiply_block(
+    int64_t height, int64_t inner, int64_t c_stride, bool add, const T* a, int64_t a_stride, const T* b, float* c, int64_t width = COLUMNS) {
+  at::native::cpublas::brgemm(height, width, inner, a_stride, width, c_stride, add, a, b, c);
 }
 
 // Whether aten's float32 product leaves this processor's AVX-512 unused.
@@ -66,11 +67,16 @@ struct Matrix {
   const T* data;
   int64_t rows, columns, row_stride, column_stride;
 
-  explicit Matrix(const Tensor& x)
-      : data(x.const_data_ptr<T>()), rows(x.size(0)), columns(x.size(1)), row_stride(x.stride(0)), column_stride(x.stride(1)) {}
+  Matrix(const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
+      : data(data), rows(rows), columns(columns), row_stride(row_stride), column_stride(column_stride) {}
+  explicit Matrix(const Tensor& x) : Matrix(x.const_data_ptr<T>(), x.size(0), x.size(1), x.stride(0), x.stride(1)) {}
+
+  Matrix transposed() const {
+    return {data, columns, rows, column_stride, row_stride};
+  }
 };
 
-// A block of x that the matrix may end in: `inside` is the part of it that lies inside.
+// What lies inside the matrix of the block at (row, column).
 template <typename T>
 Part inside(const Matrix<T>& x, int64_t row, int64_t column, int64_t height, int64_t width) {
   return {
@@ -115,14 +121,14 @@ int64_t row_block(int64_t rows, int64_t row) {
   return rows - row <= FEW_ROWS ? FEW_ROWS : rows - row <= 2 * FEW_ROWS ? 2 * FEW_ROWS : ROWS;
 }
 
-// Packs COLUMNS columns of rows [row, row + inner) of b as the block product reads them.
+// Packs `width` columns of rows [row, row + inner) of b as the block product reads them.
 template <typename T>
-void pack(const Matrix<T>& b, int64_t row, int64_t inner, int64_t column, T* to) {
-  const Part part = inside(b, row, column, inner, COLUMNS);
-  if (part.columns < COLUMNS || part.rows < inner) {
-    std::fill(to, to + inner * COLUMNS, T(0));
+void pack(const Matrix<T>& b, int64_t row, int64_t inner, int64_t column, T* to, int64_t width = COLUMNS) {
+  const Part part = inside(b, row, column, inner, width);
+  if (part.columns < width || part.rows < inner) {
+    std::fill(to, to + inner * width, T(0));
   }
-  MGRPO_CALL(pack_panel_kernel)(sizeof(T), part, to);
+  MGRPO_CALL(pack_panel_kernel)(sizeof(T), part, to, width);
 }
 
 // Adds c (height, COLUMNS), or what of it lies inside, to `total` at (row, column); or writes it there.
@@ -161,12 +167,56 @@ void multiply_rows(
   }
 }
 
+// Few rows of a with a b whose columns are contiguous, such as a weight transposed. To rearrange b would take as long as to multiply it: the block
+// product takes its columns as rows of the first factor, where they lie, and gives the result transposed.
+template <typename T>
+void multiply_few_rows(const Tensor& total, const Matrix<T>& a, const Matrix<T>& b, bool add) {
+  const Matrix<T> columns = b.transposed(), right = a.transposed();
+  const int64_t width = row_block(a.rows, 0), padded = round_up(b.rows, INNER_STEP);
+  const InnerBlocks inner(b.rows);
+  std::vector<T> packed(padded * width);
+  for (int64_t i = 0; i < inner.count; ++i) {
+    pack(right, i * inner.step, inner.size(i), 0, packed.data() + i * inner.step * width, width);
+  }
+  float* out = total.mutable_data_ptr<float>();
+  at::parallel_for(0, divide_up(columns.rows, ROWS), 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> copy(ROWS * INNER);
+    std::vector<float> c(ROWS * width), lines(width * ROWS);
+    for (int64_t n = begin * ROWS; n < std::min(end * ROWS, columns.rows); n += ROWS) {
+      for (int64_t i = 0; i < inner.count; ++i) {
+        const int64_t row = i * inner.step, size = inner.size(i);
+        const T* block = columns.data + n * columns.row_stride + row;
+        int64_t stride = columns.row_stride;
+        if (n + ROWS > columns.rows || row + size > columns.columns) {
+          copy_block(columns, n, row, ROWS, size, copy.data());
+          block = copy.data();
+          stride = size;
+        }
+        multiply_block<T>(ROWS, size, width, i > 0, block, stride, packed.data() + row * width, c.data(), width);
+      }
+      MGRPO_CALL(copy_part_kernel)(sizeof(float), {c.data(), width, ROWS, 1, width}, lines.data(), ROWS);
+      const int64_t inside = std::min(ROWS, columns.rows - n);
+      for (int64_t r = 0; r < a.rows; ++r) {
+        float* to = out + r * total.stride(0) + n;
+        for (int64_t j = 0; j < inside; ++j) {
+          to[j] = (add ? to[j] : 0.0f) + lines[r * ROWS + j];
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
 template <typename T>
 bool multiply(const Tensor& total, const Tensor& a_, const Tensor& b_, bool add) {
   if (!available<T>()) {
     return false;
   }
   const Matrix<T> a(a_), b(b_);
+  if (a.rows <= 2 * FEW_ROWS && b.row_stride == 1 && b.rows > 0) {
+    multiply_few_rows(total, a, b, add);
+    return true;
+  }
   const int64_t blocks = (b.columns + COLUMNS - 1) / COLUMNS, width = blocks * COLUMNS;
   // Where there are fewer blocks of rows than threads, each block's columns are multiplied in parts.
   const int64_t lines = (a.rows + ROWS - 1) / ROWS, threads = at::get_num_threads();

@@ -13,11 +13,9 @@ struct Part {
   int64_t rows, columns, row_stride, column_stride;
 };
 
-constexpr int64_t PANEL = 128; // columns of the second factor that the block product takes at once
-
 } // namespace mgrpo
 
 // Writes the part to `to`, whose rows lie `stride` apart.
 MGRPO_KERNEL(copy_part_kernel, void(int64_t element_bytes, const mgrpo::Part&, void* to, int64_t stride))
-// Writes at most PANEL columns to `to` (rows, PANEL), its rows interleaved: 4 bytes of each column lie beside each other.
-MGRPO_KERNEL(pack_panel_kernel, void(int64_t element_bytes, const mgrpo::Part&, void* to))
+// Writes the part to `to` (rows, width) with its rows interleaved: 4 bytes of each column lie beside each other.
+MGRPO_KERNEL(pack_panel_kernel, void(int64_t element_bytes, const mgrpo::Part&, void* to, int64_t width))

@@ -57,21 +57,21 @@ void interleave(const uint16_t* __restrict first, const uint16_t* __restrict sec
   }
 }
 
-void pack_pairs(const Part& part, Two* to) {
+void pack_pairs(const Part& part, Two* to, int64_t width) {
   const Two* from = static_cast<const Two*>(part.data);
   int64_t r = 0;
   if (part.row_stride == 1 && part.column_stride % 2 == 0) { // the elements of a pair are neighbours already, and move as one
     r = part.rows / 2 * 2;
     transpose(
-        reinterpret_cast<const Four*>(from), part.column_stride / 2, part.columns, part.rows / 2, reinterpret_cast<Four*>(to), PANEL);
+        reinterpret_cast<const Four*>(from), part.column_stride / 2, part.columns, part.rows / 2, reinterpret_cast<Four*>(to), width);
   }
   for (; part.column_stride == 1 && r + 2 <= part.rows; r += 2) {
     auto bits = [](const Two* x) { return reinterpret_cast<const uint16_t*>(x); };
-    interleave(bits(from + r * part.row_stride), bits(from + (r + 1) * part.row_stride), part.columns, reinterpret_cast<uint16_t*>(to + r * PANEL));
+    interleave(bits(from + r * part.row_stride), bits(from + (r + 1) * part.row_stride), part.columns, reinterpret_cast<uint16_t*>(to + r * width));
   }
   for (; r < part.rows; ++r) {
     for (int64_t c = 0; c < part.columns; ++c) {
-      to[r / 2 * 2 * PANEL + 2 * c + r % 2] = from[r * part.row_stride + c * part.column_stride];
+      to[r / 2 * 2 * width + 2 * c + r % 2] = from[r * part.row_stride + c * part.column_stride];
     }
   }
 }
@@ -82,8 +82,8 @@ void copy_part_kernel(int64_t element_bytes, const Part& part, void* to, int64_t
   element_bytes == 2 ? copy(part, static_cast<Two*>(to), stride) : copy(part, static_cast<Four*>(to), stride);
 }
 
-void pack_panel_kernel(int64_t element_bytes, const Part& part, void* to) {
-  element_bytes == 2 ? pack_pairs(part, static_cast<Two*>(to)) : copy(part, static_cast<Four*>(to), PANEL);
+void pack_panel_kernel(int64_t element_bytes, const Part& part, void* to, int64_t width) {
+  element_bytes == 2 ? pack_pairs(part, static_cast<Two*>(to), width) : copy(part, static_cast<Four*>(to), width);
 }
 
 } // namespace CPU_CAPABILITY
