@@ -1,5 +1,6 @@
 """The collapse study's bookkeeping, and one of its runs, cut short."""
 
+import functools
 import importlib
 import json
 import sys
@@ -352,6 +353,7 @@ def test_the_table_of_the_filter_is_of_cells_that_differ_in_the_filter_alone(mod
     cells, study, _ = modules
     from mgrpo_kernels.train.__main__ import read_command_line
 
+    @functools.cache
     def config(cell):
         return read_command_line(study.arguments_of({**cells.COMMON, **cells.CELLS[cell]}))[0].values()
 
