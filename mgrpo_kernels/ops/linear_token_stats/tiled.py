@@ -12,7 +12,7 @@ speed of a 16-bit matmul. Their gradient is rounded to 16 bits, since it is an o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from operator import ge
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mgrpo_kernels import _native
 from mgrpo_kernels.ops import _statistics
+from mgrpo_kernels.ops._memory import large
 from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
@@ -367,14 +368,6 @@ def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, ke
         # oneDNN with AMX multiplies the padding of a 16-bit row by 0: no NaN may lie there.
         place[:, width:].zero_()
     return place[:, :width]
-
-
-def large(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a new tensor, on a CPU in huge pages where the extension can ask for them: their first write costs less."""
-    room = torch.empty(shape, device=device, dtype=dtype)
-    if device.type == "cpu" and _native.missing() is None:
-        torch.ops.mgrpo_native.advise_huge_pages_(room)
-    return room
 
 
 def weight_gradient(hidden: Tensor, head: Head) -> Tensor:

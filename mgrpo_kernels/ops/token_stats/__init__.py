@@ -11,6 +11,7 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd
+from mgrpo_kernels.ops._memory import large
 from mgrpo_kernels.ops._statistics import Wanted, statistics_dtype
 from mgrpo_kernels.ops.token_stats import native, reference, triton
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
@@ -212,7 +213,7 @@ def token_stats_backward_op(
         ("logsumexp", logsumexp, rows, checks.WIDE_FLOATS),
         ("entropy", entropy, rows, checks.WIDE_FLOATS),
     )
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = large(logits.shape, logits.device, logits.dtype)
     _backward_into(
         out,
         grad_logprob,
