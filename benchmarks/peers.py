@@ -514,9 +514,11 @@ def _(hidden, weight, labels, old, advantages):
 
 @provider("logits_policy_loss", "ours", LOSS)
 def _(logits, labels, old, advantages):
-    """``token_stats_from_logits``, then ``policy_loss``."""
-    stats = token_stats_from_logits(logits[:, :-1], labels)
-    return (policy_loss(stats.logprob, old, advantages, entropy=stats.entropy.detach(), loss_type="dapo").loss,)
+    """``token_stats_from_logits``, which a mask tells to skip the last logits of a row, then ``policy_loss``."""
+    scored = torch.arange(logits.shape[1], device=logits.device) < labels.shape[1]
+    stats = token_stats_from_logits(logits, F.pad(labels, (0, 1)), mask=scored.expand(logits.shape[:-1]))
+    logprob, entropy = stats.logprob[:, :-1], stats.entropy.detach()[:, :-1]
+    return (policy_loss(logprob, old, advantages, entropy=entropy, loss_type="dapo").loss,)
 
 
 @provider("logits_policy_loss", "eager", LOSS)
