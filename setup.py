@@ -64,6 +64,7 @@ SOURCES = """
 library.cpp
 cpu/check.h cpu/dispatch.cpp cpu/dispatch.h cpu/vec.h
 cpu/ema.cpp cpu/ema.h cpu/ema_kernel.cpp
+cpu/few_rows.cpp cpu/few_rows.h cpu/few_rows_kernel.cpp
 cpu/iqr_filter.cpp
 cpu/head_transform.h
 cpu/kept.cpp cpu/kept.h cpu/kept_kernel.cpp

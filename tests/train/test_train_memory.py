@@ -16,7 +16,7 @@ from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.train.data.demo import make_tokenizer, model_config
 from mgrpo_kernels.train.model.policy import Policy
-from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
+from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, draws
 from mgrpo_kernels.train.rollout import transformers as sampling
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.run.evaluation import examine
@@ -125,7 +125,11 @@ def test_an_evaluation(wide_policy: Policy, padded: bool) -> None:
     for length in (FEW, MANY):
         learner = tiny.learner(wide_policy, eval_prompts=4, eval_samples=2)
         engine = TransformersEngine(wide_policy, length, 10**6)
-        with mock.patch.multiple(sampling, LOGITS_BYTES=1, NOISE_NUMBERS=1), watch_memory() as memory:
+        with (
+            mock.patch.dict(sampling.LOGITS_BYTES, {"cpu": 1}),
+            mock.patch.object(draws, "NOISE_NUMBERS", 1),
+            watch_memory() as memory,
+        ):
             examine(wide_policy, engine, learner.task, learner.config)
         seen.append(memory)
     last = 4 * 2 * V * 4  # bytes of the logits of one position

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from mgrpo_kernels import MomentumModel, linear_token_stats
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout import Rollouts, interleave, join
-from mgrpo_kernels.train.rollout.transformers import Noise, TransformersEngine, choose
+from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 
 PROMPTS = ["3+4=", "1+2+3+4+5+6=", "9+9+9=", "0+5="]
 R = 12
@@ -100,29 +100,6 @@ def test_same_generator_same_tokens(policy: Policy) -> None:
     first, again, other = (engine(policy).sample(ids, 4, temperature=1.0, generator=generator(s)) for s in (1, 1, 2))
     assert torch.equal(first.tokens, again.tokens)
     assert not (first.tokens.shape == other.tokens.shape and torch.equal(first.tokens, other.tokens))
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf]).expand(20000, 4)
-    noise = Noise([generator()], 20000, 4, 1).of(0, torch.arange(20000))
-    tokens = choose(logits, 0.7, noise)
-    want = torch.softmax(logits[0] / 0.7, -1)
-    got = torch.bincount(tokens, minlength=4) / 20000
-    torch.testing.assert_close(got, want, atol=0.015, rtol=0)
-
-
-def test_noise_is_new_for_every_token_and_of_the_prompt_alone() -> None:
-    rows, tokens = torch.arange(6), 5
-    both = Noise([generator(1), generator(2)], 3, 7, tokens)
-    alone = Noise([generator(2)], 3, 7, tokens)
-    both.steps, alone.steps = 2, 2  # blocks of two tokens
-    both.block, alone.block = both.block[:2], alone.block[:2]
-    seen = [(both.of(t, rows).clone(), alone.of(t, rows[:3]).clone()) for t in range(tokens)]
-    for of_both, of_alone in seen:
-        assert torch.equal(of_both[3:], of_alone)
-    values = torch.cat([of_both.flatten() for of_both, _ in seen])
-    assert len(values.unique()) == len(values)
-    assert torch.equal(Noise([generator(1)], 3, 7, 1).of(0, torch.tensor([2])), seen[0][0][2:3])
 
 
 def test_momentum_model_samples_and_leaves_the_policy_alone(policy: Policy) -> None:

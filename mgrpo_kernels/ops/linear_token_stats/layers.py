@@ -1,4 +1,4 @@
-"""Linear layers without gradients on a CPU, multiplied by oneDNN where PyTorch's own float32 matmul is slow."""
+"""Linear layers without gradients on a CPU: products of our own or of oneDNN where PyTorch's own float32 matmul is slow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import functools
 import torch
 from torch import Tensor
 
+from mgrpo_kernels import _native
 from mgrpo_kernels.ops.linear_token_stats import tiled
 
 LARGE = 2**16
-"""Elements of a weight from which oneDNN multiplies it. Smaller ones, as the built-in model has, stay with PyTorch."""
+"""Elements of a weight from which another product is taken. Smaller ones, as the built-in model has, stay with PyTorch."""
+FEW_ROWS = 96
+"""Rows of which csrc/cpu/few_rows.cpp is the fastest product: it reads the weight where it lies. Others rearrange it, for all rows once."""
+
+
+@functools.cache
+def few_rows_is_faster() -> bool:
+    """Return whether csrc/cpu/few_rows.cpp is faster than PyTorch's float32 matmul on this CPU, for few rows."""
+    return _native.missing() is None and bool(torch.ops.mgrpo_native.few_rows_is_faster())
 
 
 @functools.cache
@@ -23,7 +32,7 @@ def is_faster() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return :func:`torch.nn.functional.linear`, by oneDNN for a large float32 weight on a CPU if no gradient is required."""
+    """Return :func:`torch.nn.functional.linear`, by the fastest product for a large float32 weight on a CPU if no gradient is required."""
     if (
         type(weight) in (Tensor, torch.nn.Parameter)
         and weight.numel() >= LARGE
@@ -32,7 +41,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and is_faster()
     ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= FEW_ROWS and few_rows_is_faster():
+            out: Tensor = torch.ops.mgrpo_native.few_rows(rows, weight, bias)
+            return out.view(*x.shape[:-1], len(weight))
+        if is_faster():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
     return torch.nn.functional.linear(x, weight, bias)

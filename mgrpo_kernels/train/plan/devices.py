@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mgrpo_kernels.ops.linear_token_stats import tiled
+from mgrpo_kernels.ops.linear_token_stats import layers, tiled
 from mgrpo_kernels.train.config import ModelConfig
 from mgrpo_kernels.train.plan.shape import Model, width_of
+from mgrpo_kernels.train.rollout.draws import is_in_blocks
 
 
 class Rates(NamedTuple):
@@ -24,7 +25,7 @@ class Rates(NamedTuple):
     head: float  # the same in the fused head, whose products may be others
     bandwidth: float  # bytes read from or written to memory
     operation: float  # shortest duration of an operation, in seconds
-    draws: float  # random numbers
+    draws: float  # entries of the vocabulary that the sampler draws from
     link: float  # bytes sent to other ranks
     passes: int = 1  # over the weight in a product of few rows; 3 if a library writes a reordered copy and reads it
 
@@ -114,10 +115,14 @@ def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], 
         block, other = (torch.ones(numbers, device=device) for _ in range(2))
         bandwidth = 2 * 4 * numbers / typical(lambda: other.copy_(block), 3)
         few = block[: numbers // 64]
-        draws = len(few) / typical(lambda: few.exponential_().clamp_min_(1e-30).log_().neg_())
+        if is_in_blocks(model.vocabulary, device):
+            draws = len(few) / typical(lambda: few.view(16, -1).softmax(-1))
+        else:
+            draws = len(few) / typical(lambda: few.exponential_().clamp_min_(1e-30).log_().neg_())
         x, w = torch.ones(16, 64, device=device), torch.ones(64, 64, device=device)
         operation = typical(lambda: [_operations(x, w) for _ in range(5)], 20) / (5 * 8)
-    return Rates(matmul, head, bandwidth, operation, draws, bandwidth / 8, passes=1 if on_gpu else 3)
+    reads_once = kind == torch.float32 and layers.few_rows_is_faster()
+    return Rates(matmul, head, bandwidth, operation, draws, bandwidth / 8, passes=1 if on_gpu or reads_once else 3)
 
 
 def _operations(x: Tensor, w: Tensor) -> Tensor:

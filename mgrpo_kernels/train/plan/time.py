@@ -68,7 +68,9 @@ def sampling_seconds(config: Config, model: Model, work: Work, copies: int, rank
     own = 3 * B * work.response_tokens / 2 + U / calls * work.prompt_tokens
     cached = 2 * model.keys * c * own * model.layers / rates.bandwidth
     attended = 4 * B * (work.prompt_tokens + work.response_tokens / 2) * model.queries * model.layers / rates.matmul
-    drawn = B * V * (1 / rates.draws + 32 / rates.bandwidth)  # noise; logits are added to it, concatenated, and read
+    drawn = (
+        B * V * (1 / rates.draws + 32 / rates.bandwidth)
+    )  # noise or probabilities; logits are added or read, concatenated, and read
     by = BY_MODULES if ranks > 1 or config.model.gradient_checkpointing else 1
     operations = (by * OPERATIONS_LAYER * model.layers + OPERATIONS_TOKEN) * rates.operation
     prompt = 2 * U * work.prompt_tokens * model.in_layers / rates.matmul

@@ -15,11 +15,10 @@ from mgrpo_kernels.train.plan.shape import Model, Work, samplings, width_of
 from mgrpo_kernels.train.rollout import Batch, RolloutEngine, Rollouts, join, seeds_of
 from mgrpo_kernels.train.rollout.agreement import right_cache
 from mgrpo_kernels.train.rollout.cache import Cache, PaddedCache, SharedCache, room_for
+from mgrpo_kernels.train.rollout.draws import Draws, is_in_blocks, noise_steps
 from mgrpo_kernels.train.rollout.truncation import NO_TRUNCATION, Kept, Truncation, keep, pad_kept
 
-NOISE_NUMBERS = 2**18
-"""Random numbers per prompt that are drawn at once; at least those of one token."""
-LOGITS_BYTES = 2**25
+LOGITS_BYTES = {"cpu": 2**22, "cuda": 2**25}
 """Bytes of logits that are collected before their statistics are computed in one launch; at least those of one token."""
 CACHE_SHARE = 16
 """Tokens in the cache for each token of a micro-batch. A cached token has only keys and values; a trained token has all activations of all
@@ -78,7 +77,7 @@ class TransformersEngine(RolloutEngine):
         batches = [cls.batch_of(config, work, *call) for call in samplings(work)]
         return {}, {
             "key-value cache": max(cache_bytes(config.model, model, work, each) for each in batches),
-            "logits and noise": max(logits_bytes(config.model, model, work, each) for each in batches),
+            "logits and noise": max(logits_bytes(config.model, model, work, each, device) for each in batches),
         }
 
     @torch.no_grad()
@@ -121,8 +120,8 @@ class TransformersEngine(RolloutEngine):
         cache = self.cache(policy, prompts, copies, R)
         logits = cache.start()
         U, B = len(prompts), len(prompts) * copies
-        noise = Noise(generators, copies, logits.shape[1], R) if temperature > 0 else None
-        truncates = truncation.active and noise is not None
+        draws = Draws(generators, copies, logits.shape[1], R) if temperature > 0 else None
+        truncates = truncation.active and draws is not None
         scores = (KeptScores if truncates else Scores)(B, R, self.stats, temperature or 1.0, device)
         eos = torch.tensor(policy.eos, device=device)
         rows = torch.arange(B, device=device)  # which rollouts are in the cache
@@ -130,11 +129,11 @@ class TransformersEngine(RolloutEngine):
         for t in range(R):
             self.check()
             self.progress((self._call + t / R) / self._calls)
-            drawn = None if noise is None else noise.of(t, rows)
-            if drawn is not None and isinstance(scores, KeptScores):
-                chosen = scores.choose(rows, t, keep(logits, temperature, truncation), drawn)
+            if draws is not None and isinstance(scores, KeptScores):
+                kept = keep(logits, temperature, truncation)
+                chosen = scores.add_kept(rows, t, kept, draws.columns(t, rows, kept))
             else:
-                chosen = choose(logits, temperature, drawn)
+                chosen = logits.argmax(-1) if draws is None else draws.tokens(t, rows, logits, temperature)
                 scores.add(rows, t, logits, chosen)
             ended |= (chosen[:, None] == eos).any(-1)
             if t == R - 1:
@@ -212,49 +211,21 @@ def cache_bytes(options: ModelConfig, model: Model, work: Work, batch: Batch) ->
     return 2 * model.keys * width_of(options) * tokens * model.layers if last else 0
 
 
-def logits_bytes(options: ModelConfig, model: Model, work: Work, batch: Batch) -> int:
-    """Return the size of the collected logits, twice while they are concatenated, of a token's logits, and of the noise."""
+def logits_bytes(options: ModelConfig, model: Model, work: Work, batch: Batch, device: str) -> int:
+    """Return the size of the collected logits, twice while they are concatenated, of a token's logits, and of what it is drawn with."""
     U, copies, c = batch.prompts, batch.copies, width_of(options)
     one = U * copies * model.vocabulary  # float32 logits
-    waiting = min(one * 4 * work.response_tokens, LOGITS_BYTES + one * 4)
-    noise = 4 * one * noise_steps(copies, model.vocabulary, work.response_tokens)
+    waiting = min(one * 4 * work.response_tokens, LOGITS_BYTES[device] + one * 4)
+    noise = 8 * one  # logits at the temperature, and probabilities
+    if not is_in_blocks(model.vocabulary, device):
+        noise = 4 * one * noise_steps(copies, model.vocabulary, work.response_tokens)
     attended = 2 * U * copies * (2 * model.keys * c + 3 * 4 * model.heads) * (work.prompt_tokens + work.response_tokens)
     return 2 * waiting + noise + noise // U + one * (4 + 4) + attended
-
-
-def noise_steps(copies: int, vocabulary: int, tokens: int) -> int:
-    """Return for how many tokens noise is drawn at once."""
-    return max(1, min(tokens, NOISE_NUMBERS // (copies * vocabulary)))
 
 
 def generator_of(seed: int, device: torch.device) -> torch.Generator:
     """Return a generator with this seed."""
     return torch.Generator(device=device).manual_seed(seed)
-
-
-class Noise:
-    """Gumbel noise. Each prompt has its own generator, so its random numbers do not depend on the other prompts."""
-
-    def __init__(self, generators: Sequence[torch.Generator], copies: int, vocabulary: int, tokens: int) -> None:
-        self.generators = generators
-        self.steps = noise_steps(copies, vocabulary, tokens)
-        shape = self.steps, len(generators), copies, vocabulary
-        self.block = torch.empty(shape, device=generators[0].device)
-
-    def of(self, t: int, rows: Tensor) -> Tensor:
-        """Return the noise of token `t` of some rollouts, ``(rows, V)``. Tokens must be requested in order, from 0."""
-        if t % self.steps == 0:
-            for prompt, generator in enumerate(self.generators):
-                drawn = torch.empty_like(self.block[:, prompt], memory_format=torch.contiguous_format)
-                self.block[:, prompt] = drawn.exponential_(generator=generator)
-            self.block.clamp_min_(torch.finfo(self.block.dtype).tiny).log_().neg_()
-        now = self.block[t % self.steps].flatten(0, 1)  # (U copies, V)
-        return now if len(rows) == len(now) else now[rows]
-
-
-def choose(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
-    """Return a token for each row of ``(B, V)``: sampled with Gumbel noise of that shape, or the most likely one without noise."""
-    return (logits if noise is None else torch.add(noise, logits, alpha=1 / temperature)).argmax(-1)
 
 
 class Scores:
@@ -265,19 +236,21 @@ class Scores:
         self.out = {name: torch.zeros(batch, tokens, device=device) for name in stats}
         self.tokens = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._bytes = 0
+        self._bytes, self._most = 0, LOGITS_BYTES[device.type]
 
     def add(self, rows: Tensor, t: int, logits: Tensor, tokens: Tensor) -> None:
         """Add token `t` of some rollouts, with its logits ``(rows, V)``."""
         self._waiting.append((rows * self.tokens.shape[1] + t, logits, tokens))
         self._bytes += logits.nbytes
-        if self._bytes >= LOGITS_BYTES:
+        if self._bytes >= self._most:
             self._flush()
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        slots, logits, tokens = (torch.cat(each) for each in zip(*self._waiting, strict=True))
+        slots, logits, tokens = (
+            torch.cat(each) if len(each) > 1 else each[0] for each in zip(*self._waiting, strict=True)
+        )
         self.tokens.view(-1)[slots] = tokens
         found: TokenStats = token_stats_from_logits(logits, tokens, stats=tuple(self.out), temperature=self.temperature)
         for name, values in self.out.items():
@@ -291,15 +264,14 @@ class Scores:
 
 
 class KeptScores(Scores):
-    """Chooses tokens from kept sets, and collects the tokens, their statistics over these sets and the sets."""
+    """Collects tokens that were sampled from kept sets, their statistics over these sets and the sets."""
 
     def __init__(self, batch: int, tokens: int, stats: Sequence[str], temperature: float, device: torch.device) -> None:
         super().__init__(batch, tokens, stats, temperature, device)
         self._kept: list[Tensor] = []  # of each token, (B, K)
 
-    def choose(self, rows: Tensor, t: int, kept: Kept, noise: Tensor) -> Tensor:
-        """Sample token `t` of some rollouts from what is kept of their logits; return the tokens."""
-        columns = kept.draw(noise)
+    def add_kept(self, rows: Tensor, t: int, kept: Kept, columns: Tensor) -> Tensor:
+        """Add token `t` of some rollouts, which is in these columns of what is kept of their logits; return the tokens."""
         found, chosen = kept.statistics(columns), kept.ids.gather(1, columns.unsqueeze(1)).squeeze(1)
         self.tokens[rows, t] = chosen
         for name, values in self.out.items():
