@@ -15,6 +15,7 @@ from pathlib import Path
 import families_table  # noqa: F401 - likewise
 import figures_of_rollouts  # noqa: F401 - its tables are figures too
 import figures_of_study  # noqa: F401 - likewise
+import figures_of_tolerance  # noqa: F401 - likewise
 import method_tables  # noqa: F401 - likewise
 import peer_suites_table  # noqa: F401 - likewise
 import spans

@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,6 +146,27 @@ def test_results_keep_what_a_certificate_says_of_warnings(modules):
     assert kept == {"warnings": [{"step": 12, "signs": ["top answer"], "label_free": ["top answer"]}], **leads}
     lines = [{"time_rollout": 1.0, "time_update": each, "time_sync": None, "step": 1} for each in (1.0, 2.0, 9.0)]
     assert study.step_seconds([{"step": 0, "eval_accuracy": 0.5}, *lines]) == 3.0
+
+
+@pytest.mark.parametrize(("status", "stopped"), [(0, None), (3, 4)])
+def test_a_run_that_the_guard_ends_is_a_result(modules, tmp_path, monkeypatch, status, stopped):
+    _, study, _ = modules
+
+    def ended(command, **_):
+        output = Path(command[-1])
+        lines = [
+            {"step": step, "eval_accuracy": 0.5, "eval_greedy": 0.5, "eval_maj_at_k": 0.5, "time_update": 0.1}
+            for step in (2, 4)
+        ]
+        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = {"warnings": [], "fall_step": None, "lead_steps": None, "lead_steps_label_free": None}
+        (output / study.CERTIFICATE).write_text(json.dumps(found))
+        return SimpleNamespace(returncode=status, stderr="")
+
+    monkeypatch.setattr(study.subprocess, "run", ended)
+    (tmp_path / "base").mkdir()
+    line = study.take("a", 0, {"guard": "rollback"}, "cpu", tmp_path / "base")
+    assert line["stopped"] == stopped
 
 
 def test_a_finished_run_is_not_taken_again(modules, tmp_path, monkeypatch, capsys):
@@ -301,6 +323,33 @@ def figures(modules, monkeypatch):
     yield found
     for name in ("figures_of_study", "figures"):
         sys.modules.pop(name, None)
+
+
+def test_a_tolerance_is_compared_with_the_range_over_the_same_seeds(figures, monkeypatch):
+    tolerance = importlib.import_module("figures_of_tolerance")
+
+    def ends(cell, seed, final, entropy):
+        return {**run([0.5, final, final, final], entropy=[entropy], vote_share=[0.9]), "cell": cell, "seed": seed}
+
+    runs = [ends("a, 9 steps", seed, final, 0.1) for seed, final in ((0, 0.9), (1, 0.7), (2, 0.1))]
+    runs += [ends("a, tolerance, 9 steps", seed, final, 0.2) for seed, final in ((0, 0.85), (1, 0.8))]
+    runs += [ends("lazy: a, 9 steps", 0, 0.5, 0.1), ends("lazy: a, tolerance, 9 steps", 0, 0.6, 0.2)]
+    monkeypatch.setattr(tolerance.summary, "read", lambda path: runs)
+    assert tolerance.tolerance_bands("a, 9 steps", "b, 9 steps").splitlines()[2:] == [
+        "| a, 9 steps | 3 | accuracy | 0.700 (0.500 - 0.900) | 0.750 (0.600 - 0.850) | +0.050 ± 0.050 | yes |",
+        "| a, 9 steps | 3 | entropy | 0.100 (0.100 - 0.100) | 0.200 (0.200 - 0.200) | +0.100 ± 0.000 | no |",
+        "| a, 9 steps | 3 | vote share | 0.900 (0.900 - 0.900) | 0.900 (0.900 - 0.900) | +0.000 ± 0.000 | yes |",
+    ]
+    assert tolerance.tolerance_bands("b, 9 steps") == tolerance.NO_RUN
+    sys.modules.pop("figures_of_tolerance", None)
+
+
+def test_runs_that_the_guard_turned_back_are_no_evidence_of_its_warnings(modules, tmp_path):
+    warned, rules = (importlib.import_module(name) for name in ("warned", "rules"))
+    runs = [{**run([0.5]), "certificate": {}, "options": {"guard": guard}} for guard in ("off", "rollback")]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in runs))
+    assert warned.with_certificate([tmp_path / "runs.jsonl"]) == runs[:1]
+    assert all(each["options"]["guard"] == "off" for each in rules.all_runs())
 
 
 def test_a_dip_is_a_late_evaluation_below_the_best_before_it(figures, monkeypatch):

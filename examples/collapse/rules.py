@@ -118,9 +118,13 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def all_runs() -> list[dict[str, Any]]:
-    """Return the runs of all files of results, but for those with true answers or random rewards."""
+    """Return the runs of all files of results, but for those with true answers, random rewards or rollbacks."""
     runs = [run for name in (*FILES, "choice") for run in read(OWN / f"{name}.jsonl")]
-    return [run for run in runs if run["options"].get("method") not in ("gold", "random")]
+    return [
+        run
+        for run in runs
+        if run["options"].get("method") not in ("gold", "random") and run["options"]["guard"] == "off"
+    ]
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def verdict(in_time: bool | None, alarms: bool | None) -> str:
 
 
 def with_certificate(paths: list[Path]) -> list[dict[str, Any]]:
-    """Return the runs of files of results that have a certificate."""
-    return [run for path in paths for run in read(path) if "certificate" in run]
+    """Return the runs of files of results that have a certificate, and whose guard only watched."""
+    return [run for path in paths for run in read(path) if "certificate" in run and run["options"]["guard"] == "off"]
 
 
 def main() -> None:

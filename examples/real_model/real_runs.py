@@ -55,6 +55,10 @@ CELLS: dict[str, tuple[str, dict[str, str]]] = {
     "mgrpo": ("M-GRPO, no labels", {"method": "mgrpo"}),
     "vote": ("the plain vote (SRT), no labels", {"method": "srt"}),
     "gold": ("the true answers", {"method": "gold"}),
+    "mgrpo-tolerance": (
+        "M-GRPO, gradients to a tolerance of 2^-8",
+        {"method": "mgrpo", "gradient-tolerance": "0.00390625"},
+    ),
     "mgrpo-vllm": ("M-GRPO, no labels, sampled by vLLM", {"method": "mgrpo", "engine": "vllm"}),
 }
 KEPT = ("step", *(name + end for name in ("eval_accuracy", "eval_greedy", "eval_maj_at_k") for end in ("", "_error")))
