@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from contract import assert_no_worse_than_plain, each_backend, poisoned_memory, watch_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from mgrpo_kernels import backend as backends
 from mgrpo_kernels import linear_policy_loss, linear_token_stats, policy_loss
 from mgrpo_kernels.ops import kept_token_stats
 from mgrpo_kernels.ops.kept_token_stats import OP, kept_token_stats_op, reference
@@ -521,3 +522,24 @@ def test_bad_input(change, error, message):
                 kept=given["kept"],
                 cu_seqlens=torch.tensor([0, 2]),
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add", [False, True])
+def test_native_sums_over_any_number_of_tokens(dtype, add):
+    """Few tokens are summed in registers, more in memory, and in parts from 256 on. Entries of no token are zeros, or keep what they are."""
+    backends.choose(OP, "native", torch.device("cpu"), dtype)  # which loads the extension
+    tokens = [0, 1, 2, 3, 4, 5, 8, 9, 255, 256, 257, 600]  # that keep each entry
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 70, generator=generator).to(dtype)
+    grad = torch.randn(600, len(tokens), generator=generator)
+    ids = torch.full(grad.shape, -1, dtype=torch.int32)
+    for entry, number in enumerate(tokens):
+        ids[600 - number :, entry] = entry
+    before = torch.randn(len(tokens), 70, generator=generator).to(dtype)
+    total = before.clone() if add else torch.full_like(before, torch.nan)
+    bias = torch.ops.mgrpo_native.kept_weight_gradient_(grad, hidden, ids, total, add)
+    there = torch.where(ids >= 0, grad, 0.0).double()
+    want = there.t() @ hidden.double() + (before.double() if add else 0.0)
+    torch.testing.assert_close(total, want.to(dtype), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-4)
+    torch.testing.assert_close(bias, there.sum(0).float(), rtol=1e-5, atol=1e-5)

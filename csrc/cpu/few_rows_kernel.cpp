@@ -53,7 +53,7 @@ void multiply(const float* weight, int64_t stride, const float* bias, const floa
 template <int64_t N>
 void multiply_all(const FewRows& of, const float* packed, float* out) {
   at::parallel_for(0, (of.columns + N - 1) / N, 1, [&](int64_t begin, int64_t end) {
-    float sums[N * PAIR];
+    float sums[16 * PAIR]; // of N lines; the transpose is compiled for up to 16
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = std::min(block * N, of.columns - N), known = block * N - first; // the last block overlaps the one before
       const float* weight = of.weight + first * of.weight_stride;

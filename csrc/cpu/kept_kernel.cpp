@@ -68,24 +68,45 @@ void dots(const float* h, const T* const* w, const T* const* ahead, int64_t widt
   }
 }
 
-// total += sum over n <= AT_ONCE rows of by[r] rows[r]; the rows of `ahead` are fetched.
+// sum + the elements [i, i + part) of n <= AT_ONCE rows, each times its by[r]; the rows of `ahead` are fetched.
+template <typename T>
+Pair plus_rows(Pair sum, const float* by, const T* const* rows, const T* const* ahead, int64_t n, int64_t i, int64_t part) {
+  for (int64_t r = 0; r < n; ++r) {
+    const Pair x = part == PAIR ? load_pair(rows[r] + i) : load_pair(rows[r] + i, part, 0.0f);
+    fetch(ahead[r], i, i + part);
+    sum.a = at::vec::fmadd(Vec(by[r]), x.a, sum.a);
+    sum.b = at::vec::fmadd(Vec(by[r]), x.b, sum.b);
+  }
+  return sum;
+}
+
+// total += sum over n <= AT_ONCE rows of by[r] rows[r].
 template <typename T>
 void add_rows(float* total, const float* by, const T* const* rows, const T* const* ahead, int64_t n, int64_t width) {
-  auto of = [&](int64_t i, Pair sum, int64_t part) {
-    for (int64_t r = 0; r < n; ++r) {
-      const Pair x = part == PAIR ? load_pair(rows[r] + i) : load_pair(rows[r] + i, part, 0.0f);
-      fetch(ahead[r], i, width);
-      sum.a = at::vec::fmadd(Vec(by[r]), x.a, sum.a);
-      sum.b = at::vec::fmadd(Vec(by[r]), x.b, sum.b);
-    }
-    return sum;
+  int64_t i = 0;
+  for (; i + PAIR <= width; i += PAIR) {
+    store_pair(total + i, plus_rows(load_pair(total + i), by, rows, ahead, n, i, PAIR));
+  }
+  if (const int64_t part = width - i; part > 0) {
+    store_pair(total + i, plus_rows(load_pair(total + i, part, 0.0f), by, rows, ahead, n, i, part), part);
+  }
+}
+
+// out = the same sum, or with `add` out += the same sum, in float32 until it is written.
+template <typename T, typename Row>
+void write_rows(T* out, bool add, const float* by, const Row* const* rows, int64_t n, int64_t width) {
+  const float one = 1.0f;
+  const T* before = out;
+  auto sum = [&](int64_t i, int64_t part) {
+    const Pair of_rows = plus_rows({Vec(0.0f), Vec(0.0f)}, by, rows, rows, n, i, part);
+    return add ? plus_rows(of_rows, &one, &before, &before, 1, i, part) : of_rows;
   };
   int64_t i = 0;
   for (; i + PAIR <= width; i += PAIR) {
-    store_pair(total + i, of(i, load_pair(total + i), PAIR));
+    store_pair(out + i, sum(i, PAIR));
   }
   if (const int64_t part = width - i; part > 0) {
-    store_pair(total + i, of(i, load_pair(total + i, part, 0.0f), part), part);
+    store_pair(out + i, sum(i, part), part);
   }
 }
 
@@ -99,17 +120,6 @@ const float* widened(const T* x, int64_t width, float* buffer) {
     store_pair(buffer + i, load_pair(x + i, width - i, 0.0f), width - i);
   }
   return buffer;
-}
-
-template <typename T>
-void narrowed(const float* x, int64_t width, T* out) {
-  int64_t i = 0;
-  for (; i + PAIR <= width; i += PAIR) {
-    store_pair(out + i, load_pair(x + i));
-  }
-  if (i < width) {
-    store_pair(out + i, load_pair(x + i, width - i, 0.0f), width - i);
-  }
 }
 
 template <typename T>
@@ -168,32 +178,51 @@ void hidden_gradient(const KeptRows& of, const float* grad, float* out) {
   });
 }
 
-// Adds up the entries [begin, end) of `order` into `total`, which is overwritten, and returns the sum of their gradients.
+// At most AT_ONCE entries of `order`: their hidden states and gradients.
 template <typename T>
-double sum_of_entries(
-    const KeptRows& of, const float* grad, const int64_t* order, int64_t begin, int64_t end, float* total, float* part) {
-  const T* hidden = static_cast<const T*>(of.hidden);
+struct Entries {
+  const T* rows[AT_ONCE];
+  float by[AT_ONCE];
+  int64_t number;
+  double bias = 0; // the sum of the gradients
+
+  Entries(const KeptRows& of, const float* grad, const int64_t* order, int64_t begin, int64_t end) : number(std::min(AT_ONCE, end - begin)) {
+    for (int64_t r = 0; r < number; ++r) {
+      const int64_t place = order[begin + r];
+      rows[r] = static_cast<const T*>(of.hidden) + place / of.kept * of.hidden_stride;
+      by[r] = grad[place];
+      bias += by[r];
+    }
+  }
+};
+
+// Writes the sum of the entries [begin, end) of `order` to `out`, or adds it, and returns the sum of their gradients. `total` and `part` have
+// room for a row each.
+template <typename T>
+double write_sum(
+    const KeptRows& of, const float* grad, const int64_t* order, int64_t begin, int64_t end, float* total, float* part, bool add, T* out) {
+  if (end - begin <= AT_ONCE) { // most ids: few tokens keep them, or none
+    const Entries<T> few(of, grad, order, begin, end);
+    write_rows(out, add, few.by, few.rows, few.number, of.width);
+    return few.bias;
+  }
+  const float one = 1.0f;
   double bias = 0;
   for (int64_t block = begin; block < end; block += SUMMED) {
     float* into = block == begin ? total : part;
     std::fill(into, into + of.width, 0.0f);
     for (int64_t e = block; e < std::min(end, block + SUMMED); e += AT_ONCE) {
-      const int64_t n = std::min(AT_ONCE, std::min(end, block + SUMMED) - e);
-      const T* rows[AT_ONCE];
-      float by[AT_ONCE];
-      for (int64_t r = 0; r < n; ++r) {
-        rows[r] = hidden + order[e + r] / of.kept * of.hidden_stride;
-        by[r] = grad[order[e + r]];
-        bias += by[r];
-      }
-      add_rows(into, by, rows, rows, n, of.width);
+      const Entries<T> some(of, grad, order, e, std::min(end, block + SUMMED));
+      add_rows(into, some.by, some.rows, some.rows, some.number, of.width);
+      bias += some.bias;
     }
     if (into != total) {
-      const float one = 1.0f;
       const float* more = part;
       add_rows(total, &one, &more, &more, 1, of.width);
     }
   }
+  const float* sum = total;
+  write_rows(out, add, &one, &sum, 1, of.width);
   return bias;
 }
 
@@ -217,21 +246,11 @@ void weight_gradient(
     float *total = buffers.data(), *part = total + of.width;
     const int64_t last = end == PARTS ? of.vocab : first_of(end);
     for (int64_t id = begin == 0 ? 0 : first_of(begin); id < last; ++id) {
-      T* row = out + id * of.width;
       bias[id] = 0;
-      if (bounds[id] == bounds[id + 1]) {
-        if (!add) {
-          std::fill(row, row + of.width, T(0));
-        }
-        continue;
+      if (!add || bounds[id] < bounds[id + 1]) {
+        T* row = out + id * of.width;
+        bias[id] = static_cast<float>(write_sum(of, grad, order, bounds[id], bounds[id + 1], total, part, add, row));
       }
-      bias[id] = static_cast<float>(sum_of_entries<T>(of, grad, order, bounds[id], bounds[id + 1], total, part));
-      if (add) {
-        const float one = 1.0f;
-        const T* before = row;
-        add_rows(total, &one, &before, &before, 1, of.width);
-      }
-      narrowed(total, of.width, row);
     }
   });
 }
