@@ -18,12 +18,11 @@ from trl.trainer.utils import pad
 
 from mgrpo_kernels import Teacher, extract_answer
 from mgrpo_kernels.integrations.trl import loss
-from mgrpo_kernels.integrations.trl.columns import find_column, reworded
+from mgrpo_kernels.integrations.trl.columns import columns_of, reworded
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
 from mgrpo_kernels.method import MethodOptions, Selection, answer_tokens, read_gold, select
 from mgrpo_kernels.method.agreement import label_free_signs
-from mgrpo_kernels.train.data.fields import FIELDS
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
 
@@ -100,15 +99,7 @@ class MGRPOTrainer(GRPOTrainer):
         super().__init__(model, functions, args, **more)
         self.momentum_rollouts = int(args.momentum_rollouts)  # filled in when the config was built
         self.reworded_rollouts = self.options.second_wording_count(self.num_generations)
-        row, method_rewards = self.options.row, self.uses_method_rewards
-        needs_gold = method_rewards and (row.needs_gold or self.options.gold_labels)
-        asks_twice = row.second_wording != "no"
-        self.answer_field = find_column(
-            "answer_field", args.answer_field, FIELDS["answer_field"], self.train_dataset, needed=needs_gold
-        )
-        self.paraphrase_field = find_column(
-            "paraphrase_field", args.paraphrase_field, FIELDS["paraphrase_field"], self.train_dataset, needed=asks_twice
-        )
+        self.answer_field, self.paraphrase_field = columns_of(args, self.uses_method_rewards, self.train_dataset)
         for name, used in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if used:
                 raise ValueError(
