@@ -18,7 +18,11 @@ def local_ids(kept: Tensor, mask: Tensor | None, first: int, vocab: int) -> Tens
     here = (ids >= 0) & (ids < vocab)
     if mask is not None:
         here &= mask.unsqueeze(-1)
-    ids = torch.where(here, ids, ABSENT).int().sort(-1).values
+    ids = torch.where(here, ids, ABSENT).int()
+    if ids.device.type == "cpu":
+        ids.numpy().sort(-1)  # in place; PyTorch also returns where each came from, in 40 times the time
+    else:
+        ids = ids.sort(-1).values
     ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], ABSENT)
     return ids
 
