@@ -35,6 +35,8 @@ HUGE = {
     "token_stats.backward_kernel": "logits",
     "linear_token_stats.state_kernel": "x",
     "linear_token_stats.gradient_kernel": "x",
+    "linear_token_stats.entry.top_kernel": "x",
+    "linear_token_stats.entry.select_kernel": "ids",
     "linear_token_stats.fused.gradient_kernel": "out",
     "kept_token_stats.logits_kernel": "x",
     "kept_token_stats.hidden_gradient_kernel": "out",

@@ -41,7 +41,7 @@ def token_stats(backend, dtype):
 
 def linear_token_stats(backend, dtype):
     from mgrpo_kernels.ops._statistics import Wanted
-    from mgrpo_kernels.ops.linear_token_stats.specs import Head
+    from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
     hidden, labels = torch.zeros(64, 64, dtype=dtype), torch.zeros(64, dtype=torch.int64)
     x, grad = torch.zeros(64, 8192), torch.zeros(64, 8192, dtype=dtype)
@@ -75,6 +75,15 @@ def linear_token_stats(backend, dtype):
         backend.GpuPasses().state(grad, plain, labels, state)
         backend.GpuPasses().gradient(grad, plain, labels, coefficients, row, grad)
         backend.FusedPasses().fill(grad, hidden, plain, labels, state)
+    for name, each, room in (
+        ("plain", plain, 4096),
+        ("bias, softcap, temperature a row", head, 4096),
+        ("few entries", plain, 513),
+    ):
+        yield name
+        entries = Entries.empty(64, room, hidden.device)
+        backend.TopPasses(Wanted(True, True, False), entries, 0, 1e-6).state(x, each, labels, state)
+        backend.select(each, coefficients, row, 2.0**-8, entries)
 
 
 def kept_token_stats(backend, dtype):
@@ -181,7 +190,8 @@ def token_stats_by_rows(backend, rows):
 
 
 def linear_token_stats_by_rows(backend, rows):
-    from mgrpo_kernels.ops.linear_token_stats.specs import Head
+    from mgrpo_kernels.ops._statistics import EVERYTHING
+    from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
     yield rows
     values, labels = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
@@ -194,6 +204,9 @@ def linear_token_stats_by_rows(backend, rows):
     backend.GpuPasses().gradient(x, head, labels, coefficients, values, grad)
     backend.FusedPasses().fill(None, hidden, head, labels, state)
     backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, values, grad)
+    entries = Entries.empty(rows, 64, hidden.device)
+    backend.TopPasses(EVERYTHING, entries, 0, 1e-6).state(x, head, labels, state)
+    backend.select(head, coefficients, values, 2.0**-8, entries)
 
 
 def kept_token_stats_by_rows(backend, rows):

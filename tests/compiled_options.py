@@ -50,7 +50,8 @@ def token_stats(backend, dtype):
 
 
 def linear_token_stats(backend, dtype):
-    from mgrpo_kernels.ops.linear_token_stats.specs import Head
+    from mgrpo_kernels.ops._statistics import EVERYTHING
+    from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
     for flags in itertools.product((False, True), repeat=4):
         rows, vocab = ((64, 512), (1, 1))[sum(flags) % 2]
@@ -76,6 +77,9 @@ def linear_token_stats(backend, dtype):
         if dtype.itemsize == 2:
             backend.FusedPasses().fill(x if with_bias else None, hidden, head, labels, state)
             backend.FusedPasses().fill_gradient(grad, hidden, head, labels, coefficients, row, grad)
+        entries = Entries.empty(rows, backend.entries_room(vocab), hidden.device)
+        backend.TopPasses(EVERYTHING, entries, 0, 1).state(x, head, labels, state)
+        backend.select(head, coefficients.t().contiguous().t(), row, 0.5, entries)
 
 
 def kept_token_stats(backend, dtype):

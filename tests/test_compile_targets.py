@@ -19,6 +19,8 @@ TARGETS = compiling.TARGETS
 PARKED = (
     8  # bytes: Triton 3.6's assembler parks a loop-invariant value or two to fit one more program on a multiprocessor
 )
+# Two pointers that this kernel uses after its loop, where the assembler takes 64 or 72 registers (32 or 28 warps).
+PARKED_POINTERS = {"linear_token_stats.entry.top_kernel": 16}
 
 # What moves less than 16 bytes a load, and should not: with waves of 64 the update's step leaves a thread 4 elements.
 NARROW = {("gfx942", "ema.update_kernel, bfloat16: bfloat16 from bfloat16, stochastic"): 8}
@@ -65,7 +67,7 @@ def test_nothing_spills(compiled, target):
     shipped = any(tuned.matmul == "fused" for _, tuned in compiling.tuned_for(target))
     may_spill = target == "gfx942" and not shipped
     entries = [entry for entry in compiled[target] if not (may_spill and ".fused." in entry["kernel"])]
-    assert [entry for entry in entries if entry["spilled"] > PARKED] == []
+    assert [entry for entry in entries if entry["spilled"] > PARKED_POINTERS.get(entry["kernel"], PARKED)] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -23,6 +23,7 @@ DEVICE_ONLY = {
     "test_accumulate_is_in_float32": 4,
     "test_triton_is_chosen": 1,
     "test_no_host_sync": 11,
+    "test_with_a_tolerance_the_host_waits_for_the_steps_alone": 1,
     "test_the_watch_for_syncs_works": 1,
     "test_a_bad_label_is_nan_in_its_row_alone": 6,
     "test_cuda_graph": 5,

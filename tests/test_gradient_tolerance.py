@@ -9,7 +9,7 @@ from mgrpo_kernels import backend as backends
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops._statistics import EVERYTHING
-from mgrpo_kernels.ops.linear_token_stats import native
+from mgrpo_kernels.ops.linear_token_stats import native, triton
 from mgrpo_kernels.ops.linear_token_stats.op import OP, linear_token_stats_op
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
@@ -238,15 +238,16 @@ def test_opcheck_and_compile(backend):
     assert counter.frame_count <= 2
 
 
-def test_shards_of_a_vocabulary_keep_to_the_tolerance_together():
+@pytest.mark.parametrize("module", [native, triton], ids=["native", "triton"])
+def test_shards_of_a_vocabulary_keep_to_the_tolerance_together(module):
     logits, labels = rows_of_logits()
-    _, exact = gradients(logits, labels, "native", None, (1.0, 0.2, 0.0), temperature=0.9)
+    _, exact = gradients(logits, labels, module.__name__.rpartition(".")[2], None, (1.0, 0.2, 0.0), temperature=0.9)
     weight = torch.eye(V)
     parts, states = [], []
     for start, stop in ((0, 300), (300, 450), (450, V)):
         head = Head(weight[start:stop], None, 0.9, 1.0, None, start, None)
-        entries = Entries.empty(len(labels), native.entries_room(stop - start), logits.device)
-        states.append(native.sparse_forward(logits, head, labels, EVERYTHING, TOLERANCE, entries))
+        entries = Entries.empty(len(labels), module.entries_room(stop - start), logits.device)
+        states.append(module.sparse_forward(logits, head, labels, EVERYTHING, TOLERANCE, entries))
         parts.append((head, entries))
     statistics = _statistics.finish(_statistics.merge(torch.stack(states)), labels)
     ones = torch.ones(len(labels))
@@ -256,12 +257,14 @@ def test_shards_of_a_vocabulary_keep_to_the_tolerance_together():
     got = torch.zeros_like(logits)
     for head, entries in parts:
         need = (True, False, False)
-        got += native.sparse_backward(
+        got += module.sparse_backward(
             logits, head, labels, coefficients, statistics.logsumexp, need, EVERYTHING, TOLERANCE, entries
         )[0]
     left_out = (got - exact).abs().sum(-1)
     assert (left_out <= TOLERANCE * 1.001 * exact.abs().sum(-1) + 1e-4).all()
-    assert (got == 0).any(-1).sum() > 6
+    assert (got == 0).any(-1).sum() > (
+        6 if module is native else 0
+    )  # the other multiplies all rows of a step with its columns
 
 
 def test_the_entropy_of_what_is_not_kept_is_held_against_the_tolerance():

@@ -11,7 +11,7 @@ from contract import Memory, each_backend, watch_memory
 from mgrpo_kernels import fuse_lm_head, linear_policy_loss, linear_token_stats, use_backend
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
-from mgrpo_kernels.ops.linear_token_stats import OP, native, reference, tiled
+from mgrpo_kernels.ops.linear_token_stats import OP, native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 H, V = 16, 2048
@@ -109,6 +109,37 @@ def test_token_stats(backend, dtype, masked):
     hold(*forwards, single=max(workspace, matmul), total=workspace + matmul)
     largest, returned = gradients_of_weight(backend, dtype)
     hold(*backwards, single=max(workspace, largest, matmul), total=workspace + returned + matmul)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sharpness", [1.0, 0.1])
+def test_token_stats_to_a_tolerance(dtype, sharpness):
+    """With sharp rows few columns are copied; flat ones take the dense way."""
+    forwards, backwards = [], []
+    for number in (FEW, MANY):
+        hidden, weight, labels = make(number, dtype)
+        hidden = (sharpness * hidden.detach()).requires_grad_()
+        with watch_memory() as memory:
+            stats = linear_token_stats(
+                hidden, weight, labels, backend="triton", workspace_bytes=WORKSPACE, gradient_tolerance=2.0**-6
+            )
+        forwards.append(memory)
+        with watch_memory() as memory:
+            (stats.logprob.sum() + stats.entropy.sum()).backward()
+        backwards.append(memory)
+    entries, matmul = 8 * triton.entries_room(V), of_matmul("triton", dtype)
+    of_columns = 64 * V  # their order, and what it is found with
+    copies = 256 * H * (dtype.itemsize + 4)
+    largest, returned = gradients_of_weight("triton", dtype)
+    for memories, single, total in (
+        (forwards, max(WORKSPACE, matmul), WORKSPACE + matmul),
+        (backwards, max(WORKSPACE, matmul, largest), WORKSPACE + matmul + returned + of_columns + copies),
+    ):
+        for memory, number in zip(memories, (FEW, MANY), strict=True):
+            assert memory.largest <= max(single, number * entries)
+            assert memory.peak <= total + (PER_TOKEN + entries) * number + SMALL
+        few, many = memories
+        assert many.peak - few.peak <= WORKSPACE + (PER_TOKEN + entries) * (MANY - FEW)
 
 
 @each_backend(OP)

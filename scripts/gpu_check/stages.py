@@ -36,7 +36,16 @@ TESTS = (
     "memory",
 )
 HEAD = "linear_token_stats"
-OTHER_BENCHMARKS = ("token_stats", "linear_policy_loss", "ema", HEAD, "policy_loss", "iqr_filter", "logits_policy_loss")
+OTHER_BENCHMARKS = (
+    "token_stats",
+    "gradient_tolerance",
+    "linear_policy_loss",
+    "ema",
+    HEAD,
+    "policy_loss",
+    "iqr_filter",
+    "logits_policy_loss",
+)
 PROVIDERS = ("ours", "eager", "compile", "trl", "liger", "verl", "cce", "torch", "quack", "flash-attn")
 # Names as in mgrpo_kernels/ops/_triton/tuning.py; the decisions that matter most.
 HEAD_TILE, OWN_MATMUL = ("forward_tile",), ("fused_tile", "matmul")

@@ -90,6 +90,30 @@ def kept_token_stats(sizes: Sizes, device: torch.device) -> Call:
     return Call(run, (hidden, weight))
 
 
+def sharp_head(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden, weight and labels in bfloat16 of rows that are sure of their token, before a tail that falls as a power of the rank."""
+    weight, hidden = (
+        _values(sizes, device, sizes.vocab, sizes.width),
+        0.02 * _values(sizes, device, sizes.rows, sizes.width),
+    )
+    labels = torch.randint(0, min(1000, sizes.vocab), (sizes.rows,), device=device)
+    weight[:, 0] = -(1.0 + torch.arange(sizes.vocab, device=device)).log()
+    hidden[:, 0] = 4.0
+    hidden[:, 1:] += 10.0 / sizes.width * weight[labels, 1:]
+    return hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_(), labels
+
+
+def sparse_token_stats(sizes: Sizes, device: torch.device) -> Call:
+    """Gradients to a tolerance: the host waits once, for the numbers of rows and columns that are to be multiplied."""
+    hidden, weight, labels = sharp_head(sizes, device)
+
+    def run():
+        stats = mk.linear_token_stats(hidden, weight, labels, gradient_tolerance=2.0**-8, backend="triton")
+        return stats.logprob.detach(), *torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), (hidden, weight))
+
+    return Call(run, (hidden, weight))
+
+
 def linear_policy_loss(sizes: Sizes, device: torch.device) -> Call:
     (hidden, weight), (labels, mask) = _head(sizes, device), _labels(sizes, device)
     old, advantages = _values(sizes, device) - 6, _values(sizes, device, SEQUENCES)
@@ -186,6 +210,8 @@ CALLS: dict[str, Callable[[Sizes, torch.device], Call]] = {
         ema,
     )
 }
+# The host waits for the device in these.
+WAITING: dict[str, Callable[[Sizes, torch.device], Call]] = {"sparse_token_stats": sparse_token_stats}
 
 
 def device_work(run: Callable[[], object]) -> dict[str, tuple[int, float]]:

@@ -2,10 +2,11 @@
 
 import contextlib
 import logging
+from unittest import mock
 
 import pytest
 import torch
-from calls import CALLS, SEQUENCES, Sizes, device_work
+from calls import CALLS, SEQUENCES, WAITING, Sizes, device_work
 from on_device import CPU, DEVICE, ON_CPU, pick
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,6 +20,7 @@ from mgrpo_kernels import (
     token_stats_from_logits,
 )
 from mgrpo_kernels.ops import _rows
+from mgrpo_kernels.ops.linear_token_stats import staircase
 
 SIZES = pick(Sizes(512, 256, 5003, 20, 10_001), Sizes(16, 16, 300, 3, 101))
 OPS = list(CALLS)
@@ -26,7 +28,7 @@ OPS = list(CALLS)
 
 def make(op, seed=0):
     torch.manual_seed(seed)
-    return CALLS[op](SIZES, DEVICE)
+    return (CALLS | WAITING)[op](SIZES, DEVICE)
 
 
 def assert_same(first, second):
@@ -34,7 +36,7 @@ def assert_same(first, second):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text, i=i: f"result {i}: {text}")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, *WAITING])
 def test_same_bits_twice(op):
     call = make(op)
     first = [each.clone() for each in call.run()]
@@ -71,6 +73,22 @@ def test_no_host_sync(op):
     call.run()
     with no_waiting():
         call.run()
+
+
+@pytest.mark.device_only
+def test_with_a_tolerance_the_host_waits_for_the_steps_alone():
+    call, stair_of = make("sparse_token_stats"), staircase.stair_of
+    call.run()
+
+    def may_wait(*given):
+        torch.cuda.set_sync_debug_mode("default")
+        stair = stair_of(*given)
+        torch.cuda.set_sync_debug_mode("error")
+        return stair
+
+    with mock.patch.object(staircase, "stair_of", side_effect=may_wait) as waits, no_waiting():
+        call.run()
+    assert waits.call_count == 1
 
 
 @pytest.mark.device_only

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from calls import Sizes, sharp_head
 from on_device import DEVICE, ON_CPU, hold, pick
 
 from mgrpo_kernels import (
@@ -18,7 +19,7 @@ from mgrpo_kernels import (
     token_stats_from_logits,
 )
 from mgrpo_kernels.ops._triton import tuning
-from mgrpo_kernels.ops.linear_token_stats import triton
+from mgrpo_kernels.ops.linear_token_stats import staircase, triton
 
 ROWS, WIDTH, VOCAB = pick((64, 64, 5003), (8, 16, 301))
 BOTH = ("logprob", "entropy")
@@ -67,6 +68,21 @@ def test_head_with_our_own_matmul():
         chosen = dataclasses.replace(chosen, fused_tile=(16, 32, 16, 3, 4))
     with mock.patch.object(tuning, "of", return_value=chosen), mock.patch.object(triton, "FUSED_FROM", 1):
         hold(head, head_inputs(), plain="plain")
+
+
+def test_head_to_a_tolerance():
+    torch.manual_seed(0)
+    hidden, weight, labels = sharp_head(Sizes(ROWS, 64, max(VOCAB, 1500), 0, 0), torch.device("cpu"))
+    inputs = {"hidden": hidden, "weight": weight, "labels": labels}
+
+    def function(inputs, backend):
+        if backend != "triton":
+            return head(inputs, backend)
+        return linear_token_stats(**inputs, stats=BOTH, gradient_tolerance=2.0**-12, backend=backend)[:2]
+
+    with mock.patch.object(staircase, "backward", side_effect=staircase.backward) as stairs:
+        hold(function, inputs, plain="plain")
+    assert stairs.call_count == 1
 
 
 def test_head_over_kept_sets():

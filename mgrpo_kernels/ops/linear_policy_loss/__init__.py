@@ -231,7 +231,7 @@ def _run_composed(
             want_entropy=True,  # the metrics show it
             want_self_certainty=False,
             store_logits=gradient,
-            gradient_tolerance=gradient_tolerance,
+            gradient_tolerance=gradient_tolerance if gradient else None,
         )
     else:
         given = {name: value for name, value in given.items() if name not in COUNTS}

@@ -11,11 +11,23 @@ from torch import Tensor
 from mgrpo_kernels.backend import triton_unsupported as unsupported
 from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops._triton import tuning
-from mgrpo_kernels.ops._triton.launch import launch, processors, row_tile
-from mgrpo_kernels.ops.linear_token_stats import tiled
-from mgrpo_kernels.ops.linear_token_stats.specs import Head
+from mgrpo_kernels.ops._triton.launch import launch, power_of_2, processors, row_tile
+from mgrpo_kernels.ops.linear_token_stats import staircase, tiled
+from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
+from mgrpo_kernels.ops.linear_token_stats.staircase import SMALLEST, entries_room
 
-__all__ = ["FusedPasses", "GpuPasses", "backward", "forward", "logits_room", "passes_of", "unsupported"]
+__all__ = [
+    "FusedPasses",
+    "GpuPasses",
+    "backward",
+    "entries_room",
+    "forward",
+    "logits_room",
+    "passes_of",
+    "sparse_backward",
+    "sparse_forward",
+    "unsupported",
+]
 
 STORED_QUARTERS = 3  # of the workspace, for logits stored until the backward pass; the last is for its tile
 STORED_FROM = 6  # a sixth of all logits: with fewer, the traffic of narrower tiles costs as much as stored logits save
@@ -24,6 +36,7 @@ MATMUL_TILE = (
     256,
 )  # rows and columns of the result that a multiprocessor computes at once in the library's large matmuls
 FUSED_FROM = 1024  # rows: below, too few tiles for our own matmul to fill a GPU
+TOP_THREADS = 128  # of the pass that lists logits; with more than one load in flight for each it spills on gfx942
 
 
 class GpuPasses(tiled.Passes):
@@ -78,6 +91,43 @@ class GpuPasses(tiled.Passes):
             **_terms(self.gradients),
             STEPS=tile.steps,
             LANES=tile.lanes,
+            num_warps=tile.num_warps,
+        )
+
+
+class TopPasses(GpuPasses):
+    """The same passes, which also list the largest logits of each row."""
+
+    def __init__(self, wanted: Wanted, entries: Entries, first_column: int, smallest: float) -> None:
+        super().__init__(wanted)
+        self.entries, self.first_column, self.smallest = entries, first_column, smallest
+
+    def of_rows(self, rows: slice) -> TopPasses:
+        """Return the passes that list the logits of these rows."""
+        return TopPasses(self.wanted, self.entries.of_rows(rows), self.first_column, self.smallest)
+
+    def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
+        """Fold the tile into the running state, by the kernel of exact gradients, and then list its largest logits."""
+        from mgrpo_kernels.ops.linear_token_stats import _entry_triton_kernels as kernels
+
+        super().state(x, head, labels, state)
+        tile = row_tile(x.shape[1], x.element_size(), TOP_THREADS, 1)
+        launch(
+            kernels.top_kernel,
+            (x.shape[0],),
+            x,
+            x,
+            head.bias,
+            _contiguous(labels),
+            *_numbers(head, state, *self.entries),
+            head.vocab_start - self.first_column,
+            x.shape[1],
+            x.stride(0),
+            *state.stride(),
+            self.entries.rest.stride(0),
+            self.smallest,
+            ROOM=self.entries.room,
+            BLOCK=tile.elements,
             num_warps=tile.num_warps,
         )
 
@@ -221,7 +271,8 @@ def forward(
     tuned = tuning.of(hidden.device)
     passes = passes_of(hidden, head, wanted)
     if stored is not None:
-        return tiled.forward(hidden, head, labels, passes, backward_shape(hidden, head, passes, stored), stored)
+        shape = backward_shape(stored.number, head, passes, stored.values.nbytes)
+        return tiled.forward(hidden, head, labels, passes, shape, stored)
     if not isinstance(passes, FusedPasses):
         shape = forward_shape(hidden.shape[0], tuned, processors(hidden.device))
         return tiled.forward(
@@ -261,20 +312,87 @@ def backward(
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
     passes = passes_of(hidden, head, wanted)
-    shape = backward_shape(hidden, head, passes, stored)
+    number, stored_bytes = (hidden.shape[0], 0) if stored is None else (stored.number, stored.values.nbytes)
+    shape = backward_shape(number, head, passes, stored_bytes)
     return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape, stored)
 
 
-def backward_shape(
-    hidden: Tensor, head: Head, passes: GpuPasses, stored: tiled.Stored | None = None
-) -> tiled.TileShape:
+def backward_shape(number: int, head: Head, passes: GpuPasses, stored_bytes: int = 0) -> tiled.TileShape:
     """Return the tile of backward: as much of the logits as the workspace holds, with all rows if they leave it wide enough.
 
     Each span of columns reads and writes the float32 gradient of the hidden states once, and each span of rows, where there are
     several, that of the weight: so both spans should be long.
     """
-    tuned = tuning.of(hidden.device)
-    number = hidden.shape[0] if stored is None else stored.number
+    tuned = tuning.of(head.weight.device)
     shape = tiled.TileShape(min(max(1, number), tuned.backward_rows), head.weight.shape[0])
-    bound = (head.workspace_bytes or tuned.workspace_bytes) - (0 if stored is None else stored.values.nbytes)
+    bound = (head.workspace_bytes or tuned.workspace_bytes) - stored_bytes
     return shape.within(bound, tiled.backward_bytes(head, passes))
+
+
+def sparse_forward(
+    hidden: Tensor, head: Head, labels: Tensor | None, wanted: Wanted, tolerance: float, entries: Entries
+) -> Tensor:
+    """Return the same state, and keep of each row what :func:`sparse_backward` needs in `entries`."""
+    number, smallest = hidden.shape[0], SMALLEST * tolerance / len(head.weight)
+    passes = TopPasses(wanted, entries, head.vocab_start, smallest)
+    stored = logits_room(number, head) * head.raw_dtype.itemsize
+    if stored:  # by the exact op: in tiles like its own the statistics have the same bits
+        shape = backward_shape(number, head, passes, stored)
+    else:
+        shape = forward_shape(number, tuning.of(hidden.device), processors(hidden.device))
+        shape = shape.within(head.workspace_bytes, head.raw_dtype.itemsize)
+    return tiled.forward(hidden, head, labels, passes, shape, even=stored > 0)
+
+
+def sparse_backward(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor | None,
+    coefficients: Tensor,
+    logsumexp: Tensor,
+    need: tuple[bool, bool, bool],
+    wanted: Wanted,
+    tolerance: float,
+    entries: Entries,
+) -> tiled.Gradients:
+    """Return the gradients from the columns that any entry needs, or from all where that is nearly as much to multiply.
+
+    Rows that cannot be held to the tolerance with what is listed are multiplied with all columns.
+    """
+    given, passes = (hidden, head, labels, coefficients, logsumexp, need), GpuPasses(wanted)
+    needed, least = select(head, coefficients, logsumexp, tolerance, entries)
+    stair = staircase.stair_of(needed, least) if len(needed) else None
+    if stair is None or stair.products > staircase.DENSE_FROM * len(needed) * len(least):
+        return tiled.backward(*given, passes, backward_shape(len(needed), head, passes))
+    return staircase.backward(*given, passes, stair, head.workspace_bytes or tuning.of(hidden.device).workspace_bytes)
+
+
+def select(
+    head: Head, coefficients: Tensor, logsumexp: Tensor, tolerance: float, entries: Entries
+) -> tuple[Tensor, Tensor]:
+    """Return how many entries each row needs ``(N,)``, V + 1 if all, and the least of the needs of each column's rows ``(V,)``."""
+    from mgrpo_kernels.ops.linear_token_stats import _entry_triton_kernels as kernels
+
+    number, outside = len(logsumexp), head.weight.shape[0] + 1
+    needed = torch.empty(number, dtype=torch.int32, device=logsumexp.device)
+    least = needed.new_full(head.weight.shape[:1], outside)
+    room = power_of_2(entries.room)
+    if number:
+        launch(
+            kernels.select_kernel,
+            (number,),
+            needed,
+            # Triton's interpreter writes a kernel's arguments back, unchanged; another backward pass would take that for a change of them.
+            *(each.data for each in entries),
+            coefficients,
+            logsumexp.contiguous(),
+            *_numbers(head, needed, least)[:-1],
+            outside,
+            entries.room,
+            entries.rest.stride(0),
+            *coefficients.stride(),
+            tolerance,
+            ROOM=room,
+            num_warps=max(1, min(8, room // 512)),
+        )
+    return needed, least
