@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_trl
@@ -15,7 +16,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from mgrpo_kernels.integrations import IntegrationError
-from mgrpo_kernels.integrations.trl import patched
+from mgrpo_kernels.integrations.trl import loss, patched
 
 # Twelve micro-batches from one generation: the ratios leave 1, and the clip binds.
 OFF_POLICY = {"steps_per_generation": 4, "num_iterations": 2}
@@ -259,6 +260,16 @@ def test_what_moved_is_named(monkeypatch):
     ):
         patched()
     assert GRPOTrainer._compute_loss is before
+
+
+def test_gmpo_clips_logarithms_of_ratios():
+    """Between log(1 + epsilon) and epsilon a bound of the ratio itself would clip, and between log(1 - epsilon) and -epsilon it would not."""
+    trainer = SimpleNamespace(epsilon_low=0.4, epsilon_high=0.4)
+    moved = torch.tensor([[0.39, 0.41, -0.39, -0.41]]).repeat(2, 1)
+    inputs = {"old_per_token_logps": torch.full((2, 4), -3.0), "advantages": torch.tensor([1.0, -1.0])}
+    low, high = loss.clipped_by_log_ratio(trainer, inputs, moved - 3.0, torch.ones(2, 4, dtype=torch.bool))
+    assert low.tolist() == [[False] * 4, [False, False, False, True]]
+    assert high.tolist() == [[False, True, False, False], [False] * 4]
 
 
 @pytest.mark.parametrize("loss_type", ["gmpo", "dppo_tv"])
