@@ -26,6 +26,8 @@ from mgrpo_kernels.train.model.policy import Policy, load_policy
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
 from mgrpo_kernels.train.watch.report import environment
 
+VLLM_MEMORY = 0.4
+"""Share of the device's memory for vLLM, which on a CPU too refuses to start where less is free."""
 QUESTION = "Question: a farmer has {} rows of {} trees. How many trees are there? Think step by step.\nAnswer:"
 
 
@@ -62,7 +64,13 @@ def engines(
     if importlib.util.find_spec("vllm"):
         import vllm
 
-        engine = vllm.LLM(model, dtype="float32", max_model_len=width + tokens, enforce_eager=device.type == "cpu")
+        engine = vllm.LLM(
+            model,
+            dtype="float32",
+            max_model_len=width + tokens,
+            enforce_eager=device.type == "cpu",
+            gpu_memory_utilization=VLLM_MEMORY,
+        )
         options = vllm.SamplingParams(n=copies, temperature=1.0, ignore_eos=True, max_tokens=tokens, logprobs=0)
         given = [{"prompt_token_ids": each} for each in prompts]
 
