@@ -165,7 +165,16 @@ def test_tiles_change_more_where_products_are_rounded():
 @pytest.mark.parametrize("path", [tiled.native_accumulate, tiled.accumulate_widened])
 @pytest.mark.parametrize(
     ("rows", "inner", "columns"),
-    [(1, 1, 1), (5, 0, 3), (65, 513, 129), (130, 1030, 40), (17, 65, 700), (97, 576, 384), (80, 31, 128)],
+    [
+        (1, 1, 1),
+        (5, 0, 3),
+        (65, 513, 129),
+        (130, 1030, 40),
+        (17, 65, 700),
+        (20, 1030, 200),
+        (97, 576, 384),
+        (80, 31, 128),
+    ],
 )
 @pytest.mark.parametrize("layout", ["rows", "transposed", "sliced", "sliced and transposed", "every other element"])
 def test_products_are_summed_in_float32(dtype, path, rows, inner, columns, layout):
