@@ -325,6 +325,19 @@ def figures(modules, monkeypatch):
         sys.modules.pop(name, None)
 
 
+def test_what_the_tolerance_leaves_out_is_less_than_its_share_of_the_gradient(modules, tmp_path, monkeypatch, capsys):
+    cells, study, _ = modules
+    found = importlib.import_module("left_out")
+    monkeypatch.setattr(study, "WARM_STEPS", 60)
+    monkeypatch.setattr(found, "STARTS", (("own", 0),))
+    monkeypatch.setattr(found, "PROMPTS", 4)
+    monkeypatch.setattr(sys, "argv", ["left_out.py", "--bases", str(tmp_path)])
+    found.main()
+    line = json.loads(capsys.readouterr().out)
+    assert 0 < line["gradient"] < cells.TOLERANCE < line["entries"] < line["tokens"] <= 1
+    sys.modules.pop("left_out", None)
+
+
 def test_a_tolerance_is_compared_with_the_range_over_the_same_seeds(figures, monkeypatch):
     tolerance = importlib.import_module("figures_of_tolerance")
 
