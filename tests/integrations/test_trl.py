@@ -13,6 +13,7 @@ import torch
 import transformers
 import trl.trainer.utils
 from trl import GRPOTrainer, RLOOTrainer
+from trl.experimental.gmpo import GMPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from mgrpo_kernels.integrations import IntegrationError
@@ -163,6 +164,33 @@ def test_a_batch_has_plain_trls_loss_gradient_and_metrics(trainer, monkeypatch, 
     assert fused_metrics.keys() == metrics.keys()
     for name, value in metrics.items():
         assert fused_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
+
+
+def test_a_batch_has_gmpos_loss_gradient_and_metrics(trainer, monkeypatch):
+    """Ratios far from 1, a tool mask and an empty completion; and the same as ``loss_type="gmpo"`` of MGRPOTrainer."""
+    monkeypatch.setattr(trainer, "epsilon_low", 0.6)
+    monkeypatch.setattr(trainer, "epsilon_high", 1.2)
+    inputs = batch()
+    inputs["advantages"][2] = 0.0  # of the empty one, whose ratio is 1 in TRL
+    trainer.model.train()
+
+    def measure(compute_loss):
+        trainer._metrics["train"].clear()
+        value = compute_loss(trainer, trainer.model, inputs)
+        (gradient,) = torch.autograd.grad(value, trainer.model.lm_head.weight)
+        return value.item(), gradient, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+    want, gradient, metrics = measure(GMPOTrainer._compute_loss)
+    assert 0 < metrics["clip_ratio/high_mean"] < 0.5
+    assert gradient.norm() > 1e-4
+    with patched(strict=True):
+        fused = measure(GMPOTrainer._compute_loss)
+    monkeypatch.setattr(trainer, "loss_type", "gmpo")
+    monkeypatch.setattr(trainer.args, "use_bias_correction_kl", False)  # GMPOTrainer does not read it
+    for found in (fused, measure(loss.grpo_loss)):
+        assert found[0] == pytest.approx(want, rel=1e-4, abs=1e-6)
+        torch.testing.assert_close(found[1], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+        assert found[2] == pytest.approx(metrics, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 def logprobs(model, tokens, labels):
