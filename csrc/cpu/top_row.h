@@ -21,8 +21,9 @@ class TopRow {
     rest_.max = top.rest[row];
     rest_.sum_exp = top.rest[top.stride + row];
     rest_.sum_expt = top.rest[2 * top.stride + row] * LOG2_E;
-    constexpr double RESOLVED = 1e-6; // of a float32 sum
-    const double beside = std::max(state.sum_exp - 1, RESOLVED) * top.smallest;
+    // A float32 sum resolves 1e-7, but the gradient of a row that is sure of its token, and so what may be left out of it, is smaller.
+    constexpr double LEAST_BESIDE = 1e-12;
+    const double beside = std::max(state.sum_exp - 1, LEAST_BESIDE) * top.smallest;
     if (const double bound = state.max + std::log(beside); bound > bound_) {
       bound_ = static_cast<float>(bound);
     }

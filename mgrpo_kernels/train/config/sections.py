@@ -355,7 +355,7 @@ class OptimConfig(Section):
     )
     gradient_tolerance: float = option(
         0.0,
-        "share of each token's absolute logit gradient that the head's backward pass may leave out, which saves most of its time on a CPU; "
+        "share of each token's absolute logit gradient that the head's backward pass may leave out, which saves most of its time; "
         "0 leaves nothing out",
         at_least=0.0,
         below=1.0,
