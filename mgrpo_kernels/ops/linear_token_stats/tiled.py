@@ -355,7 +355,7 @@ def padded(width: int, padding: int) -> int:
 
 def make_workspace(hidden: Tensor, rows: int, columns: int, padding: int, dtype: torch.dtype) -> Tensor:
     """Return room for tiles of at most this many rows and columns."""
-    return large((rows * padded(columns, padding),), hidden.device, dtype)
+    return hidden.new_empty(rows * padded(columns, padding), dtype=dtype)
 
 
 def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep: bool = False) -> Tensor:
