@@ -69,7 +69,7 @@ cpu/iqr_filter.cpp
 cpu/head_transform.h
 cpu/kept.cpp cpu/kept.h cpu/kept_kernel.cpp
 cpu/linear_tile.cpp cpu/linear_tile.h cpu/linear_tile_kernel.cpp
-cpu/matmul.cpp cpu/pack.h cpu/pack_kernel.cpp cpu/pages.h
+cpu/matmul.cpp cpu/pack.h cpu/pack_kernel.cpp
 cpu/policy_loss.cpp cpu/policy_loss.h cpu/policy_loss_kernel.cpp cpu/policy_loss_terms.h
 cpu/row_gradient.h cpu/row_state.h
 cpu/top_entries.cpp cpu/top_entries.h cpu/top_entries_kernel.cpp cpu/top_row.h

@@ -54,7 +54,6 @@ TORCH_LIBRARY(mgrpo_native, m) {
       "entry_gradient(Tensor ids, Tensor logits, Tensor counts, Tensor rest, Tensor coefficients, Tensor logsumexp, "
       "Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, float tolerance) -> (Tensor, Tensor, Tensor)");
   m.def("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("advise_huge_pages_(Tensor(a!) x) -> ()"); // of a contiguous x that nothing has been written to
   m.def("mm_float32_(Tensor(a!) total, Tensor a, Tensor b, bool add) -> bool"); // False: not on this CPU, and nothing has been done
 
   m.def("ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] emit, float decay, int[] keys, int[] spans) -> ()");

@@ -1,7 +1,6 @@
 #include "linear_tile.h"
 
 #include "check.h"
-#include "pages.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -100,13 +99,7 @@ void tile_gradient(
    out.mutable_data_ptr());
 }
 
-void advise_huge_pages_of(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.is_contiguous(), "x: expected a contiguous tensor, got strides ", x.strides());
-  advise_huge_pages(x);
-}
-
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {
-  m.impl("advise_huge_pages_", &advise_huge_pages_of);
   m.impl("tile_state_", &tile_state);
   m.impl("tile_state_top_", &tile_state_top);
   m.impl("tile_gradient_", &tile_gradient);

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.backend import native_unsupported as unsupported
-from mgrpo_kernels.ops._memory import large
 
 __all__ = ["hidden_gradient", "logits", "unsupported", "weight_gradient"]
 
@@ -27,6 +26,6 @@ def weight_gradient(
     grad: Tensor, hidden: Tensor, ids: Tensor, weight: Tensor, need_bias: bool, workspace_bytes: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``(V, H)`` in hidden's dtype, and with `need_bias` ``(V,)`` float32; the reference has the definition."""
-    total = large(weight.shape, hidden.device, hidden.dtype)
+    total = hidden.new_empty(weight.shape)
     bias = torch.ops.mgrpo_native.kept_weight_gradient_(grad, hidden, ids, total, add=False)
     return total, bias if need_bias else None

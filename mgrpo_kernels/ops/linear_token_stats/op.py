@@ -12,7 +12,6 @@ from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd, _statistics, _tensor_parallel
 from mgrpo_kernels.ops._head import check_rows
-from mgrpo_kernels.ops._memory import large
 from mgrpo_kernels.ops._rows import (
     Kept,
     check_counts,
@@ -76,7 +75,7 @@ def linear_token_stats_op(
     room = (
         logits_room(backend, _rows_at_most(hidden, unmasked_tokens), head) if store_logits and not entries.room else 0
     )
-    logits = large((room,), hidden.device, head.raw_dtype)
+    logits = hidden.new_empty(room, dtype=head.raw_dtype)
     if entries.room:
         state = implementation.sparse_forward(*inputs, gradient_tolerance, entries.of_rows(slice(inputs[0].shape[0])))
     elif room:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mgrpo_kernels import _native
 from mgrpo_kernels.ops import _statistics
-from mgrpo_kernels.ops._memory import large
 from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
@@ -372,7 +371,7 @@ def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, ke
 
 def weight_gradient(hidden: Tensor, head: Head) -> Tensor:
     """Return room for the weight's gradient; zeros where there are no rows, and so no matmul writes it."""
-    room = large(head.weight.shape, hidden.device, head.weight.dtype)
+    room = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
     return room if hidden.shape[0] else room.zero_()
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops import _autograd
-from mgrpo_kernels.ops._memory import large
 from mgrpo_kernels.ops._statistics import Wanted, statistics_dtype
 from mgrpo_kernels.ops.token_stats import native, reference, triton
 from mgrpo_kernels.ops.token_stats.specs import TokenStats, check_stats
@@ -213,7 +212,7 @@ def token_stats_backward_op(
         ("logsumexp", logsumexp, rows, checks.WIDE_FLOATS),
         ("entropy", entropy, rows, checks.WIDE_FLOATS),
     )
-    out = large(logits.shape, logits.device, logits.dtype)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _backward_into(
         out,
         grad_logprob,
