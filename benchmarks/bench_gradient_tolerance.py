@@ -63,5 +63,7 @@ def bench_gradient_tolerance(benchmark, provider):
         ours=None,
         computes="logprob",
         tokens=N,
+        gemms=3,  # of exact gradients, with the logits held
+        flops=2.0 * N * H * V * 3,
     )
     benchmark.extra_info["errors"] = dict(errors)

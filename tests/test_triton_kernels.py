@@ -621,6 +621,7 @@ def test_every_kernel_meets_its_reference_in_the_interpreter():
     """The tests named here compare with the reference; between them they must launch all kernels that the package holds."""
     import compiled_launches
     import test_fused_head
+    import test_staircase
 
     launched = set()
 
@@ -640,6 +641,7 @@ def test_every_kernel_meets_its_reference_in_the_interpreter():
         test_the_filter_of_large_groups()
         test_gradients_are_scaled_in_place()
         test_kept_sets_around_tiles(torch.bfloat16, 33, 9)
+        test_staircase.test_rows_that_are_sure_of_their_token_need_few_entries()
         stack.enter_context(mock.patch.object(tuning, "of", return_value=test_fused_head.SMALL))
         stack.enter_context(mock.patch.object(linear_triton, "FUSED_FROM", 1))
         test_fused_head.test_passes(torch.bfloat16, 17, 24, 33, {})

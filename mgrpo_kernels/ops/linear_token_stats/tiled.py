@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mgrpo_kernels import _native
 from mgrpo_kernels.ops import _statistics
@@ -223,10 +224,11 @@ def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether :func:`accumulate` multiplies operands of this 16-bit dtype as they are, without converting them first."""
-    if multiplies_into_float32(device, dtype):
-        return True
-    factor = torch.ones(16, 16, device=device, dtype=dtype)
-    return device.type == "cpu" and native_accumulate(torch.empty(16, 16), factor, factor, first=True)
+    with _disable_current_modes():  # which see the caller's operators, not this product, and may not multiply at all
+        if multiplies_into_float32(device, dtype):
+            return True
+        factor = torch.ones(16, 16, device=device, dtype=dtype)
+        return device.type == "cpu" and native_accumulate(torch.empty(16, 16), factor, factor, first=True)
 
 
 multiplies_16_bits.__dict__["_dynamo_marked_constant"] = True  # as in backend.py: a constant of the traced graph
