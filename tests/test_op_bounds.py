@@ -5,9 +5,11 @@ import pytest
 import torch
 from contract import BACKENDS, each_backend
 
+from mgrpo_kernels import _native, sequences, trajectory_entropy
 from mgrpo_kernels import backend as backends
-from mgrpo_kernels import sequences, trajectory_entropy
 from mgrpo_kernels.ops.policy_loss import specs
+
+assert _native.missing() is None, _native.missing()  # this loads torch.ops.mgrpo_native
 
 BAD_OFFSETS = ([0, 5, 2**31 - 1], [0, 5, 100_000], [0, 3, 4], [0, 4, 3, 5], [-1, 2, 5], [1, 5])
 
