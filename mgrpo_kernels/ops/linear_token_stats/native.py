@@ -8,6 +8,7 @@ from torch import Tensor
 from mgrpo_kernels.backend import native_unsupported as unsupported
 from mgrpo_kernels.ops._statistics import Wanted
 from mgrpo_kernels.ops.linear_token_stats import tiled
+from mgrpo_kernels.ops.linear_token_stats.listing import MAX_ROOM, SMALLEST, ListingPasses
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
 __all__ = [
@@ -22,15 +23,9 @@ __all__ = [
 ]
 
 WORKSPACE_BYTES = 12 * 2**20  # of a call with a gradient: the largest tile; a larger workspace stores logits
-MAX_ROOM, ROOM_STEP = (
-    4096,
-    16,
-)  # entries kept of a row at most, and what their number is a multiple of: csrc/cpu/top_entries.h
+ROOM_STEP = 16  # what the number of entries listed of a row is a multiple of: csrc/cpu/top_entries.h
 VOCAB_PER_ENTRY = (
-    16  # of the vocabulary for each entry kept: with more, gathered rows of the weight take as long as a dense product
-)
-SMALLEST = (
-    32.0  # an entry is kept from this multiple of tolerance / V on, as a share of the probability beside the largest
+    16  # of the vocabulary for each entry: with more, gathered rows of the weight take as long as a dense product
 )
 
 
@@ -73,16 +68,8 @@ def _beside_logprob(wanted: Wanted) -> tuple[bool, bool]:
     return wanted.entropy, wanted.self_certainty
 
 
-class TopPasses(CpuPasses):
+class TopPasses(ListingPasses, CpuPasses):
     """The same passes, which also keep the largest logits of each row."""
-
-    def __init__(self, wanted: Wanted, entries: Entries, first_column: int, smallest: float) -> None:
-        super().__init__(wanted)
-        self.entries, self.first_column, self.smallest = entries, first_column, smallest
-
-    def of_rows(self, rows: slice) -> TopPasses:
-        """Return the passes that keep the logits of these rows."""
-        return TopPasses(self.wanted, self.entries.of_rows(rows), self.first_column, self.smallest)
 
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state and keep its largest logits."""

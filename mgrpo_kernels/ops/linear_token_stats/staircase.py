@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from mgrpo_kernels.ops.linear_token_stats import tiled
+from mgrpo_kernels.ops.linear_token_stats.listing import MAX_ROOM
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
-MAX_ROOM, VOCAB_PER_ENTRY = 4096, 12  # entries listed of a row at most, and of how many of the vocabulary each is one
-# An entry is listed from this multiple of tolerance / V on, as a share of the probability beside the row's largest.
-SMALLEST = 32.0
+VOCAB_PER_ENTRY = 12  # of the vocabulary for each entry that there is room for
 STEPS_IN_HALF = 4  # steps from N rows to N / 2: a column is multiplied with at most a fifth more rows than it needs
 COLUMNS_OF_A_STEP = (
     256  # whose matmuls take as long as to read and write the gradient of the hidden states, once a step
@@ -154,8 +153,6 @@ def _tile_shape(step: Step, head: Head, passes: tiled.Passes, workspace_bytes: i
 
 def _part_of_weight(of_columns: Tensor, step: Step, shape: tiled.TileShape, head: Head) -> Tensor:
     """Return room for the weight's gradient of a tile's columns: in their dtype where one matmul gives it, else in float32."""
-    dtype = of_columns.dtype
-    one_matmul = step.rows <= shape.rows and tiled.gradient_dtype(head) == dtype
-    if one_matmul and dtype != torch.float32 and tiled.rounds_once(of_columns.shape, of_columns.device, dtype):
+    if tiled.is_one_matmul(of_columns, step.rows, head, shape):
         return torch.empty_like(of_columns)
     return torch.empty(of_columns.shape, device=of_columns.device)

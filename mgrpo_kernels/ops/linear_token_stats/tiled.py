@@ -321,7 +321,7 @@ def backward(
     for columns in spans(vocab, shape.columns, ALIGNED):
         of_columns = operand(head.weight[columns])
         total = None if weight is None else weight[columns]
-        if total is not None and total.dtype != torch.float32 and not _is_one_matmul(total, number, head, shape):
+        if total is not None and total.dtype != torch.float32 and not is_one_matmul(total, number, head, shape):
             if partial is None or partial.shape != total.shape:
                 partial = torch.empty(total.shape, device=total.device)
             total = partial
@@ -343,7 +343,7 @@ def backward(
     return sums.hidden, weight, sums.bias_in(hidden.dtype)
 
 
-def _is_one_matmul(total: Tensor, number: int, head: Head, shape: TileShape) -> bool:
+def is_one_matmul(total: Tensor, number: int, head: Head, shape: TileShape) -> bool:
     """Return whether one matmul of 16-bit factors gives this part of the weight's gradient, its sums in float32."""
     fits = number <= shape.rows and gradient_dtype(head) == total.dtype
     return fits and rounds_once(total.shape, total.device, total.dtype)

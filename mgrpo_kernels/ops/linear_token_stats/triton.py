@@ -13,8 +13,9 @@ from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops._triton import tuning
 from mgrpo_kernels.ops._triton.launch import launch, power_of_2, processors, row_tile
 from mgrpo_kernels.ops.linear_token_stats import staircase, tiled
+from mgrpo_kernels.ops.linear_token_stats.listing import SMALLEST, ListingPasses
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
-from mgrpo_kernels.ops.linear_token_stats.staircase import SMALLEST, entries_room
+from mgrpo_kernels.ops.linear_token_stats.staircase import entries_room
 
 __all__ = [
     "FusedPasses",
@@ -95,16 +96,8 @@ class GpuPasses(tiled.Passes):
         )
 
 
-class TopPasses(GpuPasses):
+class TopPasses(ListingPasses, GpuPasses):
     """The same passes, which also list the largest logits of each row."""
-
-    def __init__(self, wanted: Wanted, entries: Entries, first_column: int, smallest: float) -> None:
-        super().__init__(wanted)
-        self.entries, self.first_column, self.smallest = entries, first_column, smallest
-
-    def of_rows(self, rows: slice) -> TopPasses:
-        """Return the passes that list the logits of these rows."""
-        return TopPasses(self.wanted, self.entries.of_rows(rows), self.first_column, self.smallest)
 
     def state(self, x: Tensor, head: Head, labels: Tensor | None, state: Tensor) -> None:
         """Fold the tile into the running state, by the kernel of exact gradients, and then list its largest logits."""
