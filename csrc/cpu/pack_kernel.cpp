@@ -1,5 +1,5 @@
 #include "vec.h"
-
+// after the inline namespace has been opened
 #include "pack.h"
 
 namespace mgrpo {
