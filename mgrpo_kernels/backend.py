@@ -12,8 +12,8 @@ import contextvars
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -26,6 +26,9 @@ VENDORS = ("liger",)
 # Fastest first. On a CPU Triton exists only as an interpreter, which is for tests: never an automatic choice.
 _PREFERENCE = {"cpu": ("native", "reference")}
 _PREFERENCE_ELSEWHERE = ("native", "triton", "reference")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818 - a public name
@@ -131,6 +134,17 @@ def choose(op: str, requested: str | None, device: torch.device, dtype: torch.dt
     return _choose(op, requested if requested is not None else _current(), device, dtype)
 
 
+def traced_as_constant(function: F) -> F:
+    """Mark what torch.compile is to call while it traces, taking the result for a constant of the graph.
+
+    This is the mark that torch.compiler.assume_constant_result sets; calling that would cost every import the second that torch._dynamo
+    takes to load. It must stand on a plain function: dynamo looks through a functools.cache, and traces what is inside.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@traced_as_constant  # dynamo guards on what _current() has read
 def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
     modules = _registry[op]
     where = "backend"
@@ -156,11 +170,6 @@ def _choose(op: str, requested: str | None, device: torch.device, dtype: torch.d
             return name
         passed_over.append(f"{name}: {reason}")
     raise BackendUnavailable(f"no backend of {op} can run on {device.type}, {dtype}: {'; '.join(passed_over)}")
-
-
-# The answer is a constant of the traced graph; dynamo guards on what _current() has read. This is the mark that
-# torch.compiler.assume_constant_result sets; calling that would cost every import the second that torch._dynamo takes to load.
-_choose.__dict__["_dynamo_marked_constant"] = True
 
 
 def _log_choice(op: str, name: str, device: torch.device, dtype: torch.dtype, passed_over: list[str]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mgrpo_kernels import _native
+from mgrpo_kernels.backend import traced_as_constant
 from mgrpo_kernels.ops import _statistics
 from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
@@ -221,17 +222,19 @@ def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-@functools.cache
+@traced_as_constant
 def multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether :func:`accumulate` multiplies operands of this 16-bit dtype as they are, without converting them first."""
+    return _multiplies_16_bits(device, dtype)
+
+
+@functools.cache
+def _multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
     with _disable_current_modes():  # which see the caller's operators, not this product, and may not multiply at all
         if multiplies_into_float32(device, dtype):
             return True
         factor = torch.ones(16, 16, device=device, dtype=dtype)
         return device.type == "cpu" and native_accumulate(torch.empty(16, 16), factor, factor, first=True)
-
-
-multiplies_16_bits.__dict__["_dynamo_marked_constant"] = True  # as in backend.py: a constant of the traced graph
 
 
 def native_accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
