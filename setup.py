@@ -63,6 +63,7 @@ if os.environ.get("MGRPO_ISAS"):  # only these, for a quick build: MGRPO_ISAS=DE
 SOURCES = """
 library.cpp
 cpu/check.h cpu/dispatch.cpp cpu/dispatch.h cpu/vec.h
+cpu/decoder.cpp cpu/decoder.h cpu/decoder_kernel.cpp
 cpu/ema.cpp cpu/ema.h cpu/ema_kernel.cpp
 cpu/few_rows.cpp cpu/few_rows.h cpu/few_rows_kernel.cpp
 cpu/iqr_filter.cpp

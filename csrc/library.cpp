@@ -54,6 +54,10 @@ TORCH_LIBRARY(mgrpo_native, m) {
       "entry_gradient(Tensor ids, Tensor logits, Tensor counts, Tensor rest, Tensor coefficients, Tensor logsumexp, "
       "Tensor? temperature_per_row, float temperature, float logit_scale, float? softcap, float tolerance) -> (Tensor, Tensor, Tensor)");
   m.def("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "attend_(Tensor q, Tensor k, Tensor v, Tensor prompt_keys, Tensor prompt_values, Tensor lengths, Tensor(a!) keys, Tensor(b!) values, "
+      "int before, int? window, float scale) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("mm_float32_(Tensor(a!) total, Tensor a, Tensor b, bool add) -> bool"); // False: not on this CPU, and nothing has been done
 
   m.def("ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] emit, float decay, int[] keys, int[] spans) -> ()");

@@ -224,6 +224,30 @@ def linear(draw: random.Random, backend: str) -> Call:
     return Call("few_rows", lambda *given: torch.ops.mgrpo_native.few_rows(*given), args, {})
 
 
+def attention_call(
+    prompts: int, heads: int, rollouts: int, queries: int, inner: int, outer: int, longest: int, room: int
+) -> tuple[torch.Tensor, ...]:
+    """Return the tensors of an attention of the newest tokens, in the order of the kernel's arguments."""
+    rows = prompts * rollouts
+    new = (torch.randn(rows, heads * n, size) for n, size in ((queries, inner), (1, inner), (1, outer)))
+    of_prompts = torch.randn(prompts * heads, inner, longest), torch.randn(prompts * heads, longest, outer)
+    own = torch.randn(prompts, heads, rollouts, inner, room), torch.randn(prompts, heads, rollouts, room, outer)
+    return *new, *of_prompts, torch.randint(0, longest + 1, (prompts,)), *own
+
+
+def decoder(draw: random.Random, backend: str) -> Call:
+    """What the rollouts run between a decoder's products."""
+    if draw.random() < 0.4:
+        columns = draw.choice((1, 16, 70))
+        args = floats(draw, draw.choice((0, 3)), columns).float(), floats(draw, columns).float(), 1e-5
+        return Call("rms_norm", lambda *given: torch.ops.mgrpo_native.rms_norm(*given), args, {})
+    sizes = [
+        draw.choice(sizes) for sizes in ((0, 1, 2), (1, 2), (1, 3), (1, 3), (1, 17), (1, 40), (0, 1, 20), (1, 8, 33))
+    ]
+    args = *attention_call(*sizes), draw.randrange(sizes[-1]), draw.choice((None, 1, 12)), 0.3
+    return Call("attend_", lambda *given: torch.ops.mgrpo_native.attend_(*given), args, {})
+
+
 def ema(draw: random.Random, backend: str) -> Call:
     shapes = [draw.choice(((), (0,), (5,), (3, 700), (70_000,))) for _ in range(draw.randint(0, 3))]
     lists = [[torch.randn(shape).to(draw.choice(DTYPES[:4])) for shape in shapes] for _ in range(3)]
@@ -232,7 +256,7 @@ def ema(draw: random.Random, backend: str) -> Call:
     return Call("ema_update_", mgrpo_kernels.ema_update_, (lists[0], lists[1], 0.9), keywords | {"backend": backend})
 
 
-MAKERS = (token_stats, linear_token_stats, policy_loss, policy_loss, linear_policy_loss, small, ema, linear)
+MAKERS = (token_stats, linear_token_stats, policy_loss, policy_loss, linear_policy_loss, small, ema, linear, decoder)
 
 
 # --------------------------------------------------------------------------------------------------------- direct calls

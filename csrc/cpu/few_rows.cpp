@@ -26,7 +26,7 @@ Tensor few_rows(const Tensor& x_, const Tensor& weight_, const std::optional<Ten
         x.const_data_ptr<float>(), weight.const_data_ptr<float>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr,
         x.stride(0),               weight.stride(0),               x.size(0),
         x.size(1),                 weight.size(0)};
-    const Tensor packed = at::zeros({(of.rows + 31) / 32 * 32, of.inner}, x.options());
+    const Tensor packed = of.rows % 32 ? at::zeros({of.rows / 32 * 32 + 32, of.inner}, x.options()) : at::empty(x.sizes(), x.options());
     MGRPO_CALL(few_rows_kernel)(of, packed.mutable_data_ptr<float>(), out.mutable_data_ptr<float>());
   }
   return out;

@@ -176,10 +176,15 @@ def test_batches_keep_to_the_budget(shape: list[tuple[int, int]], budget: int) -
         assert len(batch) == 1 or layout.ids.shape[1] <= budget
 
 
+@pytest.mark.parametrize("one_operation", [True, False])  # as float32 on a CPU, and as everywhere else
 @pytest.mark.parametrize("family", FAMILIES)
-def test_samples_are_those_of_the_models_own_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_those_of_the_models_own_cache(
+    family: str, one_operation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One prompt held for all its rollouts, rollouts that end and leave, room that grows, windows that slide."""
     monkeypatch.setattr("mgrpo_kernels.train.rollout.cache.ROOM", 3)
+    if not one_operation:
+        monkeypatch.setattr("mgrpo_kernels.train.rollout.cache.are_plain", lambda *_: False)
     policy = policy_of(family)
     monkeypatch.setattr(policy, "eos", [1, 4, 7])
     kept, keep = [], SharedCache.keep

@@ -1,4 +1,4 @@
-"""Linear layers without gradients on a CPU: products of our own or of oneDNN where PyTorch's own float32 matmul is slow."""
+"""Layers without gradients on a CPU: faster products where PyTorch's own float32 matmul is slow, and what is between the products."""
 
 from __future__ import annotations
 
@@ -31,17 +31,22 @@ def is_faster() -> bool:
     return tiled.native_accumulate(torch.empty(128, 128), ones, ones, first=True)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return :func:`torch.nn.functional.linear`, by the fastest product for a large float32 weight on a CPU if no gradient is required."""
-    if (
-        type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.numel() >= LARGE
-        and weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+def are_plain(*tensors: Tensor) -> bool:
+    """Return whether an operation of these needs no more than float32 numbers on a CPU: no gradient, no subclass, no trace."""
+    return (
+        all(
+            type(each) in (Tensor, torch.nn.Parameter) and each.dtype == torch.float32 and each.device.type == "cpu"
+            for each in tensors
+        )
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-    ):
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return :func:`torch.nn.functional.linear`, by the fastest product for a large float32 weight on a CPU if no gradient is required."""
+    if weight.numel() >= LARGE and are_plain(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= FEW_ROWS and few_rows_is_faster():
             out: Tensor = torch.ops.mgrpo_native.few_rows(rows, weight, bias)
@@ -49,3 +54,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if is_faster():
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return :func:`torch.nn.functional.rms_norm` over the last dimension; in one operation on a CPU if no gradient is required."""
+    if _native.missing() is None and are_plain(x, weight):
+        return torch.ops.mgrpo_native.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)

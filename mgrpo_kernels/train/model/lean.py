@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
-from mgrpo_kernels.ops.linear_token_stats.layers import linear
+from mgrpo_kernels.ops.linear_token_stats.layers import linear, rms_norm
 from mgrpo_kernels.train.model.attention import Layout
 
 FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
@@ -119,7 +118,7 @@ def lean_decoder(decoder: Any, windows: Mapping[int, int | None]) -> LeanDecoder
 
 
 def normalized(x: Tensor, norm: Any) -> Tensor:
-    return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
 def project(x: Tensor, module: nn.Linear) -> Tensor:

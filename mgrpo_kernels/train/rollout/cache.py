@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from mgrpo_kernels import _native
+from mgrpo_kernels.ops.linear_token_stats.layers import are_plain
 from mgrpo_kernels.train.model.attention import Sequences, padded
 from mgrpo_kernels.train.model.policy import Policy
 
@@ -54,8 +56,9 @@ class SharedCache:
         self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=policy.device)  # (U,)
         self.longest = max(map(len, prompts))
         self.length = 0  # of each rollout
-        self.prompt: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, (U K, L, D)
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (U, K, c, room, D)
+        # Of each layer, keys (U K, D, L) and values (U K, L, D): products over keys and over values then read what lies side by side.
+        self.prompt: list[tuple[Tensor, Tensor]] = []
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}  # (U, K, c, D, room) and (U, K, c, room, D)
         self._positions: Tensor | None = None  # (1, T), of the next tokens
         self._bias: dict[int | None, Tensor] = {}
 
@@ -66,7 +69,7 @@ class SharedCache:
         for layer in range(len(layout.kept)):
             keys, values = (padded(each, layout.prompts).flatten(0, 1) for each in layout.kept[layer])
             # Under autocast the rotary embedding returns keys in float32.
-            self.prompt.append((keys.to(values.dtype), values))
+            self.prompt.append((keys.to(values.dtype).transpose(1, 2).contiguous(), values))
         return self.policy.logits(hidden).repeat_interleave(self.copies, 0)
 
     def extend(self, tokens: Tensor) -> Tensor:
@@ -82,35 +85,38 @@ class SharedCache:
         """See :class:`mgrpo_kernels.train.model.attention.Layout`."""
         T, K, D = k.shape
         c, repeat, U = self.copies, q.shape[1] // K, T // self.copies
-        own_keys, own_values = self._append(layer, k, v)
+        own_keys, own_values = self._with_room(layer, k, v)
         keys, values = self.prompt[layer]
-        q = q.to(values.dtype).view(U, c, K, repeat, D).transpose(1, 2).reshape(U * K, c * repeat, D)
-        # The n tokens of each rollout within the window: (U K c, n, D).
-        first = 0 if window is None else max(0, self.length + 1 - window)
-        own_keys, own_values = (each[:, :, :, first : self.length + 1].flatten(0, 2) for each in (own_keys, own_values))
-        with_prompt = torch.baddbmm(self._seen(window, K, q.dtype), q, keys.transpose(1, 2), alpha=scale)
-        alone = torch.baddbmm(
-            q.new_zeros(1), q.reshape(U * K * c, repeat, D), own_keys.transpose(1, 2), beta=0, alpha=scale
+        if _native.missing() is None and are_plain(q, k, v, keys, values):
+            new, held = (q, k, v), (keys, values, self.lengths, own_keys, own_values)
+            return torch.ops.mgrpo_native.attend_(*new, *held, self.length, window, scale)  # type: ignore[no-any-return]
+        own_keys[..., self.length], own_values[..., self.length, :] = (
+            each.view(U, c, K, -1).transpose(1, 2) for each in (k, v)
         )
+        q = q.to(values.dtype).view(U, c, K, repeat, D).transpose(1, 2).reshape(U * K, c * repeat, D)
+        # The n tokens of each rollout within the window: (U K c, D, n) and (U K c, n, D).
+        first = 0 if window is None else max(0, self.length + 1 - window)
+        own_keys = own_keys[..., first : self.length + 1].flatten(0, 2)
+        own_values = own_values[..., first : self.length + 1, :].flatten(0, 2)
+        with_prompt = torch.baddbmm(self._seen(window, K, q.dtype), q, keys, alpha=scale)
+        alone = torch.baddbmm(q.new_zeros(1), q.reshape(U * K * c, repeat, D), own_keys, beta=0, alpha=scale)
         weights = torch.cat([with_prompt, alone.view(U * K, c * repeat, -1)], dim=-1)
         weights = weights.softmax(-1, dtype=torch.float32).to(values.dtype)
-        of_prompt, of_own = weights.split([keys.shape[1], own_keys.shape[1]], dim=-1)
+        of_prompt, of_own = weights.split([keys.shape[2], own_keys.shape[2]], dim=-1)
         out = torch.bmm(of_prompt, values).view(U * K * c, repeat, -1)
         out = torch.baddbmm(out, of_own.view(U * K * c, repeat, -1), own_values)
         return out.view(U, K, c, repeat, -1).transpose(1, 2).reshape(T, K * repeat, -1)
 
-    def _append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new token's keys and values, ``(T, K, D)``; return those of all tokens, ``(U, K, c, room, D)``."""
+    def _with_room(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys ``(U, K, c, D, room)`` and values ``(U, K, c, room, D)`` of all tokens, with room for one more."""
         held = self.own.get(layer)
-        if held is None or held[0].shape[3] == self.length:
+        if held is None or held[0].shape[-1] == self.length:
             room = room_for(self.length + 1, self.max_tokens)
-            shape = len(self.lengths), k.shape[1], self.copies, room
-            new = (v.new_empty(*shape, k.shape[2]), v.new_empty(*shape, v.shape[2]))
-            for before, after in zip(held or (), new, strict=held is not None):
-                after[:, :, :, : self.length] = before
+            shape = len(self.lengths), k.shape[1], self.copies
+            new = v.new_empty(*shape, k.shape[2], room), v.new_empty(*shape, room, v.shape[2])
+            if held is not None:
+                new[0][..., : self.length], new[1][..., : self.length, :] = held
             self.own[layer] = held = new
-        for every, this in zip(held, (k, v), strict=True):
-            every[:, :, :, self.length] = this.view(len(self.lengths), self.copies, *this.shape[1:]).transpose(1, 2)
         return held
 
     def _seen(self, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
@@ -253,7 +259,7 @@ class NoCache:
 
 
 def chosen(held: Tensor, prompts: Tensor, rollouts: Tensor) -> Tensor:
-    """Select some rollouts, ``(u, k)``, of some prompts, ``(u,)``, from ``(U, K, c, room, D)``."""
+    """Select some rollouts, ``(u, k)``, of some prompts, ``(u,)``, from ``(U, K, c, ...)``."""
     return held.transpose(1, 2)[prompts[:, None], rollouts].transpose(1, 2).contiguous()
 
 
