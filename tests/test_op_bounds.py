@@ -73,6 +73,8 @@ def can_be_shorter(call, name):
         return False  # offsets without an empty last part are valid
     if name == "weight" and given.get("bias") is None:
         return False  # a smaller vocabulary
+    if name == "advantages" and "logprob" in given and len(tensor) - 1 == len(given["logprob"]):
+        return False  # one of each token
     if name in {"logits", "hidden", "labels"}:  # valid where no other tensor has as many rows
         others = (first_of(value) for other, value in given.items() if other != name)
         if not any(isinstance(each, torch.Tensor) and each.shape[:1] == tensor.shape[:1] for each in others):
