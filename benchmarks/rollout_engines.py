@@ -2,8 +2,10 @@
 
 python benchmarks/rollout_engines.py "$(python scripts/real_model.py)" [--rounds 5] [--out benchmarks/results/rollout-engines.json]
 
-The three take turns, so that a slow minute of the machine falls on all of them. Ours also returns log-probs, as training needs them; all
-responses have the same length, so that the number of tokens is the same.
+The three take turns, so that a slow minute of the machine falls on all of them, and wait before each turn: vLLM's worker asks for work
+without a pause for a second after its last. On a CPU vLLM gets all cores as the others do; left to itself it keeps one free. All run with
+an allocator that keeps freed memory, as vLLM's documentation advises, where jemalloc is installed. Ours also returns log-probs, as training
+needs them; all responses have the same length, so that the number of tokens is the same.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import importlib.util
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,8 @@ from mgrpo_kernels.train.watch.report import environment
 
 VLLM_MEMORY = 0.4
 """Share of the device's memory for vLLM, which on a CPU too refuses to start where less is free."""
+REST = 2.0
+"""Seconds before each turn."""
 QUESTION = "Question: a farmer has {} rows of {} trees. How many trees are there? Think step by step.\nAnswer:"
 
 
@@ -62,6 +67,8 @@ def engines(
         "transformers": generate,
     }
     if importlib.util.find_spec("vllm"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))  # read when vLLM is imported
         import vllm
 
         engine = vllm.LLM(
@@ -91,6 +98,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file of the result")
     options = parser.parse_args()
+    kept = machine.keeping_memory()
+    if any(os.environ.get(name) != value for name, value in kept.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
     load = os.getloadavg()[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(options.model, device, torch.float32, LoraConfig(), 0)
@@ -99,6 +109,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(options.rounds + 1):
         for name, call in calls.items():
+            time.sleep(REST)
             begin = time.perf_counter()
             tokens = call()
             if turn:  # the first is not timed
