@@ -242,7 +242,8 @@ def decoder(draw: random.Random, backend: str) -> Call:
         args = floats(draw, draw.choice((0, 3)), columns).float(), floats(draw, columns).float(), 1e-5
         return Call("rms_norm", lambda *given: torch.ops.mgrpo_native.rms_norm(*given), args, {})
     sizes = [
-        draw.choice(sizes) for sizes in ((0, 1, 2), (1, 2), (1, 3), (1, 3), (1, 17), (1, 40), (0, 1, 20), (1, 8, 33))
+        draw.choice(sizes)
+        for sizes in ((0, 1, 2), (0, 1, 2), (0, 1, 3), (0, 1, 3), (0, 1, 17), (0, 1, 40), (0, 1, 20), (1, 8, 33))
     ]
     args = *attention_call(*sizes), draw.randrange(sizes[-1]), draw.choice((None, 1, 12)), 0.3
     return Call("attend_", lambda *given: torch.ops.mgrpo_native.attend_(*given), args, {})

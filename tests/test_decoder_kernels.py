@@ -62,6 +62,16 @@ def test_rows_of_a_larger_tensor_and_nothing_beyond_the_lengths():
     torch.testing.assert_close(torch.ops.mgrpo_native.attend_(*call), want.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("empty", range(7))
+def test_what_is_empty_stays_empty(empty):
+    sizes = [2, 2, 2, 2, 4, 4, 3]
+    sizes[empty] = 0
+    args = attention_call(*sizes, 4)
+    got = torch.ops.mgrpo_native.attend_(*args, 1, None, 1.0)
+    assert got.shape == (*args[0].shape[:2], sizes[5])
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_number_that_is_not_finite_reaches_its_rollout_alone(bad):
     args = attention_call(2, 1, 2, 2, 8, 8, 5, 4)

@@ -84,7 +84,7 @@ float exponentials(float* x, int64_t n) {
 
 void attend_kernel(const Attention& of, float* keys, float* values, float* out) {
   const int64_t from = std::max<int64_t>(0, of.before + 1 - of.window), own = of.before + 1 - from;
-  const int64_t products = of.queries * (of.longest + own) * (of.inner + of.outer);
+  const int64_t products = std::max<int64_t>(1, of.queries * (of.longest + own) * (of.inner + of.outer));
   at::parallel_for(0, of.prompts * of.heads * of.rollouts, std::max<int64_t>(1, WORK / products), [&](int64_t begin, int64_t end) {
     std::vector<float> scores(of.longest + own + 2 * WIDTH);
     for (int64_t unit = begin; unit < end; ++unit) { // a rollout's head of keys
