@@ -6,7 +6,7 @@ import pytest
 import torch
 from contract import watch_memory
 
-from mgrpo_kernels import linear_policy_loss, linear_token_stats
+from mgrpo_kernels import linear_policy_loss, linear_token_stats, token_stats_from_logits
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 
 N, H, V = 150, 24, 701
@@ -115,3 +115,29 @@ def test_a_default_tile_has_the_columns_of_float32(monkeypatch):
         with mock.patch.object(tiled, "multiplies_16_bits", return_value=multiplies):
             assert native.tile_shape(torch.bfloat16).columns == columns
             assert native.tile_shape(torch.float32).columns == 1024
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [5, N])
+@pytest.mark.parametrize("gradient_tolerance", [None, 2**-8])
+def test_logits_of_16_bits_are_rounded_products_in_float32(dtype, number, gradient_tolerance):
+    hidden, weight, labels, mask = make(dtype, number)
+    options = {"logits_dtype": dtype, "gradient_tolerance": gradient_tolerance}
+    got = statistics_and_gradients(hidden, weight, labels, mask, **options)
+    logits = (hidden.float() @ weight.float().t()).to(dtype)
+    for one, other in zip(got[:2], token_stats_from_logits(logits, labels, mask=mask, temperature=0.8), strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    want = statistics_and_gradients(hidden.float(), weight.float(), labels, mask)
+    for one, other in zip(got[2:], want[2:], strict=True):
+        assert one.dtype == dtype
+        assert (one - other).norm() <= 0.02 * other.norm()
+
+
+def test_logits_of_16_bits_need_few_bytes_in_float32():
+    total, a, b = torch.zeros(4096, 1024).bfloat16(), torch.ones(4096, 8), torch.ones(8, 1024)
+    with watch_memory() as memory:
+        tiled.accumulate(total, a, b, first=True)
+    assert memory.largest <= tiled.WIDENED_BYTES
+    assert bool((total == 8).all())
+    tiled.accumulate(total, a.bfloat16(), b, first=False)
+    assert bool((total == 16).all())

@@ -26,8 +26,9 @@ def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Ten
         )
     if bias is not None:
         checks.check_tensor("bias", bias, shape=weight.shape[:1], device=hidden.device)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(dtype), cast_weight(weight, dtype), None if bias is None else bias.to(dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:

@@ -95,7 +95,7 @@ def first_rows(count: int, *sets: Tensor | None) -> Tensor:
     return members.argsort(descending=True, stable=True)[:count]
 
 
-def take(value: Any, rows: Tensor | None) -> Any:
+def take(value: Any, rows: Tensor | slice | None) -> Any:
     """Return these rows of a tensor; anything else, and everything for None, as it is."""
     return value[rows] if isinstance(value, Tensor) and rows is not None else value
 

@@ -28,7 +28,7 @@ def logits(hidden: Tensor, weight: Tensor, ids: Tensor, workspace_bytes: int | N
     """Return x ``(N, K)`` float32, the product of each row of `hidden` with its rows of the weight; 0 where ABSENT."""
     from mgrpo_kernels.ops.kept_token_stats import _triton_kernels as kernels
 
-    hidden, weight, x = _rows(hidden), _rows(weight), torch.empty(ids.shape, device=ids.device)
+    hidden, weight, x = _rows(hidden), _rows(weight), torch.empty_like(ids, dtype=torch.float32)
     if x.numel():
         launch(
             kernels.logits_kernel,
@@ -53,7 +53,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor, ids: Tensor, workspace_bytes: 
     """Return ``(N, H)`` float32, the sum of each row's rows of the weight times `grad` ``(N, K)``."""
     from mgrpo_kernels.ops.kept_token_stats import _triton_kernels as kernels
 
-    weight, out = _rows(weight), torch.empty(ids.shape[0], weight.shape[1], device=grad.device)
+    weight, out = _rows(weight), grad.new_empty(ids.shape[0], weight.shape[1])
     columns = _columns(weight.shape[1])
     if out.numel():
         launch(
@@ -87,7 +87,7 @@ def weight_gradient(
     by_id, order = ids.flatten().sort(stable=True)
     bounds = torch.searchsorted(by_id, torch.arange(vocab + 1, device=ids.device, dtype=ids.dtype))
     total = torch.empty(vocab, width, device=grad.device, dtype=hidden.dtype)
-    bias = torch.empty(vocab, device=grad.device) if need_bias else None
+    bias = grad.new_empty(vocab) if need_bias else None
     columns = _columns(width)
     launch(
         kernels.weight_gradient_kernel,

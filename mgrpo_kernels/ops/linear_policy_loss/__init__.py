@@ -144,7 +144,7 @@ def linear_policy_loss(
     if not torch.compiler.is_compiling() and any(need):
         _log(fused, why)
     head = {
-        "hidden": hidden.reshape(-1, hidden.shape[-1]),
+        "hidden": hidden.reshape(rows.numel(), hidden.shape[-1]),
         "weight": weight,
         "bias": bias,
         "labels": labels.reshape(-1),

@@ -81,7 +81,7 @@ class BlockLoss:
         self.wrong = wrong  # counts of the caller, as far as only the device knows: 0-d bool
         self.loss_of = backends.implementation(LOSS_OP, backend).forward
         self.total = tokens.logprob.new_zeros(())
-        self.metrics = torch.zeros(len(METRICS), device=tokens.logprob.device)
+        self.metrics = torch.zeros(len(METRICS), device=tokens.logprob.device, dtype=torch.float32)
 
     def coefficients_of(self, block: slice, statistics: _statistics.Statistics) -> Tensor:
         """Add the loss of a block; return what the gradient of its logits is made of."""

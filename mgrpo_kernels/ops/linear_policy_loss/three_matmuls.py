@@ -119,7 +119,7 @@ def _room(
         if one_matmul and live * stride * element_bytes <= sum_bytes + (bound if in_place else 0):
             rows = live
         else:
-            total = torch.empty(weight.shape, device=weight.device)
+            total = torch.empty_like(weight, dtype=torch.float32)
             in_weight = weight.numel() * weight.element_size() // element_bytes
             if in_weight // stride > rows:
                 rows = in_weight // stride

@@ -133,7 +133,7 @@ def linear_token_stats(
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     tensors = (
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(rows.numel(), hidden.shape[-1]),
         weight,
         bias,
         labels,

@@ -31,7 +31,7 @@ def _logits(hidden: Tensor, head: Head) -> Tensor:
     if head.raw_dtype == hidden.dtype:
         x = torch.nn.functional.linear(hidden, head.weight, head.bias)
         return x if x.dtype == torch.float64 else x.float()
-    x = torch.empty(hidden.shape[0], head.weight.shape[0], device=hidden.device)
+    x = torch.empty(hidden.shape[0], head.weight.shape[0], device=hidden.device, dtype=torch.float32)
     wide = hidden.float()
     for columns in _column_blocks(head):
         torch.mm(wide, head.weight[columns].float().t(), out=x[:, columns])

@@ -44,12 +44,12 @@ class Entries(NamedTuple):
     def empty(cls, number: int, room: int, device: torch.device) -> Entries:
         """Return the entries of rows of which nothing has been seen. With no room, all four are empty."""
         number = number if room else 0
-        rest = torch.zeros(4, number, device=device)
+        rest = torch.zeros(4, number, device=device, dtype=torch.float32)
         rest[0] = rest[3] = -torch.inf
         ids = torch.zeros(number, room, dtype=torch.int32, device=device)
         ids[:, :1] = -1
         counts = torch.ones(number, dtype=torch.int32, device=device)
-        return cls(ids, torch.zeros(number, room, device=device), counts, rest)
+        return cls(ids, torch.zeros_like(ids, dtype=torch.float32), counts, rest)
 
     @property
     def room(self) -> int:
@@ -66,12 +66,17 @@ def transform(x: Tensor, head: Head, temperature: float | Tensor) -> Tensor:
     y = x * head.logit_scale
     if head.softcap is not None:
         y = head.softcap * torch.tanh(y / head.softcap)
-    return y / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    return y / _beside(x, temperature)
 
 
 def transform_gradient(grad_z: Tensor, x: Tensor, head: Head, temperature: float | Tensor) -> Tensor:
     """Return dx from dz, both ``(n, C)``; d softcap tanh(y / softcap) / dy = 1 - tanh(y / softcap)^2."""
-    grad = grad_z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    grad = grad_z / _beside(x, temperature)
     if head.softcap is not None:
         grad = grad * (1 - torch.tanh(x * head.logit_scale / head.softcap).square())
     return grad * head.logit_scale
+
+
+def _beside(x: Tensor, temperature: float | Tensor) -> float | Tensor:
+    """Return a temperature as a divisor of x ``(n, C)``, whose dtype the quotient has."""
+    return temperature.to(x.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature

@@ -155,4 +155,4 @@ def _part_of_weight(of_columns: Tensor, step: Step, shape: tiled.TileShape, head
     """Return room for the weight's gradient of a tile's columns: in their dtype where one matmul gives it, else in float32."""
     if tiled.is_one_matmul(of_columns, step.rows, head, shape):
         return torch.empty_like(of_columns)
-    return torch.empty(of_columns.shape, device=of_columns.device)
+    return torch.empty_like(of_columns, dtype=torch.float32)

@@ -23,19 +23,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mgrpo_kernels import _native
 from mgrpo_kernels.backend import traced_as_constant
 from mgrpo_kernels.ops import _statistics
+from mgrpo_kernels.ops._rows import take
 from mgrpo_kernels.ops._statistics import EVERYTHING, Wanted
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-
 ALIGNED = 64  # a tile's columns are a multiple of this, but for the last: rows then begin where wide loads and matmuls want them
 # Elements of a product from which a GPU's matmul has no reason to split the inner dimension among its multiprocessors and to
 # add up the pieces in 16 bits, as it may where PyTorch's allow_bf16_reduced_precision_reduction, or that of fp16, is set (the default).
 UNSPLIT_FROM = 2**25
-OPERAND_BYTES = (
-    32 * 2**20
-)  # of the float32 copy of a factor of several matmuls, where no matmul of 16-bit factors has a float32 result
+# Of the float32 copy of a factor of several matmuls, where no matmul of 16-bit factors has a float32 result.
+OPERAND_BYTES = 32 * 2**20
 WHOLE_BLOCKS_FROM = 32, 64, 128  # rows, inner dimension and columns
 WIDENED_BYTES = 4 * 2**20  # of such copies for one matmul, where its factors are larger
 
@@ -172,14 +171,14 @@ def of_tile(head: Head, rows: slice, columns: slice, weight: Tensor | None = Non
     return head._replace(
         weight=head.weight[columns] if weight is None else weight,
         bias=None if head.bias is None else head.bias[columns],
-        temperature=head.temperature[rows] if isinstance(head.temperature, Tensor) else head.temperature,
+        temperature=take(head.temperature, rows),
         vocab_start=head.vocab_start + columns.start,
     )
 
 
 def empty_state(number: int, device: torch.device, wanted: Wanted = EVERYTHING) -> Tensor:
     """Return the state ``(6, N)`` of rows of which nothing has been seen. Sums that are not wanted are NaN and stay so."""
-    state = torch.zeros(_statistics.STATE_ROWS, number, device=device)
+    state = torch.zeros(_statistics.STATE_ROWS, number, device=device, dtype=torch.float32)
     state[_statistics.MAX] = -torch.inf
     return _statistics.without_unwanted(state, wanted)
 
@@ -198,22 +197,25 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif total.dtype != torch.float32:  # of 16 bits, and a factor has been converted
+        for rows in spans(total.shape[0], max(1, WIDENED_BYTES // (4 * max(1, total.shape[1])))):
+            accumulate(wide := total[rows].float(), a[rows], b, first)
+            total[rows] = wide
     elif not (a.device.type == "cpu" and a.dtype == b.dtype and native_accumulate(total, a, b, first)):
         accumulate_widened(total, a, b, first)
 
 
 def is_large(a: Tensor, b: Tensor) -> bool:
     """Return whether csrc/cpu/matmul.cpp, which fills up its blocks with zeros, is worth while for these float32 factors."""
-    return (
-        a.device.type == "cpu" and a.dtype == torch.float32 and all(map(ge, (*a.shape, b.shape[1]), WHOLE_BLOCKS_FROM))
-    )
+    fits = a.device.type == "cpu" and a.dtype == torch.float32
+    return fits and all(map(ge, (*a.shape, b.shape[1]), WHOLE_BLOCKS_FROM))
 
 
 @functools.cache
 def multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether PyTorch has a matmul of this 16-bit dtype with a float32 result on the device, found out by a tiny product."""
     factor = torch.ones(16, 16, device=device, dtype=dtype)
-    total = torch.ones(16, 16, device=device)
+    total = factor.float()
     try:
         torch.mm(factor, factor, out_dtype=total.dtype, out=total)
         torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
@@ -234,7 +236,7 @@ def _multiplies_16_bits(device: torch.device, dtype: torch.dtype) -> bool:
         if multiplies_into_float32(device, dtype):
             return True
         factor = torch.ones(16, 16, device=device, dtype=dtype)
-        return device.type == "cpu" and native_accumulate(torch.empty(16, 16), factor, factor, first=True)
+        return device.type == "cpu" and native_accumulate(factor.float(), factor, factor, first=True)
 
 
 def native_accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
@@ -290,8 +292,7 @@ def forward(
         for rows in spans(number, shape.rows):
             tile_head = of_tile(head, rows, columns, weight)
             x = place_of(workspace, rows, columns, passes.padding) if tile is None else tile[rows]
-            of_tile_labels = None if labels is None else labels[rows]
-            passes.of_rows(rows).fill(x, operand(hidden[rows]), tile_head, of_tile_labels, state[:, rows])
+            passes.of_rows(rows).fill(x, operand(hidden[rows]), tile_head, take(labels, rows), state[:, rows])
     return state
 
 
@@ -326,14 +327,13 @@ def backward(
         total = None if weight is None else weight[columns]
         if total is not None and total.dtype != torch.float32 and not is_one_matmul(total, number, head, shape):
             if partial is None or partial.shape != total.shape:
-                partial = torch.empty(total.shape, device=total.device)
+                partial = torch.empty_like(total, dtype=torch.float32)
             total = partial
         tile = None if stored is None else stored.tile(columns, passes.padding)
         for rows in spans(number, shape.rows):
             tile_head, of_rows = of_tile(head, rows, columns, of_columns), operand(factor[rows])
             x, grad = (place_of(each, rows, columns, passes.padding) for each in (logits, gradients))
-            of_labels = None if labels is None else labels[rows]
-            given = tile_head, of_labels, coefficients[:, rows], logsumexp[rows], grad
+            given = tile_head, take(labels, rows), coefficients[:, rows], logsumexp[rows], grad
             if stored is None or tile is None:
                 passes.fill_gradient(x, of_rows, *given)
             else:
@@ -384,8 +384,8 @@ class Sums:
     """The float32 accumulators of the gradients of hidden and bias."""
 
     def __init__(self, hidden: Tensor, head: Head, need: tuple[bool, bool, bool]) -> None:
-        self.hidden = torch.empty(hidden.shape, device=hidden.device) if need[0] else None
-        self.bias = torch.zeros(head.bias.shape, device=hidden.device) if need[2] and head.bias is not None else None
+        self.hidden = hidden.new_empty(hidden.shape, dtype=torch.float32) if need[0] else None
+        self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if need[2] and head.bias is not None else None
 
     def add(self, grad: Tensor, weight: Tensor, rows: slice, columns: slice) -> None:
         """Add what a tile's gradient ``(n, C)`` gives for hidden and bias."""

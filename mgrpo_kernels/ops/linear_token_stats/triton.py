@@ -136,7 +136,7 @@ class FusedPasses(GpuPasses):
 
         (number, width), columns = hidden.shape, head.weight.shape[0]
         block_n = tuning.of(hidden.device).fused_tile[1]
-        states = torch.empty(-(-columns // block_n), 5, number, device=hidden.device)
+        states = torch.empty(-(-columns // block_n), 5, number, device=hidden.device, dtype=torch.float32)
         sizes = (number, columns, width, 0 if x is None else x.stride(0))
         self._launch(kernels.state_kernel, hidden, head, (_contiguous(labels), x, states), sizes, _sums(self.wanted))
         launch(
@@ -222,6 +222,7 @@ def _contiguous(values: Tensor | None) -> Tensor | None:
 def _numbers(head: Head, *tensors: Tensor) -> tuple[Any, ...]:
     """Return the kernels' arguments from `temperature` to `first`, with their `tensors` in between."""
     per_row, number = (head.temperature, 1.0) if isinstance(head.temperature, Tensor) else (None, head.temperature)
+    per_row = None if per_row is None else per_row.float()  # with one in float64 a kernel would compute all in float64
     softcap = None if head.softcap is None else float(head.softcap)
     return _contiguous(per_row), *tensors, 1.0 / number, float(head.logit_scale), softcap, head.vocab_start
 

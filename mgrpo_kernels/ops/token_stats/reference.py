@@ -13,7 +13,11 @@ __all__ = ["backward", "forward", "unsupported"]
 
 def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
     z = logits.to(statistics_dtype(logits))
-    return z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    return z / _divisor(temperature, z)
+
+
+def _divisor(temperature: float | Tensor, z: Tensor) -> float | Tensor:
+    return temperature.to(z.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
 
 
 def forward(
@@ -72,7 +76,7 @@ def backward(
         grad -= grad_entropy.unsqueeze(-1) * torch.where(logp == -torch.inf, 0.0, p * (logp + entropy.unsqueeze(-1)))
     if grad_self_certainty is not None:
         grad += grad_self_certainty.unsqueeze(-1) * (p - 1.0 / z.shape[-1])
-    grad = grad / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    grad = grad / _divisor(temperature, z)
     grad = torch.where(z == -torch.inf, 0.0, grad)
     if mask is not None:
         grad = torch.where(mask.unsqueeze(-1), grad, 0.0)

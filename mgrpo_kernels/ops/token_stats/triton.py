@@ -159,5 +159,5 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _temperature(temperature: float | Tensor) -> tuple[Any, float]:
-    """Return the pointer to each row's temperature, or None, and what is divided by it."""
-    return (_flat(temperature), 1.0) if isinstance(temperature, Tensor) else (None, 1.0 / temperature)
+    """Return the pointer to each row's temperature, or None, and what is divided by it: in float32, as the kernels compute."""
+    return (_flat(temperature.float()), 1.0) if isinstance(temperature, Tensor) else (None, 1.0 / temperature)

@@ -1,0 +1,115 @@
+"""The statistics ops under a caller's settings: default dtype, dtype of the temperature, meta tensors, hidden states without width."""
+
+import math
+
+import pytest
+import torch
+from contract import BACKENDS, each_backend
+
+from mgrpo_kernels import linear_policy_loss, linear_token_stats, token_stats_from_logits
+
+OP = "linear_token_stats"
+N, H, V = 9, 6, 40
+VARIANTS = ("exact", "tolerance", "kept")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def options(variant: str, labels: torch.Tensor, vocab: int = V) -> dict:
+    if variant == "kept":
+        others = (labels.unsqueeze(-1) + torch.tensor([0, 3, 5])) % vocab
+        return {"kept": others}
+    return {"gradient_tolerance": 2**-8} if variant == "tolerance" else {}
+
+
+def make(dtype, vocab: int = V):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (N, H), (vocab, H), (vocab,)
+    leaves = [torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype) for shape in shapes]
+    return [each.requires_grad_() for each in leaves], torch.arange(N) * 3 % vocab
+
+
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def everything(variant: str, backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    (hidden, weight, bias), labels = make(dtype)
+    given = {"bias": bias, "backend": backend, **options(variant, labels)}
+    stats = linear_token_stats(hidden, weight, labels, stats=("logprob", "entropy", "self_certainty"), **given)
+    grads = torch.autograd.grad(sum(each.sum() for each in stats), (hidden, weight, bias))
+    advantages = torch.linspace(-1, 1, N, dtype=torch.float32)
+    loss = linear_policy_loss(
+        hidden, weight, labels, None, advantages, cu_seqlens=torch.tensor([0, 4, N]), entropy_coef=0.1, **given
+    )
+    return [*stats, *grads, loss.loss, *loss.metrics.values(), *torch.autograd.grad(loss.loss, (hidden, weight, bias))]
+
+
+@each_backend(OP)
+@variants
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_default_dtype_changes_nothing(backend, variant, dtype, request):
+    want = everything(variant, backend, dtype)
+    request.getfixturevalue("float64_by_default")
+    for one, other in zip(everything(variant, backend, dtype), want, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@each_backend(OP)
+@variants
+def test_a_temperature_in_float64_gives_statistics_in_float32(backend, variant):
+    (hidden, weight, _), labels = make(torch.float32)
+    given = {"stats": ("logprob", "entropy", "self_certainty"), "backend": backend, **options(variant, labels)}
+    temperature = torch.linspace(0.5, 2, N)
+    results = []
+    for each in (temperature, temperature.double()):
+        stats = linear_token_stats(hidden, weight, labels, temperature=each, **given)
+        results.append([*stats, *torch.autograd.grad(sum(each.sum() for each in stats), (hidden, weight))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@variants
+def test_meta_tensors_give_shapes_and_dtypes(variant):
+    tokens, vocab = 70_000, 152_064  # whose logits are more than 2^31
+    hidden, weight = (
+        torch.empty(rows, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for rows in (tokens, vocab)
+    )
+    labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+    given = options(variant, labels, vocab) if variant != "kept" else {"kept": labels.unsqueeze(-1).expand(-1, 512)}
+    stats = linear_token_stats(hidden, weight, labels, backend="reference", **given)
+    assert stats.logprob.shape == stats.entropy.shape == (tokens,)
+    assert stats.logprob.dtype == torch.float32
+    for leaf, grad in zip((hidden, weight), torch.autograd.grad(stats.logprob.sum(), (hidden, weight)), strict=True):
+        assert (grad.shape, grad.dtype, grad.device) == (leaf.shape, leaf.dtype, leaf.device)
+
+
+@pytest.mark.parametrize("backend", [each for each in BACKENDS if each != "triton"])
+@variants
+def test_hidden_states_without_width_give_equal_logits(backend, variant):
+    hidden, weight = (torch.zeros(rows, 0, requires_grad=True) for rows in (N, V))
+    labels = torch.arange(N)
+    given = {"backend": backend, **options(variant, labels)}
+    stats = linear_token_stats(hidden, weight, labels, **given)
+    of = 3 if variant == "kept" else V
+    torch.testing.assert_close(stats.logprob, torch.full((N,), -math.log(of)))
+    loss = linear_policy_loss(hidden, weight, labels, None, torch.ones(N), cu_seqlens=torch.tensor([0, N]), **given)
+    for grad in torch.autograd.grad(stats.logprob.sum() + loss.loss, (hidden, weight)):
+        assert grad.shape[1] == 0
+
+
+@each_backend("token_stats")
+def test_statistics_of_logits_too_are_in_float32_with_a_temperature_in_float64(backend):
+    logits, labels = torch.randn(N, V, requires_grad=True), torch.arange(N)
+    results = []
+    for temperature in (torch.linspace(0.5, 2, N), torch.linspace(0.5, 2, N).double()):
+        stats = token_stats_from_logits(logits, labels, temperature=temperature, backend=backend)
+        results.append([*stats[:2], *torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), logits)])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
