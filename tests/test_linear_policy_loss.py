@@ -18,6 +18,10 @@ from mgrpo_kernels.ops.policy_loss.specs import LOSS_TYPES, METRICS
 
 B, L, H, V = 4, 7, 16, 501
 SMALL = 2**16  # bytes: a few rows at a time
+MULTIPLIES_16_BITS = pytest.mark.skipif(
+    not tiled.multiplies_16_bits(torch.device("cpu"), torch.bfloat16),
+    reason="this CPU has no matmul of bfloat16: the native backend composes the general ops",
+)
 
 
 def batch(seed=0, *, bias=True, L=L):
@@ -269,7 +273,8 @@ def test_all_masked_and_retained_graph(backend):
     "at_once", [three_matmuls.GRADIENT_COLUMNS, 128]
 )  # columns of the 16-bit gradient: all, or in parts
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_gradient_to_be_returned_holds_the_logits(scale, at_once, monkeypatch):
+@pytest.mark.parametrize("backend", ["triton", pytest.param("native", marks=MULTIPLIES_16_BITS)])
+def test_the_gradient_to_be_returned_holds_the_logits(backend, scale, at_once, monkeypatch):
     monkeypatch.setattr(three_matmuls, "GRADIENT_COLUMNS", at_once)
     rows, width, vocab = 200, 80, 501
     assert 2 * rows * vocab > 2 * width * vocab > SMALL  # bytes of all logits, of the gradient, of the workspace
@@ -289,7 +294,7 @@ def test_the_gradient_to_be_returned_holds_the_logits(scale, at_once, monkeypatc
 
     def fused(hidden, weight):
         return linear_policy_loss(
-            hidden, weight, labels, old, advantages, loss_type="dapo", workspace_bytes=SMALL, backend="triton"
+            hidden, weight, labels, old, advantages, loss_type="dapo", workspace_bytes=SMALL, backend=backend
         ).loss
 
     made, workspace = [], tiled.make_workspace
@@ -303,6 +308,17 @@ def test_the_gradient_to_be_returned_holds_the_logits(scale, at_once, monkeypatc
     plain, truth = gradients(torch.bfloat16, eager), gradients(torch.float64, eager)
     for mine, theirs, true in zip(got, plain, truth, strict=True):
         assert_no_worse_than_plain(mine, theirs, true)
+
+
+@MULTIPLIES_16_BITS
+def test_many_rows_in_a_small_workspace_take_as_many_columns_at_once_as_fit():
+    rows, vocab = 1024, 300
+    hidden, weight = torch.randn(rows, rows).bfloat16(), torch.randn(vocab, rows).bfloat16().requires_grad_()
+    given = hidden, weight, torch.arange(rows) % vocab, None, torch.ones(1)
+    with mock.patch.object(tiled, "accumulate", wraps=tiled.accumulate) as accumulate:
+        linear_policy_loss(*given, cu_seqlens=torch.tensor([0, rows]), workspace_bytes=SMALL, backend="native")
+    columns = SMALL // (2 * rows)
+    assert {call.args[1].shape[0] for call in accumulate.call_args_list} == {rows, columns, vocab % columns}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def forward_backward(
     coefficients_of: CoefficientsOf,
     need: tuple[bool, bool, bool],
     passes: tiled.Passes,
-    columns_at_once: int,
+    columns_at_once: int | None,
     workspace_bytes: int,
     live: int,
 ) -> tiled.Gradients:
@@ -40,11 +40,14 @@ def forward_backward(
 
     Only the first `live` rows have a gradient; of the others, `coefficients_of` is told the statistics.
 
-    A block of rows keeps all its logits until `coefficients_of` has said, from its statistics, what the gradient is.
+    A block of rows keeps all its logits until `coefficients_of` has said, from its statistics, what the gradient is. They are computed in
+    contiguous tiles of at most `columns_at_once`, whose gradients have the same columns; or, with None, in one matmul.
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
     weight = tiled.weight_gradient(hidden[:live], head) if need[1] else None
-    room = _room(hidden, head, weight, passes, columns_at_once, head.workspace_bytes or workspace_bytes, live)
+    bound = head.workspace_bytes or workspace_bytes
+    room = _room(hidden, head, weight, passes, columns_at_once or vocab, bound, live)
+    columns_at_once = room.gradient_columns if columns_at_once else vocab
     sums = tiled.Sums(hidden, head, need)
     if sums.hidden is not None:
         sums.hidden[live:].zero_()
@@ -119,7 +122,7 @@ def _room(
         if one_matmul and live * stride * element_bytes <= sum_bytes + (bound if in_place else 0):
             rows = live
         else:
-            total = torch.empty_like(weight, dtype=torch.float32)
+            total = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
             in_weight = weight.numel() * weight.element_size() // element_bytes
             if in_weight // stride > rows:
                 rows = in_weight // stride
@@ -130,6 +133,7 @@ def _room(
         return _Room(rows, total, logits, None, gradient_columns)
     if not bounded:  # more rows than the bound holds: the columns of gradients alone keep to it
         columns = bound // (max(1, min(rows, number)) * hidden.element_size())
-        gradient_columns = max(1, min(gradient_columns, columns - columns % tiled.ALIGNED))
+        columns -= columns % tiled.ALIGNED if columns > tiled.ALIGNED else 0
+        gradient_columns = max(1, min(gradient_columns, columns))
     gradients = tiled.make_workspace(hidden, min(rows, number), gradient_columns, passes.padding, hidden.dtype)
     return _Room(rows, total, logits, gradients, gradient_columns)

@@ -41,9 +41,9 @@ def forward_backward(
     Rows from `live` on have none.
     """
     passes = triton.passes_of(hidden, head, three_matmuls.WANTED, gradients)
-    everything = head.weight.shape[0]  # columns at once: one matmul of a block's logits
+    workspace_bytes = tuning.of(hidden.device).workspace_bytes
     return three_matmuls.forward_backward(
-        hidden, head, labels, coefficients_of, need, passes, everything, tuning.of(hidden.device).workspace_bytes, live
+        hidden, head, labels, coefficients_of, need, passes, None, workspace_bytes, live
     )
 
 
