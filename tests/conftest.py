@@ -1,5 +1,6 @@
 """Settings of the whole test run: where Triton's kernels run, and whether there is a device for tests/gpu."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -34,6 +35,16 @@ if GPU_TESTS_ON != "cuda":
 
         specialising.specialise()
         interpreter_speed.apply()
+
+
+def pytest_collection_finish():
+    """Let later garbage collections skip the million objects that the imports made: each test that watches memory starts some."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # for the checks of C++ bindings for leaks, when the process ends
 
 
 @pytest.fixture(autouse=True)
