@@ -32,8 +32,9 @@ real: setup  ## train SmolLM2-135M on products without labels, beside other rewa
 	$(PY) examples/real_model/real_runs.py $(ARGS)
 
 # With active waiting, threads that wait for each other keep the core that the other process needs.
+# The order of the files is that of tests/conftest.py: the longest first.
 test: setup-dev  ## run the whole test suite, in two processes that take one file at a time
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 bench: setup-dev  ## benchmark every op against its peers
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

@@ -134,6 +134,8 @@ def why_not():
 
 class BuildNative(BuildExtension):
     def run(self):
+        if self.editable_mode and NO_TORCH is None:  # only what has changed is compiled again
+            self.build_temp = f"build/editable-torch-{torch.__version__}-{sys.implementation.cache_tag}"
         package = Path("." if self.inplace else self.build_lib, "mgrpo_kernels")
         report, reason = package / "_build_report.py", why_not()
         if reason is None:

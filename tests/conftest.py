@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,31 @@ sys.path[:0] = [
     str(GPU_TESTS),
     str(TESTS.parent / "scripts"),
 ]  # tests share helper modules, and test the scripts
+
+
+# These take longest. Run first, they leave the many short files for the end, where two processes then finish at about the same time.
+LONGEST = (
+    "train/test_train_parallel.py",
+    "test_docs.py",
+    "test_compile_targets.py",
+    "engine/test_server.py",
+    "test_tuning.py",
+    "integrations/test_selection_paths.py",
+    "test_compile_sweep.py",
+    "train/test_train_demo.py",
+    "engine/test_vllm_run.py",
+    "integrations/test_trl_mgrpo.py",
+    "test_gpu_check.py",
+    "test_gpu_check_faults.py",
+    "test_peer_suites.py",
+    "test_mutants.py",
+    "test_examples.py",
+    "test_benchmarks.py",
+    "test_gpu_check_command.py",
+    "integrations/test_verl_plugin.py",
+    "integrations/test_verl_trainer.py",
+    "test_compiled_calls.py",
+)
 
 
 def only_gpu_tests(arguments: list[str]) -> bool:
@@ -35,6 +61,13 @@ if GPU_TESTS_ON != "cuda":
 
         specialising.specialise()
         interpreter_speed.apply()
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first, and of the others those with most tests."""
+    counts = Counter(item.path for item in items)
+    first = {TESTS / name: place - len(LONGEST) for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(item.path, 0), -counts[item.path]))
 
 
 def pytest_collection_finish():

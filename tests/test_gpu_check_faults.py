@@ -244,7 +244,7 @@ def test_a_file_that_cannot_be_collected_is_named_and_not_tried_for_ever(supervi
 
 def test_every_row_hangs_and_the_file_still_ends(supervise):
     source = "import time, pytest\n@pytest.mark.parametrize('n', range(50))\ndef test_row(n):\n    time.sleep(600)\n"
-    run, done = supervise(source, seconds=12.0, row_seconds=3.0)
+    run, done = supervise(source, seconds=8.0, row_seconds=3.0)
     assert done.seconds < 40
     assert set(outcomes(run).values()) <= {"hung", "cut off"}
     assert len(run.rows) + len(run.not_finished) == 50

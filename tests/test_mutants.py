@@ -99,7 +99,7 @@ def test_every_outcome_is_reported(project):
         entry("hang", "return seconds", "return seconds + 1000"),
         entry("fails-without", "return len(values)", "return 0", "tests/test_product.py"),
         entry("no-tests", "return len(values)", "return 0", "tests/test_product.py -k nothing"),
-        arguments=["--timeout", "30"],
+        arguments=["--timeout", "15"],
     )
     assert status == 1
     assert {name: outcome for name, (outcome, _) in found.items()} == {

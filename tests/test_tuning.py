@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,52 +19,6 @@ from mgrpo_kernels.ops.linear_token_stats import triton as head
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def test_every_committed_choice_can_be_read():
-    for path in tuning.FOLDER.glob("*.json"):
-        assert isinstance(tuning.read(path), tuning.Tuning)
-        assert path.stem == tuning.slug(json.loads(path.read_text())["device"])
-
-
-def test_a_device_gets_its_own_choice_and_any_other_the_defaults(tmp_path):
-    mine = dataclasses.replace(tuning.Tuning(), stats_forward=(512, 2), matmul="fused")
-    (tmp_path / "some-gpu-80gb.json").write_text(json.dumps({"tuning": dataclasses.asdict(mine)}))
-    device = torch.device("cuda", 0)
-    for name, want in (("Some GPU (80GB)", mine), ("Another", tuning.Tuning())):
-        tuning.of.cache_clear()
-        with (
-            mock.patch.object(tuning, "FOLDER", tmp_path),
-            mock.patch.object(torch.cuda, "get_device_name", return_value=name),
-        ):
-            assert tuning.of(device) == want
-    tuning.of.cache_clear()
-    assert tuning.of(torch.device("cpu")) == tuning.Tuning()
-
-
-def test_an_unknown_size_is_an_error(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps({"tuning": {"lanes": 3}}))
-    with pytest.raises(TypeError, match="lanes"):
-        tuning.read(path)
-
-
-def test_the_sweep_runs_and_the_library_reads_what_it_writes(tmp_path):
-    out = tmp_path / "tuning.json"
-    subprocess.run(
-        [sys.executable, "benchmarks/tune.py", "--dry-run", "--out", out],
-        check=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
-        timeout=300,
-        stdout=subprocess.DEVNULL,
-    )
-    result = json.loads(out.read_text())
-    fields = {field.name for field in dataclasses.fields(tuning.Tuning)}
-    assert set(result["measured"]) == fields  # no size is left to a guess
-    assert set(dataclasses.asdict(tuning.read(out))) == fields
-    assert all(entry.get("ms", 0) > 0 for entries in result["measured"].values() for entry in entries)
-
 
 # Sweeps one size, whose candidates fail in every way that a candidate can.
 FAULTY_SWEEP = """
@@ -96,6 +51,70 @@ tune.sweep = lambda work=None: {"stats_forward": (CANDIDATES, lambda: run), "bac
 tune.in_order = lambda candidates, default, dry: candidates
 tune.main(__file__)
 """
+
+
+@pytest.fixture(scope="module")
+def cut_short(tmp_path_factory):
+    """Start a sweep that hangs until its time is over. It sleeps for most of it, so tests of other sweeps run meanwhile."""
+    folder = tmp_path_factory.mktemp("cut_short")
+    script, out = folder / "faulty.py", folder / "tuning.json"
+    script.write_text(FAULTY_SWEEP.replace("CANDIDATES", "[(256, 4), (512, 2), (4, 0), (512, 4)]"))
+    with subprocess.Popen(
+        [sys.executable, script, "--dry-run", "--out", out, "--minutes", "0.5"],
+        cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        yield process, out
+        process.send_signal(signal.SIGINT)  # it ends the process that measures, too
+
+
+def test_every_committed_choice_can_be_read():
+    for path in tuning.FOLDER.glob("*.json"):
+        assert isinstance(tuning.read(path), tuning.Tuning)
+        assert path.stem == tuning.slug(json.loads(path.read_text())["device"])
+
+
+def test_a_device_gets_its_own_choice_and_any_other_the_defaults(tmp_path):
+    mine = dataclasses.replace(tuning.Tuning(), stats_forward=(512, 2), matmul="fused")
+    (tmp_path / "some-gpu-80gb.json").write_text(json.dumps({"tuning": dataclasses.asdict(mine)}))
+    device = torch.device("cuda", 0)
+    for name, want in (("Some GPU (80GB)", mine), ("Another", tuning.Tuning())):
+        tuning.of.cache_clear()
+        with (
+            mock.patch.object(tuning, "FOLDER", tmp_path),
+            mock.patch.object(torch.cuda, "get_device_name", return_value=name),
+        ):
+            assert tuning.of(device) == want
+    tuning.of.cache_clear()
+    assert tuning.of(torch.device("cpu")) == tuning.Tuning()
+
+
+def test_an_unknown_size_is_an_error(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"tuning": {"lanes": 3}}))
+    with pytest.raises(TypeError, match="lanes"):
+        tuning.read(path)
+
+
+@pytest.mark.usefixtures("cut_short")
+def test_the_sweep_runs_and_the_library_reads_what_it_writes(tmp_path):
+    out = tmp_path / "tuning.json"
+    subprocess.run(
+        [sys.executable, "benchmarks/tune.py", "--dry-run", "--out", out],
+        check=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        timeout=300,
+        stdout=subprocess.DEVNULL,
+    )
+    result = json.loads(out.read_text())
+    fields = {field.name for field in dataclasses.fields(tuning.Tuning)}
+    assert set(result["measured"]) == fields  # no size is left to a guess
+    assert set(dataclasses.asdict(tuning.read(out))) == fields
+    assert all(entry.get("ms", 0) > 0 for entries in result["measured"].values() for entry in entries)
 
 
 def test_a_candidate_that_fails_is_recorded_and_skipped_whatever_it_did(tmp_path):
@@ -137,24 +156,16 @@ def test_a_candidate_that_fails_is_recorded_and_skipped_whatever_it_did(tmp_path
     assert tuning.read(out) == dataclasses.replace(tuning.Tuning(), stats_forward=(512, 2))
 
 
-def test_a_sweep_cut_short_keeps_what_it_measured(tmp_path):
-    script, out = tmp_path / "faulty.py", tmp_path / "tuning.json"
-    script.write_text(FAULTY_SWEEP.replace("CANDIDATES", "[(256, 4), (512, 2), (4, 0), (512, 4)]"))
-    done = subprocess.run(
-        [sys.executable, script, "--dry-run", "--out", out, "--minutes", "0.5"],
-        check=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
+def test_a_sweep_cut_short_keeps_what_it_measured(cut_short):
+    process, out = cut_short
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
     result = json.loads(out.read_text())
     assert [each["value"] for each in result["measured"]["stats_forward"] if "ms" in each] == [[256, 4], [512, 2]]
     assert result["tuning"]["stats_forward"] == [512, 2]
     assert result["not_reached"] == ["stats_forward", "backward_rows"]
-    assert "stats_forward=[4, 0] cut off" in done.stdout
-    assert "the sweep is incomplete: no time left after 30 s" in done.stdout
+    assert "stats_forward=[4, 0] cut off" in printed
+    assert "the sweep is incomplete: no time left after 30 s" in printed
 
 
 @pytest.mark.parametrize(("multiprocessors", "columns"), [(132, 8448), (108, 6912), (148, 9472), (304, 9728)])
