@@ -1,7 +1,6 @@
 """Settings of the whole test run: where Triton's kernels run, and whether there is a device for tests/gpu."""
 
 import gc
-import importlib.util
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ sys.path[:0] = [
     str(TESTS.parent / "scripts"),
 ]  # tests share helper modules, and test the scripts
 
+import interpreter_speed  # noqa: E402
 
 # These take longest. Run first, they leave the many short files for the end, where two processes then finish at about the same time.
 LONGEST = (
@@ -55,12 +55,7 @@ def only_gpu_tests(arguments: list[str]) -> bool:
 GPU_TESTS_ON = os.environ.get("MGRPO_GPU_TESTS_ON") or ("cuda" if only_gpu_tests(sys.argv[1:]) else "")
 if GPU_TESTS_ON != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if importlib.util.find_spec("triton"):
-        import interpreter_speed
-        import specialising
-
-        specialising.specialise()
-        interpreter_speed.apply()
+    interpreter_speed.prepare()
 
 
 def pytest_collection_modifyitems(items):

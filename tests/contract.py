@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import interpreter_speed
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mgrpo_kernels import backend as backends
 
+interpreter_speed.prepare()
 CPU = torch.device("cpu")
 BACKENDS = ("reference", "native", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +52,14 @@ def assert_no_worse_than_plain(
         assert error <= allowance * plain_error + floor, (
             f"{name} error {error:.3e}, plain PyTorch's {plain_error:.3e}, floor {floor:.1e}"
         )
+
+
+def on_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
+    """Call ``function(rank, *args)`` in a process of each rank: forks of one process that has imported what takes long and runs nothing."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["pytest", "torch._dynamo.testing", "torch.distributed.fsdp", "triton.runtime.interpreter"]
+    )
+    torch.multiprocessing.start_processes(function, args, nprocs=ranks, start_method="forkserver")
 
 
 @dataclasses.dataclass

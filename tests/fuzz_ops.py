@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import interpreter_speed
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -440,6 +441,7 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="print every call before it is made")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    interpreter_speed.prepare()
     trace = (lambda text: print(text, flush=True)) if options.trace else (lambda text: None)
     faults = []
     for number in range(options.first, options.first + options.calls):

@@ -11,10 +11,24 @@ reports. Both take longer than NumPy takes for the operation.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import os
 from typing import Any
 
+import specialising
+
 PLAIN = ("fp32", "fp64", "int32", "int64")
+
+
+def prepare() -> None:
+    """Have the interpreter as the tests need it, if it is on: as the compiler treats arguments, and fast.
+
+    Processes that tests start import no conftest: tests/contract.py and tests/fuzz_ops.py call this for them.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        specialising.specialise()
+        apply()
 
 
 def apply() -> None:

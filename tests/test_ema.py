@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contract import CPU, each_backend
+from contract import CPU, each_backend, on_ranks
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -248,7 +248,7 @@ def _rank(rank, world, path, backend, results):
 def test_shards_round_as_the_whole_would(backend, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (2, str(tmp_path / "store"), backend, results), nprocs=2)
+        on_ranks(2, _rank, 2, str(tmp_path / "store"), backend, results)
         ranks = [results[rank] for rank in range(2)]
     generator = torch.Generator().manual_seed(0)
     whole = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contract import assert_no_worse_than_plain, each_backend, poisoned_memory, watch_memory
+from contract import assert_no_worse_than_plain, each_backend, on_ranks, poisoned_memory, watch_memory
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mgrpo_kernels import backend as backends
@@ -438,7 +438,7 @@ def _rank(rank, world, path, backend, results):
 def test_three_ranks_equal_one(backend, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (3, str(tmp_path / "store"), backend, results), nprocs=3)
+        on_ranks(3, _rank, 3, str(tmp_path / "store"), backend, results)
         parts = [results[rank] for rank in range(3)]
     h, w, b, labels, kept = make(bias=True)
     kept[5] = -1

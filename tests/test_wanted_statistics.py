@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from contract import assert_no_worse_than_plain, each_backend, poisoned_memory
+from contract import assert_no_worse_than_plain, each_backend, on_ranks, poisoned_memory
 from test_linear_token_stats import ALL, SMALL, make, plain, run
 
 from mgrpo_kernels import _native, linear_policy_loss, linear_token_stats
@@ -353,7 +353,7 @@ def _rank(rank, path, backend, results):
 def test_shards_give_each_subset_as_one_rank_does(backend, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (str(tmp_path / "store"), backend, results), nprocs=2)
+        on_ranks(2, _rank, str(tmp_path / "store"), backend, results)
         parts = [results[rank] for rank in range(2)]
     h, w, b, labels = make(bias=True)
     for names in SUBSETS:
