@@ -482,6 +482,7 @@ GOOD = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "labels": torc
         ({"softcap": 0.0}, ValueError, "softcap: expected more than 0.0, got 0.0"),
         ({"logit_scale": float("inf")}, ValueError, "logit_scale: expected a finite number, got inf"),
         ({"workspace_bytes": 10}, ValueError, "workspace_bytes: expected at least 65536, got 10"),
+        ({"workspace_bytes": 1e8}, TypeError, "workspace_bytes: expected an int, got 100000000.0"),
         ({"vocab_start": 3}, ValueError, "vocab_start: expected None or 0 without a tp_group, got 3"),
         ({"stats": ("x",)}, ValueError, "stats: expected"),
         ({"temperature": -1}, ValueError, "temperature: expected more than 0"),

@@ -113,3 +113,15 @@ def test_statistics_of_logits_too_are_in_float32_with_a_temperature_in_float64(b
     for one, other in zip(*results, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workspace_bytes", [2**16, 2**21, 3 * 2**21, None])
+def test_statistics_on_a_cpu_are_the_same_bits_without_a_gradient_and_with_a_tolerance(dtype, workspace_bytes):
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(70, 64).to(dtype), torch.randn(5003, 64).to(dtype), torch.arange(70)
+    given = {"stats": ("logprob", "entropy", "self_certainty"), "workspace_bytes": workspace_bytes, "backend": "native"}
+    want = linear_token_stats(hidden, weight, labels, **given)
+    for tolerance in (None, 2**-8):
+        got = linear_token_stats(hidden.requires_grad_(), weight, labels, gradient_tolerance=tolerance, **given)
+        assert all(map(torch.equal, got, want))

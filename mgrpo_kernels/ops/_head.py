@@ -42,7 +42,13 @@ def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> 
     if softcap is not None:
         checks.check_number("softcap", softcap, above=0.0)
     if workspace_bytes is not None:
-        checks.check_number("workspace_bytes", workspace_bytes, at_least=MIN_WORKSPACE)
+        _check_int("workspace_bytes", workspace_bytes, MIN_WORKSPACE)
+
+
+def _check_int(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, (float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected an int, got {value}: pass int({name})")
+    checks.check_number(name, value, at_least=at_least)
 
 
 def check_kept(kept: Any, rows: torch.Size, device: torch.device) -> Tensor | None:
@@ -82,7 +88,8 @@ def check_tp_group(
         sizes: list[int | None] = [None] * dist.get_world_size(tp_group)
         dist.all_gather_object(sizes, weight.shape[0], group=tp_group)
         vocab_start = sum(size or 0 for size in sizes[: dist.get_rank(tp_group)])
-    return tp_group.group_name, int(checks.check_number("vocab_start", vocab_start, at_least=0))
+    _check_int("vocab_start", vocab_start, 0)
+    return tp_group.group_name, vocab_start
 
 
 def check_rows(

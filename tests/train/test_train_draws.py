@@ -128,3 +128,10 @@ def test_random_numbers_are_new_for_every_token_and_of_the_prompt_alone(vocabula
     assert len(values.unique()) == len(values)
     again = Draws([generator(1)], 3, vocabulary, 2).numbers(0, torch.tensor([2]))
     assert torch.equal(again, seen[0][0][2:3])
+
+
+def test_the_default_device_changes_no_draw() -> None:
+    p, uniform = torch.rand(4, LARGE).softmax(-1), torch.rand(4, 2, dtype=torch.float64)
+    want = from_blocks(p, uniform)
+    with torch.device("meta"):
+        assert torch.equal(from_blocks(p, uniform), want)

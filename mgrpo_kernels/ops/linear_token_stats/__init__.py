@@ -85,8 +85,9 @@ def linear_token_stats(
             fewer than K; an entry that is given twice counts once. Everything is of the softmax over this set alone, with N K H operations
             in place of N V H. A label outside its token's set gives NaN, and a token without any entry gives NaN for every statistic.
         gradient_tolerance: None for exact gradients, or a number in (0, 1): the backward pass may leave out, in each row, logits whose
-            share of the row's absolute logit gradient is below it in all. Statistics are the same bits as without. The native and the
-            triton backend keep the largest logits of each row (up to 4096 and V / 16 or V / 12, 8 bytes each, until the backward pass).
+            share of the row's absolute logit gradient is below it in all. Statistics are the same bits as without, or agree to rounding
+            where a GPU's tuning has ``matmul="fused"``. The native and the triton backend keep the largest logits of each row (up to 4096
+            and V / 16 or V / 12, 8 bytes each, until the backward pass).
             The native one multiplies those that the row needs; the triton one waits for the device once in the backward pass, and
             multiplies those columns of the vocabulary that any row needs with the rows of no less a need. A row that needs more, and one
             with a gradient of self_certainty, is computed exactly. Nothing is left out with `kept`.

@@ -82,28 +82,26 @@ def forward(
     hidden: Tensor, head: Head, labels: Tensor | None, wanted: Wanted, stored: tiled.Stored | None = None
 ) -> Tensor:
     """Return the state ``(6, N)`` of the rows of `hidden` ``(N, H)`` over this head's part of the vocabulary, and store logits."""
-    shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
-    shape = shape if stored is None else _backward_shape(head)
-    return tiled.forward(hidden, head, labels, CpuPasses(wanted), shape, stored)
+    return tiled.forward(hidden, head, labels, CpuPasses(wanted), _shape(head), stored)
 
 
-def _backward_shape(head: Head) -> tiled.TileShape:
+def _shape(head: Head) -> tiled.TileShape:
+    """Return the tile of a call, in both passes: so statistics are the same bits, whether or how exactly a gradient follows."""
     element_bytes = tiled.backward_bytes(head, CpuPasses())
     return tile_shape(head.weight.dtype).within(head.workspace_bytes, element_bytes)
 
 
 def logits_room(number: int, head: Head) -> int:
     """Return how many raw logits of `number` rows, which may be symbolic, the forward pass stores for the backward pass."""
-    return tiled.stored_room(number, head, _backward_shape(head), head.workspace_bytes or WORKSPACE_BYTES, CpuPasses())
+    return tiled.stored_room(number, head, _shape(head), head.workspace_bytes or WORKSPACE_BYTES, CpuPasses())
 
 
 def sparse_forward(
     hidden: Tensor, head: Head, labels: Tensor | None, wanted: Wanted, tolerance: float, entries: Entries
 ) -> Tensor:
     """Return the same state, and keep of each row what :func:`sparse_backward` needs in `entries`."""
-    shape = tile_shape(hidden.dtype).within(head.workspace_bytes, head.raw_dtype.itemsize)
     passes = TopPasses(wanted, entries, head.vocab_start, SMALLEST * tolerance / head.weight.shape[0])
-    return tiled.forward(hidden, head, labels, passes, shape)
+    return tiled.forward(hidden, head, labels, passes, _shape(head))
 
 
 def backward(
@@ -117,8 +115,8 @@ def backward(
     stored: tiled.Stored | None = None,
 ) -> tiled.Gradients:
     """Return the gradients of hidden (float32), weight and bias (their dtype), None where `need` is False."""
-    shape = _backward_shape(head)
-    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, CpuPasses(wanted), shape, stored)
+    passes, shape = CpuPasses(wanted), _shape(head)
+    return tiled.backward(hidden, head, labels, coefficients, logsumexp, need, passes, shape, stored)
 
 
 def entries_room(vocab: int) -> int:

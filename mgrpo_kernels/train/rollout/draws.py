@@ -93,6 +93,7 @@ def from_blocks(probabilities: Tensor, uniform: Tensor) -> Tensor:
     masses = probabilities[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
     if whole < vocabulary:
         masses = torch.cat([masses, probabilities[:, whole:].sum(-1, keepdim=True)], -1)
-    entries = inverted(masses, uniform[:, 0]).unsqueeze(-1) * BLOCK + torch.arange(BLOCK)  # (n, BLOCK)
+    inside = torch.arange(BLOCK, device=masses.device)
+    entries = inverted(masses, uniform[:, 0]).unsqueeze(-1) * BLOCK + inside  # (n, BLOCK)
     of_block = probabilities.gather(1, entries.clamp_max(vocabulary - 1)).masked_fill_(entries >= vocabulary, 0.0)
     return entries.gather(1, inverted(of_block, uniform[:, 1]).unsqueeze(-1)).squeeze(-1).clamp_max_(vocabulary - 1)
