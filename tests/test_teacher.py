@@ -134,6 +134,15 @@ def test_a_refresh_that_is_due_waits_until_the_gate_opens() -> None:
     assert [step for step in found if 18 < step < 42] == [20, 22, 37, 39, 41]
 
 
+def test_a_sign_that_is_not_a_number_is_one_that_is_missing() -> None:
+    gate = Gate(signs=["vote_share"])
+    for value in [float("nan"), *[0.5] * (WINDOW - 1)]:
+        gate.look({"vote_share": value})
+    assert gate.reasons() == [f"vote_share has values of {WINDOW - 1} steps, of the {WINDOW} that the gate needs"]
+    gate.look({"vote_share": 0.5})
+    assert gate.reasons() == []
+
+
 @pytest.mark.parametrize("missing", SIGNS)
 def test_a_sign_that_is_not_measured_keeps_the_gate_closed(missing: str) -> None:
     policy = model()

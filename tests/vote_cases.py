@@ -33,6 +33,21 @@ CLASSES: dict[str, list[list[str]]] = {
         [r"\frac{\pi}{6}+k\pi, k\in\mathbb{Z}"],
         [r"\frac{\pi}{3}+k\pi, k\in\mathbb{Z}"],
     ],
+    "complex numbers": [
+        [r"\pi"],
+        [r"i\pi", r"\pi i", r"\frac{2\pi i}{2}"],
+        [r"-i\pi"],
+        [r"\sqrt{2}"],
+        [r"\sqrt{-2}", r"i\sqrt{2}"],
+        [r"1+i\pi"],
+        [r"\pi+i"],
+        [r"\pi x"],
+        [r"i\pi x"],
+        [r"x<\pi"],
+        [r"x<i\pi"],
+        [r"[0,\pi]"],
+        [r"[0,i\pi]"],
+    ],
     "integers": [
         [
             "1234567",

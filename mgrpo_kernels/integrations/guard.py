@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,8 @@ class GuardHook:
     Args:
         action: warn, or stop. A rollback is up to the trainer.
         gold: the rewards are those of true answers or of a verifier, so that a falling reward is a sign, too.
-        accuracy: name of the held-out accuracy in the log, such as ``eval_reward``; None: there is none.
+        accuracy: name of the held-out accuracy in the log, a figure in [0, 1] such as ``eval_reward`` of one reward function that returns 0
+            or 1; None: there is none.
         prompts: number of held-out prompts in an evaluation; with `accuracy`.
         samples: number of responses sampled for each of these prompts.
 
@@ -75,7 +77,11 @@ class GuardHook:
         return signs
 
     def line(self, step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the guard's metrics among what was logged, under the names of metrics.jsonl."""
+        """Return the guard's metrics among what was logged, under the names of metrics.jsonl; one that is not finite is left out.
+
+        Raises:
+            ValueError: the held-out accuracy is not in [0, 1].
+        """
         found: dict[str, Any] = {}
         for name, value in logs.items():
             key = ALIASES.get(name, name.removeprefix("mgrpo/"))
@@ -85,6 +91,12 @@ class GuardHook:
             found.setdefault("groups_with_signal", 1.0 - float(logs[FLAT_GROUPS]))
         if self.accuracy is not None and self.accuracy in logs:
             found["eval_accuracy"] = float(logs[self.accuracy])
+        found = {name: value for name, value in found.items() if math.isfinite(value)}
+        if not 0.0 <= found.get("eval_accuracy", 0.0) <= 1.0:
+            raise ValueError(
+                f"accuracy: expected a figure in [0, 1], the share of right responses, got {self.accuracy} "
+                f"{found['eval_accuracy']:.3g}; a sum of rewards is none"
+            )
         return {"step": step, **found}
 
     def replay(self, logs: Iterable[Mapping[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from verl.utils import tensordict_utils as tu
 
 from mgrpo_kernels import extract_answer
 from mgrpo_kernels.integrations.wordings import second_wording
-from mgrpo_kernels.method import MOMENTUM_OPTIONS, MethodOptions, Selection, answer_tokens, read_gold, select
+from mgrpo_kernels.method import MOMENTUM_OPTIONS, Gold, MethodOptions, Selection, answer_tokens, gold_in_cell, select
 from mgrpo_kernels.train.data.fields import FIELDS
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
@@ -269,7 +269,11 @@ def check_config(config: Any) -> MethodOptions:
         )
     options = dataclasses.replace(options, momentum_rollouts=0)
     options.check_use(momentum=False)
-    options.second_wording_count(int(config.actor_rollout_ref.rollout.n))  # raises for too few rollouts
+    for count in (options.momentum_count, options.second_wording_count):
+        count(int(config.actor_rollout_ref.rollout.n))  # raises for too few rollouts
+    prompts = (config.get("data", None) or {}).get("train_batch_size", None)
+    if prompts is not None:
+        options.check_prompts(int(prompts))
     loop = (config.actor_rollout_ref.rollout.get("agent", None) or {}).get("default_agent_loop", SINGLE_TURN)
     if options.row.second_wording != "no" and loop != SINGLE_TURN:
         raise ValueError(
@@ -283,10 +287,12 @@ def check_config(config: Any) -> MethodOptions:
     return options
 
 
-def _gold(reward_model: Any) -> str | None:
-    """Return the true answer in a cell of verl's column ``reward_model``."""
-    truth = (reward_model or {}).get("ground_truth", None)
-    return read_gold(str(truth)) if isinstance(truth, (str, int, float)) else None
+def _gold(reward_model: Any) -> Gold | None:
+    """Return the true answer in a cell of verl's column ``reward_model``, or several; None for what only a reward function understands."""
+    try:
+        return gold_in_cell((reward_model or {}).get("ground_truth", None))
+    except TypeError:
+        return None
 
 
 def _nested(values: Tensor, offsets: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ for verl, call these.
 from mgrpo_kernels.method.agreement import teacher_agreement, top_answer_share
 from mgrpo_kernels.method.answer_span import answer_tokens
 from mgrpo_kernels.method.fields import Declared, check_fields, fields_of, help_of, option
-from mgrpo_kernels.method.gold import ANSWER_FIELDS, Gold, equal_to_gold, read_gold
+from mgrpo_kernels.method.gold import ANSWER_FIELDS, Gold, equal_to_gold, gold_in_cell, read_gold
 from mgrpo_kernels.method.methods import METHODS, Method, MethodName
 from mgrpo_kernels.method.options import MOMENTUM_OPTIONS, SCOPES, SCORERS, MethodOptions
 from mgrpo_kernels.method.pruning import survivors
@@ -33,6 +33,7 @@ __all__ = [
     "Gold",
     "equal_to_gold",
     "fields_of",
+    "gold_in_cell",
     "help_of",
     "option",
     "read_gold",

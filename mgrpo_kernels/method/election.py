@@ -11,6 +11,7 @@ from mgrpo_kernels import sequences
 from mgrpo_kernels.method.excess import excess_weights
 from mgrpo_kernels.method.options import MethodOptions
 from mgrpo_kernels.vote import Equivalence, Vote, majority_vote
+from mgrpo_kernels.vote.symbolic import budget
 
 
 def elect(
@@ -28,7 +29,10 @@ def elect(
     `second` ``(B,)`` bool are the rollouts of the second party of a crossed or harmonic election: those of another wording of the question,
     or of another model. With a crossed election the label is theirs, and `agrees` compares each rollout with the other party's label.
     """
-    counts = excess_weights(answers, offsets, voters) if options.vote_by == "excess" else voters.float()
+    counts = voters.float()
+    if options.vote_by == "excess":
+        with budget(options.vote_seconds):
+            counts = excess_weights(answers, offsets, voters, equivalence)
 
     def vote(who: Tensor, weights: Tensor) -> Vote:
         return majority_vote(

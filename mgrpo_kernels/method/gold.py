@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,28 @@ def read_gold(text: str) -> str | None:
     return text.strip() if 0 < len(text.strip()) <= LONGEST_ANSWER else None
 
 
+def gold_in_cell(value: Any) -> Gold | None:
+    """Return the true answer in a cell of a table, or several where it is a list; None where it is empty or not a number (NaN).
+
+    Raises:
+        TypeError: it is neither a text nor a number nor a list of these.
+    """
+    if hasattr(value, "tolist"):  # of NumPy
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        found = tuple(dict.fromkeys(each for one in value for each in _several(gold_in_cell(one))))
+        return (found[0] if len(found) == 1 else found) if found else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"expected a text, a number or a list of them as the true answer, got {value!r:.100}")
+    return read_gold(str(value))
+
+
+def _several(gold: Gold | None) -> tuple[str, ...]:
+    return () if gold is None else (gold,) if isinstance(gold, str) else gold
+
+
 def equal_to_gold(answers: Sequence[str | None], gold: Sequence[Gold | None], equivalence: Equivalence) -> Tensor:
     """Return 1 where an answer is right, 0 where not, NaN where that is not known: ``(B,)`` float32.
 
@@ -51,7 +74,7 @@ def equal_to_gold(answers: Sequence[str | None], gold: Sequence[Gold | None], eq
 
 
 def _is_right(answer: str | None, gold: Gold, equivalence: Equivalence) -> bool:
-    golds = (gold,) if isinstance(gold, str) else gold
+    golds = _several(gold)
     if answer is None or equivalence != "math":
         return any(answers_equal(answer, each, equivalence) for each in golds)
     truths = [spelling for each in golds for spelling in _spellings(each)]

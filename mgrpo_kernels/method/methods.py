@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mgrpo_kernels import sequences
 from mgrpo_kernels.method.rewards import distribution, forks, novelty, penalties
+from mgrpo_kernels.method.rewards.answers import answers_of
 from mgrpo_kernels.method.signals import Outcome, Signals
 
 EMPO_MOST_ENTROPY = 0.9
-"""EMPO sets the rewards of a group to 0 if the entropy of its answers, as a share of the largest possible one, is above this."""
+"""EMPO sets the rewards of a group to 0 if the entropy of its answers, as a share of the largest one for as many voters, is above this."""
 
 
 class Method(NamedTuple):
@@ -62,14 +63,16 @@ def _cluster_share(signals: Signals) -> Tensor:
 
 
 def _certain_cluster_share(signals: Signals) -> Tensor:
-    """Return EMPO's rewards: the share of the rollout's answer, or 0 if the group's answers are too uncertain."""
-    share, answered = signals.vote.cluster_share, signals.vote.cluster >= 0
-    # The mean of -log(share) over the rollouts is the entropy over the clusters.
-    surprise = torch.where(answered & (share > 0), -share.clamp_min(1e-30).log(), 0.0)
-    answers = sequences.segment_reduce(answered.float(), signals.offsets)  # (P,)
-    entropy = sequences.segment_reduce(surprise, signals.offsets) / answers.clamp_min(1)
-    certain = entropy <= EMPO_MOST_ENTROPY * signals.offsets.diff().clamp_min(1).log()
-    return torch.where(certain[sequences.group_index(signals.offsets, len(share))], share, 0.0)
+    """Return EMPO's rewards: the share of the rollout's answer, or 0 if the answers of the group's voters are too uncertain."""
+    share, answers = signals.vote.cluster_share, answers_of(signals)
+    shares = torch.zeros_like(answers.votes)  # of each answer, (P, C)
+    shares[answers.group[answers.answered], answers.own[answers.answered]] = share[answers.answered]
+    entropy = torch.special.entr(shares).sum(-1)
+    voters = signals.nonempty if signals.voters is None else signals.voters
+    certain = (
+        entropy <= EMPO_MOST_ENTROPY * sequences.segment_reduce(voters.float(), signals.offsets).clamp_min(1).log()
+    )
+    return torch.where(certain[answers.group], share, 0.0)
 
 
 def _self_certainty(signals: Signals) -> Tensor:

@@ -208,7 +208,7 @@ class MethodOptions:
         """Return how many of a prompt's G `rollouts` answer the second wording of its question, the last ones.
 
         Raises:
-            ValueError: the policy would get fewer than two rollouts of a wording.
+            ValueError: the policy would get fewer than two rollouts of a wording, or min_votes of those of a wording cannot agree.
         """
         if self.row.second_wording == "no":
             return 0
@@ -219,7 +219,17 @@ class MethodOptions:
                 f"rollouts: expected at least 4 with method {self.method} (2 of each wording of the question, to compare with each other), "
                 f"got {rollouts}"
             )
+        if self.row.election == "crossed":
+            self._check_min_votes(rollouts // 2)
         return rollouts // 2
+
+    def _check_min_votes(self, voters: int) -> None:
+        """Raise ValueError if no label can have min_votes, because fewer rollouts elect it."""
+        if self.min_votes > voters and self.row.reads in ("label", "both"):
+            raise ValueError(
+                f"min_votes: expected at most {voters}, the number of rollouts that elect a label with method {self.method}, got "
+                f"{self.min_votes}"
+            )
 
     @property
     def weight_of_answer(self) -> float:
@@ -232,8 +242,11 @@ class MethodOptions:
         The method's share of G is rounded down, so that the policy gets one rollout more if G is odd.
 
         Raises:
-            ValueError: the policy would get fewer than two rollouts, or a momentum model that provides the labels none.
+            ValueError: the policy would get fewer than two rollouts, or a momentum model that provides the labels none; min_votes of the
+                rollouts cannot agree, because there are not so many.
         """
+        if rollouts < 2:
+            raise ValueError(f"rollouts: expected at least 2, to compare with each other, got {rollouts}")
         given, share = self.momentum_rollouts, self.row.momentum_share
         if given is None and share and rollouts < 3:
             raise ValueError(
@@ -260,7 +273,20 @@ class MethodOptions:
                 f"momentum_rollouts: expected >= {self.min_votes} with method {self.method}, whose labels take min_votes of them, got "
                 f"{number}; --min-votes {number} lets so many decide"
             )
+        self._check_min_votes(rollouts)
         return number
+
+    def check_prompts(self, prompts: int) -> None:
+        """Check that the options work with `prompts` prompts that vote together.
+
+        Raises:
+            ValueError: votes count by their excess over those on other prompts, and there are none.
+        """
+        if self.vote_by == "excess" and prompts < 2:
+            raise ValueError(
+                "vote_by: expected at least 2 prompts in each step with excess, which compares the answers to a prompt with those to the "
+                f"others, got {prompts}"
+            )
 
     def trained_count(self, policy_rollouts: int) -> int:
         """Return how many of a prompt's policy rollouts train. These are the first ones; the others only vote."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -36,10 +37,10 @@ class Gate:
         self._level: float | None = None  # vote share at the last refresh
 
     def look(self, metrics: Mapping[str, Any]) -> None:
-        """Read the metrics of a step; one that is None or missing leaves its moving average as it is."""
+        """Read the metrics of a step; one that is None, NaN or missing leaves its moving average as it is."""
         for name in SIGNS:
             value = metrics.get(name)
-            if value is not None:
+            if value is not None and not math.isnan(value):
                 self._recent[name].append(float(value))
                 if len(self._start[name]) < START:
                     self._start[name].append(float(value))

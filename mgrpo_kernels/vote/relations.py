@@ -259,6 +259,8 @@ def _solved(node: Node, closed: bool) -> Part | None:
     if solution is None:
         return None
     zero, one = (_values_with(node, variable, number)[0] for number in (0, 1))
+    if mpmath.im(zero) != 0 or mpmath.im(one) != 0:
+        raise UnreadError(variable)  # complex numbers have no order
     return _ray(variable, solution, (">" if one > zero else "<") if not closed else ("≥" if one > zero else "≤"))
 
 

@@ -302,7 +302,6 @@ def constant_key(value: Any) -> Key:
 
 
 def digits_of(value: Any) -> tuple[Any, ...]:
-    """Return the leading 25 digits of a number, as exact integers."""
-    return tuple(
-        libmp.mpf_pos(part._mpf_, _KEPT_BITS, "n")[:3] for part in (mpmath.re(value), mpmath.im(value)) if part != 0
-    ) or (0,)
+    """Return the leading 25 digits of a number, as exact integers: of its real part, and of its imaginary part unless that is 0."""
+    parts = (mpmath.re(value), mpmath.im(value))
+    return tuple(libmp.mpf_pos(part._mpf_, _KEPT_BITS, "n")[:3] for part in (parts if parts[1] != 0 else parts[:1]))

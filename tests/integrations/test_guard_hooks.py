@@ -161,3 +161,21 @@ def test_a_log_of_another_shape_is_an_integration_error(tracking):
     tracking.log = lambda self, data: None
     with pytest.raises(IntegrationError, match="Tracking.log: expected the parameters"):
         verl.guarded(GuardHook())
+
+
+def test_a_figure_that_is_not_finite_is_left_out(tmp_path):
+    hook, whole = GuardHook(gold=True), GuardHook(gold=True)
+    odd = {"reward": float("nan"), "entropy": float("inf"), "frac_reward_zero_std": 0.25}
+    assert hook.line(1, odd) == {"step": 1, "groups_with_signal": 0.75}
+    hook(0, odd)
+    assert warned(hook) == warned(whole) == [40]
+    hook.write_certificate(tmp_path)
+    assert (tmp_path / "certificate.json").exists()
+
+
+@pytest.mark.parametrize("value", [1.5, -0.25])
+def test_a_sum_of_rewards_is_no_accuracy(value):
+    hook = GuardHook(accuracy="eval_reward", prompts=10)
+    hook(1, {"eval_reward": 1.0})
+    with pytest.raises(ValueError, match=rf"accuracy: expected a figure in \[0, 1\].*, got eval_reward {value}"):
+        hook(2, {"eval_reward": value})

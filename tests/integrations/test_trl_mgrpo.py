@@ -14,7 +14,7 @@ from absent import need
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from mgrpo_kernels import MomentumModel, policy_loss
+from mgrpo_kernels import MomentumModel, group_advantages, policy_loss
 from mgrpo_kernels.integrations import trl as integration
 from mgrpo_kernels.integrations.trl import MGRPOConfig, MGRPOTrainer
 from mgrpo_kernels.integrations.trl.columns import reworded
@@ -27,6 +27,7 @@ from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.run.learner import make_learner
+from mgrpo_kernels.vote.extraction import read_answers
 
 P, G, N = 3, 8, 2
 HERE = Path(__file__).parent
@@ -456,6 +457,28 @@ def test_a_column_of_true_answers_that_is_missing_is_named(base, tmp_path):
     assert trainer_of(base, tmp_path, answer_field="gold").answer_field == "gold"
 
 
+def test_several_true_answers_and_missing_ones(base, tmp_path, monkeypatch):
+    trainer = trainer_of(
+        base, tmp_path, method="gold", momentum_rollouts=0, iqr_filter=False, answer_field="gold", iqr_k=0.75
+    )
+    script = responses()
+    rows = [row for each in script for row in (*each[False], *each[True])]
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda self, prompts, *_, **__: (rows, None))
+    trainer.model.train()
+    cells = [["0", "1"], 1, ("2", None, "7")]
+    given = [{"prompt": "1+1=", "gold": cells[i // G]} for i in range(P * G)]
+    found = trainer._generate_and_score_completions(given)
+    right = [{"0", "1"}, {"1"}, {"2", "7"}]
+    finished = [trainer._is_finished(row) for row in rows]
+    answers = read_answers(demo.after_hash, [trainer._decode(row) for row in rows], finished)
+    rewards = torch.tensor([float(answer in right[i // G]) for i, answer in enumerate(answers)])
+    torch.testing.assert_close(found["advantages"], group_advantages(rewards, G))
+    with pytest.raises(
+        TypeError, match="answer_field: expected a text, a number or a list of them as the true answer, got {'x': 1}"
+    ):
+        trainer._generate_and_score_completions([{"prompt": "1+1=", "gold": {"x": 1}}] * G)
+
+
 def test_own_rewards_and_an_evaluation(base, tmp_path):
     seen = []
 
@@ -493,6 +516,10 @@ def test_what_it_cannot_do_is_refused(base, tmp_path):
         MGRPOConfig(**settings(tmp_path, train_momentum_rollouts=True))
     with pytest.raises(ValueError, match="filter_scope: expected the IQR filter"):
         MGRPOConfig(**settings(tmp_path, iqr_filter=False, filter_scope="vote"))
+    with pytest.raises(ValueError, match="vote_by: expected at least 2 prompts in each step with excess, .* got 1"):
+        MGRPOConfig(**settings(tmp_path, vote_by="excess", gradient_accumulation_steps=1))
+    with pytest.raises(ValueError, match="min_votes: expected at most 8, .* with method mgrpo, got 9"):
+        MGRPOConfig(**settings(tmp_path, min_votes=G + 1))
     with pytest.raises(ValueError, match="reward_weights: expected None without reward_funcs"):
         trainer_of(base, tmp_path, reward_weights=[2.0])
     with pytest.raises(ValueError, match=r"got epsilon 1.5 is not in \[0, 1\]"):

@@ -141,3 +141,14 @@ def test_a_callback_copies_at_the_step_of_a_refresh():
             model.weight.add_(1.0)
         callback.on_step_end(None, None, None)
         assert torch.equal(target.weight, model.weight if step % 2 == 0 else before)
+
+
+def test_the_log_of_an_evaluation_does_not_hide_that_of_its_step():
+    callback = TeacherCallback(
+        Teacher(torch.nn.Linear(3, 3), schedule="gated", every=1, gate=Gate(signs=["vote_share"]))
+    )
+    for _ in range(WINDOW):
+        callback.on_log(None, None, None, {"mgrpo/vote_share": 0.5})
+        callback.on_log(None, None, None, {"eval_reward": 0.5})
+        callback.on_step_end(None, None, None)
+    assert callback.teacher.refreshes == 1

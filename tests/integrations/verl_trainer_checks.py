@@ -2,6 +2,7 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import get_class
@@ -263,11 +264,35 @@ def test_several_outputs_of_a_rollout_are_refused(queue):
         ({"algorithm__rollout_correction": {"bypass_mode": True}}, "bypass_mode: expected False"),
         ({"mgrpo__iqr": 1.0}, "mgrpo: expected one of method, momentum_rollouts, .*iqr_k"),
         ({"mgrpo__iqr_k": -1.0}, "iqr_k: expected at least 0"),
+        ({"actor_rollout_ref__rollout__n": 1}, "rollouts: expected at least 2, to compare with each other, got 1"),
+        ({"mgrpo__min_votes": 7}, "min_votes: expected at most 6, .* with method mgrpo, got 7"),
+        (
+            {"mgrpo__vote_by": "excess", "data__train_batch_size": 1},
+            "vote_by: expected at least 2 prompts in each step with excess, .* got 1",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_told_when_it_is_built(changes, message):
     with pytest.raises(ValueError, match=message):
         get_trainer_cls("mgrpo")(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("cell", "gold"),
+    [
+        ({"ground_truth": "#### 7"}, "7"),
+        ({"ground_truth": 7}, "7"),
+        ({"ground_truth": np.int64(7)}, "7"),
+        ({"ground_truth": np.array(["7", "8"])}, ("7", "8")),
+        ({"ground_truth": ["7", "8"]}, ("7", "8")),
+        ({"ground_truth": {"target": ["7"]}}, None),
+        ({"ground_truth": None}, None),
+        ({"style": "rule"}, None),
+        (None, None),
+    ],
+)
+def test_the_true_answers_of_a_row(cell, gold):
+    assert verl_trainer._gold(cell) == gold
 
 
 def test_it_is_verls_synchronous_trainer():

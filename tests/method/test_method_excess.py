@@ -90,3 +90,14 @@ def test_an_option_without_effect_is_refused():
         options.check_use(momentum=False)
     with pytest.raises(ValueError, match="vote_by"):
         MethodOptions(vote_by="both")
+
+
+def test_other_spellings_of_an_answer_are_the_same_answer():
+    answers = ["1/2", "0.5", r"\frac12", "3", "3", "0.5", "0.50", "50%", "4", "4"]
+    assert chosen(answers, equivalence="math").vote.labels == ["1/2", "0.5"]
+    assert chosen(answers, equivalence="math", vote_by="excess").vote.labels == ["3", "4"]
+    halves = [answers[i] for i in (0, 1, 5, 6)]
+    got = excess_weights(halves, torch.tensor([0, 2, 4]), torch.ones(4, dtype=torch.bool), "math")
+    assert got.tolist() == [0.0] * 4
+    texts = excess_weights(halves, torch.tensor([0, 2, 4]), torch.ones(4, dtype=torch.bool), "exact")
+    assert texts.any()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mgrpo_kernels import majority_vote
-from mgrpo_kernels.method import METHODS, Signals
+from mgrpo_kernels.method import METHODS, Gold, MethodOptions, Signals, gold_in_cell, select
 
 ANSWERS = ["1", "1", "2", None, "5", "6", "7", "8"]  # two prompts of four
 ENTROPY = torch.tensor([0.5, 0.1, 0.9, float("nan"), 0.2, 0.4, 0.6, 0.8])
@@ -64,6 +65,46 @@ def test_empos_certainty_is_of_the_answers_alone() -> None:
         generator=None,
     )
     assert not METHODS["empo"].rewards(signals).any()
+
+
+@pytest.mark.parametrize("voting", ["1122", "1111", "1112", "1123"])
+def test_empos_certainty_is_that_of_the_voters(voting: str) -> None:
+    # Of eight rollouts four vote. The largest possible entropy is that of four answers of one vote each, log 4.
+    options, mask = MethodOptions(method="empo"), torch.ones(8, 2, dtype=torch.bool)
+    found, four = (
+        select(mask, answers, 8, options, may_vote=torch.arange(8) < 4)
+        for answers in ([*voting, *"5678"], [*"5678", *voting])
+    )
+    assert found.rewards[:4].all()
+    assert not four.rewards.any()
+
+
+@pytest.mark.parametrize(
+    ("cell", "gold"),
+    [
+        ("x = \\boxed{7}", "7"),
+        (7, "7"),
+        (7.5, "7.5"),
+        (np.int64(7), "7"),
+        (np.array(["7", "8"]), ("7", "8")),
+        (["7", None, 8], ("7", "8")),
+        (["7", "7"], "7"),
+        ([], None),
+        ([None], None),
+        ("  ", None),
+        (None, None),
+        (float("nan"), None),
+        (np.float64("nan"), None),
+    ],
+)
+def test_the_true_answers_of_a_cell(cell: object, gold: Gold | None) -> None:
+    assert gold_in_cell(cell) == gold
+
+
+@pytest.mark.parametrize("cell", [{"target": "7"}, [{"target": "7"}], object()])
+def test_a_cell_with_something_else_is_named(cell: object) -> None:
+    with pytest.raises(TypeError, match="expected a text, a number or a list of them as the true answer, got"):
+        gold_in_cell(cell)
 
 
 def test_certainty_and_entropy() -> None:

@@ -275,3 +275,32 @@ def test_a_method_may_return_more_than_rewards(monkeypatch: pytest.MonkeyPatch) 
 def test_options_without_an_effect_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MethodOptions(**options).check_use(momentum=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "rollouts", "most"),
+    [
+        ({"method": "srt"}, 8, 8),
+        ({"method": "mgrpo"}, 8, 8),
+        ({"method": "restrain"}, 5, 5),
+        ({"method": "co_rewarding_1"}, 9, 4),
+        ({"method": "self_harmony"}, 9, 9),
+        ({"method": "co_rewarding"}, 9, 4),
+    ],
+)
+def test_more_votes_than_there_are_voters_are_refused(options: dict[str, object], rollouts: int, most: int) -> None:
+    def check(**more: object) -> None:
+        chosen = MethodOptions(**{**options, **more})  # type: ignore[arg-type]
+        chosen.momentum_count(rollouts)
+        chosen.second_wording_count(rollouts)
+
+    check(min_votes=most)
+    with pytest.raises(ValueError, match="min_votes"):
+        check(min_votes=most + 1)
+    check(method="soft_vote", min_votes=most + 1)  # reads no label
+
+
+@pytest.mark.parametrize("rollouts", [0, 1])
+def test_a_single_rollout_has_nothing_to_be_compared_with(rollouts: int) -> None:
+    with pytest.raises(ValueError, match=f"rollouts: expected at least 2, to compare with each other, got {rollouts}"):
+        MethodOptions(method="srt").momentum_count(rollouts)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.wordings import second_wording
+from mgrpo_kernels.method import Gold, gold_in_cell
 from mgrpo_kernels.train.data.fields import FIELDS
 
 
@@ -37,6 +38,18 @@ def find_column(option: str, given: str | None, dataset: Any, *, needed: bool) -
     if found is None and (given is not None or needed):
         raise ValueError(f"{option}: expected one of the columns {', '.join(columns or ())}, got {given!r}")
     return found
+
+
+def gold_of(row: Mapping[str, Any], column: str) -> Gold | None:
+    """Return the true answer in a row's column, or several; None where there is none.
+
+    Raises:
+        TypeError: the column has something else.
+    """
+    try:
+        return gold_in_cell(row.get(column))
+    except TypeError as error:
+        raise TypeError(f"answer_field: {error}, in the column {column!r}") from error
 
 
 def reworded(rows: Sequence[Mapping[str, Any]], second: Tensor, column: str) -> list[dict[str, Any]]:

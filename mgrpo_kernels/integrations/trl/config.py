@@ -75,6 +75,7 @@ class MGRPOConfig(GRPOConfig):
         G = int(self.num_generations)  # type: ignore[arg-type]  # TRL has filled it in
         count = options.momentum_count(G)
         options.second_wording_count(G)  # raises for too few rollouts
+        options.check_prompts(int(self.generation_batch_size) // G)  # type: ignore[arg-type]  # TRL has filled it in
         options.check_use(momentum=count > 0)
         if options.train_momentum_rollouts:
             raise ValueError(

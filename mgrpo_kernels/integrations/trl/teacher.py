@@ -57,7 +57,8 @@ class TeacherCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Take note of the figures that the gate reads."""
-        self._metrics = {name.removeprefix("mgrpo/"): value for name, value in (logs or {}).items()}
+        # An evaluation logs a line of its own before the next step.
+        self._metrics |= {name.removeprefix("mgrpo/"): value for name, value in (logs or {}).items()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the teacher if its schedule says so."""

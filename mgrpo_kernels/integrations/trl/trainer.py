@@ -18,10 +18,10 @@ from trl.trainer.utils import pad
 
 from mgrpo_kernels import Teacher, extract_answer
 from mgrpo_kernels.integrations.trl import loss
-from mgrpo_kernels.integrations.trl.columns import columns_of, reworded
+from mgrpo_kernels.integrations.trl.columns import columns_of, gold_of, reworded
 from mgrpo_kernels.integrations.trl.config import MGRPOConfig
 from mgrpo_kernels.integrations.trl.scoring import completion_stats
-from mgrpo_kernels.method import MethodOptions, Selection, answer_tokens, read_gold, select
+from mgrpo_kernels.method import MethodOptions, Selection, answer_tokens, select
 from mgrpo_kernels.method.agreement import label_free_signs
 from mgrpo_kernels.train.rng import generator_for
 from mgrpo_kernels.vote.extraction import read_answers
@@ -241,7 +241,7 @@ class MGRPOTrainer(GRPOTrainer):
         options = self.options if training else evaluation_options(self.options)
         finished = [self._is_finished(row) for row in ids]
         ended = [not self.mask_truncated_completions or each for each in finished]
-        gold = None if self.answer_field is None else [_gold(each.get(self.answer_field)) for each in inputs]
+        gold = None if self.answer_field is None else [gold_of(each, self.answer_field) for each in inputs]
         width = max(gather_object([max(map(len, ids))]))
         mask = torch.arange(width) < torch.tensor([len(row) for row in ids])[:, None]
         gather = self.accelerator.gather
@@ -365,11 +365,6 @@ def evaluation_options(options: MethodOptions) -> MethodOptions:
         "answer_weight": 1.0,
     }
     return dataclasses.replace(options, method=method, **changes)
-
-
-def _gold(value: Any) -> str | None:
-    """Return the true answer in a cell of the data set."""
-    return None if value is None else read_gold(str(value))
 
 
 def _text(completion: Any) -> str:
