@@ -125,3 +125,25 @@ def test_statistics_on_a_cpu_are_the_same_bits_without_a_gradient_and_with_a_tol
     for tolerance in (None, 2**-8):
         got = linear_token_stats(hidden.requires_grad_(), weight, labels, gradient_tolerance=tolerance, **given)
         assert all(map(torch.equal, got, want))
+
+
+@variants
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_exported_graph_takes_any_number_of_tokens(variant, dtype):
+    (hidden, weight, _), labels = make(dtype)
+    hidden, weight = hidden.detach().view(3, 3, H), weight.detach()
+    given = options(variant, labels.view(3, 3))
+
+    class Model(torch.nn.Module):
+        def forward(self, hidden, labels, kept):
+            keywords = {**given, "kept": kept} if "kept" in given else given
+            stats = linear_token_stats(hidden, weight, labels, **keywords)
+            loss = linear_policy_loss(hidden, weight, labels, None, stats.entropy[:, 0], **keywords).loss
+            return stats.logprob, stats.entropy, loss
+
+    arguments = hidden, labels.view(3, 3), given.get("kept", labels.view(3, 3, 1))
+    exported = torch.export.export(Model(), arguments, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * 3)
+    for number in (2, 3, 7):
+        more = [each.repeat(3, *[1] * (each.dim() - 1))[:number] for each in arguments]
+        for one, other in zip(exported.module()(*more), Model()(*more), strict=True):
+            torch.testing.assert_close(one, other)

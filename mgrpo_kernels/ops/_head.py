@@ -36,6 +36,11 @@ def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Ten
     return hidden, weight, bias
 
 
+def flat_rows(hidden: Tensor) -> Tensor:
+    """Return hidden states ``(..., H)`` as ``(N, H)``. N stays symbolic under torch.export, where ``Size.numel()`` is a fixed number."""
+    return hidden.flatten(0, -2) if hidden.dim() > 1 else hidden.unsqueeze(0)
+
+
 def check_head_options(logit_scale: Any, softcap: Any, workspace_bytes: Any) -> None:
     """Check the options of a head that are neither tensors nor process groups."""
     checks.check_number("logit_scale", logit_scale)

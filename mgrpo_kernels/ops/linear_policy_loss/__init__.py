@@ -20,6 +20,7 @@ from mgrpo_kernels.ops._head import (
     check_logits_dtype,
     check_rows,
     check_tp_group,
+    flat_rows,
 )
 from mgrpo_kernels.ops._rows import check_counts, kept_rows, put_back, spoil, take, take_hidden
 from mgrpo_kernels.ops._schema import Schema
@@ -121,7 +122,8 @@ def linear_policy_loss(
         options=form,
         name="labels",
     )
-    check_counts(mask, rows.numel(), unmasked_tokens, tokens_with_gradient)
+    flat = flat_rows(hidden)
+    check_counts(mask, flat.shape[0], unmasked_tokens, tokens_with_gradient)
     tokens = tokens._replace(advantages=flat_advantages(advantages, like, tokens), entropy=None)
     check_head_options(logit_scale, softcap, workspace_bytes)
     check_logits_dtype(logits_dtype, hidden.dtype)
@@ -144,7 +146,7 @@ def linear_policy_loss(
     if not torch.compiler.is_compiling() and any(need):
         _log(fused, why)
     head = {
-        "hidden": hidden.reshape(rows.numel(), hidden.shape[-1]),
+        "hidden": flat,
         "weight": weight,
         "bias": bias,
         "labels": labels.reshape(-1),

@@ -17,6 +17,7 @@ from mgrpo_kernels.ops._head import (
     check_kept,
     check_logits_dtype,
     check_tp_group,
+    flat_rows,
 )
 from mgrpo_kernels.ops._rows import check_counts
 from mgrpo_kernels.ops.kept_token_stats import kept_token_stats_op
@@ -116,7 +117,8 @@ def linear_token_stats(
     hidden, weight, bias = check_head(hidden, weight, bias)
     rows = hidden.shape[:-1]
     mask = checks.check_mask("mask", mask, rows, hidden.device)
-    check_counts(mask, rows.numel(), unmasked_tokens, tokens_with_gradient)
+    flat = flat_rows(hidden)
+    check_counts(mask, flat.shape[0], unmasked_tokens, tokens_with_gradient)
     number, per_row = checks.check_temperature(temperature, rows, hidden.device)
     check_head_options(logit_scale, softcap, workspace_bytes)
     check_logits_dtype(logits_dtype, hidden.dtype)
@@ -134,7 +136,7 @@ def linear_token_stats(
     name = backends.choose(OP, backend, hidden.device, hidden.dtype)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     tensors = (
-        hidden.reshape(rows.numel(), hidden.shape[-1]),
+        flat,
         weight,
         bias,
         labels,
@@ -151,10 +153,10 @@ def linear_token_stats(
             "temperature": per_row,
         }
         liger.refuse(wanted, logit_scale, logits_dtype, lacking)
-        flat = liger.token_stats(
+        found = liger.token_stats(
             *tensors[:2], *tensors[3:5], number / logit_scale, wanted, unmasked_tokens=unmasked_tokens, debug=debug
         )
-        return TokenStats(*[None if stat is None else stat.view(rows) for stat in flat])
+        return TokenStats(*[None if stat is None else stat.view(rows) for stat in found])
     if kept is None:
         logprob, entropy, self_certainty, *_ = linear_token_stats_op(
             *tensors,
