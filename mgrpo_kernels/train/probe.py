@@ -138,7 +138,8 @@ def judge(figures: Figures) -> Verdict:
             "entrenches its errors; a hundred prompts with true answers would show it. " + limits,
         )
     text = f"the majority is right on {figures.majority:.2f} ± {figures.majority_error:.2f} of the prompts"
-    gap = (figures.majority - HALF) / figures.majority_error
+    # In standard errors of a majority that is right on half of the prompts: with few prompts, all of them may be right by chance.
+    gap = (figures.majority - HALF) * math.sqrt(figures.known) / HALF
     if gap < -SIGMAS:
         wrong = (
             f"and {figures.confidently_wrong:.2f} of the prompts have a wrong label with more than half of the votes"
@@ -153,7 +154,11 @@ def judge(figures: Figures) -> Verdict:
         return Verdict(
             "improves", f"{text}, more often than not ({trust}): the vote has something right to sharpen", limits
         )
-    return Verdict("undecided", f"{text}, too close to one half to tell, or its confidence points to errors", limits)
+    return Verdict(
+        "undecided",
+        f"{text}, too few prompts or too close to one half to tell, or its confidence points to errors",
+        limits,
+    )
 
 
 def obstacle(figures: Figures) -> str | None:

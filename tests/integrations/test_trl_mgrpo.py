@@ -500,6 +500,35 @@ def test_own_rewards_and_an_evaluation(base, tmp_path):
     assert found["eval_reward"] == pytest.approx(sum(map(len, seen[number:])) / (2 * G), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mgrpo/vote_share", "reward", "entropy"])
+def test_the_best_checkpoint_is_by_any_figure_of_an_evaluation(base, tmp_path, name):
+    each_step = dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | dict.fromkeys(
+        ("eval_steps", "save_steps"), 1
+    )
+    trainer = trainer_of(
+        base,
+        tmp_path,
+        eval_dataset=tiny_trl.prompts(2),
+        extract=first_digit,
+        per_device_eval_batch_size=G,
+        max_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model=name,
+        greater_is_better=name != "entropy",
+        save_total_limit=1,
+        **each_step,
+    )
+    trainer.train()
+    found = {line["step"]: line[f"eval_{name}"] for line in trainer.state.log_history if f"eval_{name}" in line}
+    assert list(found) == [1, 2, 3]
+    best = (min if name == "entropy" else max)(found, key=found.__getitem__)
+    place = tmp_path / f"checkpoint-{best}"
+    assert trainer.state.best_model_checkpoint == str(place)
+    assert (place / MOMENTUM_FILE).exists()
+    saved = type(trainer.model).from_pretrained(place)
+    assert all(torch.equal(value, trainer.model.state_dict()[key]) for key, value in saved.state_dict().items())
+
+
 def test_what_it_cannot_do_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="momentum_rollouts: expected at most 6 of 8 rollouts.*got 7"):
         MGRPOConfig(**settings(tmp_path, momentum_rollouts=7))

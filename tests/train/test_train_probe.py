@@ -84,6 +84,10 @@ def test_a_label_without_enough_votes_is_wrong() -> None:
         ({"share_correlation": -0.3}, "undecided"),  # the more votes, the wronger
         ({"share_correlation": None}, "improves"),
         ({"majority": 0.7, "majority_error": 0.15, "known": 9}, "undecided"),  # too few prompts
+        ({"majority": 1.0, "majority_error": 0.12, "known": 4}, "undecided"),  # all of so few are right by chance
+        ({"majority": 0.0, "majority_error": 0.12, "known": 4}, "undecided"),
+        ({"majority": 1.0, "majority_error": 0.1, "known": 5}, "improves"),
+        ({"majority": 0.0, "majority_error": 0.1, "known": 5}, "collapses"),
         ({"majority": None, "majority_error": None, "known": 0}, "unknown"),
         ({"answered": 0.4}, "unfit"),
         ({"top_label": 0.62}, "unfit"),
