@@ -67,7 +67,7 @@ TARGET = re.compile(r"`\((\.L\w+)\)")
 
 
 def blocks(sass):
-    """Return the basic blocks, lists of instructions, and each one's successors, of what `nvdisasm -c` prints of one kernel."""
+    """Return the basic blocks, lists of instructions, and each one's successors, of what nvdisasm prints of one kernel."""
     found, at_label = [[]], {}
     for line in sass.splitlines():
         if label := LABEL.match(line):
