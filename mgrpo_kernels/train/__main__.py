@@ -147,6 +147,11 @@ def read_command_line(arguments: Sequence[str] | None, spelling: Spelling | None
 
         layers.insert(0, OPTIONS)
     config = build(*layers)
+    if probe is not None and config.method.row.reads == "nothing":
+        raise UsageError(
+            "probe: expected a method whose rewards follow from the vote, which is what a probe judges, got "
+            f"{config.method.method}"
+        )
     default = f"{config.method.method}-{time.strftime('%Y%m%d-%H%M%S')}"
     return CommandLine(config, command_line.output_directory(output, default), resume, dry_run, allow_changed, probe)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import __main__ as command
 from mgrpo_kernels.train.data import demo
 from mgrpo_kernels.train.probe import Figures, correlation, judge, lines, measure
@@ -141,6 +142,14 @@ def test_the_command_prints_one_verdict_and_writes_nothing(
     [
         (["--probe", "0"], "error: --probe: expected at least 1 prompt, got 0"),
         (["--probe", "--dry-run"], "error: --probe: expected it without --dry-run, got both"),
+        *(
+            (
+                ["--probe", "--method", method],
+                f"error: --probe: expected a method whose rewards follow from the vote, which is what a probe judges, got {method}",
+            )
+            for method, row in METHODS.items()
+            if row.reads == "nothing"
+        ),
     ],
 )
 def test_refused(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
