@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from contract import BACKENDS, each_backend
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats, token_stats_from_logits
 
@@ -91,14 +93,15 @@ def test_meta_tensors_give_shapes_and_dtypes(variant):
 
 @pytest.mark.parametrize("backend", [each for each in BACKENDS if each != "triton"])
 @variants
-def test_hidden_states_without_width_give_equal_logits(backend, variant):
-    hidden, weight = (torch.zeros(rows, 0, requires_grad=True) for rows in (N, V))
-    labels = torch.arange(N)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_states_without_width_give_equal_logits(backend, variant, dtype):
+    hidden, weight = (torch.zeros(V, 0, dtype=dtype, requires_grad=True) for _ in range(2))
+    labels = torch.arange(V)  # more than the kernel for few rows takes
     given = {"backend": backend, **options(variant, labels)}
     stats = linear_token_stats(hidden, weight, labels, **given)
     of = 3 if variant == "kept" else V
-    torch.testing.assert_close(stats.logprob, torch.full((N,), -math.log(of)))
-    loss = linear_policy_loss(hidden, weight, labels, None, torch.ones(N), cu_seqlens=torch.tensor([0, N]), **given)
+    torch.testing.assert_close(stats.logprob, torch.full((V,), -math.log(of)))
+    loss = linear_policy_loss(hidden, weight, labels, None, torch.ones(V), cu_seqlens=torch.tensor([0, V]), **given)
     for grad in torch.autograd.grad(stats.logprob.sum() + loss.loss, (hidden, weight)):
         assert grad.shape[1] == 0
 
@@ -147,3 +150,27 @@ def test_an_exported_graph_takes_any_number_of_tokens(variant, dtype):
         more = [each.repeat(3, *[1] * (each.dim() - 1))[:number] for each in arguments]
         for one, other in zip(exported.module()(*more), Model()(*more), strict=True):
             torch.testing.assert_close(one, other)
+
+
+@variants
+def test_a_sharded_weight_is_refused_at_once(variant):
+    (hidden, weight, _), labels = make(torch.float32)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        sharded = distribute_tensor(weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
+        for call in (
+            lambda: linear_token_stats(hidden, sharded, labels, **options(variant, labels)),
+            lambda: linear_policy_loss(
+                hidden,
+                sharded,
+                labels,
+                None,
+                torch.ones(N),
+                cu_seqlens=torch.tensor([0, N]),
+                **options(variant, labels),
+            ),
+        ):
+            with pytest.raises(TypeError, match="weight: expected a plain tensor, got a DTensor"):
+                call()
+    finally:
+        dist.destroy_process_group()

@@ -217,10 +217,10 @@ bool multiply(const Tensor& total, const Tensor& a_, const Tensor& b_, bool add)
     multiply_few_rows(total, a, b, add);
     return true;
   }
-  const int64_t blocks = (b.columns + COLUMNS - 1) / COLUMNS, width = blocks * COLUMNS;
+  const int64_t blocks = divide_up(b.columns, COLUMNS), width = blocks * COLUMNS;
   // Where there are fewer blocks of rows than threads, each block's columns are multiplied in parts.
-  const int64_t lines = (a.rows + ROWS - 1) / ROWS, threads = at::get_num_threads();
-  const int64_t parts = lines >= threads ? 1 : std::min(blocks, (threads + lines - 1) / std::max<int64_t>(1, lines));
+  const int64_t lines = divide_up(a.rows, ROWS), threads = at::get_num_threads();
+  const int64_t parts = lines >= threads ? 1 : std::min(blocks, divide_up(threads, std::max<int64_t>(1, lines)));
   const InnerBlocks inner(b.rows);
   const int64_t at_once = std::max<int64_t>(1, PACKED_BYTES / (INNER * width * static_cast<int64_t>(sizeof(T))));
   const Tensor packed = at::empty({std::min(at_once * inner.step, round_up(b.rows, INNER_STEP)) * width}, b_.options());
@@ -262,6 +262,9 @@ bool mm_float32(const Tensor& total, const Tensor& a, const Tensor& b, bool add)
       total.stride(1) == 1 || total.size(1) <= 1, "total: expected an inner stride of 1, got strides ", total.strides());
   if (a.size(1) == 0 && !add) {
     total.zero_();
+  }
+  if (total.numel() == 0) {
+    return true;
   }
   if (a.scalar_type() == at::kFloat) {
     return multiply<float>(total, a, b, add);

@@ -246,7 +246,7 @@ def native_accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> bool:
 
 def accumulate_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Compute :func:`accumulate` with float32 copies of the factors, at most WIDENED_BYTES of them at a time."""
-    step = max(1, WIDENED_BYTES // (4 * (a.shape[0] + b.shape[1])))
+    step = max(1, WIDENED_BYTES // (4 * max(1, a.shape[0] + b.shape[1])))
     if first:
         total.zero_()
     for inner in spans(a.shape[1], step):
