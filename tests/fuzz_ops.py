@@ -442,6 +442,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     interpreter_speed.prepare()
+    assert _native.missing() is None, _native.missing()  # which loads the extension: some calls take its kernels directly
     trace = (lambda text: print(text, flush=True)) if options.trace else (lambda text: None)
     faults = []
     for number in range(options.first, options.first + options.calls):
