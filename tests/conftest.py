@@ -61,7 +61,8 @@ if GPU_TESTS_ON != "cuda":
 def pytest_collection_modifyitems(items):
     """Put the longest files first, and of the others those with most tests."""
     counts = Counter(item.path for item in items)
-    first = {TESTS / name: place - len(LONGEST) for place, name in enumerate(LONGEST)}
+    paths = [(TESTS / name).resolve(strict=True) for name in LONGEST]  # a file that has moved is an error
+    first = {path: place - len(paths) for place, path in enumerate(paths)}
     items.sort(key=lambda item: (first.get(item.path, 0), -counts[item.path]))
 
 
