@@ -27,8 +27,8 @@ def is_faster() -> bool:
     """Return whether oneDNN's float32 matmul is faster than PyTorch's on this CPU, found out from the native backend."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    ones = torch.ones(128, 128)
-    return tiled.native_accumulate(torch.empty(128, 128), ones, ones, first=True)
+    ones = torch.ones(128, 128, dtype=torch.float32, device="cpu")
+    return tiled.native_accumulate(torch.empty_like(ones), ones, ones, first=True)
 
 
 def are_plain(*tensors: Tensor) -> bool:
