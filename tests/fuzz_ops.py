@@ -442,7 +442,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     interpreter_speed.prepare()
-    assert _native.missing() is None, _native.missing()  # which loads the extension: some calls take its kernels directly
+    # This loads the extension: some calls take its kernels directly.
+    assert _native.missing() is None, _native.missing()
     trace = (lambda text: print(text, flush=True)) if options.trace else (lambda text: None)
     faults = []
     for number in range(options.first, options.first + options.calls):
