@@ -98,9 +98,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="JSON file of the result")
     options = parser.parse_args()
-    kept = machine.keeping_memory()
-    if any(os.environ.get(name) != value for name, value in kept.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
     load = os.getloadavg()[0]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(options.model, device, torch.float32, LoraConfig(), 0)
@@ -137,4 +134,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    kept = machine.keeping_memory()
+    if any(os.environ.get(name) != value for name, value in kept.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
     main()

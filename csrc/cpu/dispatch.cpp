@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <ATen/Context.h>
 #include <ATen/Version.h>
 
 namespace mgrpo {
@@ -18,6 +19,15 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
   return isa == Isa::Avx512 ? "AVX512" : isa == Isa::Avx2 ? "AVX2" : "DEFAULT";
+}
+
+bool mkl_is_held_back() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  return at::hasMKL() && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 } // namespace mgrpo

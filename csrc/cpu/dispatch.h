@@ -9,6 +9,9 @@ enum class Isa { Default, Avx2, Avx512 };
 Isa isa();
 const char* isa_name(Isa isa);
 
+// Whether aten's float32 product is MKL's, on a processor that is not Intel's: there it has AVX2 at most.
+bool mkl_is_held_back();
+
 } // namespace mgrpo
 
 // MGRPO_KERNEL(name, void(int64_t n)) declares mgrpo::<ISA>::name, which <op>_kernel.cpp defines in mgrpo::CPU_CAPABILITY.

@@ -3,7 +3,6 @@
 #include "check.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Context.h>
 #include <torch/library.h>
 
 namespace mgrpo {
@@ -32,14 +31,9 @@ Tensor few_rows(const Tensor& x_, const Tensor& weight_, const std::optional<Ten
   return out;
 }
 
-// Whether this is faster than aten's product: MKL has AVX2 at most on processors that are not Intel's, and was not compared on Intel's.
+// Whether this is faster than aten's product. It was not compared with MKL on Intel's processors.
 bool is_faster() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-  return at::hasMKL() && isa() != Isa::Default && !__builtin_cpu_is("intel");
-#else
-  return false;
-#endif
+  return mkl_is_held_back() && isa() != Isa::Default;
 }
 
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {

@@ -13,6 +13,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
@@ -32,21 +33,11 @@ void multiply_block(
   at::native::cpublas::brgemm(height, width, inner, a_stride, width, c_stride, add, a, b, c);
 }
 
-// Whether aten's float32 product leaves this processor's AVX-512 unused.
-bool is_left_to_avx2() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-  return at::hasMKL() && __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
-
 // Whether this build of PyTorch, on this CPU, has the block product, and it is worth while. PyTorch raises where it has not.
 template <typename T>
 bool available() {
   static const bool found = [] {
-    if (std::is_same_v<T, float> && !is_left_to_avx2()) {
+    if (std::is_same_v<T, float> && !(mkl_is_held_back() && at::cpu::is_avx512_supported())) {
       return false;
     }
     try {
