@@ -30,4 +30,13 @@ bool mkl_is_held_back() {
 #endif
 }
 
+bool has_avx512() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
+
 } // namespace mgrpo

@@ -11,6 +11,8 @@ const char* isa_name(Isa isa);
 
 // Whether aten's float32 product is MKL's, on a processor that is not Intel's: there it has AVX2 at most.
 bool mkl_is_held_back();
+// Whether the processor has AVX-512, whatever PyTorch was told to use.
+bool has_avx512();
 
 } // namespace mgrpo
 

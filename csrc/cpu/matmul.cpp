@@ -13,7 +13,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
@@ -37,7 +36,7 @@ void multiply_block(
 template <typename T>
 bool available() {
   static const bool found = [] {
-    if (std::is_same_v<T, float> && !(mkl_is_held_back() && at::cpu::is_avx512_supported())) {
+    if (std::is_same_v<T, float> && !(mkl_is_held_back() && has_avx512())) {
       return false;
     }
     try {
