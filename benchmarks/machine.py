@@ -23,18 +23,15 @@ INSTRUCTION_SETS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_bf16", "avx512
 INTEL = {85: "Skylake", 106: "Ice Lake", 143: "Sapphire Rapids", 207: "Emerald Rapids", 173: "Granite Rapids"}
 
 
-ALLOCATOR = "jemalloc"
-KEEPING = "oversize_threshold:1,dirty_decay_ms:-1,muzzy_decay_ms:-1"
-
-
 def keeping_memory() -> dict[str, str]:
     """Return the environment of a process that keeps the memory of freed tensors: jemalloc, as PyTorch's tuning guide advises for CPUs.
 
     With the C library's allocator a large tensor is new memory at every call, and the kernel clears it page by page. That takes up to
     twice as long as the op whose result it is, for peers as for ours, and differs from machine to machine.
     """
-    library = ctypes.util.find_library(ALLOCATOR)
-    return {"LD_PRELOAD": library, "MALLOC_CONF": KEEPING} if library else {}
+    library = ctypes.util.find_library("jemalloc")
+    kept = "oversize_threshold:1,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+    return {"LD_PRELOAD": library, "MALLOC_CONF": kept} if library else {}
 
 
 def generation(vendor: str, family: int, model: int) -> str:
@@ -79,7 +76,6 @@ def describe() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python_version": platform.python_version(),
         "torch": torch.__version__,
-        "allocator": f"{ALLOCATOR} {KEEPING}" if keeping_memory() else "the C library's",
         "peers": {each: installed[each] for each in PEERS if each in installed},
         "backend": backend.choose("linear_token_stats", None, device, torch.bfloat16),
     }

@@ -6,8 +6,7 @@
 The result is written after each file, so that what was finished before an interruption is kept. Nothing is recorded of a machine that
 is in use: before, between and after the files the processor time of all other processes is looked at for two seconds, and during a
 file it is what the machine's account (/proc/stat) has beyond this process and its children. Where it is more than a tenth of a core,
-the command waits a minute, then refuses; a file during which it was more is not recorded, and the exit status is 1. The benchmarks run
-with jemalloc, which keeps the memory of freed tensors (machine.py says why); without it nothing is recorded.
+the command waits a minute, then refuses; a file during which it was more is not recorded, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ FILES = (
 )
 LIMIT = 0.1  # cores that all other processes may use
 LOOK, PATIENCE = 2.0, 60.0  # seconds
-NOT_OF_A_FILE = ("device", "cpu", "cores", "threads", "torch", "allocator", "peers", "python_version", "backend")
+NOT_OF_A_FILE = ("device", "cpu", "cores", "threads", "torch", "peers", "python_version", "backend")
 
 
 class BusyError(RuntimeError):
@@ -91,7 +90,7 @@ def run_file(name: str, even_if_busy: bool) -> tuple[list[dict[str, Any]], dict[
     load, start = os.getloadavg(), time.monotonic()
     before = 0.0 if even_if_busy else idle(LOOK, PATIENCE)
     # Compilation in this process: what its pool of processes uses could not be told from the use of others.
-    settings = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "TRITON_INTERPRET": "0", **machine.keeping_memory()}
+    settings = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "TRITON_INTERPRET": "0"}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "result.json"
         command = [
@@ -161,10 +160,6 @@ def main() -> int:
     here, small = machine.describe(), os.environ.get("MGRPO_BENCH_SMALL") == "1"
     if here["backend"] == "reference":
         raise SystemExit("the native backend is not built here (python -m mgrpo_kernels says why): nothing is recorded")
-    if not (machine.keeping_memory() or options.even_if_busy):
-        raise SystemExit(
-            "jemalloc is not installed here (Debian, Ubuntu: apt-get install libjemalloc2): nothing is recorded"
-        )
     path = options.out or RESULTS / f"{machine.slug(here)}.json"
     result = begin(path, here, small, options.even_if_busy)
     start, failed = time.monotonic(), []

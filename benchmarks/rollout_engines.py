@@ -125,6 +125,7 @@ def main() -> None:
     if options.out:
         written = {
             "environment": environment(device) | machine.stamp(),
+            "allocator": os.environ.get("LD_PRELOAD", "the C library's"),
             "load_average": load,
             "model": Path(options.model).name,
             "shape": {name: vars(options)[name] for name in ("prompts", "rollouts", "tokens", "rounds")},

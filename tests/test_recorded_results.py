@@ -19,7 +19,6 @@ HERE = {
     "cores": 2,
     "threads": 2,
     "torch": "2.13.0",
-    "allocator": "jemalloc dirty_decay_ms:-1",
     "peers": {"trl": "1.16.0"},
     "python_version": "3.11.7",
     "backend": "native",
@@ -47,7 +46,6 @@ def record(modules, monkeypatch):
     record = modules.record
     monkeypatch.setattr(record.machine, "describe", lambda: dict(HERE))
     monkeypatch.setattr(record.machine, "commit", lambda: "0123456789abcdef")
-    monkeypatch.setattr(record.machine, "keeping_memory", lambda: {"LD_PRELOAD": "libjemalloc.so.2"})
     monkeypatch.setattr(record, "LOOK", 0.0)
     monkeypatch.setattr(record, "PATIENCE", 0.0)
     monkeypatch.delenv("MGRPO_BENCH_SMALL", raising=False)
@@ -165,16 +163,7 @@ def test_what_was_finished_before_an_interruption_is_kept_and_continued(machine,
     assert len(json.loads(path.read_text())["benchmarks"]) == 2  # in the place of the old row, not beside it
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"torch": "2.14.0"},
-        {"cores": 4},
-        {"allocator": "the C library's"},
-        {"peers": {}},
-        {"device": "AMD EPYC (Zen 3)"},
-    ],
-)
+@pytest.mark.parametrize("change", [{"torch": "2.14.0"}, {"cores": 4}, {"peers": {}}, {"device": "AMD EPYC (Zen 3)"}])
 def test_files_of_another_machine_or_version_are_not_mixed(machine, record, monkeypatch, tmp_path, change):
     path = tmp_path / "result.json"
     pretend(monkeypatch, record, Account(monkeypatch, machine))
@@ -197,26 +186,6 @@ def test_without_the_native_backend_nothing_is_recorded(record, monkeypatch, tmp
     monkeypatch.setattr(record.machine, "describe", lambda: HERE | {"backend": "reference"})
     with pytest.raises(SystemExit, match="the native backend is not built here"):
         main(monkeypatch, record, "--out", tmp_path / "result.json")
-
-
-def test_without_an_allocator_that_keeps_memory_nothing_is_recorded(machine, record, monkeypatch, tmp_path):
-    path = tmp_path / "result.json"
-    monkeypatch.setattr(record.machine, "keeping_memory", dict)
-    pretend(monkeypatch, record, Account(monkeypatch, machine))
-    with pytest.raises(SystemExit, match="jemalloc is not installed here"):
-        main(monkeypatch, record, "--out", path)
-    assert main(monkeypatch, record, "--out", path, "--only", "bench_ema", "--even-if-busy") == 0
-
-
-def test_the_benchmarks_run_with_the_allocator(machine, record, monkeypatch, tmp_path):
-    environments = []
-    pretend(monkeypatch, record, Account(monkeypatch, machine))
-    run = record.subprocess.run
-    monkeypatch.setattr(
-        record.subprocess, "run", lambda *given, env, **rest: environments.append(env) or run(*given, **rest)
-    )
-    assert main(monkeypatch, record, "--out", tmp_path / "result.json", "--only", "bench_ema") == 0
-    assert [each["LD_PRELOAD"] for each in environments] == ["libjemalloc.so.2"]
 
 
 def test_freed_memory_is_kept_for_the_next_tensor(machine):
