@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of the result")
     options = parser.parse_args()
     load = os.getloadavg()[0]
+    allocator = Path(os.environ.get("LD_PRELOAD") or "the C library's").name  # before vLLM adds its own libraries
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = load_policy(options.model, device, torch.float32, LoraConfig(), 0)
     prompts = policy.encode([QUESTION.format(i + 2, i + 5) for i in range(options.prompts)])
@@ -125,7 +126,7 @@ def main() -> None:
     if options.out:
         written = {
             "environment": environment(device) | machine.stamp(),
-            "allocator": os.environ.get("LD_PRELOAD", "the C library's"),
+            "allocator": allocator,
             "load_average": load,
             "model": Path(options.model).name,
             "shape": {name: vars(options)[name] for name in ("prompts", "rollouts", "tokens", "rounds")},
