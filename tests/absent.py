@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from mgrpo_kernels import _native
+
 
 def absent(reason, *, module=False):
     """End the test, or with `module` the collection of its file, with a reason that names what is missing."""
@@ -18,6 +20,12 @@ def need(package, install):
     """Have a package, or end the test: `install` says how to get it."""
     if importlib.util.find_spec(package) is None:
         absent(f"{package} is not installed: {install}")
+
+
+def need_native():
+    """Have the native kernels, or end the test."""
+    if _native.missing() is not None:
+        absent(f"the native kernels are missing: {_native.missing()}")
 
 
 def need_instructions(isa):

@@ -7,12 +7,15 @@ from unittest import mock
 
 import pytest
 import torch
+from absent import need_native
 from fuzz_ops import attention_call
 
-from mgrpo_kernels import _native
 from mgrpo_kernels.ops.linear_token_stats import layers
 
-pytestmark = pytest.mark.skipif(_native.missing() is not None, reason="the native kernels are missing")
+
+@pytest.fixture(autouse=True)
+def _native_kernels():
+    need_native()
 
 
 def truth(q, k, v, prompt_keys, prompt_values, lengths, keys, values, before, window, scale):

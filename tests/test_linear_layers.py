@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from absent import need_native
 from torch.nn.functional import linear as plain
 
-from mgrpo_kernels import _native
 from mgrpo_kernels.ops.linear_token_stats import float32_logits, layers, tiled
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-NATIVE = pytest.mark.skipif(_native.missing() is not None, reason="the native kernels are missing")
+NATIVE = pytest.mark.usefixtures("native_kernels")
+
+
+@pytest.fixture
+def native_kernels():
+    need_native()
 
 
 @pytest.fixture
@@ -18,8 +23,7 @@ def products(monkeypatch):
     """Return the names of the products that are taken, on a CPU where both are said to be faster than PyTorch's."""
     if not HAS_ONEDNN:
         pytest.skip("this PyTorch has no oneDNN")
-    if _native.missing() is not None:
-        pytest.skip("the native kernels are missing")
+    need_native()
     seen = []
 
     def watched(name, real):

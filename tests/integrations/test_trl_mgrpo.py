@@ -24,6 +24,7 @@ from mgrpo_kernels.method import METHODS
 from mgrpo_kernels.train import step as steps
 from mgrpo_kernels.train.config import build
 from mgrpo_kernels.train.data import demo
+from mgrpo_kernels.train.ending import leave
 from mgrpo_kernels.train.model.policy import load_policy
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts
 from mgrpo_kernels.train.run.learner import make_learner
@@ -45,6 +46,28 @@ def process(*arguments, **variables):
         timeout=300,
         check=False,
     )
+
+
+def two_processes(script, *arguments):
+    """Run a script of this folder by torchrun; each rank is to end with :func:`train_alike`."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = process(*torchrun, *rendezvous, HERE / script, *arguments, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("the same") == 2
+
+
+def train_alike(trainer):
+    """Train on this rank of two, and check that both have the same momentum model then."""
+    trainer.train()
+    average = trainer.momentum.ema["lm_head/weight"]
+    other = [torch.empty_like(average) for _ in range(2)]
+    torch.distributed.all_gather(other, average)
+    assert torch.equal(other[0], other[1])
+    assert any(line.get("grad_norm", 0) > 0 for line in trainer.state.log_history)
+    print("the same")
+    torch.distributed.destroy_process_group()
+    leave(0)
 
 
 @pytest.fixture(scope="module")
@@ -576,9 +599,4 @@ def test_a_group_split_over_two_processes(base, tmp_path, monkeypatch):
         "tokens": output["num_items_in_batch"],
     }
     torch.save(want, tmp_path / "want.pt")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    script = HERE / "mgrpo_on_two.py"
-    done = process(*torchrun, *rendezvous, script, base, tmp_path / "want.pt", tmp_path / "two", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same") == 2
+    two_processes("mgrpo_on_two.py", base, tmp_path / "want.pt", tmp_path / "two")

@@ -6,7 +6,7 @@ import pytest
 import tiny_trl
 import torch
 from datasets import Dataset
-from test_trl_mgrpo import HERE, first_digit, process
+from test_trl_mgrpo import first_digit, two_processes
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 from trl.generation import vllm_generation
@@ -80,12 +80,7 @@ def test_groups_split_over_two_processes(base, tmp_path, monkeypatch):
         assert output["advantages"].any()
         wanted[method] = {name: output[name] for name in ("advantages", "completion_mask", "num_items_in_batch")}
     torch.save(wanted, tmp_path / "wanted.pt")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    place = HERE / "wordings_on_two.py"
-    done = process(*torchrun, *rendezvous, place, base, tmp_path / "wanted.pt", tmp_path / "two", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the same") == 2
+    two_processes("wordings_on_two.py", base, tmp_path / "wanted.pt", tmp_path / "two")
 
 
 class Server:

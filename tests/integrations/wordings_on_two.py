@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_trl_mgrpo import train_alike
 from test_trl_wordings import TWICE, G, P, examples, script, trainer_of
-
-from mgrpo_kernels.train.ending import leave
 
 base, wanted, place = sys.argv[1:]
 halves = {"per_device_train_batch_size": P * G // 2, "gradient_accumulation_steps": 1}
@@ -29,12 +28,4 @@ for method, want in torch.load(wanted, weights_only=True).items():
     assert output["num_items_in_batch"] == want["num_items_in_batch"]
 
 trainer = trainer_of(base, Path(place), TWICE[-1], **halves, max_steps=2)
-trainer.train()
-average = trainer.momentum.ema["lm_head/weight"]
-other = [torch.empty_like(average) for _ in range(2)]
-dist.all_gather(other, average)
-assert torch.equal(other[0], other[1])
-assert any(line.get("grad_norm", 0) > 0 for line in trainer.state.log_history)
-print("the same")
-dist.destroy_process_group()
-leave(0)
+train_alike(trainer)
