@@ -219,11 +219,17 @@ def test_compiled_code_does_not_depend_on_how_many_are_stored(backend):
     assert counter.frame_count <= 2
 
 
-def test_a_gpu_stores_none_where_narrower_tiles_cost_more():
+def test_none_are_stored_where_less_than_a_sixth_fits():
     head = op.Head(torch.empty(152064, 1, device="meta").bfloat16(), None, 1.0, 1.0, None, 0, None)
     full = 600 * tiled.padded(152064, tiled.ALIGNED)
     assert gpu.logits_room(600, head) == full  # all of them
     assert 0 < gpu.logits_room(3971, head) < full * 2
     assert gpu.logits_room(3972, head) == 0
+    wide = op.Head(torch.empty(152064, 1, device="meta"), None, 1.0, 1.0, None, 0, None)
+    room = (native.WORKSPACE_BYTES - 4 * 2**20) // 4  # beside a tile
+    last = 6 * room // 152064  # rows
+    assert native.logits_room(300, wide) == 300 * 152064  # all of them
+    assert native.logits_room(last, wide) == room
+    assert native.logits_room(last + 1, wide) == 0
     with mock.patch.object(tuning, "of", return_value=tuning.Tuning(matmul="fused")):
         assert gpu.logits_room(600, head) == 0

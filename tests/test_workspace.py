@@ -10,7 +10,6 @@ from contract import Memory, each_backend, watch_memory
 
 from mgrpo_kernels import fuse_lm_head, linear_policy_loss, linear_token_stats, use_backend
 from mgrpo_kernels.ops._triton import tuning
-from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
 from mgrpo_kernels.ops.linear_token_stats import OP, native, reference, tiled, triton
 from mgrpo_kernels.ops.linear_token_stats.specs import Head
 
@@ -30,7 +29,6 @@ def small_defaults():
     sizes = tuning.Tuning(forward_tile=(128, 256), workspace_bytes=WORKSPACE)
     with (
         mock.patch.object(reference, "WORKSPACE_BYTES", WORKSPACE),
-        mock.patch.object(loss_native, "WORKSPACE_BYTES", WORKSPACE),
         mock.patch.object(native, "tile_shape", return_value=tiled.TileShape(64, 256)),
         mock.patch.object(native, "WORKSPACE_BYTES", WORKSPACE),
         mock.patch.object(tuning, "of", return_value=sizes),
@@ -216,8 +214,7 @@ def test_the_defaults_are_those_of_the_documentation():
         head, shape = Head(torch.zeros(1, 1, dtype=dtype), None, 1.0, 1.0, None, 0, None), native.tile_shape(dtype)
         assert shape.rows * shape.columns * head.raw_dtype.itemsize == forward * 2**20
         assert shape.rows * shape.columns * tiled.backward_bytes(head, native.CpuPasses()) == backward * 2**20
-    assert native.WORKSPACE_BYTES == 12 * 2**20
-    assert loss_native.WORKSPACE_BYTES == 224 * 2**20
+    assert native.WORKSPACE_BYTES == 224 * 2**20
     assert reference.WORKSPACE_BYTES == 64 * 2**20
     sizes = tuning.Tuning()
     assert sizes.workspace_bytes == 512 * 2**20

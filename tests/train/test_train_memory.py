@@ -12,7 +12,6 @@ import torch
 from contract import Memory, watch_memory
 from transformers import AutoModelForCausalLM
 
-from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.train.data.demo import make_tokenizer, model_config
 from mgrpo_kernels.train.model.policy import Policy
@@ -35,7 +34,6 @@ def small_workspace() -> Iterator[None]:
     with (
         mock.patch.object(native, "tile_shape", return_value=tiled.TileShape(64, 512)),
         mock.patch.object(native, "WORKSPACE_BYTES", WORKSPACE),
-        mock.patch.object(loss_native, "WORKSPACE_BYTES", WORKSPACE),
     ):
         yield
 

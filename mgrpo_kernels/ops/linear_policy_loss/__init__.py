@@ -87,8 +87,8 @@ def linear_policy_loss(
         gradient_tolerance: as in :func:`linear_token_stats`. Where the backend leaves entries out the two ops are composed, because the
             backward pass then takes a small part of a matmul.
         workspace_bytes: bound of the logits workspace, whatever the number of tokens, at least 64 KiB, and at least one row's logits where
-            the gradient is formed in the forward pass. None: 224 MiB (native; 12 MiB where it composes the general ops), 512 MiB
-            (triton) or 64 MiB (reference).
+            the gradient is formed in the forward pass. None: 224 MiB (native), 512 MiB (triton) or 64 MiB
+            (reference).
         mask, cu_seqlens, ref_logprobs, behaviour_logprobs: as in :func:`policy_loss`. The entropy of the bonus and of the
             metrics is the head's own.
         unmasked_tokens: as in :func:`linear_token_stats`.

@@ -16,7 +16,6 @@ from mgrpo_kernels.ops.linear_token_stats.specs import Head
 __all__ = ["forward_backward", "fusion", "scale_", "unsupported"]
 
 COLUMNS = 1024
-WORKSPACE_BYTES = 224 * 2**20
 
 
 def fusion(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -43,7 +42,7 @@ def forward_backward(
     """
     passes = native.CpuPasses(three_matmuls.WANTED, gradients)
     return three_matmuls.forward_backward(
-        hidden, head, labels, coefficients_of, need, passes, COLUMNS, WORKSPACE_BYTES, live
+        hidden, head, labels, coefficients_of, need, passes, COLUMNS, native.WORKSPACE_BYTES, live
     )
 
 

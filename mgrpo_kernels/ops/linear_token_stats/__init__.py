@@ -65,7 +65,7 @@ def linear_token_stats(
     dtype, like ``torch.nn.functional.linear``, with autocast's own cast of the weight.
 
     The logits workspace, stored logits included, is bounded by `workspace_bytes`, whatever the number of tokens, forward and backward. By
-    default it takes at most 12 MiB (native; without a gradient 4 MiB, or 8 MiB in 16 bits), 512 MiB (triton) or 64 MiB (reference).
+    default it takes at most 224 MiB (native; without a gradient 4 MiB, or 8 MiB in 16 bits), 512 MiB (triton) or 64 MiB (reference).
 
     Args:
         hidden: ``(..., H)`` float32, bfloat16 or float16 (float64 on the reference backend).

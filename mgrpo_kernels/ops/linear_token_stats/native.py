@@ -22,7 +22,7 @@ __all__ = [
     "unsupported",
 ]
 
-WORKSPACE_BYTES = 12 * 2**20  # of a call with a gradient: the largest tile; a larger workspace stores logits
+WORKSPACE_BYTES = 224 * 2**20  # of a call with a gradient: a tile, and logits that are stored
 ROOM_STEP = 16  # what the number of entries listed of a row is a multiple of: csrc/cpu/top_entries.h
 VOCAB_PER_ENTRY = (
     16  # of the vocabulary for each entry: with more, gathered rows of the weight take as long as a dense product
@@ -93,7 +93,10 @@ def _shape(head: Head) -> tiled.TileShape:
 
 def logits_room(number: int, head: Head) -> int:
     """Return how many raw logits of `number` rows, which may be symbolic, the forward pass stores for the backward pass."""
-    return tiled.stored_room(number, head, _shape(head), head.workspace_bytes or WORKSPACE_BYTES, CpuPasses())
+    shape, vocab = _shape(head), head.weight.shape[0]
+    tile = torch.sym_min(number, shape.rows) * min(shape.columns, vocab) * tiled.backward_bytes(head, CpuPasses())
+    room = torch.sym_max(0, (head.workspace_bytes or WORKSPACE_BYTES) - tile) // head.raw_dtype.itemsize
+    return tiled.stored_room(number, vocab, room)
 
 
 def sparse_forward(

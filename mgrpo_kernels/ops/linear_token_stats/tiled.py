@@ -36,6 +36,7 @@ UNSPLIT_FROM = 2**25
 # Of the float32 copy of a factor of several matmuls, where no matmul of 16-bit factors has a float32 result.
 OPERAND_BYTES = 32 * 2**20
 WHOLE_BLOCKS_FROM = 32, 64, 128  # rows, inner dimension and columns
+STORED_FROM = 6  # a sixth of all logits: to store fewer saves less than the memory is worth, and on a GPU than narrower tiles cost
 WIDENED_BYTES = 4 * 2**20  # of such copies for one matmul, where its factors are larger
 
 
@@ -123,12 +124,11 @@ class Stored(NamedTuple):
         return tile[rows] if self.rows is None else torch.index_select(tile, 0, self.rows[rows], out=x)
 
 
-def stored_room(number: int, head: Head, shape: TileShape, bound: int, passes: Passes) -> int:
-    """Return how many raw logits fit beside a tile within `bound` bytes: at most those of `number` rows, which may be symbolic."""
-    vocab = head.weight.shape[0]
-    tile = torch.sym_min(number, shape.rows) * padded(min(shape.columns, vocab), passes.padding)
-    room = torch.sym_max(0, bound - tile * backward_bytes(head, passes)) // head.raw_dtype.itemsize
-    return torch.sym_min(number * padded(vocab, passes.padding), room)  # type: ignore[no-any-return]
+def stored_room(number: int, vocab: int, room: int) -> int:
+    """Return how many of the raw logits of `number` rows are stored where there is room for `room`. Both may be symbolic."""
+    logits = number * vocab
+    pays = torch.sym_min(1, STORED_FROM * room // torch.sym_max(1, logits))  # 1 or 0
+    return torch.sym_min(logits, room * pays)  # type: ignore[no-any-return]
 
 
 def gradient_dtype(head: Head) -> torch.dtype:

@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 STORED_QUARTERS = 3  # of the workspace, for logits stored until the backward pass; the last is for its tile
-STORED_FROM = 6  # a sixth of all logits: with fewer, the traffic of narrower tiles costs as much as stored logits save
 MATMUL_TILE = (
     128,
     256,
@@ -253,9 +252,7 @@ def logits_room(number: int, head: Head) -> int:
         return 0
     bound = head.workspace_bytes or tuned.workspace_bytes
     room = bound * STORED_QUARTERS // 4 // head.raw_dtype.itemsize
-    logits = number * tiled.padded(head.weight.shape[0], GpuPasses.padding)
-    pays = torch.sym_min(1, STORED_FROM * room // torch.sym_max(1, logits))  # 1 or 0, of a number that may be symbolic
-    return torch.sym_min(logits, room * pays)  # type: ignore[no-any-return]
+    return tiled.stored_room(number, tiled.padded(head.weight.shape[0], GpuPasses.padding), room)
 
 
 def forward(

@@ -9,6 +9,7 @@ import torch
 from mgrpo_kernels.ops._triton.tuning import Tuning
 from mgrpo_kernels.ops.linear_policy_loss import native as fused_on_cpu
 from mgrpo_kernels.ops.linear_token_stats import native as composed_on_cpu
+from mgrpo_kernels.ops.linear_token_stats.tiled import stored_room
 from mgrpo_kernels.train.config import Config, ModelConfig
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, width_of
 from mgrpo_kernels.train.rollout.engines import engine_class
@@ -159,9 +160,9 @@ def head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> 
         fused, _ = fused_on_cpu.fusion(torch.device(device), dtype)
         if not fused:
             tile = composed_on_cpu.tile_shape(dtype)
-            in_tile = min(tile.rows, tokens) * min(tile.columns, V)
-            return min(composed_on_cpu.WORKSPACE_BYTES, 4 * tokens * V + (4 + c) * in_tile), weight
-        most = fused_on_cpu.WORKSPACE_BYTES
+            in_tile = (4 + c) * min(tile.rows, tokens) * min(tile.columns, V)
+            return in_tile + 4 * stored_room(tokens, V, (composed_on_cpu.WORKSPACE_BYTES - in_tile) // 4), weight
+        most = composed_on_cpu.WORKSPACE_BYTES
     if weight and c < 4 and tokens <= model.width:  # the logits of all tokens take the place of that sum
         return 4 * V * tokens, c * V * model.width
     return 4 * V * min(tokens, max(1, most // (4 * V))), weight
