@@ -58,6 +58,8 @@ TORCH_LIBRARY(mgrpo_native, m) {
       "attend_(Tensor q, Tensor k, Tensor v, Tensor prompt_keys, Tensor prompt_values, Tensor lengths, Tensor(a!) keys, Tensor(b!) values, "
       "int before, int? window, float scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("mm_float32_(Tensor(a!) total, Tensor a, Tensor b, bool add) -> bool"); // False: not on this CPU, and nothing has been done
 
   m.def("ema_update_(Tensor(a!)[] ema, Tensor[] params, Tensor(b!)[] emit, float decay, int[] keys, int[] spans) -> ()");

@@ -239,6 +239,13 @@ def attention_call(
 def decoder(draw: random.Random, backend: str) -> Call:
     """What the rollouts run between a decoder's products."""
     if draw.random() < 0.4:
+        rows, inner = draw.choice((0, 3, 40)), draw.choice((2, 16, 70))
+        args = floats(draw, rows, draw.choice((0, 1, 3)), inner).float(), *floats(draw, 2, rows, inner).float()
+        return Call("rotate", lambda *given: torch.ops.mgrpo_native.rotate(*given), args, {})
+    if draw.random() < 0.3:
+        args = tuple(floats(draw, 2, draw.choice((0, 3)), draw.choice((1, 16, 70, 5000))).float())
+        return Call("swiglu", lambda *given: torch.ops.mgrpo_native.swiglu(*given), args, {})
+    if draw.random() < 0.4:
         columns = draw.choice((1, 16, 70))
         args = floats(draw, draw.choice((0, 3)), columns).float(), floats(draw, columns).float(), 1e-5
         return Call("rms_norm", lambda *given: torch.ops.mgrpo_native.rms_norm(*given), args, {})

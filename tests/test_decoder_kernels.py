@@ -9,6 +9,7 @@ import pytest
 import torch
 from absent import need_native
 from fuzz_ops import attention_call
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mgrpo_kernels.ops.linear_token_stats import layers
 
@@ -122,12 +123,69 @@ def test_the_norm_is_pytorchs(columns):
         torch.ops.mgrpo_native.rms_norm(x.bfloat16(), weight, 1e-5)
 
 
-def test_where_a_gradient_is_required_the_norm_is_pytorchs_own():
-    x, weight = torch.randn(4, 64, requires_grad=True), torch.randn(64)
-    with mock.patch.object(torch.ops.mgrpo_native, "rms_norm", side_effect=AssertionError):
-        layers.rms_norm(x, weight, 1e-5).sum().backward()
+@pytest.mark.parametrize("inner", [2, 6, 16, 34, 64, 128])
+def test_the_rotation_is_that_of_the_modules(inner):
+    """q and k are views of one projection; cos and sin are those that transformers' own function takes."""
+    both, angles = torch.randn(5, 7, inner), torch.randn(1, 5, inner)
+    both[3, 2, 0] = torch.nan
+    q, k = both.split([5, 2], 1)
+    cos, sin = angles.cos(), angles.sin()
+    want = apply_rotary_pos_emb(*(each.double().transpose(0, 1)[None] for each in (q, k)), cos.double(), sin.double())
+    signed = torch.cat([-sin[0, :, : inner // 2], sin[0, :, inner // 2 :]], -1)
+    for gradient in (False, True):  # the kernel, and plain PyTorch
+        with torch.set_grad_enabled(gradient):
+            got = layers.rotate(q, k, cos[0], signed)
+        for each, other in zip(got, want, strict=True):
+            torch.testing.assert_close(each, other[0].transpose(0, 1).float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert layers.rotate(q[:0], k[:0], cos[0, :0], signed[:0])[0].shape == (0, 5, inner)
+
+
+def test_the_rotation_refuses_what_does_not_fit():
+    rotate, x, angles = torch.ops.mgrpo_native.rotate, torch.randn(3, 2, 8), torch.randn(3, 8)
+    for bad in (x[0], x[..., 1:]):
+        with pytest.raises(ValueError, match="x: expected shape"):
+            rotate(bad, angles, angles)
+    for cos, sin, name in ((angles[1:], angles, "cos"), (angles, angles[:, 1:], "sin")):
+        with pytest.raises(ValueError, match=f"{name}: expected shape"):
+            rotate(x, cos, sin)
+    with pytest.raises(TypeError, match="sin: expected one of the dtypes"):
+        rotate(x, angles, angles.double())
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 3, 64), (40, 1000)])
+def test_the_gated_activation_is_pytorchs(shape):
+    gate, up = 30 * torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2], torch.randn(shape)
+    gate.view(-1)[:1] = torch.nan
+    want = (torch.nn.functional.silu(gate.double()) * up).float()
+    got = torch.ops.mgrpo_native.swiglu(gate, up)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-30, equal_nan=True)
+    assert torch.ops.mgrpo_native.swiglu(gate[:0], up[:0]).shape == (0, *shape[1:])
+    with pytest.raises(ValueError, match="up: expected shape"):
+        torch.ops.mgrpo_native.swiglu(gate, up[..., None])
+    with pytest.raises(TypeError, match="gate: expected one of the dtypes"):
+        torch.ops.mgrpo_native.swiglu(gate.double(), up)
+
+
+def test_extreme_gates():
+    gate = torch.tensor([-torch.inf, -200.0, -100.0, -88.5, -0.0, 0.0, 100.0, torch.inf])
+    got = torch.ops.mgrpo_native.swiglu(gate, torch.ones(8))
+    torch.testing.assert_close(got, torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-36, equal_nan=True)
+
+
+WITH_GRADIENTS = {
+    "rms_norm": lambda x: layers.rms_norm(x, torch.ones(64, dtype=x.dtype), 1e-5),
+    "rotate": lambda x: layers.rotate(x.view(4, 2, 32), x.view(4, 2, 32), *x.detach().view(2, 4, 32))[0],
+    "swiglu": lambda x: layers.swiglu(x, x),
+}
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_where_a_gradient_is_required_pytorch_computes(name):
+    x, call = torch.randn(4, 64, requires_grad=True), WITH_GRADIENTS[name]
+    with mock.patch.object(torch.ops.mgrpo_native, name, side_effect=AssertionError):
+        call(x).sum().backward()
         assert x.grad is not None
         with torch.no_grad():
-            assert layers.rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5).dtype == torch.bfloat16
+            assert call(x.bfloat16()).dtype == torch.bfloat16
             with pytest.raises(AssertionError):
-                layers.rms_norm(x, weight, 1e-5)
+                call(x)

@@ -85,9 +85,37 @@ Tensor rms_norm(const Tensor& x_, const Tensor& weight_, double eps) {
   return out;
 }
 
+Tensor rotate(const Tensor& x_, const Tensor& cos_, const Tensor& sin_) {
+  check_dtype("x", x_, FLOAT32);
+  TORCH_CHECK_VALUE(x_.dim() == 3 && x_.size(2) % 2 == 0, "x: expected shape (rows, heads, an even number), got ", x_.sizes());
+  const int64_t rows = x_.size(0), heads = x_.size(1), inner = x_.size(2);
+  check_tensor("cos", cos_, FLOAT32, {rows, inner});
+  check_tensor("sin", sin_, FLOAT32, {rows, inner});
+  const Tensor x = x_.stride(2) == 1 ? x_ : x_.contiguous(), cos = cos_.contiguous(), sin = sin_.contiguous();
+  const Tensor out = at::empty(x.sizes(), x.options());
+  if (out.numel()) {
+    MGRPO_CALL(rotate_kernel)(
+        x.const_data_ptr<float>(), x.stride(0), x.stride(1), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), rows, heads, inner / 2,
+        out.mutable_data_ptr<float>());
+  }
+  return out;
+}
+
+Tensor swiglu(const Tensor& gate_, const Tensor& up_) {
+  check_dtype("gate", gate_, FLOAT32);
+  check_tensor("up", up_, FLOAT32, gate_.sizes());
+  const Tensor gate = gate_.contiguous(), up = up_.contiguous(), out = at::empty(gate.sizes(), gate.options());
+  if (out.numel()) {
+    MGRPO_CALL(swiglu_kernel)(gate.const_data_ptr<float>(), up.const_data_ptr<float>(), gate.numel(), out.mutable_data_ptr<float>());
+  }
+  return out;
+}
+
 TORCH_LIBRARY_IMPL(mgrpo_native, CPU, m) {
   m.impl("attend_", &attend_);
   m.impl("rms_norm", &rms_norm);
+  m.impl("rotate", &rotate);
+  m.impl("swiglu", &swiglu);
 }
 
 } // namespace

@@ -26,3 +26,11 @@ MGRPO_KERNEL(attend_kernel, void(const mgrpo::Attention&, float* keys, float* va
 
 // out (rows, columns) = x / sqrt(mean(x^2) + eps) * weight
 MGRPO_KERNEL(rms_norm_kernel, void(const float* x, const float* weight, float eps, int64_t rows, int64_t columns, float* out))
+
+// out (rows, heads, 2 half) = x cos + (second half of x, first half of x) sin, with the cos and sin (rows, 2 half) of the row. The rows of x, and the
+// heads in a row, lie that many elements apart.
+MGRPO_KERNEL(
+    rotate_kernel, void(const float* x, int64_t x_row, int64_t x_head, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t half, float* out))
+
+// out (count) = gate / (1 + e^-gate) * up
+MGRPO_KERNEL(swiglu_kernel, void(const float* gate, const float* up, int64_t count, float* out))

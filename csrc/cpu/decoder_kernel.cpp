@@ -134,5 +134,32 @@ void rms_norm_kernel(const float* x, const float* weight, float eps, int64_t row
   });
 }
 
+void rotate_kernel(
+    const float* x, int64_t x_row, int64_t x_head, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t half, float* out) {
+  at::parallel_for(0, rows * heads, std::max<int64_t>(1, WORK / (4 * half)), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit / heads;
+      const float* from = x + row * x_row + unit % heads * x_head;
+      float* to = out + unit * 2 * half;
+      for (int64_t i = 0; i < half; i += WIDTH) {
+        const int64_t count = std::min(WIDTH, half - i), first = row * 2 * half + i, second = first + half;
+        const Vec a = Vec::loadu(from + i, count), b = Vec::loadu(from + half + i, count);
+        (a * Vec::loadu(cos + first, count) + b * Vec::loadu(sin + first, count)).store(to + i, count);
+        (b * Vec::loadu(cos + second, count) + a * Vec::loadu(sin + second, count)).store(to + half + i, count);
+      }
+    }
+  });
+}
+
+void swiglu_kernel(const float* gate, const float* up, int64_t count, float* out) {
+  at::parallel_for(0, count, WORK / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += WIDTH) {
+      const int64_t n = std::min(WIDTH, end - i);
+      const Vec x = Vec::loadu(gate + i, n);
+      (x / (Vec(1.0f) + exp(x.neg())) * Vec::loadu(up + i, n)).store(out + i, n);
+    }
+  });
+}
+
 } // namespace CPU_CAPABILITY
 } // namespace mgrpo

@@ -61,3 +61,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _native.missing() is None and are_plain(x, weight):
         return torch.ops.mgrpo_native.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and k ``(rows, heads, D)`` turned by their positions (RoPE); cos and sin are ``(rows, D)``, and sin's first half is negated."""
+    if _native.missing() is None and are_plain(q, k, cos, sin):
+        return torch.ops.mgrpo_native.rotate(q, cos, sin), torch.ops.mgrpo_native.rotate(k, cos, sin)
+    half = cos.shape[-1] // 2
+    both = torch.cat([q, k], dim=1)
+    turned = torch.cat([both[..., half:], both[..., :half]], dim=-1)
+    q, k = torch.addcmul(both * cos.unsqueeze(1), turned, sin.unsqueeze(1)).split([q.shape[1], k.shape[1]], dim=1)
+    return q, k
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, of one shape; in one operation on a CPU if no gradient is required."""
+    if _native.missing() is None and are_plain(gate, up):
+        return torch.ops.mgrpo_native.swiglu(gate, up)  # type: ignore[no-any-return]
+    return torch.nn.functional.silu(gate) * up

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, Qwen2Model, Qwen3Model
+from transformers.activations import ACT2FN
 
-from mgrpo_kernels.ops.linear_token_stats.layers import linear, rms_norm
+from mgrpo_kernels.ops.linear_token_stats.layers import linear, rms_norm, rotate, swiglu
 from mgrpo_kernels.train.model.attention import Layout
 
+SILU = nn.SiLU, type(ACT2FN["silu"])
 FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
 
@@ -88,21 +90,18 @@ class LeanDecoder:
         x = self.decoder.embed_tokens(ids)  # (T, H); without a gradient for the padding token
         cos, sin = self.decoder.rotary_emb(x, positions)
         half = self.head_dim // 2
-        cos = cos[0].unsqueeze(1)  # (T, 1, D)
-        sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1).unsqueeze(1)  # negative for the first half
+        cos, sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)  # (T, D)
         for layer in self.layers:
             y = normalized(x, layer.before)
             q, k, v = (project(y, each).view(len(x), -1, self.head_dim) for each in (layer.q, layer.k, layer.v))
             if layer.q_norm is not None:
                 q, k = normalized(q, layer.q_norm), normalized(k, layer.k_norm)
-            both = torch.cat([q, k], dim=1)
-            turned = torch.cat([both[..., half:], both[..., :half]], dim=-1)
-            q, k = torch.addcmul(both * cos, turned, sin).split([q.shape[1], k.shape[1]], dim=1)
+            q, k = rotate(q, k, cos, sin)
             x = x + project(
                 layout.attend(layer.number, q, k, v, layer.scale, layer.window).reshape(len(x), -1), layer.o
             )
             y = normalized(x, layer.between)
-            x = x + project(layer.act(project(y, layer.gate)) * project(y, layer.up), layer.down)
+            x = x + project(activated(project(y, layer.gate), project(y, layer.up), layer.act), layer.down)
         return normalized(x, self.decoder.norm)
 
 
@@ -119,6 +118,10 @@ def lean_decoder(decoder: Any, windows: Mapping[int, int | None]) -> LeanDecoder
 
 def normalized(x: Tensor, norm: Any) -> Tensor:
     return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def activated(gate: Tensor, up: Tensor, act: Any) -> Tensor:
+    return swiglu(gate, up) if isinstance(act, SILU) else act(gate) * up
 
 
 def project(x: Tensor, module: nn.Linear) -> Tensor:
