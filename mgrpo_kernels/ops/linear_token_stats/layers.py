@@ -64,7 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and k ``(rows, heads, D)`` turned by their positions (RoPE); cos and sin are ``(rows, D)``, and sin's first half is negated."""
+    """Return q and k ``(rows, heads, D)`` turned by their positions (RoPE); cos and sin ``(rows, D)``, the first half of sin negated."""
     if _native.missing() is None and are_plain(q, k, cos, sin):
         return torch.ops.mgrpo_native.rotate(q, cos, sin), torch.ops.mgrpo_native.rotate(k, cos, sin)
     half = cos.shape[-1] // 2
