@@ -2,6 +2,7 @@
 
     python benchmarks/record.py                         every file, within 20 minutes on two cores
     python benchmarks/record.py --only bench_ema        one file again; the others stay as they are
+    python benchmarks/record.py --rows float32          the rows that pytest's -k chooses, where the others would take hours
 
 The result is written after each file, so that what was finished before an interruption is kept. Nothing is recorded of a machine that
 is in use: before, between and after the files the processor time of all other processes is looked at for two seconds, and during a
@@ -85,7 +86,7 @@ def text_of(result: dict[str, Any]) -> str:
     return f'{head[:-2]},\n "benchmarks": [\n{rows}\n]}}\n'
 
 
-def run_file(name: str, even_if_busy: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def run_file(name: str, choice: str, even_if_busy: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Run a file of benchmarks; return its rows, and when and beside what they were taken."""
     load, start = os.getloadavg(), time.monotonic()
     before = 0.0 if even_if_busy else idle(LOOK, PATIENCE)
@@ -98,6 +99,7 @@ def run_file(name: str, even_if_busy: bool) -> tuple[list[dict[str, Any]], dict[
             "-m",
             "pytest",
             f"benchmarks/{name}.py",
+            f"-k={choice}",
             "--benchmark-only",
             "-q",
             "-rs",
@@ -115,6 +117,7 @@ def run_file(name: str, even_if_busy: bool) -> tuple[list[dict[str, Any]], dict[
             f"{name}: other processes used {during:.2f} cores meanwhile, allowed {LIMIT}: nothing of it is recorded"
         )
     return rows, {
+        **({"rows": choice} if choice else {}),
         "date": machine.today(),
         "commit": machine.commit(),
         "seconds": round(time.monotonic() - start),
@@ -152,6 +155,7 @@ def main() -> int:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="FILE", choices=FILES, default=FILES, help="some of the files")
+    parser.add_argument("--rows", default="", metavar="CHOICE", help="those that pytest's -k chooses; default: all")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.json")
     parser.add_argument(
         "--even-if-busy", action="store_true", help="to try this command: the result is marked, and no page takes it"
@@ -165,7 +169,7 @@ def main() -> int:
     start, failed = time.monotonic(), []
     for name in options.only:
         try:
-            rows, about = run_file(name, options.even_if_busy)
+            rows, about = run_file(name, options.rows, options.even_if_busy)
             if not options.even_if_busy:
                 about["cores_used_by_others"]["after"] = round(idle(LOOK, PATIENCE), 3)
         except RuntimeError as error:

@@ -174,7 +174,7 @@ def logits_stored() -> str:
     """Return the table of the head's statistics with and without room for all logits, forward + backward."""
     op, lines = (
         "linear_token_stats",
-        ["| | by default | with room for all logits | `torch.compile` |", "|---|---|---|---|"],
+        ["| | with room for a tile | with room for all logits | `torch.compile` |", "|---|---|---|---|"],
     )
     for dtype in ("float32", "bfloat16"):
         found = [row_of(op, name, (dtype, "both")) for name in ("ours", "ours, logits stored", "compile")]
