@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import mgrpo_kernels._math_worker as math_worker
 from mgrpo_kernels._math_worker import MathWorker
+from mgrpo_kernels.method import MethodOptions, select
 from mgrpo_kernels.vote import answers_equal, majority_vote, symbolic
 from mgrpo_kernels.vote.keys import _key_of_short, canonical_key
 
@@ -135,6 +138,29 @@ def test_a_votes_time_is_limited_and_reported(worker, caplog):
     assert "0 s, is used up: 2 answers were compared as texts; vote_seconds sets the time" in caplog.text
     assert worker._process is None
     assert majority_vote(answers, 4, seconds=100.0).cluster.tolist() == [0, 0, 1, 2]  # no missing verdict is remembered
+
+
+@pytest.mark.parametrize("method", ["srt", "co_rewarding_1", "self_harmony"])
+@pytest.mark.parametrize("vote_by", ["count", "excess"])
+def test_a_selections_elections_share_one_time_limit(method, vote_by, monkeypatch, caplog):
+    """A worker that never answers in time: no election of the same step waits for it again."""
+    spent = []
+
+    def evaluate(formula, left):
+        spent.append(left)
+        return False, None
+
+    monkeypatch.setattr(symbolic, "_worker", SimpleNamespace(evaluate=evaluate))
+    monkeypatch.setattr(symbolic, "_known", {})
+    monkeypatch.setattr(symbolic, "time", SimpleNamespace(monotonic=lambda: sum(spent)))
+    _key_of_short.cache_clear()
+    answers = [r"\int_0^1 x \, dx", "1/2", r"\int_0^2 x \, dx", "2"]
+    options = MethodOptions(method=method, vote_by=vote_by, vote_seconds=3.0)
+    second = torch.tensor([False, False, True, True])
+    with caplog.at_level(logging.WARNING, logger="mgrpo_kernels"):
+        select(torch.ones(4, 1, dtype=torch.bool), answers, 4, options, second_wording=second)
+    assert sum(spent) == 3.0
+    assert caplog.text.count("3 s, is used up") == 1
 
 
 def test_a_stalled_worker_costs_no_more_than_the_votes_time(worker):

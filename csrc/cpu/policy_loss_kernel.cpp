@@ -90,9 +90,10 @@ Vec log_bounded(Vec log_weight, const PolicyLossOptions& o) {
                      : select((weight < floor) | (weight > cap), Vec(VESPO_LOWEST), log_weight);
 }
 
-// A weight of 0 leaves nothing of an infinite part, but keeps NaN.
+// The product, where 0 x inf is 0. NaN stays.
 Vec weighted(Vec part, Vec weight) {
-  return select((weight == Vec(0.0f)) & (part == part), Vec(0.0f), part * weight);
+  const Vec product = part * weight;
+  return select((product != product) & (part == part) & (weight == weight), Vec(0.0f), product);
 }
 
 // A block's advantages, one for each token.
@@ -293,8 +294,8 @@ void block_loss(
       const Vec coef(o.kl_coef);
       auto [kl, kl_slope] = kl_term(estimator, at(in.ref + t) - logprob);
       if (o.kl_bias_correction) {
-        kl = kl * ratio;
-        kl_slope = kl_slope * ratio;
+        kl = weighted(kl, ratio);
+        kl_slope = weighted(kl_slope, ratio);
         by_log_weight = by_log_weight + coef * kl;
       }
       value = value + coef * kl;

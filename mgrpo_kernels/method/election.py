@@ -11,7 +11,6 @@ from mgrpo_kernels import sequences
 from mgrpo_kernels.method.excess import excess_weights
 from mgrpo_kernels.method.options import MethodOptions
 from mgrpo_kernels.vote import Equivalence, Vote, majority_vote
-from mgrpo_kernels.vote.symbolic import budget
 
 
 def elect(
@@ -28,11 +27,11 @@ def elect(
 
     `second` ``(B,)`` bool are the rollouts of the second party of a crossed or harmonic election: those of another wording of the question,
     or of another model. With a crossed election the label is theirs, and `agrees` compares each rollout with the other party's label.
+    The caller limits the time for all of it, with :func:`mgrpo_kernels.vote.symbolic.budget`.
     """
     counts = voters.float()
     if options.vote_by == "excess":
-        with budget(options.vote_seconds):
-            counts = excess_weights(answers, offsets, voters, equivalence)
+        counts = excess_weights(answers, offsets, voters, equivalence)
 
     def vote(who: Tensor, weights: Tensor) -> Vote:
         return majority_vote(
@@ -43,7 +42,6 @@ def elect(
             equivalence=equivalence,
             min_share=options.min_share,
             min_votes=options.min_votes,
-            seconds=options.vote_seconds,
         )
 
     election = options.row.election

@@ -17,6 +17,7 @@ from mgrpo_kernels.method.pruning import survivors
 from mgrpo_kernels.method.signals import Signals
 from mgrpo_kernels.ops.iqr_filter import trajectory_entropy
 from mgrpo_kernels.vote import Equivalence, Vote
+from mgrpo_kernels.vote.symbolic import budget
 
 
 class Selection(NamedTuple):
@@ -151,15 +152,16 @@ def select(
     by_gold = groups_by_gold(options, offsets, gold if votes else None)
     vote, outcome, weights = None, None, voters.float()
     if votes:
-        vote, weights = elect(
-            options,
-            answers,
-            offsets,
-            voters,
-            certainty=mean_certainty,
-            second=reworded if options.row.second_wording == "policy" else momentum,
-            equivalence=same,
-        )
+        with budget(options.vote_seconds):  # one for all elections
+            vote, weights = elect(
+                options,
+                answers,
+                offsets,
+                voters,
+                certainty=mean_certainty,
+                second=reworded if options.row.second_wording == "policy" else momentum,
+                equivalence=same,
+            )
         reads_gold = options.row.needs_gold or options.gold_labels
         correct = equal_to_gold(answers, gold, same) if reads_gold and gold is not None else None
         signals = Signals(

@@ -44,9 +44,14 @@ def is_symbolic(text: str) -> bool:
 
 @contextlib.contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """Limit the time that the worker may take for everything asked in this block; report what went unanswered at its end."""
-    before = _budget.deadline, _budget.refused
-    _budget.deadline, _budget.refused = time.monotonic() + seconds, 0
+    """Limit the time that the worker may take for everything asked in this block; report what went unanswered at its end.
+
+    Within another such block there is no limit but that block's.
+    """
+    if _budget.deadline is not None:
+        yield
+        return
+    _budget.deadline = time.monotonic() + seconds
     try:
         yield
     finally:
@@ -57,7 +62,7 @@ def budget(seconds: float) -> Iterator[None]:
                 seconds,
                 _budget.refused,
             )
-        _budget.deadline, _budget.refused = before
+        _budget.deadline, _budget.refused = None, 0
 
 
 def closed_form(text: str) -> str | None:

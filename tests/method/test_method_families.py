@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from contract import watch_memory
 from torch import Tensor
 
 from mgrpo_kernels import majority_vote
 from mgrpo_kernels.method import METHODS, MethodOptions, Outcome, Signals, select
+from mgrpo_kernels.method.rewards import novelty
 from mgrpo_kernels.method.rewards.forks import forking
 from mgrpo_kernels.method.rewards.novelty import similarity
 
@@ -342,6 +344,31 @@ def test_evol_rl_prefers_the_response_that_is_unlike_the_others() -> None:
         [pytest.approx(1), 0],
         [0, pytest.approx(1)],
     ]
+
+
+def drawn_responses(responses: int, length: int, vocab: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab, (length - row,), generator=generator) for row in range(responses)]
+
+
+@pytest.mark.parametrize("vocab", [3, 40, 2**31 - 1])
+def test_similarity_is_that_of_the_definition_whatever_the_blocks(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    responses = [*drawn_responses(4, 50, vocab), torch.tensor([vocab - 1]), torch.tensor([], dtype=torch.int64)]
+    got = similarity(responses)
+    for (i, one), (j, other) in itertools.product(enumerate(responses), repeat=2):
+        expected = cosine(one.tolist(), other.tolist()) if len(one) and len(other) else 0.0
+        assert got[i, j].item() == pytest.approx(expected, rel=1e-7, abs=1e-9)
+    for kinds in (1, 7, 64):
+        monkeypatch.setattr(novelty, "KINDS_AT_ONCE", kinds)
+        assert torch.equal(similarity(responses), got)
+
+
+def test_similarity_needs_memory_for_the_tokens_not_for_all_of_them_in_each_response() -> None:
+    responses = drawn_responses(64, 5000, 100_000)
+    with watch_memory() as memory:
+        similarity(responses)
+    grams, block = 8 * 2 * sum(map(len, responses)), 8 * len(responses) * novelty.KINDS_AT_ONCE
+    assert memory.peak < 10 * grams + 2 * block  # 68 MB; counts of every kind for each response take 108
 
 
 # --- SPINE

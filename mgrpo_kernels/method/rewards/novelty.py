@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mgrpo_kernels.method.signals import Signals
 
+KINDS_AT_ONCE = 1 << 14
+"""Kinds of tokens and pairs whose counts are held for all responses of a prompt at once: 8 MiB for 64 responses."""
+
 
 def evol(signals: Signals) -> Tensor:
     """Return EVOL-RL's rewards: 1/2 to 1 with the label, -1 to -1/2 with another answer, the more the newer; -1 without an answer."""
@@ -31,18 +34,21 @@ def evol(signals: Signals) -> Tensor:
 
 def similarity(responses: list[Tensor]) -> Tensor:
     """Return the cosine similarity of R responses' counts of tokens and of pairs of neighbouring tokens, ``(R, R)`` in [0, 1]."""
-    grams = [torch.cat([_pairs(each), torch.stack([torch.full_like(each, -1), each], -1)]) for each in responses]
-    owner = torch.cat([torch.full((len(each),), row) for row, each in enumerate(grams)])
-    kinds, column = torch.unique(torch.cat(grams), dim=0, return_inverse=True)
-    counts = torch.zeros(len(responses), max(len(kinds), 1))
-    counts.index_put_((owner, column), torch.ones(len(owner)), accumulate=True)
-    unit = counts / counts.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-    cosine: Tensor = unit @ unit.T
-    return cosine.clamp(0.0, 1.0)
-
-
-def _pairs(tokens: Tensor) -> Tensor:
-    return torch.stack([tokens[:-1], tokens[1:]], -1)
+    R = len(responses)
+    # A pair is one number, of which the upper half is the first token + 1.
+    grams = [torch.cat([each, ((each[:-1] + 1) << 32) + each[1:]]) for each in responses]
+    owner = torch.arange(R).repeat_interleave(torch.tensor([len(each) for each in grams], dtype=torch.int64))
+    kinds, column = torch.unique(torch.cat(grams), return_inverse=True)
+    cells, counts = torch.unique(column * R + owner, return_counts=True)
+    product = torch.zeros(R, R, dtype=torch.float64)  # of counts: whole numbers, and so exact in every order
+    for first in range(0, len(kinds), KINDS_AT_ONCE):
+        start, end = torch.searchsorted(cells, torch.tensor([first, first + KINDS_AT_ONCE]) * R).tolist()
+        block = torch.zeros(min(KINDS_AT_ONCE, len(kinds) - first), R, dtype=torch.float64)
+        block.view(-1)[cells[start:end] - first * R] = counts[start:end].double()
+        product += block.T @ block
+    norm = product.diagonal().sqrt().clamp(min=1.0)  # 0 for an empty response alone
+    cosine: Tensor = product / norm[:, None] / norm
+    return cosine.clamp(0.0, 1.0).float()
 
 
 def _novelty(similar: Tensor, agrees: Tensor) -> Tensor:

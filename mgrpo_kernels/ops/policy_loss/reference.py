@@ -96,8 +96,8 @@ def forward(tokens: Tokens, groups: Groups | None, options: LossOptions) -> tupl
         kl, kl_slope = _kl(clean(tokens.ref) - logprob, options.kl_estimator)
         penalty = _Term(kl, kl_slope, torch.zeros_like(kl))
         if options.kl_bias_correction:
-            penalty = _Term(kl * ratio, kl_slope * ratio, kl * ratio)
-            kl = penalty.value
+            kl = _weighted(kl, ratio)
+            penalty = _Term(kl, _weighted(kl_slope, ratio), kl)
         term = _Term(*(part + options.kl_coef * extra for part, extra in zip(term, penalty, strict=True)))
 
     share = token_weights(mask, offsets, options, dtype) if tokens.weights is None else tokens.weights
@@ -339,8 +339,9 @@ def _zero_where(masked: Tensor, decided_by: Tensor) -> Tensor:
 
 
 def _weighted(part: Tensor, weight: Tensor) -> Tensor:
-    """Return part x weight. A weight of 0 leaves nothing of an infinite part, but keeps NaN."""
-    return torch.where((weight == 0) & ~part.isnan(), 0.0, part * weight)
+    """Return part x weight, where 0 x inf is 0. NaN stays."""
+    product = part * weight
+    return torch.where(product.isnan() & ~part.isnan() & ~weight.isnan(), 0.0, product)
 
 
 def _kl(difference: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
