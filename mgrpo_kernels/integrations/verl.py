@@ -353,7 +353,7 @@ def aggregation(mode: str, mask: Tensor, batch: dict[str, Any]) -> tuple[str, Te
     if mode == "token-mean":
         return "bnpo", whole("batch_num_tokens", mask.sum) / ranks
     if mode == "token-sum":
-        return "bnpo", torch.full((), 1.0 / ranks, device=mask.device)
+        return "bnpo", torch.full((), 1.0 / ranks, device=mask.device, dtype=torch.float32)
     sequences = whole("global_batch_size", lambda: mask.any(-1).sum()) / ranks
     if mode == "seq-mean-token-mean":
         return "grpo", sequences

@@ -117,9 +117,9 @@ class MGRPOTrainer(PPOTrainerSync):
         metrics.update({f"mgrpo/{name}": value for name, value in chosen.metrics().items() if value is not None})
         metrics["mgrpo/own_reward"] = _sums(data["rm_scores"])[real].mean().item()
 
-        last = torch.zeros(int(offsets[-1]))
+        last = torch.zeros(int(offsets[-1]), dtype=torch.float32)
         rewards, trains, advantages = (
-            torch.zeros(len(texts)).index_copy(0, order, each.float())
+            torch.zeros(len(texts), dtype=torch.float32).index_copy(0, order, each.float())
             for each in (chosen.rewards, chosen.trains, chosen.advantages)
         )
         filled = lengths > 0

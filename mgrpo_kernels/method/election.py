@@ -70,7 +70,11 @@ def harmonic_weights(cluster: Tensor, offsets: Tensor, voters: Tensor, second: T
 
     def counts(who: Tensor) -> Tensor:
         votes = (who & voters & (cluster >= 0)).float()
-        return torch.zeros((len(offsets) - 1) * columns).index_add(0, cell, votes).reshape(-1, columns)
+        return (
+            torch.zeros((len(offsets) - 1) * columns, dtype=torch.float32)
+            .index_add(0, cell, votes)
+            .reshape(-1, columns)
+        )
 
     firsts, seconds = counts(~second), counts(second)
     p, q = (each / each.sum(-1, keepdim=True).clamp(min=1.0) for each in (firsts, seconds))

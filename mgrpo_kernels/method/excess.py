@@ -46,4 +46,4 @@ def excess_weights(
         for vote in votes[start:end]:
             rest = (every[vote] - here[vote]) / elsewhere
             weights.append(max(0.0, 1.0 - rest * here.total() / here[vote]) if vote is not None else 0.0)
-    return torch.tensor(weights)
+    return torch.tensor(weights, dtype=torch.float32)

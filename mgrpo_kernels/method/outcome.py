@@ -87,8 +87,8 @@ def at_tokens(
 ) -> tuple[Tensor, Tensor | None]:
     """Return `token_weight` and `token_advantages` of a :class:`Selection`."""
     if weights is None and bonus is None:
-        return torch.ones(len(mask)), None
-    weights = torch.where(mask, torch.ones(()) if weights is None else weights.float(), 0.0)
+        return torch.ones(len(mask), dtype=torch.float32), None
+    weights = torch.where(mask, torch.ones((), dtype=torch.float32) if weights is None else weights.float(), 0.0)
     lengths = mask.sum(-1)
     token_weight = torch.where(lengths > 0, weights.sum(-1) / lengths.clamp(min=1), 1.0)
     found = advantages.cpu()[:, None] * weights + (0.0 if bonus is None else bonus)

@@ -213,14 +213,14 @@ def _of_groups(vote: Vote | None, offsets: Tensor, weights: Tensor, signal: Tens
     groups, group = len(offsets) - 1, sequences.group_index(offsets, len(weights))
 
     def total(values: Tensor) -> Tensor:
-        return torch.zeros(groups).index_add(0, group, values.float())
+        return torch.zeros(groups, dtype=torch.float32).index_add(0, group, values.float())
 
     has_signal = total(signal) > 0
     if vote is None:
-        return torch.zeros(groups), torch.zeros(groups, dtype=torch.long), has_signal
+        return torch.zeros(groups, dtype=torch.float32), torch.zeros(groups, dtype=torch.long), has_signal
     everybody = total(weights)
     share = vote.share * total(weights * (vote.cluster >= 0)) / torch.where(everybody > 0, everybody, 1.0)
-    highest = torch.full((groups,), -1).scatter_reduce(0, group, vote.cluster, "amax")
+    highest = torch.full((groups,), -1, dtype=torch.int64).scatter_reduce(0, group, vote.cluster, "amax")
     return share, highest + 1, has_signal
 
 
@@ -295,7 +295,7 @@ def _on_cpu(values: Tensor | None, needed: bool) -> Tensor | None:
 
 def _flags(name: str, value: Tensor | None, B: int, default: bool) -> Tensor:
     if value is None:
-        return torch.full((B,), default)
+        return torch.full((B,), default, dtype=torch.bool)
     return checks.check_tensor(name, value, dtypes=(torch.bool,), shape=(B,)).cpu()
 
 
@@ -310,7 +310,7 @@ def _label_correct(
     """Return whether each group's label equals its true answer, ``(P,)`` float32."""
     starts, ends = offsets[:-1].tolist(), offsets[1:].tolist()
     if vote is None or gold is None:
-        return torch.full((len(starts),), torch.nan)
+        return torch.full((len(starts),), torch.nan, dtype=torch.float32)
     true = [gold[start] if start < end else None for start, end in zip(starts, ends, strict=True)]
     known = [each if label is not None else None for label, each in zip(vote.labels, true, strict=True)]
     return equal_to_gold(vote.labels, known, equivalence)

@@ -107,7 +107,7 @@ def score(
     """
     rows = torch.nonzero(mask.any(-1)).squeeze(-1).tolist()  # without empty responses
     lengths = mask.sum(-1).tolist()
-    out = {name: torch.zeros(tokens.shape, device=tokens.device) for name in stats}
+    out = {name: torch.zeros(tokens.shape, device=tokens.device, dtype=torch.float32) for name in stats}
     weight, bias = policy.head()
     of_rows = [prompts[row] for row in rows], [lengths[row] for row in rows]
     for batch in micro_batches(*of_rows, budget, packed=policy.unpackable is None):
@@ -125,7 +125,7 @@ def score(
                 **policy.head_options._asdict(),
             )
         for name, values in out.items():
-            part = torch.zeros(len(batch), tokens.shape[1], device=tokens.device)
+            part = torch.zeros(len(batch), tokens.shape[1], device=tokens.device, dtype=torch.float32)
             part[mask[chosen]] = getattr(result, name)
             values[chosen] = part
     for name, values in out.items():

@@ -206,7 +206,7 @@ def score_rows(learner: Learner, seen: Trajectories, chosen: Tensor, stats: Toke
 
 def blank(learner: Learner, seen: Trajectories) -> TokenStats:
     """Return zeros for the statistics that the method needs, ``(B, R)`` each."""
-    zeros = torch.zeros(seen.rollouts.mask.shape, device=learner.policy.device)
+    zeros = torch.zeros(seen.rollouts.mask.shape, device=learner.policy.device, dtype=torch.float32)
     wanted = learner.config.statistics
     return TokenStats(*(zeros if name in wanted else None for name in TokenStats._fields))
 

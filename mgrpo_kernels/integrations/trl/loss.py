@@ -189,7 +189,7 @@ def gmpo_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     quantile = trainer.top_entropy_quantile
     acts = mask if quantile == 1 else trainer.get_high_entropy_mask(entropy, mask, 1 - quantile)
     accumulation = trainer.current_gradient_accumulation_steps if mode == "train" else 1
-    rows = torch.full((), len(mask) * accumulation, device=mask.device)
+    rows = torch.full((), len(mask) * accumulation, device=mask.device, dtype=torch.float32)
     loss = policy_loss(
         logprobs,
         inputs.get("old_per_token_logps"),
@@ -274,7 +274,7 @@ def normalizer(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
     if "sequences_in_batch" in inputs:
         sequences = share_of(inputs["sequences_in_batch"])
     else:
-        sequences = torch.full((), mask.shape[0] * accumulation, device=mask.device)
+        sequences = torch.full((), mask.shape[0] * accumulation, device=mask.device, dtype=torch.float32)
     divisor: Tensor = LOSSES[loss_type].normalizer(None, sequences, trainer.max_completion_length)
     return divisor
 

@@ -193,7 +193,10 @@ class MGRPOTrainer(GRPOTrainer):
             return {}
         rows = list(zip(prompts, completions, strict=True))
         width = max(map(len, completions))
-        found = {name: torch.full((len(rows), width), torch.nan, device=self.accelerator.device) for name in names}
+        found = {
+            name: torch.full((len(rows), width), torch.nan, device=self.accelerator.device, dtype=torch.float32)
+            for name in names
+        }
 
         def fill(chosen: Tensor) -> None:
             numbers = chosen.nonzero().flatten().tolist()

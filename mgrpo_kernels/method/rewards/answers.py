@@ -39,7 +39,9 @@ def answers_of(signals: Signals) -> Answers:
     own = cluster.clamp(min=0)
 
     def table(values: Tensor) -> Tensor:
-        cells = torch.zeros(groups * columns).index_add(0, group * columns + own, torch.where(answered, values, 0.0))
+        cells = torch.zeros(groups * columns, dtype=torch.float32).index_add(
+            0, group * columns + own, torch.where(answered, values, 0.0)
+        )
         return cells.reshape(groups, columns)
 
     voters = signals.nonempty if signals.voters is None else signals.voters
@@ -53,6 +55,6 @@ def answers_of(signals: Signals) -> Answers:
 def group_mean(values: Tensor, signals: Signals) -> Tensor:
     """Return the mean of the values that are not NaN in each rollout's group, ``(B,)``; NaN if there are none."""
     group = sequences.group_index(signals.offsets, len(values))
-    zeros = torch.zeros(len(signals.offsets) - 1)
+    zeros = torch.zeros(len(signals.offsets) - 1, dtype=torch.float32)
     total = zeros.index_add(0, group, values.nan_to_num(nan=0.0))
     return (total / zeros.index_add(0, group, (~values.isnan()).float()))[group]

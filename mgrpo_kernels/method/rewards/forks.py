@@ -29,7 +29,7 @@ def spine(signals: Signals) -> Outcome:
     outside = torch.zeros_like(entropy)  # the sign of the penalty's slope
     for row in forks.any(-1).nonzero().flatten().tolist():
         at_forks = entropy[row][forks[row]]
-        low, high = at_forks.quantile(torch.tensor(SPINE_BAND)).unbind()
+        low, high = at_forks.quantile(torch.tensor(SPINE_BAND, dtype=torch.float32)).unbind()
         outside[row][forks[row]] = (at_forks > high).float() - (at_forks < low).float()
     surprise = torch.where(forks, signals.logprob.float() + entropy, 0.0)
     return Outcome(signals.vote.agrees, token_weights=forks.float(), token_bonus=SPINE_COEFFICIENT * outside * surprise)

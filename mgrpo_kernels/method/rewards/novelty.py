@@ -17,7 +17,7 @@ def evol(signals: Signals) -> Tensor:
     """Return EVOL-RL's rewards: 1/2 to 1 with the label, -1 to -1/2 with another answer, the more the newer; -1 without an answer."""
     assert signals.tokens is not None
     assert signals.mask is not None
-    rewards = torch.zeros(len(signals.tokens))
+    rewards = torch.zeros(len(signals.tokens), dtype=torch.float32)
     bounds = itertools.pairwise(signals.offsets.tolist())
     for (start, end), label in zip(bounds, signals.vote.labels, strict=True):
         if label is None:  # nothing to select by
@@ -58,7 +58,7 @@ def _novelty(similar: Tensor, agrees: Tensor) -> Tensor:
     """
     R = len(similar)
     if R < 2:
-        return torch.full((R,), 0.5)
+        return torch.full((R,), 0.5, dtype=torch.float32)
     others = ~torch.eye(R, dtype=torch.bool)
     same = (agrees[:, None] == agrees) & others
     same = torch.where(same.any(-1, keepdim=True), same, others)
@@ -70,6 +70,6 @@ def _novelty(similar: Tensor, agrees: Tensor) -> Tensor:
 def _ranked(novelty: Tensor) -> Tensor:
     """Return novelty scaled to [0, 1]: 1/2 if all are equal, 1 for a single one."""
     if len(novelty) == 1:
-        return torch.ones(1)
+        return torch.ones(1, dtype=torch.float32)
     lowest, highest = novelty.min(), novelty.max()
     return (novelty - lowest) / (highest - lowest) if highest > lowest else torch.full_like(novelty, 0.5)

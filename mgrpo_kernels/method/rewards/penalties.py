@@ -35,7 +35,7 @@ def restrain(signals: Signals) -> Outcome:
     shaped = torch.where(answers.votes > 0, shaped, 0.0)
     weights = shaped / shaped.sum(-1, keepdim=True).clamp(min=1e-12)  # (P, C)
     labelled = _labelled(signals)
-    advantages = torch.zeros(len(labelled))
+    advantages = torch.zeros(len(labelled), dtype=torch.float32)
     for column in range(weights.shape[1]):
         equals = (answers.answered & (answers.own == column)).float()
         of_label = group_advantages(equals, signals.offsets, mask=signals.trains, scale=signals.scale)
@@ -50,9 +50,9 @@ def scrl(signals: Signals) -> Tensor:
     answers, mean = answers_of(signals), group_mean(signals.entropy, signals)
     assert answers.entropy is not None
     voters = signals.nonempty if signals.voters is None else signals.voters
-    total = torch.zeros(len(answers.votes)).index_add(0, answers.group, voters.float())
+    total = torch.zeros(len(answers.votes), dtype=torch.float32).index_add(0, answers.group, voters.float())
     shares = answers.votes / total.clamp(min=1.0)[:, None]  # of all voters, those without an answer included
-    top = torch.cat([shares, torch.zeros(len(shares), 2)], dim=-1).topk(2, dim=-1).values
+    top = torch.cat([shares, torch.zeros(len(shares), 2, dtype=torch.float32)], dim=-1).topk(2, dim=-1).values
     strict = (top[:, 0] >= SCRL_SHARE) & (top[:, 0] - top[:, 1] > SCRL_MARGIN)
     share, surprise = answers.of_rollout(shares), answers.of_rollout(answers.entropy) - mean
     positive = strict[answers.group] & (signals.vote.agrees > 0)
@@ -69,13 +69,17 @@ def reszero(signals: Signals) -> Tensor:
     rest = voters & ~top
 
     def count(flags: Tensor) -> Tensor:
-        return torch.zeros(len(signals.offsets) - 1).index_add(0, answers.group, flags.float())[answers.group]
+        return torch.zeros(len(signals.offsets) - 1, dtype=torch.float32).index_add(0, answers.group, flags.float())[
+            answers.group
+        ]
 
     share_of_top = count(voters & top) / count(voters).clamp(min=1.0)
     others = count(rest) - rest.float()  # of the rest without the rollout itself
     equal = answers.of_rollout(answers.votes) - rest.float()
     support = torch.where(top | ~answers.answered | (others == 0), 0.0, equal / others.clamp(min=1.0))
-    total = torch.zeros(len(signals.offsets) - 1).index_add(0, answers.group, torch.where(rest, support, 0.0))
+    total = torch.zeros(len(signals.offsets) - 1, dtype=torch.float32).index_add(
+        0, answers.group, torch.where(rest, support, 0.0)
+    )
     mean = total[answers.group] / count(rest).clamp(min=1.0)
     penalised = torch.where(top, -RESZERO_PENALTY, support - mean)
     return penalised * share_of_top + RESZERO_PENALTY * share_of_top.square()  # all 0 without a label

@@ -110,16 +110,19 @@ def measure(device: torch.device, dtype: str, model: Model, clock: Callable[[], 
         a, b = (torch.ones(n, model.width, device=device, dtype=kind) for n in (rows, model.inner))
         product = 2 * rows * model.width * model.inner
         matmul = product / typical(lambda: torch.mm(a, b.t()))
-        logits = torch.empty(rows, model.inner, device=device)
+        logits = torch.empty(rows, model.inner, device=device, dtype=torch.float32)
         head = matmul if on_gpu else product / typical(lambda: tiled.accumulate(logits, a, b.t(), first=True))
-        block, other = (torch.ones(numbers, device=device) for _ in range(2))
+        block, other = (torch.ones(numbers, device=device, dtype=torch.float32) for _ in range(2))
         bandwidth = 2 * 4 * numbers / typical(lambda: other.copy_(block), 3)
         few = block[: numbers // 64]
         if is_in_blocks(model.vocabulary, device):
             draws = len(few) / typical(lambda: few.view(16, -1).softmax(-1))
         else:
             draws = len(few) / typical(lambda: few.exponential_().clamp_min_(1e-30).log_().neg_())
-        x, w = torch.ones(16, 64, device=device), torch.ones(64, 64, device=device)
+        x, w = (
+            torch.ones(16, 64, device=device, dtype=torch.float32),
+            torch.ones(64, 64, device=device, dtype=torch.float32),
+        )
         operation = typical(lambda: [_operations(x, w) for _ in range(5)], 20) / (5 * 8)
     reads_once = kind == torch.float32 and layers.few_rows_is_faster()
     return Rates(matmul, head, bandwidth, operation, draws, bandwidth / 8, passes=1 if on_gpu or reads_once else 3)

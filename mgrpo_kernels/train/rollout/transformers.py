@@ -233,7 +233,7 @@ class Scores:
 
     def __init__(self, batch: int, tokens: int, stats: Sequence[str], temperature: float, device: torch.device) -> None:
         self.temperature = temperature
-        self.out = {name: torch.zeros(batch, tokens, device=device) for name in stats}
+        self.out = {name: torch.zeros(batch, tokens, device=device, dtype=torch.float32) for name in stats}
         self.tokens = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._bytes, self._most = 0, LOGITS_BYTES[device.type]

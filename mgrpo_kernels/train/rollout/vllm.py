@@ -245,9 +245,9 @@ class VllmEngine(RolloutEngine):
         width = int(lengths.max())
         mask = torch.arange(width) < lengths[:, None]  # (B, R)
         tokens = torch.zeros(mask.shape, dtype=torch.int64)
-        logprobs = torch.zeros(mask.shape)
+        logprobs = torch.zeros(mask.shape, dtype=torch.float32)
         tokens[mask] = torch.tensor([token for each in outputs for token in each.tokens])
-        logprobs[mask] = torch.tensor([value for each in outputs for value in each.logprobs])
+        logprobs[mask] = torch.tensor([value for each in outputs for value in each.logprobs], dtype=torch.float32)
         if not bool(torch.isfinite(logprobs).all()):
             raise FloatingPointError(NOT_FINITE)
         last = tokens.gather(1, lengths[:, None] - 1).squeeze(1)

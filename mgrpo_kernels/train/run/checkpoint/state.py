@@ -29,7 +29,7 @@ def state_of(learner: Learner) -> dict[str, Tensor]:
         own = optimizer.state[parameter]
         if not own:
             device = parameter.device if fused[id(parameter)] else "cpu"
-            own["step"] = torch.tensor(0.0, device=device)
+            own["step"] = torch.tensor(0.0, device=device, dtype=torch.float32)
             own.update({key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")})
         state.update({f"optimizer.{name}.{key}": value.detach() for key, value in own.items()})
     if learner.momentum is not None:
