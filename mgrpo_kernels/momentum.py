@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops.ema import ema_update_
+from mgrpo_kernels.sharded import is_dtensor, is_fsdp_module
 
 
 class MomentumModel:
@@ -195,7 +194,7 @@ class MomentumModel:
         if self._swapped:
             raise RuntimeError("swapped_into: expected the policy's own parameters, got them swapped already")
         parameters, ema = self._named(model), self.ema
-        if isinstance(model, FSDPModule) and any(isinstance(p, DTensor) for p in parameters.values()):
+        if is_fsdp_module(model) and any(is_dtensor(p) for p in parameters.values()):
             raise RuntimeError(
                 "swapped_into: expected a model whose weights are gathered (unshard), got shards of FSDP2"
             )
@@ -209,7 +208,7 @@ class MomentumModel:
                         f"got {checks.shape_text(parameter.shape)}"
                     )
                 value = self._transfer.up(ema[name], parameter.device).to(dtype=parameter.dtype)
-                if isinstance(value, DTensor) and not isinstance(parameter, DTensor):
+                if is_dtensor(value) and not is_dtensor(parameter):
                     value = value.full_tensor()
                 parameter.data = value
             yield model
@@ -252,7 +251,7 @@ def page_locked(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def local_of(tensor: Tensor) -> Tensor:
     """Return this rank's shard itself, or the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 class Transfer:
@@ -319,11 +318,13 @@ class Transfer:
 def _total(parts: list[Tensor]) -> Tensor:
     """Return the sum. Of shards each rank's are added up first: one collective, not one for each parameter."""
     first = parts[0]
-    if isinstance(first, DTensor) and all(
-        isinstance(part, DTensor) and (part.device_mesh, part.placements) == (first.device_mesh, first.placements)
+    if is_dtensor(first) and all(
+        is_dtensor(part) and (part.device_mesh, part.placements) == (first.device_mesh, first.placements)
         for part in parts
     ):
+        from torch.distributed.tensor import DTensor
+
         local = torch.stack([part.to_local() for part in parts]).sum()  # type: ignore[attr-defined]
         return DTensor.from_local(local, first.device_mesh, first.placements, run_check=False).full_tensor()
-    whole = [part.full_tensor() if isinstance(part, DTensor) else part for part in parts]
+    whole = [part.full_tensor() if is_dtensor(part) else part for part in parts]
     return torch.stack([part.to(whole[0].device) for part in whole]).sum()

@@ -348,3 +348,20 @@ def test_the_trainers_set_up_installs_nothing_for_tests():
 
     assert steps("train") == ["scripts/setup.sh train"]
     assert steps("test") == ["scripts/setup.sh train,dev"]
+
+
+def test_nothing_for_sharded_tensors_is_imported_before_there_is_one():
+    """torch.distributed.tensor takes longer to import than all of this library. (The first call of an op is when torch imports it itself.)"""
+    script = """
+import sys, torch, mgrpo_kernels
+model = torch.nn.Linear(8, 8)
+momentum = mgrpo_kernels.MomentumModel(model)
+momentum.distance(model)
+with momentum.swapped_into(model):
+    pass
+print(*sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(result.stdout.split())
+    assert "mgrpo_kernels.sharded" in loaded
+    assert loaded.isdisjoint({"torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "transformers", "triton"})

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops._autocast import cast_weight
+from mgrpo_kernels.sharded import is_dtensor
 
 MIN_WORKSPACE = 64 * 1024
 
@@ -18,7 +18,7 @@ MIN_WORKSPACE = 64 * 1024
 def check_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check a head's tensors against each other and cast them to the autocast dtype, if one is in force."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             raise TypeError(
                 f"{name}: expected a plain tensor, got a DTensor: call within the forward pass of the module that FSDP shards, "
                 "pass full_tensor(), or pass to_local() of a sharded vocabulary with tp_group"

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops.ema import native, reference, triton
 from mgrpo_kernels.ops.ema.specs import Batch, Span, key
+from mgrpo_kernels.sharded import is_dtensor
 
 OP = "ema"
 backends.register(OP, reference=reference, native=native, triton=triton)
@@ -138,7 +137,7 @@ def _check_pair(name: str, tensor: Any, of: str, ema: Tensor) -> None:
     placed, wanted = _placement(tensor), _placement(ema)
     if placed != wanted:
         raise ValueError(f"{name}: expected the placement of {of}, {wanted}, got {placed}")
-    if isinstance(tensor, DTensor) and any(isinstance(placement, Partial) for placement in tensor.placements):
+    if is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(
             f"{name}: expected a DTensor that is sharded or replicated, got placements {tensor.placements}"
         )
@@ -147,19 +146,21 @@ def _check_pair(name: str, tensor: Any, of: str, ema: Tensor) -> None:
 
 
 def _placement(tensor: Tensor) -> Any:
-    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else "a plain tensor"
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else "a plain tensor"
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _span(name: str, tensor: Tensor) -> Span:
     """Return the place of this rank's part in the whole tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return Span(0, max(1, tensor.numel()), 0)
     if any(type(placement).__name__ == "_StridedShard" for placement in tensor.placements):
         raise ValueError(f"{name}: expected plain Shard placements with stochastic_rounding, got {tensor.placements}")
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     cut = [dim for dim in range(tensor.dim()) if shape[dim] != tensor.shape[dim]]
     if len(cut) > 1:
