@@ -166,6 +166,23 @@ def test_a_batch_has_plain_trls_loss_gradient_and_metrics(trainer, monkeypatch, 
         assert fused_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gmpo"])
+def test_the_default_dtype_changes_no_bit(trainer, monkeypatch, loss_type):
+    monkeypatch.setattr(trainer, "loss_type", loss_type)
+    trainer.model.train()
+    inputs, results = batch(), []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            value = loss.grpo_loss(trainer, trainer.model, inputs)
+            results.append([value, *torch.autograd.grad(value, trainer.model.lm_head.weight)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for found in results:
+        assert all(map(torch.equal, found, results[0]))
+        assert found[0].dtype == torch.float32
+
+
 def test_a_batch_has_gmpos_loss_gradient_and_metrics(trainer, monkeypatch):
     """Ratios far from 1, a tool mask and an empty completion; and the same as ``loss_type="gmpo"`` of MGRPOTrainer."""
     monkeypatch.setattr(trainer, "epsilon_low", 0.6)

@@ -237,3 +237,21 @@ def test_in_verls_ppo_loss():
     torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-8)
     assert got[1].any()
     assert set(got[2]) == set(want[2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_default_dtype_changes_no_bit(mode):
+    inputs, config, results = batch(), actor(mode), []
+    with verl.patched(strict=True, vanilla=False):
+        function = core_algos.get_policy_loss_fn(verl.LOSS)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                results.append(run(function, config, *inputs))
+            finally:
+                torch.set_default_dtype(torch.float32)
+    for loss, gradient, metrics in results:
+        assert loss.dtype == gradient.dtype == torch.float32
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+        assert metrics == results[0][2]
