@@ -226,7 +226,7 @@ def test_none_are_stored_where_less_than_a_sixth_fits():
     assert 0 < gpu.logits_room(3971, head) < full * 2
     assert gpu.logits_room(3972, head) == 0
     wide = op.Head(torch.empty(152064, 1, device="meta"), None, 1.0, 1.0, None, 0, None)
-    room = (native.WORKSPACE_BYTES - 4 * 2**20) // 4  # beside a tile
+    room = (native.WORKSPACE_BYTES - 4 * 8 * 128) // 4  # beside a tile
     last = 6 * room // 152064  # rows
     assert native.logits_room(300, wide) == 300 * 152064  # all of them
     assert native.logits_room(last, wide) == room

@@ -210,8 +210,8 @@ def test_fused_head_of_a_model(backend):
 
 
 def test_the_defaults_are_those_of_the_documentation():
-    in_16_bits = (8, 12) if tiled.multiplies_16_bits(torch.device("cpu"), torch.bfloat16) else (4, 6)
-    for dtype, (forward, backward) in ((torch.float32, (4, 4)), (torch.bfloat16, in_16_bits)):
+    in_16_bits = (8, 12) if tiled.multiplies_16_bits(torch.device("cpu"), torch.bfloat16) else (4, 4)
+    for dtype, forward, backward in ((torch.float32, 4, 4), (torch.bfloat16, *in_16_bits)):
         head, shape = Head(torch.zeros(1, 1, dtype=dtype), None, 1.0, 1.0, None, 0, None), native.tile_shape(dtype)
         assert shape.rows * shape.columns * head.raw_dtype.itemsize == forward * 2**20
         assert shape.rows * shape.columns * tiled.backward_bytes(head, native.CpuPasses()) == backward * 2**20

@@ -146,8 +146,8 @@ def needs_two_tiles(head: Head, passes: Passes) -> bool:
 
 def backward_bytes(head: Head, passes: Passes) -> int:
     """Return how many bytes of workspace an element of the backward pass's tile takes at most."""
-    size = head.weight.element_size()
-    return size + head.raw_dtype.itemsize if head.raw_dtype != head.weight.dtype and not passes.in_registers else size
+    size = gradient_dtype(head).itemsize
+    return size + head.raw_dtype.itemsize if needs_two_tiles(head, passes) else size
 
 
 def spans(total: int, size: int, multiple: int = 1) -> Iterator[slice]:
