@@ -12,9 +12,12 @@ import torch
 from contract import Memory, watch_memory
 from transformers import AutoModelForCausalLM
 
+from mgrpo_kernels import linear_policy_loss
 from mgrpo_kernels.ops.linear_token_stats import native, tiled
 from mgrpo_kernels.train.data.demo import make_tokenizer, model_config
 from mgrpo_kernels.train.model.policy import Policy
+from mgrpo_kernels.train.plan.memory import memory_of
+from mgrpo_kernels.train.plan.shape import Micro, Model, Work
 from mgrpo_kernels.train.rollout import RolloutEngine, Rollouts, draws
 from mgrpo_kernels.train.rollout import transformers as sampling
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
@@ -134,3 +137,26 @@ def test_an_evaluation(wide_policy: Policy, padded: bool) -> None:
     assert seen[1].peak - seen[0].peak <= last
     assert seen[1].largest <= 2 * last
     assert seen[1].peak <= 8 * last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-8])
+@pytest.mark.parametrize("room", [2**17, 2**26])
+def test_the_plan_has_what_the_head_takes(dtype: torch.dtype, tolerance: float, room: int) -> None:
+    rows, width = 600, 32
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=generator).to(dtype).requires_grad_() for n in (rows, V))
+    labels, advantages = torch.randint(0, V, (rows,), generator=generator), torch.randn(rows, generator=generator)
+    offsets = torch.tensor([0, rows])
+    with mock.patch.object(native, "WORKSPACE_BYTES", room), watch_memory() as memory:
+        loss = linear_policy_loss(
+            hidden, weight, labels, None, advantages, cu_seqlens=offsets, gradient_tolerance=tolerance or None
+        ).loss
+        loss.backward()
+    config = tiny.config(dtype=str(dtype).removeprefix("torch."), gradient_tolerance=tolerance)
+    shapes = ((V, width),)
+    model = Model((shapes,), shapes, 0, width, 0, 0, 0, 0, V, gated=False, normed=False)
+    micro = Work(1, 1, rows, 1, 0, 0, 0, (Micro(1, 1),))
+    with mock.patch.object(native, "WORKSPACE_BYTES", room):
+        planned = memory_of(config, model, micro, 1, "cpu").moments["update"]["head and backward"]
+    assert 0.7 < planned / memory.peak < 1.4

@@ -9,7 +9,8 @@ import torch
 from mgrpo_kernels.ops._triton.tuning import Tuning
 from mgrpo_kernels.ops.linear_policy_loss import native as fused_on_cpu
 from mgrpo_kernels.ops.linear_token_stats import native as composed_on_cpu
-from mgrpo_kernels.ops.linear_token_stats.tiled import stored_room
+from mgrpo_kernels.ops.linear_token_stats import triton as composed_on_gpu
+from mgrpo_kernels.ops.linear_token_stats.tiled import multiplies_16_bits, stored_room
 from mgrpo_kernels.train.config import Config, ModelConfig
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, width_of
 from mgrpo_kernels.train.rollout.engines import engine_class
@@ -18,6 +19,9 @@ Parts = dict[str, int]  # what holds memory -> bytes
 
 PROCESS_BYTES = 400 * 2**20
 """Of a process that has imported PyTorch, transformers and the trainer, and done nothing yet. A GPU's memory does not hold it."""
+
+ENTRY_BYTES = 8
+"""Of a logit that is listed for gradients to a tolerance, with its place in the vocabulary."""
 
 
 class Memory(NamedTuple):
@@ -56,7 +60,7 @@ def memory_of(config: Config, model: Model, work: Work, ranks: int, device: str,
     moments = {
         "rollout": weights | sampling,
         **({"score": scoring(config.model, model, work, ranks)} if config.needs_reference is not None else {}),
-        **updating(config.model, model, work, ranks, device, flash=flash),
+        **updating(config, model, work, ranks, device, flash=flash),
     }
     return Memory(
         nonzero(held(config, model, ranks, device) | engine_held),
@@ -106,13 +110,15 @@ def scoring(options: ModelConfig, model: Model, work: Work, ranks: int) -> Parts
     }
 
 
-def updating(
-    options: ModelConfig, model: Model, work: Work, ranks: int, device: str, *, flash: bool
-) -> dict[str, Parts]:
+def updating(config: Config, model: Model, work: Work, ranks: int, device: str, *, flash: bool) -> dict[str, Parts]:
     """Return the memory of the update at its two peaks: in the backward pass, and at the end of it."""
+    options = config.model
     c, largest = width_of(options), max(work.micro, key=work.tokens)
     T, N = work.tokens(largest), largest.responses * work.response_tokens
-    workspace, weight = head_bytes(options, model, N, device)
+    if config.optim.gradient_tolerance:
+        workspace, weight = tolerant_head_bytes(options, model, N, device)
+    else:
+        workspace, weight = head_bytes(options, model, N, device)
     gradients, several = 4 * count([model.trained], ranks), len(work.micro) > 1
     layer = layer_bytes(options, model, work, largest, flash=flash)
     again = layer if options.gradient_checkpointing else 0
@@ -153,19 +159,36 @@ def layer_bytes(options: ModelConfig, model: Model, work: Work, micro: Micro, *,
 def head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> tuple[int, int]:
     """Return the fused head's workspace, and the size of its weight's gradient before that is accumulated."""
     c, V = width_of(options), model.vocabulary
-    weight = V * model.width * (4 if c == 4 else 6) * model.whole  # with 16 bits, a float32 sum beside it
+    weight = c * V * model.width * model.whole
     most = Tuning().workspace_bytes
     if device == "cpu":
         dtype = torch.float32 if c == 4 else torch.bfloat16
         fused, _ = fused_on_cpu.fusion(torch.device(device), dtype)
         if not fused:
-            tile = composed_on_cpu.tile_shape(dtype)
-            in_tile = (4 + c) * min(tile.rows, tokens) * min(tile.columns, V)
+            in_tile = tile_bytes(dtype, V, tokens)
             return in_tile + 4 * stored_room(tokens, V, (composed_on_cpu.WORKSPACE_BYTES - in_tile) // 4), weight
         most = composed_on_cpu.WORKSPACE_BYTES
-    if weight and c < 4 and tokens <= model.width:  # the logits of all tokens take the place of that sum
-        return 4 * V * tokens, c * V * model.width
-    return 4 * V * min(tokens, max(1, most // (4 * V))), weight
+    of_sum = 4 * V * model.width * model.whole * (c < 4)  # a 16-bit weight's gradient in float32
+    if of_sum and tokens <= model.width:  # the logits of all tokens take its place
+        return 4 * V * tokens, weight
+    return 4 * V * min(tokens, max(1, most // (4 * V))), weight + of_sum
+
+
+def tolerant_head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> tuple[int, int]:
+    """Return the same for gradients to a tolerance: of each token the largest logits are listed, and on a CPU their gradients, too."""
+    c, V = width_of(options), model.vocabulary
+    weight = c * V * model.width * model.whole
+    if device == "cpu":
+        dtype = torch.float32 if c == 4 else torch.bfloat16
+        return tile_bytes(dtype, V, tokens) + 2 * ENTRY_BYTES * composed_on_cpu.entries_room(V) * tokens, weight
+    return Tuning().workspace_bytes + ENTRY_BYTES * composed_on_gpu.entries_room(V) * tokens, weight
+
+
+def tile_bytes(dtype: torch.dtype, vocabulary: int, tokens: int) -> int:
+    """Return the size of a tile of logits on a CPU, and of its gradient where that has 16 bits and no room in the tile."""
+    tile = composed_on_cpu.tile_shape(dtype)
+    in_16_bits = dtype != torch.float32 and multiplies_16_bits(torch.device("cpu"), dtype)
+    return (6 if in_16_bits else 4) * min(tile.rows, tokens) * min(tile.columns, vocabulary)
 
 
 def unit_bytes(options: ModelConfig, model: Model) -> int:
