@@ -524,6 +524,11 @@ def test_bad_input(change, error, message):
             )
 
 
+def test_a_single_id_is_no_set_of_a_single_token():
+    with pytest.raises(ValueError, match=r"kept: expected shape \(K,\) with K >= 1, got \(\)"):
+        linear_token_stats(torch.zeros(4), torch.zeros(5, 4), torch.tensor(1), kept=torch.tensor(1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("add", [False, True])
 def test_native_sums_over_any_number_of_tokens(dtype, add):

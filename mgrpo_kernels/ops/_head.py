@@ -68,7 +68,7 @@ def check_kept(kept: Any, rows: torch.Size, device: torch.device) -> Tensor | No
     if kept is None:
         return None
     checks.check_tensor("kept", kept, dtypes=checks.INTS, device=device)
-    if kept.shape[:-1] != rows or kept.shape[-1] < 1:
+    if kept.dim() < 1 or kept.shape[:-1] != rows or kept.shape[-1] < 1:
         wanted = checks.shape_text(rows).rstrip(",)") + ", K)" if rows else "(K,)"
         raise ValueError(f"kept: expected shape {wanted} with K >= 1, got {checks.shape_text(kept.shape)}")
     return kept.reshape(-1, kept.shape[-1])  # type: ignore[no-any-return]
