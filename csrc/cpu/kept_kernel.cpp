@@ -201,7 +201,11 @@ struct Entries {
 template <typename T>
 double write_sum(
     const KeptRows& of, const float* grad, const int64_t* order, int64_t begin, int64_t end, float* total, float* part, bool add, T* out) {
-  if (end - begin <= AT_ONCE) { // most ids: few tokens keep them, or none
+  if (begin == end && !add) { // most ids where there are few tokens
+    std::fill(out, out + of.width, T(0));
+    return 0;
+  }
+  if (end - begin <= AT_ONCE) { // most ids: few tokens keep them
     const Entries<T> few(of, grad, order, begin, end);
     write_rows(out, add, few.by, few.rows, few.number, of.width);
     return few.bias;
