@@ -73,8 +73,16 @@ def shown(value) -> str:
 
 
 def floats(draw: random.Random, *shape: int, dtype=torch.float32, grad=False) -> torch.Tensor:
-    """Return normal numbers, often not contiguous."""
-    values = torch.randn((*shape, 2)).to(dtype)[..., 0] if draw.random() < 0.3 else torch.randn(shape).to(dtype)
+    """Return normal numbers, often not contiguous: every other one, transposed, or one row for all."""
+    layout = draw.choice(("contiguous",) * 4 + ("gaps", "gaps", "transposed", "expanded"))
+    if layout == "gaps":
+        values = torch.randn((*shape, 2)).to(dtype)[..., 0]
+    elif layout == "transposed":
+        values = torch.randn(shape[::-1]).to(dtype).permute(*reversed(range(len(shape))))
+    elif layout == "expanded" and len(shape) > 1:
+        values = torch.randn(shape[-1]).to(dtype).expand(shape)
+    else:
+        values = torch.randn(shape).to(dtype)
     return values.detach().requires_grad_(grad)
 
 
@@ -147,12 +155,16 @@ def head(draw: random.Random, rows: tuple[int, ...], backend: str) -> tuple[list
     width, vocab = draw.choice((1, 5, 64)), draw.choice((1, 7, 65, 300, 1500))
     dtype = draw.choice(DTYPES[: 4 if backend == "reference" else 3])
     hidden, weight = (floats(draw, *shape, dtype=dtype, grad=True) for shape in ((*rows, width), (vocab, width)))
+    kept = torch.randint(-1, vocab, (*rows, draw.choice((1, 4, 9))), dtype=draw.choice((torch.int32, torch.int64)))
     keywords = {
         "bias": some(draw, floats(draw, vocab, dtype=dtype, grad=True)),
+        "kept": draw.choice((None, None, kept)),
+        "gradient_tolerance": draw.choice((None, None, 0.01)),
         "temperature": draw.choice((1.0, 0.5, torch.rand(rows) + 0.5)),
         "logit_scale": draw.choice((1.0, -0.5)),
         "softcap": draw.choice((None, 5.0)),
         "workspace_bytes": draw.choice((None, 2**16)),
+        "logits_dtype": draw.choice((torch.float32, dtype)),
         "backend": backend,
     }
     return [hidden, weight, torch.randint(0, vocab, rows)], keywords
@@ -168,10 +180,7 @@ def linear_token_stats(draw: random.Random, backend: str) -> Call:
     rows = draw.choice(((), (3,), (0,), (2, 3), (70,)))
     inputs, keywords = head(draw, rows, backend)
     stats = draw.sample(("logprob", "entropy", "self_certainty"), draw.randint(1, 3))
-    vocab = inputs[1].shape[0]
-    kept = torch.randint(-1, vocab, (*rows, draw.choice((1, 4, 9))), dtype=draw.choice((torch.int32, torch.int64)))
-    keywords |= {"stats": tuple(stats), "mask": some(draw, bools(*rows)), "kept": some(draw, kept)}
-    keywords["gradient_tolerance"] = draw.choice((None, 0.01))
+    keywords |= {"stats": tuple(stats), "mask": some(draw, bools(*rows))}
     keywords |= counts(draw, inputs[2].numel(), keywords["mask"])
     return Call("linear_token_stats", mgrpo_kernels.linear_token_stats, tuple(inputs), keywords)
 
