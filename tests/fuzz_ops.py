@@ -202,6 +202,8 @@ def linear_policy_loss(draw: random.Random, backend: str) -> Call:
     batch = draw.choice((0, 1, 4))
     shape, keywords = tokens(draw, batch, entropy=False)
     inputs, of_head = head(draw, shape, backend)
+    if draw.random() < 0.75:  # the gradient is formed in the forward pass without these alone
+        of_head |= {"kept": None, "gradient_tolerance": None}
     advantages = floats(draw, *draw.choice((shape, (batch,))))
     args = (*inputs, some(draw, floats(draw, *shape)), advantages)
     keywords |= counts(draw, inputs[2].numel(), keywords["mask"])
