@@ -25,9 +25,15 @@ def zero_where(masked, decided_by):
 
 @triton.jit
 def weighted(part, weight):
-    """Return part x weight, where 0 x inf is 0. NaN stays."""
-    product = part * weight
-    return tl.where((product != product) & (part == part) & (weight == weight), 0.0, product)  # noqa: PLR0124
+    """Return part x weight. A weight of 0 leaves nothing of an infinite part, but keeps NaN."""
+    return tl.where((weight == 0.0) & (part == part), 0.0, part * weight)  # noqa: PLR0124
+
+
+@triton.jit
+def times_ratio(part, ratio):
+    """Return part x ratio, where 0 x inf is 0. NaN stays."""
+    product = part * ratio
+    return tl.where((product != product) & (part == part) & (ratio == ratio), 0.0, product)  # noqa: PLR0124
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from mgrpo_kernels.ops.policy_loss._term_triton_kernels import (
     count_clips,
     kl_term,
     surrogate_term,
+    times_ratio,
     weighted,
     zero_where,
 )
@@ -204,7 +205,7 @@ def _token_pass(
         if ref is not None:
             kl, kl_slope = kl_term(at(ref, i, inside, keep) - x, KL_ESTIMATOR)
             if KL_BIAS_CORRECTION:
-                kl, kl_slope = weighted(kl, ratio), weighted(kl_slope, ratio)
+                kl, kl_slope = times_ratio(kl, ratio), times_ratio(kl_slope, ratio)
                 by_log_weight += kl_coef * kl
             value, by_logprob = value + kl_coef * kl, by_logprob + kl_coef * kl_slope
             kls += tl.where(keep, kl, 0.0)
