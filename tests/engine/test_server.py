@@ -111,7 +111,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", KEY)
 
 
-def connect(policy: Policy, urls: list[str], timeout: float = 60.0, longest: int = 12) -> VllmServers:
+def connect(policy: Policy, urls: list[str], timeout: float = 180.0, longest: int = 12) -> VllmServers:
     return VllmServers(policy, longest, 12, VllmConfig(vllm_servers=",".join(urls), vllm_timeout=timeout))
 
 
