@@ -25,10 +25,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.activations import ACT2FN
 
 from mgrpo_kernels.train.data.demo import make_tokenizer
 from mgrpo_kernels.train.model import attention
 from mgrpo_kernels.train.model.attention import Sequences
+from mgrpo_kernels.train.model.lean import activated
 from mgrpo_kernels.train.model.policy import Policy
 from mgrpo_kernels.train.rollout.cache import SharedCache
 from mgrpo_kernels.train.rollout.transformers import TransformersEngine
@@ -277,6 +279,13 @@ def test_few_calls_give_what_the_modules_give(monkeypatch: pytest.MonkeyPatch) -
     handle.remove()
     assert calls
     torch.testing.assert_close(few, many, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["silu", "swish", "gelu", "relu"])
+def test_the_gate_has_the_models_own_activation(name: str) -> None:
+    act, gate, up = ACT2FN[name], torch.randn(3, 40), torch.randn(3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(activated(gate, up, act), act(gate) * up, rtol=1e-5, atol=1e-6)
 
 
 def flash_attn_varlen_func(
