@@ -100,6 +100,18 @@ def main(monkeypatch, record, *arguments):
     return record.main()
 
 
+def test_chosen_rows_are_asked_for_and_named(machine, record, monkeypatch, tmp_path):
+    path, commands = tmp_path / "result.json", []
+    pretend(monkeypatch, record, Account(monkeypatch, machine))
+    run = record.subprocess.run
+    monkeypatch.setattr(
+        record.subprocess, "run", lambda command, **more: commands.append(command) or run(command, **more)
+    )
+    assert main(monkeypatch, record, "--only", "bench_ema", "--rows", "float32", "--out", path) == 0
+    assert "-k=float32" in commands[0]
+    assert json.loads(path.read_text())["files"]["bench_ema"]["rows"] == "float32"
+
+
 def test_a_run_on_idle_cores_is_recorded_in_small(machine, record, monkeypatch, tmp_path):
     path = tmp_path / "result.json"
     pretend(monkeypatch, record, Account(monkeypatch, machine))

@@ -31,7 +31,7 @@ def weighted(part, weight):
 
 @triton.jit
 def times_ratio(part, ratio):
-    """Return part x ratio, where 0 x inf is 0. NaN stays."""
+    """Return part x ratio, where 0 x inf is 0. NaN stays. :func:`weighted`, whose weight is finite, takes fewer registers."""
     product = part * ratio
     return tl.where((product != product) & (part == part) & (ratio == ratio), 0.0, product)  # noqa: PLR0124
 
