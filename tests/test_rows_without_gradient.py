@@ -4,12 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
+from contract import watch_memory
 
 from mgrpo_kernels import linear_policy_loss, linear_token_stats
 from mgrpo_kernels.ops.linear_policy_loss import native as loss_native
 from mgrpo_kernels.ops.linear_policy_loss import three_matmuls
 from mgrpo_kernels.ops.linear_policy_loss import triton as loss_triton
-from mgrpo_kernels.ops.linear_token_stats import native, reference, triton
+from mgrpo_kernels.ops.linear_token_stats import native, reference, tiled, triton
 
 HEADS = {"reference": reference, "native": native, "triton": triton}
 LOSSES = {"native": loss_native, "triton": loss_triton}
@@ -70,6 +71,28 @@ def test_the_loss_computes_the_gradient_of_tokens_with_an_advantage(backend, mas
         torch.testing.assert_close(result.metrics[name], value, msg=name)
     for got, each in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(got, each, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dead", [1, 3])
+def test_rows_with_and_without_a_gradient_share_the_matmuls_of_the_logits(dead):
+    """Their logits lie behind the others', where those of the next tile take their place: on a CPU few rows are slow to multiply."""
+    advantages = torch.ones(4).index_fill(0, torch.arange(dead), 0.0)
+    with (
+        mock.patch.object(loss_native, "COLUMNS", 64),
+        mock.patch.object(tiled, "accumulate", wraps=tiled.accumulate) as accumulate,
+    ):
+        loss_of(make(), advantages, "native")
+    factors = [call.args[1].shape for call in accumulate.call_args_list]
+    blocks = {1: {23, 7 + 10}, 3: {40}}[dead]  # the workspace holds all logits of 23 rows
+    assert {rows for rows, inner in factors if inner == 24} == blocks
+
+
+def test_logits_of_rows_without_a_gradient_are_not_kept():
+    hidden, weight, labels = make(rows=400, vocab=2048)
+    offsets, advantages = torch.tensor([0, 10, 400]), torch.tensor([1.0, 0.0])
+    with mock.patch.object(loss_native, "COLUMNS", 256), watch_memory() as memory:
+        linear_policy_loss(hidden, weight, labels, None, advantages, cu_seqlens=offsets, backend="native")
+    assert memory.largest == 4 * (10 * 2048 + 390 * 256)
 
 
 @pytest.mark.parametrize("backend", LOSSES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,9 @@ FLOAT16 = "float16 gradients are formed after the loss has been scaled up, or th
 GRADIENT_COLUMNS = 16384
 """Of a block of rows whose logits are kept in float32: so many have their 16-bit gradient at one time."""
 
+ROWS_WITHOUT_GRADIENT = 1024
+"""That a tile has at most, where a block has fewer rows: more would not stay in a CPU's cache."""
+
 
 def forward_backward(
     hidden: Tensor,
@@ -40,8 +43,9 @@ def forward_backward(
 
     Only the first `live` rows have a gradient; of the others, `coefficients_of` is told the statistics.
 
-    A block of rows keeps all its logits until `coefficients_of` has said, from its statistics, what the gradient is. They are computed in
-    contiguous tiles of at most `columns_at_once`, whose gradients have the same columns; or, with None, in one matmul.
+    A block keeps the logits of its rows with a gradient until `coefficients_of` has said, from the statistics, what the gradient is. They
+    are computed in contiguous tiles of at most `columns_at_once`, whose gradients have the same columns; or, with None, in one matmul.
+    Rows without a gradient are the last of a tile, where the next tile is written over them.
     """
     number, vocab = hidden.shape[0], head.weight.shape[0]
     weight = tiled.weight_gradient(hidden[:live], head) if need[1] else None
@@ -51,26 +55,21 @@ def forward_backward(
     sums = tiled.Sums(hidden, head, need)
     if sums.hidden is not None:
         sums.hidden[live:].zero_()
-    without_gradient = (
-        slice(live + each.start, live + each.stop) for each in tiled.spans(number - live, room.rows, tiled.ALIGNED)
-    )
-    for rows in (*tiled.spans(live, room.rows, tiled.ALIGNED), *without_gradient):
-        state = tiled.empty_state(rows.stop - rows.start, hidden.device, passes.wanted)
+    for block, kept in _blocks(number, live, room):
+        state = tiled.empty_state(block.stop - block.start, hidden.device, passes.wanted)
         for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED):
-            tile_head = tiled.of_tile(head, rows, columns)
-            x = tiled.place_of(room.logits, rows, columns, passes.padding, keep=True)
-            passes.fill(x, hidden[rows], tile_head, labels[rows], state)
-        statistics = _statistics.finish(state, labels[rows])
-        coefficients = coefficients_of(rows, statistics)
-        if rows.start >= live:
-            continue
-        for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED):
-            tile = tiled.place_of(room.logits, rows, columns, passes.padding, keep=True)
+            x = tiled.place_of(room.logits, block, columns, passes.padding, kept=kept)
+            passes.fill(x, hidden[block], tiled.of_tile(head, block, columns), labels[block], state)
+        statistics = _statistics.finish(state, labels[block])
+        coefficients = coefficients_of(block, statistics)[:, :kept]
+        rows = slice(block.start, block.start + kept)
+        for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED) if kept else ():
+            tile = tiled.place_of(room.logits, rows, columns, passes.padding, kept=kept)
             for part in tiled.spans(columns.stop - columns.start, room.gradient_columns, tiled.ALIGNED):
                 span = slice(columns.start + part.start, columns.start + part.stop)
                 tile_head, x = tiled.of_tile(head, rows, span), tile[:, part]
                 grad = x if room.gradients is None else tiled.place_of(room.gradients, rows, span, passes.padding)
-                passes.gradient(x, tile_head, labels[rows], coefficients, statistics.logsumexp, grad)
+                passes.gradient(x, tile_head, labels[rows], coefficients, statistics.logsumexp[:kept], grad)
                 sums.add(grad, tile_head.weight, rows, span)
                 if room.total is not None:
                     tiled.accumulate(room.total[span], grad.t(), hidden[rows], first=rows.start == 0)
@@ -82,11 +81,31 @@ def forward_backward(
 class _Room(NamedTuple):
     """Where :func:`forward_backward` keeps what."""
 
-    rows: int  # of a block
+    rows: int  # of a block, that have a gradient
     total: Tensor | None  # the weight's gradient, or its sum in float32
     logits: Tensor  # of a block
     gradients: Tensor | None  # of the logits of some columns; None: in place of the logits
     gradient_columns: int
+    strides: tuple[int, int]  # of a row of all logits, and of a tile
+
+    def beside(self, kept: int) -> int:
+        """Return for how many rows without a gradient there is room beside `kept` rows with one."""
+        of_all, of_tile = self.strides
+        return min(max(self.rows, ROWS_WITHOUT_GRADIENT), (self.logits.numel() - kept * of_all) // of_tile)
+
+
+def _blocks(number: int, live: int, room: _Room) -> Iterator[tuple[slice, int]]:
+    """Yield the rows of each block, and how many of them have a gradient: the first of the block, as the `live` rows are the first of all.
+
+    The last rows with a gradient share matmuls with those without: the fewer rows a matmul has, the more it costs to read the weight.
+    """
+    end = 0
+    for rows in tiled.spans(live, room.rows, tiled.ALIGNED):
+        kept = rows.stop - rows.start
+        end = rows.stop if rows.stop < live else min(number, live + room.beside(kept))
+        yield slice(rows.start, end), kept
+    for rows in tiled.spans(number - end, room.beside(0), tiled.ALIGNED):
+        yield slice(end + rows.start, end + rows.stop), 0
 
 
 def _room(
@@ -112,6 +131,7 @@ def _room(
     if not in_place:
         row_bytes += tiled.padded(gradient_columns, passes.padding) * hidden.element_size()
     rows, total, logits = max(1, bound // row_bytes), weight, None
+    most = (bound - min(rows, live) * (row_bytes - stride * element_bytes)) // element_bytes  # of logits
     one_matmul = tiled.gradient_dtype(head) == hidden.dtype and tiled.rounds_once(
         head.weight.shape, hidden.device, hidden.dtype
     )
@@ -119,21 +139,25 @@ def _room(
     if live and weight is not None and weight.dtype != torch.float32 and (live > rows or not one_matmul):
         bounded = False
         sum_bytes = 4 * weight.numel()
-        if one_matmul and live * stride * element_bytes <= sum_bytes + (bound if in_place else 0):
-            rows = live
+        in_sum = (sum_bytes + (bound if in_place else 0)) // element_bytes
+        if one_matmul and live * stride <= in_sum:
+            rows, most = live, in_sum
         else:
             total = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
             in_weight = weight.numel() * weight.element_size() // element_bytes
             if in_weight // stride > rows:
                 rows = in_weight // stride
                 logits = weight.view(-1).view(torch.uint8)[: in_weight * element_bytes].view(head.raw_dtype)
+    kept, strides = min(rows, live), (stride, tiled.padded(min(vocab, columns_at_once), passes.padding))
     if logits is None:
-        logits = tiled.make_workspace(hidden, min(rows, number), vocab, passes.padding, head.raw_dtype)
+        beside = min(number - live, max(rows, ROWS_WITHOUT_GRADIENT))
+        elements = min(kept * strides[0] + beside * strides[1], most)
+        logits = hidden.new_empty(max(elements, kept * strides[0], strides[1]), dtype=head.raw_dtype)
     if in_place:
-        return _Room(rows, total, logits, None, gradient_columns)
+        return _Room(rows, total, logits, None, gradient_columns, strides)
     if not bounded:  # more rows than the bound holds: the columns of gradients alone keep to it
-        columns = bound // (max(1, min(rows, number)) * hidden.element_size())
+        columns = bound // (max(1, kept) * hidden.element_size())
         columns -= columns % tiled.ALIGNED if columns > tiled.ALIGNED else 0
         gradient_columns = max(1, min(gradient_columns, columns))
-    gradients = tiled.make_workspace(hidden, min(rows, number), gradient_columns, passes.padding, hidden.dtype)
-    return _Room(rows, total, logits, gradients, gradient_columns)
+    gradients = tiled.make_workspace(hidden, kept, gradient_columns, passes.padding, hidden.dtype)
+    return _Room(rows, total, logits, gradients, gradient_columns, strides)

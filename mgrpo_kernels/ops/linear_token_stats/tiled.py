@@ -117,7 +117,7 @@ class Stored(NamedTuple):
         end = columns.start + padded(columns.stop - columns.start, padding)
         if self.number * end > self.values.numel():
             return None
-        return place_of(self.values, slice(0, self.number), columns, padding, keep=True)
+        return place_of(self.values, slice(0, self.number), columns, padding, kept=self.number)
 
     def take(self, tile: Tensor, rows: slice, x: Tensor) -> Tensor:
         """Return these rows of the backward pass: a part of the tile, or copied to x."""
@@ -362,12 +362,12 @@ def make_workspace(hidden: Tensor, rows: int, columns: int, padding: int, dtype:
     return hidden.new_empty(rows * padded(columns, padding), dtype=dtype)
 
 
-def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, keep: bool = False) -> Tensor:
-    """Return the tile's place: always the same, or with `keep` one for each span of columns."""
-    n, first = rows.stop - rows.start, columns.start if keep else 0
+def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, kept: int = 0) -> Tensor:
+    """Return the tile's place: behind the first `kept` rows of the tiles on its left, so always the same where none are kept."""
+    n, first = rows.stop - rows.start, kept * columns.start
     width = columns.stop - columns.start
     stride = padded(width, padding)
-    place = workspace[n * first : n * (first + stride)].view(n, stride)
+    place = workspace[first : first + n * stride].view(n, stride)
     if stride > width and place.device.type == "cpu":
         # oneDNN with AMX multiplies the padding of a 16-bit row by 0: no NaN may lie there.
         place[:, width:].zero_()
