@@ -73,26 +73,46 @@ def test_the_loss_computes_the_gradient_of_tokens_with_an_advantage(backend, mas
         torch.testing.assert_close(got, each, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dead", [1, 3])
-def test_rows_with_and_without_a_gradient_share_the_matmuls_of_the_logits(dead):
-    """Their logits lie behind the others', where those of the next tile take their place: on a CPU few rows are slow to multiply."""
-    advantages = torch.ones(4).index_fill(0, torch.arange(dead), 0.0)
+@pytest.mark.parametrize(
+    "width, dead, blocks",
+    [
+        (64, 1, {40}),  # all logits lie in the gradient of the weight, which has room for 64 rows
+        (24, 3, {24, 16}),  # or those that fit
+        (8, 3, {40}),  # or in a workspace, which has room for all logits of 23 rows
+        (8, 1, {23, 7 + 10}),
+    ],
+)
+def test_rows_with_and_without_a_gradient_share_the_matmuls_of_the_logits(width, dead, blocks):
+    """Of the latter the next tile takes the place: on a CPU few rows are slow to multiply."""
+    tensors, advantages = make(width=width), torch.ones(4).index_fill(0, torch.arange(dead), 0.0)
     with (
-        mock.patch.object(loss_native, "COLUMNS", 64),
+        mock.patch.object(loss_native, "COLUMNS", 128),
         mock.patch.object(tiled, "accumulate", wraps=tiled.accumulate) as accumulate,
     ):
-        loss_of(make(), advantages, "native")
+        _, got = loss_of(tensors, advantages, "native")
     factors = [call.args[1].shape for call in accumulate.call_args_list]
-    blocks = {1: {23, 7 + 10}, 3: {40}}[dead]  # the workspace holds all logits of 23 rows
-    assert {rows for rows, inner in factors if inner == 24} == blocks
+    assert {rows for rows, inner in factors if inner == width} == blocks
+    _, want = loss_of(tensors, advantages, "reference")
+    for each, other in zip(got, want, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_of_rows_without_a_gradient_are_not_kept():
-    hidden, weight, labels = make(rows=400, vocab=2048)
+    hidden, weight, labels = make(rows=400, width=8, vocab=2048)
     offsets, advantages = torch.tensor([0, 10, 400]), torch.tensor([1.0, 0.0])
     with mock.patch.object(loss_native, "COLUMNS", 256), watch_memory() as memory:
         linear_policy_loss(hidden, weight, labels, None, advantages, cu_seqlens=offsets, backend="native")
     assert memory.largest == 4 * (10 * 2048 + 390 * 256)
+
+
+@pytest.mark.parametrize("rows", [64, 65])
+def test_the_weights_gradient_holds_the_logits_of_as_many_rows_as_hidden_states_have_elements(rows):
+    hidden, weight, labels = make(rows=rows, width=64, vocab=4096)
+    with mock.patch.object(loss_native, "COLUMNS", 256), watch_memory() as memory:
+        linear_policy_loss(hidden[None], weight, labels[None], None, torch.ones(1), backend="native")
+    logits, gradient, tile = 4 * rows * 4096, 4 * 64 * 4096, 4 * rows * 256
+    beside = memory.peak - gradient
+    assert beside < 2 * tile if rows == 64 else beside > logits
 
 
 @pytest.mark.parametrize("backend", LOSSES)

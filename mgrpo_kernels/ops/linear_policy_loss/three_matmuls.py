@@ -50,7 +50,7 @@ def forward_backward(
     number, vocab = hidden.shape[0], head.weight.shape[0]
     weight = tiled.weight_gradient(hidden[:live], head) if need[1] else None
     bound = head.workspace_bytes or workspace_bytes
-    room = _room(hidden, head, weight, passes, columns_at_once or vocab, bound, live)
+    room = _room(hidden, head, weight, passes, columns_at_once, bound, live)
     columns_at_once = room.gradient_columns if columns_at_once else vocab
     sums = tiled.Sums(hidden, head, need)
     if sums.hidden is not None:
@@ -58,13 +58,13 @@ def forward_backward(
     for block, kept in _blocks(number, live, room):
         state = tiled.empty_state(block.stop - block.start, hidden.device, passes.wanted)
         for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED):
-            x = tiled.place_of(room.logits, block, columns, passes.padding, kept=kept)
+            x = room.place(block, kept, columns, passes.padding)
             passes.fill(x, hidden[block], tiled.of_tile(head, block, columns), labels[block], state)
         statistics = _statistics.finish(state, labels[block])
         coefficients = coefficients_of(block, statistics)[:, :kept]
         rows = slice(block.start, block.start + kept)
         for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED) if kept else ():
-            tile = tiled.place_of(room.logits, rows, columns, passes.padding, kept=kept)
+            tile = room.place(rows, kept, columns, passes.padding)
             for part in tiled.spans(columns.stop - columns.start, room.gradient_columns, tiled.ALIGNED):
                 span = slice(columns.start + part.start, columns.start + part.stop)
                 tile_head, x = tiled.of_tile(head, rows, span), tile[:, part]
@@ -84,12 +84,22 @@ class _Room(NamedTuple):
     rows: int  # of a block, that have a gradient
     total: Tensor | None  # the weight's gradient, or its sum in float32
     logits: Tensor  # of a block
+    apart: (
+        int | None
+    )  # elements of `logits` for each column, where each tile lies in the place of its weight's gradient
     gradients: Tensor | None  # of the logits of some columns; None: in place of the logits
     gradient_columns: int
     strides: tuple[int, int]  # of a row of all logits, and of a tile
 
+    def place(self, rows: slice, kept: int, columns: slice, padding: int) -> Tensor:
+        """Return the place of a tile of a block that has `kept` rows with a gradient."""
+        apart = self.apart if kept and self.apart else kept
+        return tiled.place_of(self.logits, rows, columns, padding, apart=apart)
+
     def beside(self, kept: int) -> int:
         """Return for how many rows without a gradient there is room beside `kept` rows with one."""
+        if kept and self.apart:
+            return self.apart - kept
         of_all, of_tile = self.strides
         return min(max(self.rows, ROWS_WITHOUT_GRADIENT), (self.logits.numel() - kept * of_all) // of_tile)
 
@@ -98,14 +108,14 @@ def _blocks(number: int, live: int, room: _Room) -> Iterator[tuple[slice, int]]:
     """Yield the rows of each block, and how many of them have a gradient: the first of the block, as the `live` rows are the first of all.
 
     The last rows with a gradient share matmuls with those without: the fewer rows a matmul has, the more it costs to read the weight.
+    Blocks without a gradient come first, while nothing else is where their logits are.
     """
-    end = 0
-    for rows in tiled.spans(live, room.rows, tiled.ALIGNED):
-        kept = rows.stop - rows.start
-        end = rows.stop if rows.stop < live else min(number, live + room.beside(kept))
-        yield slice(rows.start, end), kept
+    spans = [*tiled.spans(live, room.rows, tiled.ALIGNED)]
+    end = min(number, live + room.beside(spans[-1].stop - spans[-1].start)) if spans else 0
     for rows in tiled.spans(number - end, room.beside(0), tiled.ALIGNED):
         yield slice(end + rows.start, end + rows.stop), 0
+    for rows in spans:
+        yield slice(rows.start, rows.stop if rows.stop < live else end), rows.stop - rows.start
 
 
 def _room(
@@ -113,7 +123,7 @@ def _room(
     head: Head,
     weight: Tensor | None,
     passes: tiled.Passes,
-    columns_at_once: int,
+    columns_at_once: int | None,
     bound: int,
     live: int,
 ) -> _Room:
@@ -123,41 +133,77 @@ def _room(
     written once for each block. So one block takes all rows where their logits need no more memory than that sum would. With
     several, `weight` is not needed before the end, and holds the logits where it has more room for them than `bound`.
     """
+    dtype, raw_dtype = tiled.gradient_dtype(head), head.raw_dtype
+    one_matmul = dtype == hidden.dtype and tiled.rounds_once(head.weight.shape, hidden.device, hidden.dtype)
+    if columns_at_once and live and weight is not None and (weight.dtype == torch.float32 or one_matmul):
+        room = _room_in(weight, hidden, head, passes, columns_at_once, bound, live)
+        if room is not None:
+            return room
     number, vocab = hidden.shape[0], head.weight.shape[0]
-    stride, element_bytes = tiled.padded(vocab, passes.padding), head.raw_dtype.itemsize
-    in_place = head.raw_dtype == tiled.gradient_dtype(head)
-    gradient_columns = min(vocab, columns_at_once if in_place else min(columns_at_once, GRADIENT_COLUMNS))
+    stride, element_bytes = tiled.padded(vocab, passes.padding), raw_dtype.itemsize
+    in_place = raw_dtype == dtype
+    columns_at_once = min(vocab, columns_at_once or vocab)
+    gradient_columns = columns_at_once if in_place else min(columns_at_once, GRADIENT_COLUMNS)
     row_bytes = stride * element_bytes
     if not in_place:
         row_bytes += tiled.padded(gradient_columns, passes.padding) * hidden.element_size()
     rows, total, logits = max(1, bound // row_bytes), weight, None
     most = (bound - min(rows, live) * (row_bytes - stride * element_bytes)) // element_bytes  # of logits
-    one_matmul = tiled.gradient_dtype(head) == hidden.dtype and tiled.rounds_once(
-        head.weight.shape, hidden.device, hidden.dtype
-    )
     bounded = True
     if live and weight is not None and weight.dtype != torch.float32 and (live > rows or not one_matmul):
         bounded = False
-        sum_bytes = 4 * weight.numel()
-        in_sum = (sum_bytes + (bound if in_place else 0)) // element_bytes
+        in_sum = (4 * weight.numel() + (bound if in_place else 0)) // element_bytes
         if one_matmul and live * stride <= in_sum:
             rows, most = live, in_sum
         else:
             total = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
             in_weight = weight.numel() * weight.element_size() // element_bytes
             if in_weight // stride > rows:
-                rows = in_weight // stride
-                logits = weight.view(-1).view(torch.uint8)[: in_weight * element_bytes].view(head.raw_dtype)
-    kept, strides = min(rows, live), (stride, tiled.padded(min(vocab, columns_at_once), passes.padding))
+                rows, logits = in_weight // stride, _memory_of(weight, raw_dtype)
+    kept, strides = min(rows, live), (stride, tiled.padded(columns_at_once, passes.padding))
     if logits is None:
         beside = min(number - live, max(rows, ROWS_WITHOUT_GRADIENT))
         elements = min(kept * strides[0] + beside * strides[1], most)
-        logits = hidden.new_empty(max(elements, kept * strides[0], strides[1]), dtype=head.raw_dtype)
+        logits = hidden.new_empty(max(elements, kept * strides[0], strides[1]), dtype=raw_dtype)
     if in_place:
-        return _Room(rows, total, logits, None, gradient_columns, strides)
+        return _Room(rows, total, logits, None, None, gradient_columns, strides)
     if not bounded:  # more rows than the bound holds: the columns of gradients alone keep to it
-        columns = bound // (max(1, kept) * hidden.element_size())
-        columns -= columns % tiled.ALIGNED if columns > tiled.ALIGNED else 0
-        gradient_columns = max(1, min(gradient_columns, columns))
-    gradients = tiled.make_workspace(hidden, kept, gradient_columns, passes.padding, hidden.dtype)
-    return _Room(rows, total, logits, gradients, gradient_columns, strides)
+        gradient_columns = _columns_within(bound, kept, dtype, gradient_columns)
+    gradients = tiled.make_workspace(hidden, kept, gradient_columns, passes.padding, dtype)
+    return _Room(rows, total, logits, None, gradients, gradient_columns, strides)
+
+
+def _room_in(
+    weight: Tensor,
+    hidden: Tensor,
+    head: Head,
+    passes: tiled.Passes,
+    columns_at_once: int,
+    bound: int,
+    live: int,
+) -> _Room | None:
+    """Return room for one block in `weight`, the gradient to be returned, or None: each tile lies where what it gives will be written.
+
+    So logits take no memory of their own. They fit where there are no more rows than hidden states have elements, of equal size.
+    """
+    raw_dtype, dtype = head.raw_dtype, tiled.gradient_dtype(head)
+    of_column, rest = divmod(weight.shape[1] * weight.element_size(), raw_dtype.itemsize)
+    if live > of_column or rest:
+        return None
+    columns = _columns_within(bound, live, dtype, min(columns_at_once, weight.shape[0]))
+    gradients = tiled.make_workspace(hidden, live, columns, passes.padding, dtype)
+    strides = of_column, tiled.padded(columns, passes.padding)
+    return _Room(live, weight, _memory_of(weight, raw_dtype), of_column, gradients, columns, strides)
+
+
+def _columns_within(bound: int, rows: int, dtype: torch.dtype, most: int) -> int:
+    """Return how many columns of gradients of these rows, at most, keep to the bound."""
+    columns = bound // (max(1, rows) * dtype.itemsize)
+    columns -= columns % tiled.ALIGNED if columns > tiled.ALIGNED else 0
+    return max(1, min(most, columns))
+
+
+def _memory_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the memory of a contiguous tensor as elements of `dtype`, as many as it holds."""
+    memory = weight.view(-1).view(torch.uint8)
+    return memory[: len(memory) // dtype.itemsize * dtype.itemsize].view(dtype)

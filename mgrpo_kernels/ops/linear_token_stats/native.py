@@ -18,6 +18,7 @@ __all__ = [
     "logits_room",
     "sparse_backward",
     "sparse_forward",
+    "tile_bytes",
     "tile_shape",
     "unsupported",
 ]
@@ -91,12 +92,17 @@ def _shape(head: Head) -> tiled.TileShape:
     return tile_shape(head.weight.dtype).within(head.workspace_bytes, element_bytes)
 
 
+def tile_bytes(number: int, head: Head) -> int:
+    """Return what a tile of the backward pass takes for `number` rows, which may be symbolic."""
+    rows, columns = _shape(head)
+    tile = torch.sym_min(number, rows) * min(columns, head.weight.shape[0])
+    return tile * tiled.backward_bytes(head, CpuPasses())  # type: ignore[no-any-return]
+
+
 def logits_room(number: int, head: Head) -> int:
     """Return how many raw logits of `number` rows, which may be symbolic, the forward pass stores for the backward pass."""
-    shape, vocab = _shape(head), head.weight.shape[0]
-    tile = torch.sym_min(number, shape.rows) * min(shape.columns, vocab) * tiled.backward_bytes(head, CpuPasses())
-    room = torch.sym_max(0, (head.workspace_bytes or WORKSPACE_BYTES) - tile) // head.raw_dtype.itemsize
-    return tiled.stored_room(number, vocab, room)
+    room = (head.workspace_bytes or WORKSPACE_BYTES) - tile_bytes(number, head)
+    return tiled.stored_room(number, head.weight.shape[0], torch.sym_max(0, room) // head.raw_dtype.itemsize)
 
 
 def sparse_forward(

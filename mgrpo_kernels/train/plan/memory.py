@@ -10,7 +10,7 @@ from mgrpo_kernels.ops._triton.tuning import Tuning
 from mgrpo_kernels.ops.linear_policy_loss import native as fused_on_cpu
 from mgrpo_kernels.ops.linear_token_stats import native as composed_on_cpu
 from mgrpo_kernels.ops.linear_token_stats import triton as composed_on_gpu
-from mgrpo_kernels.ops.linear_token_stats.tiled import multiplies_16_bits, stored_room
+from mgrpo_kernels.ops.linear_token_stats.specs import Head
 from mgrpo_kernels.train.config import Config, ModelConfig
 from mgrpo_kernels.train.plan.shape import Micro, Model, Work, count, width_of
 from mgrpo_kernels.train.rollout.engines import engine_class
@@ -162,11 +162,12 @@ def head_bytes(options: ModelConfig, model: Model, tokens: int, device: str) -> 
     weight = c * V * model.width * model.whole
     most = Tuning().workspace_bytes
     if device == "cpu":
-        dtype = torch.float32 if c == 4 else torch.bfloat16
-        fused, _ = fused_on_cpu.fusion(torch.device(device), dtype)
+        head = head_on_cpu(options, model)
+        fused, _ = fused_on_cpu.fusion(torch.device(device), head.weight.dtype)
         if not fused:
-            in_tile = tile_bytes(dtype, V, tokens)
-            return in_tile + 4 * stored_room(tokens, V, (composed_on_cpu.WORKSPACE_BYTES - in_tile) // 4), weight
+            return composed_on_cpu.tile_bytes(tokens, head) + 4 * composed_on_cpu.logits_room(tokens, head), weight
+        if 4 * tokens <= c * model.width * model.whole:  # the weight's gradient holds the logits
+            return c * tokens * min(fused_on_cpu.COLUMNS, V), weight
         most = composed_on_cpu.WORKSPACE_BYTES
     of_sum = 4 * V * model.width * model.whole * (c < 4)  # a 16-bit weight's gradient in float32
     if of_sum and tokens <= model.width:  # the logits of all tokens take its place
@@ -179,16 +180,15 @@ def tolerant_head_bytes(options: ModelConfig, model: Model, tokens: int, device:
     c, V = width_of(options), model.vocabulary
     weight = c * V * model.width * model.whole
     if device == "cpu":
-        dtype = torch.float32 if c == 4 else torch.bfloat16
-        return tile_bytes(dtype, V, tokens) + 2 * ENTRY_BYTES * composed_on_cpu.entries_room(V) * tokens, weight
+        listed = 2 * ENTRY_BYTES * composed_on_cpu.entries_room(V) * tokens
+        return composed_on_cpu.tile_bytes(tokens, head_on_cpu(options, model)) + listed, weight
     return Tuning().workspace_bytes + ENTRY_BYTES * composed_on_gpu.entries_room(V) * tokens, weight
 
 
-def tile_bytes(dtype: torch.dtype, vocabulary: int, tokens: int) -> int:
-    """Return the size of a tile of logits on a CPU, and of its gradient where that has 16 bits and no room in the tile."""
-    tile = composed_on_cpu.tile_shape(dtype)
-    in_16_bits = dtype != torch.float32 and multiplies_16_bits(torch.device("cpu"), dtype)
-    return (6 if in_16_bits else 4) * min(tile.rows, tokens) * min(tile.columns, vocabulary)
+def head_on_cpu(options: ModelConfig, model: Model) -> Head:
+    """Return a head of the model's vocabulary and dtype, as far as its memory goes: without the width, and so without weights."""
+    dtype = torch.float32 if width_of(options) == 4 else torch.bfloat16
+    return Head(torch.empty(model.vocabulary, 0, dtype=dtype), None, 1.0, 1.0, None, 0, None)
 
 
 def unit_bytes(options: ModelConfig, model: Model) -> int:
