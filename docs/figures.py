@@ -44,9 +44,9 @@ def run(name: str = PUBLISHED) -> tuple[dict[str, Any], list[report.Row]] | None
     return data, rows
 
 
-def find(op: str, provider: str, **params: str) -> report.Row | None:
-    """Return the row of a provider, None if it was not measured."""
-    _, rows = run() or ({}, [])
+def find(op: str, provider: str, name: str = PUBLISHED, **params: str) -> report.Row | None:
+    """Return the row of a provider in a run, None if it was not measured."""
+    _, rows = run(name) or ({}, [])
     found = [
         row
         for row in rows
@@ -59,10 +59,10 @@ def find(op: str, provider: str, **params: str) -> report.Row | None:
     return found[0] if found else None
 
 
-def row_of(op: str, provider: str, selection: tuple[str, ...]) -> report.Row | None:
-    """Return the row that words such as bfloat16 and both choose."""
+def row_of(op: str, provider: str, selection: tuple[str, ...], name: str = PUBLISHED) -> report.Row | None:
+    """Return the row of a run that words such as bfloat16 and both choose."""
     keys = {"bfloat16": "dtype", "float32": "dtype", "forward": "step", "backward": "step", "both": "step"}
-    return find(op, provider, **{keys[word]: word for word in selection})
+    return find(op, provider, name, **{keys[word]: word for word in selection})
 
 
 def described(data: dict[str, Any]) -> str:
@@ -134,9 +134,15 @@ OF_README = (
 @figure
 def measured(*ops: str) -> str:
     """Return the table of some ops, or with no argument README's."""
-    found = run()
+    return measured_on(PUBLISHED, *ops)
+
+
+@figure
+def measured_on(name: str, *ops: str) -> str:
+    """Return that table of a run."""
+    found = run(name)
     if found is None:
-        return f"No run of this machine is recorded yet: `python benchmarks/record.py` writes\n`benchmarks/results/{PUBLISHED}.json`."
+        return f"No run of this machine is recorded yet: `python benchmarks/record.py` writes\n`benchmarks/results/{name}.json`."
     data, rows = found
     if ops:
         chosen: list[tuple[str, ...]] = [
@@ -147,18 +153,18 @@ def measured(*ops: str) -> str:
     else:
         chosen = list(OF_README)
     measured_ones = {row.provider for row in rows if row.op in {op for op, *_ in chosen}}
-    columns = {name: title for name, title in COLUMNS.items() if name in measured_ones}
+    columns = {peer: title for peer, title in COLUMNS.items() if peer in measured_ones}
     versions = data["machine_info"]["peers"]
-    titles = [f"{title} {versions.get(PACKAGE.get(name, ''), '')}".strip() for name, title in columns.items()]
+    titles = [f"{title} {versions.get(PACKAGE.get(peer, ''), '')}".strip() for peer, title in columns.items()]
     lines = [
         f"| | ours | {' | '.join(titles)} | memory, MiB: ours, eager, TRL |",
         f"|---|---|{'---|' * len(titles)}---|",
     ]
     for op, *selection in chosen:
-        ours = row_of(op, "ours", tuple(selection))
+        ours = row_of(op, "ours", tuple(selection), name)
         if ours is None:
             continue
-        others = {name: row_of(op, name, tuple(selection)) for name in columns}
+        others = {peer: row_of(op, peer, tuple(selection), name) for peer in columns}
         cells = [
             ", ".join([f"`{op}`", *(PASS.get(word, word) for word in selection)]),
             f"**{ours.info['ratio']:.2f}** {ours.info['ceiling']}, {report.three_digits(ours.info['p50_ms'])} ms",
