@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,42 +99,70 @@ def fuse_lm_head(
 
     Raises:
         TypeError: the model has no linear head, or is a wrapper around one.
-        ValueError: no such statistic, a model that does not run on token ids alone, or a head that does more to its logits than this
-            function knows of.
+        ValueError: no such statistic, a temperature that is not above 0, a model that does not run on token ids alone or whose forward
+            another library has replaced, or a head that does more to its logits than this function knows of.
     """
     check_stats(stats)
     if hasattr(model, "get_base_model"):
         raise TypeError(
             f"model: expected the model itself, fuse_lm_head(model.get_base_model()), got {type(model).__name__}"
         )
-    lm_head(model)
-    inner = type(model).forward.__get__(model)
+    head = lm_head(model)
+    before = vars(model).get("forward")
+    if not isinstance(before, FusedForward | None):
+        raise ValueError(
+            "model: expected one with its class's own forward, got one whose forward another library has replaced: "
+            "fuse the model before that library wraps it"
+        )
+    checks.check_temperature_values(
+        checks.check_temperature(temperature, getattr(temperature, "shape", ()), head.weight.device)[1]
+    )
+    _check(model)
+    model.forward = FusedForward(model, temperature, tuple(stats))
+    return model
 
-    @functools.wraps(
-        inner
-    )  # generate reads the signature: what it may pass, and that logits of the last position are enough
-    def forward(*args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+
+class FusedForward:
+    """The forward method of a model whose head is fused. Copies and pickles of the model have one of their own.
+
+    Args:
+        model: the model, which refers to this object as its ``forward``.
+        temperature: as in :func:`fuse_lm_head`.
+        stats: likewise.
+    """
+
+    def __init__(self, model: Any, temperature: float | Tensor, stats: Sequence[str]) -> None:
+        self.model, self.temperature, self.stats = model, temperature, stats
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What ``generate`` reads: which arguments it may pass, and that logits of the last position are enough."""
+        return inspect.signature(self._own)
+
+    @property
+    def _own(self) -> Any:
+        return type(self.model).forward.__get__(self.model)
+
+    def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """Return statistics of `labels`, or without them what the class's own forward returns."""
         if labels is None:
-            return inner(*args, **kwargs)
-        checks.check_tensor("labels", labels, dtypes=checks.INTS)
-        head = lm_head(model)
+            return self._own(*args, **kwargs)
+        head = lm_head(self.model)
         kwargs.setdefault("use_cache", False)  # the statistics of a whole sequence need no cache
-        hidden = decoder_of(model, model.base_model)(*args, **kwargs).last_hidden_state
+        returned = decoder_of(self.model, self.model.base_model)(*args, **kwargs)
+        hidden = returned[0] if isinstance(returned, tuple) else returned.last_hidden_state  # return_dict=False
+        checks.check_tensor("labels", labels, dtypes=checks.INTS, shape=hidden.shape[:-1], device=hidden.device)
         return linear_token_stats(
             hidden,
             head.weight,
             labels,
             bias=head.bias,
-            stats=stats,
-            temperature=temperature,
+            stats=self.stats,
+            temperature=self.temperature,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             mask=labels != IGNORED,
         )
-
-    _check(model)
-    model.forward = forward
-    return model
 
 
 CHECKED_TOKENS = 8

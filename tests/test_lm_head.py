@@ -1,5 +1,8 @@
 """A transformers model that gives statistics instead of logits."""
 
+import copy
+import pickle
+
 import pytest
 import tiny_families
 import torch
@@ -87,6 +90,36 @@ def test_generation_is_unchanged(name):
     assert model._supports_logits_to_keep() == keeps  # else a prompt's logits would all be held
 
 
+def log_probs(model, tokens):
+    """Return log-probs of the tokens after the first of each row, from the logits of the class's own forward."""
+    logits = type(model).forward(model, input_ids=tokens).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_scores_with_its_own_weights(copied):
+    """As a reference model that is copied from a fused policy does, while the policy trains."""
+    model, tokens = fuse_lm_head(make("llama"), stats=("logprob",)), torch.arange(10).view(2, 5)
+    copy_of = copied(model)
+    before = log_probs(model, tokens)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    for each, want in ((copy_of, before), (model, log_probs(model, tokens))):
+        labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+        torch.testing.assert_close(each(input_ids=tokens, labels=labels).logprob[:, :-1], want)
+    assert (before - want).abs().max() > 0.01
+    assert torch.equal(copy_of(input_ids=tokens).logits, type(model).forward(copy_of, input_ids=tokens).logits)
+
+
+def test_a_model_may_return_tuples():
+    tokens = torch.arange(10).view(2, 5)
+    model = fuse_lm_head(make("llama"))
+    want = model(input_ids=tokens, labels=tokens)
+    assert all(map(torch.equal, model(input_ids=tokens, labels=tokens, return_dict=False)[:2], want[:2]))
+    assert isinstance(model(input_ids=tokens, return_dict=False), tuple)
+
+
 def test_an_adapter_goes_on_the_fused_base():
     import peft
 
@@ -145,3 +178,26 @@ def test_a_model_that_needs_more_than_tokens_is_refused():
     ) as error:
         fuse_lm_head(tiny_families.tiny_model("gemma4_assistant"))
     assert "\n" not in str(error.value)
+
+
+def test_a_bad_argument_is_named():
+    model, tokens = make("llama"), torch.arange(10).view(2, 5)
+    for temperature, kind in ((0.0, ValueError), ("hot", TypeError), (torch.tensor([1.0, -1.0]), ValueError)):
+        with pytest.raises(kind, match="temperature: expected"):
+            fuse_lm_head(model, temperature=temperature)
+        assert "forward" not in vars(model)
+    fuse_lm_head(model, temperature=torch.tensor([[1.0], [2.0]]))
+    with pytest.raises(ValueError, match=r"labels: expected shape \(2, 5\), got \(2, 4\)"):
+        model(input_ids=tokens, labels=tokens[:, 1:])
+    with pytest.raises(TypeError, match="labels: expected dtype int32 or int64, got float32"):
+        model(input_ids=tokens, labels=tokens.float())
+
+
+def test_a_forward_that_another_library_has_replaced_is_refused():
+    """As accelerate replaces it, for autocast or to move inputs: the fused head would leave that out."""
+    model = make("llama")
+    model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    with pytest.raises(ValueError, match="model: expected one with its class's own forward, got one whose forward"):
+        fuse_lm_head(model)
+    del model.forward
+    fuse_lm_head(fuse_lm_head(model), temperature=2.0)  # its own replacement is replaced
