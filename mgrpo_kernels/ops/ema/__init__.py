@@ -11,6 +11,7 @@ from torch import Tensor
 from mgrpo_kernels import backend as backends
 from mgrpo_kernels import checks
 from mgrpo_kernels.ops.ema import native, reference, triton
+from mgrpo_kernels.ops.ema.memory import first_of_tied, local_of
 from mgrpo_kernels.ops.ema.specs import Batch, Span, key
 from mgrpo_kernels.sharded import is_dtensor
 
@@ -45,12 +46,13 @@ def ema_update_(
             the list, element index in the whole tensor) alone, on every backend: shards round as the whole would.
         backend: ``reference``, ``native`` or ``triton``; None picks.
 
-    A tensor that appears twice (tied parameters) is updated once, with its first position.
+    A tensor that appears twice (tied parameters) is updated once, with its first position; each of its `emit` is written. A tensor may also
+    be the EMA or the parameter of its own `emit`. Other tensors that are written to must not share memory.
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: lists of different lengths; a pair of different shape, device or placement; memory that overlaps itself; one EMA
-            for two parameters; decay out of range; no seed.
+        ValueError: lists of different lengths; a pair of different shape, device or placement; memory that overlaps itself or is shared
+            in another way; one EMA for two parameters; decay out of range; no seed.
         BackendUnavailable: `backend` cannot run here.
     """
     checks.check_flag("stochastic_rounding", stochastic_rounding)
@@ -65,10 +67,11 @@ def ema_update_(
         for i, ema_i in enumerate(lists["ema"]):
             _check_pair(f"{name}[{i}]", tensors[i], f"ema[{i}]", ema_i)
     # While compiling there is no memory to look at; each of two tied tensors is then updated in a copy, with the same result.
-    kept = list(range(len(lists["ema"]))) if torch.compiler.is_compiling() else _first_of_tied(lists)
-    kept = [i for i in kept if lists["ema"][i].numel()]
+    positions = range(len(lists["ema"]))
+    first = list(positions) if torch.compiler.is_compiling() else first_of_tied(lists)
+    kept = [i for i in positions if first[i] == i and lists["ema"][i].numel()]
     spans = {i: _span(f"ema[{i}]", lists["ema"][i]) if stochastic_rounding else Span(0, 1, 1) for i in kept}
-    local = {name: [_local(tensor).detach() for tensor in tensors] for name, tensors in lists.items()}
+    local = {name: [local_of(tensor).detach() for tensor in tensors] for name, tensors in lists.items()}
 
     by_device: dict[torch.device, list[int]] = {}
     for i in kept:
@@ -86,6 +89,9 @@ def ema_update_(
             [number for i in members for number in spans[i]],
             chosen[device],
         )
+    for i in positions:
+        if emit is not None and first[i] != i:
+            local["emit"][i].copy_(local["ema"][i])
 
 
 def _on(device: torch.device, decay: float | Tensor) -> Tensor:
@@ -102,30 +108,6 @@ def _check_decay(decay: float | Tensor) -> None:
             return
         decay = decay.item()
     checks.check_number("decay", decay, at_least=0.0, at_most=1.0)
-
-
-def _first_of_tied(lists: dict[str, list[Tensor]]) -> list[int]:
-    """Check how memory is shared, and return the positions that are not repeats of one before."""
-    seen: dict[tuple[Any, ...], int] = {}
-    kept = []
-    for i, ema in enumerate(lists["ema"]):
-        for name in lists.keys() - {"params"}:
-            local = _local(lists[name][i])
-            if local.numel() > 1 and torch._debug_has_internal_overlap(local) == 1:
-                raise ValueError(
-                    f"{name}[{i}]: expected memory that does not overlap itself, got strides {local.stride()}"
-                )
-        first = seen.setdefault(_place(ema), i) if _local(ema).numel() else i
-        if first == i:
-            kept.append(i)
-        elif _place(lists["params"][first]) != _place(lists["params"][i]):
-            raise ValueError(f"ema[{i}]: expected a tensor of its own, got ema[{first}] again with another parameter")
-    return kept
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    local = _local(tensor)
-    return local.data_ptr(), tuple(local.shape), local.stride(), local.dtype
 
 
 def _check_pair(name: str, tensor: Any, of: str, ema: Tensor) -> None:
@@ -147,10 +129,6 @@ def _check_pair(name: str, tensor: Any, of: str, ema: Tensor) -> None:
 
 def _placement(tensor: Tensor) -> Any:
     return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else "a plain tensor"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _span(name: str, tensor: Tensor) -> Span:
