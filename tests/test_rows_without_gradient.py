@@ -48,6 +48,21 @@ def test_a_nan_coefficient_is_a_gradient(backend):
     assert (grad[torch.arange(40) != 3] == 0).all()
 
 
+@pytest.mark.parametrize("backend", HEADS)
+def test_a_count_that_nan_exceeds_is_refused_with_that_reason(backend):
+    """A token without a gradient from the loss has one if its entropy is NaN: 0 x NaN is NaN."""
+    hidden, weight, labels = make()
+    with torch.no_grad():
+        hidden[3] = torch.nan
+    by = (torch.arange(40) < 2).float()
+    stats = linear_token_stats(hidden, weight, labels, tokens_with_gradient=2, backend=backend)
+    text = (
+        "expected at least 3, the number of tokens that have a gradient, got 2: .* and so does NaN, in a token's stat"
+    )
+    with pytest.raises(ValueError, match=text):
+        (stats.entropy * by).sum().backward()
+
+
 def loss_of(tensors, advantages, backend, **options):
     hidden, weight, labels = tensors
     offsets = torch.arange(0, 41, 10, dtype=torch.int32)

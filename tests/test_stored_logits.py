@@ -233,3 +233,34 @@ def test_none_are_stored_where_less_than_a_sixth_fits():
     assert native.logits_room(last + 1, wide) == 0
     with mock.patch.object(tuning, "of", return_value=tuning.Tuning(matmul="fused")):
         assert gpu.logits_room(600, head) == 0
+
+
+@both_backends
+def test_the_number_of_tokens_stays_free_where_it_decides_whether_logits_are_stored(backend):
+    """Stored with few tokens, not with many: neither torch.compile nor torch.export may see a difference."""
+    _, weight, _ = make()
+
+    class Model(torch.nn.Module):
+        def forward(self, hidden, labels):
+            stats = linear_token_stats(hidden, weight, labels, workspace_bytes=2**16, backend=backend)
+            return stats.logprob, stats.entropy
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(Model(), fullgraph=True, backend=counter)
+    hidden, _, labels = make(rows=3)
+    dynamic = ({0: torch.export.Dim("tokens", min=2)},) * 2
+    exported = torch.export.export(Model(), (hidden.detach(), labels), dynamic_shapes=dynamic).module()
+    stored = set()
+    for rows in (3, 700, 40, 2):
+        hidden, _, labels = make(rows=rows)
+        with mock.patch.object(op, "stored_rows", wraps=op.stored_rows) as found:
+            got = torch.autograd.grad(sum(compiled(hidden, labels)).sum(), [hidden, weight])
+        stored.add(found.called)
+        want = torch.autograd.grad(sum(Model()(hidden, labels)).sum(), [hidden, weight])
+        for one, other in zip(
+            (*got, *exported(hidden.detach(), labels)), (*want, *Model()(hidden, labels)), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    assert stored == {True, False}
+    assert counter.frame_count <= 2

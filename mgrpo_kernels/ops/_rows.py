@@ -76,7 +76,8 @@ def number_with_gradient(live: Tensor, kept: Kept, tokens_with_gradient: int | N
         if tokens_with_gradient is not None and found > tokens_with_gradient:
             raise ValueError(
                 f"tokens_with_gradient: expected at least {found}, the number of tokens that have a gradient, "
-                f"got {tokens_with_gradient}: a KL penalty or an entropy bonus gives every unmasked token one"
+                f"got {tokens_with_gradient}: a KL penalty or an entropy bonus gives every unmasked token one, "
+                "and so does NaN, in a token's statistics or in the gradient of them"
             )
         return found, None
     if tokens_with_gradient is None:

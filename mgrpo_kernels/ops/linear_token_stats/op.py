@@ -28,6 +28,8 @@ from mgrpo_kernels.ops.linear_token_stats import liger, native, reference, tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
 OP = "linear_token_stats"
+# Elements behind the stored logits. torch.compile and torch.export would specialise on a size that may be 0, 1 or more.
+SPARE = 2
 backends.register(OP, reference=reference, native=native, triton=triton, liger=liger)
 
 
@@ -72,14 +74,11 @@ def linear_token_stats_op(
     wanted = Wanted(labels is not None, want_entropy, want_self_certainty)
     inputs = take(hidden, rows), head._replace(temperature=take(head.temperature, rows)), take(labels, rows), wanted
     entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, gradient_tolerance), hidden.device)
-    room = (
-        logits_room(backend, _rows_at_most(hidden, unmasked_tokens), head) if store_logits and not entries.room else 0
-    )
-    logits = hidden.new_empty(room, dtype=head.raw_dtype)
+    logits = _empty_logits(hidden, unmasked_tokens, head, backend, store=store_logits and not entries.room)
     if entries.room:
         state = implementation.sparse_forward(*inputs, gradient_tolerance, entries.of_rows(slice(inputs[0].shape[0])))
-    elif room:
-        state = implementation.forward(*inputs, tiled.Stored(logits, inputs[0].shape[0]))
+    elif logits.numel() > SPARE:
+        state = implementation.forward(*inputs, tiled.Stored(logits[:-SPARE], inputs[0].shape[0]))
     else:
         state = implementation.forward(*inputs)
     if tp_group is not None:
@@ -119,9 +118,10 @@ def logits_room(backend: str, number: int, head: Head) -> int:
     return 0 if room is None else room(number, head)
 
 
-def _rows_at_most(hidden: Tensor, unmasked_tokens: int | None) -> int:
-    """Return how many rows' logits may be stored, which may be symbolic."""
-    return hidden.shape[0] if unmasked_tokens is None else unmasked_tokens
+def _empty_logits(hidden: Tensor, unmasked_tokens: int | None, head: Head, backend: str, *, store: bool) -> Tensor:
+    """Return room for the raw logits that are stored between the passes, which may be symbolic, and SPARE more; empty without `store`."""
+    number = hidden.shape[0] if unmasked_tokens is None else unmasked_tokens
+    return hidden.new_empty(logits_room(backend, number, head) + SPARE if store else 0, dtype=head.raw_dtype)
 
 
 @linear_token_stats_op.register_fake
@@ -148,10 +148,7 @@ def _(
     )
     entries = Entries.empty(hidden.shape[0], entries_room(backend, weight, tolerance), hidden.device)
     head = Head(weight, None, 1.0, 1.0, None, 0, workspace_bytes, logits_dtype)
-    room = (
-        logits_room(backend, _rows_at_most(hidden, unmasked_tokens), head) if store_logits and not entries.room else 0
-    )
-    logits = hidden.new_empty(room, dtype=head.raw_dtype)
+    logits = _empty_logits(hidden, unmasked_tokens, head, backend, store=store_logits and not entries.room)
     return logprob, entropy, self_certainty, logsumexp, hidden.new_empty((), dtype=dtype), *entries, logits
 
 
@@ -248,7 +245,7 @@ def linear_token_stats_backward_op(
     if sparse:
         entries = Entries(entry_ids, entry_logits, entry_counts, entry_rest).of_rows(slice(taken.shape[0]))
         grad_hidden, grad_weight, grad_bias = implementation.sparse_backward(*inputs, gradient_tolerance, entries)
-    elif logits.numel():
+    elif logits.numel() > SPARE:
         grad_hidden, grad_weight, grad_bias = implementation.backward(*inputs, stored_rows(logits, kept, rows))
     else:
         grad_hidden, grad_weight, grad_bias = implementation.backward(*inputs)
@@ -320,7 +317,7 @@ _autograd.register(linear_token_stats_op, linear_token_stats_backward_op, _backw
 def stored_rows(logits: Tensor, kept: Kept, rows: Tensor | None) -> tiled.Stored:
     """Return the stored logits of these rows (None: all). The forward pass stored those of the kept ones."""
     # Triton's interpreter writes a kernel's arguments back, unchanged; another backward pass would take that for a change of them.
-    logits = logits.data
+    logits = logits.data[:-SPARE]
     if kept.rows is None or rows is None:
         return tiled.Stored(logits, kept.number, rows)
     return tiled.Stored(logits, kept.number, None if rows is kept.rows else torch.searchsorted(kept.rows, rows))
