@@ -180,9 +180,11 @@ extension = CppExtension(
     sources(kernels=False),
     include_dirs=[str(ROOT / "csrc")],
     extra_compile_args=[*FLAGS, *build_info, *(["-DMGRPO_X86"] if "AVX2" in ISAS else [])],
+    # The kernels are linked as objects, so that setuptools does not know their sources.
     # torch: another release means another extension, whatever an earlier build has left in build/
     depends=[
         *(f"csrc/{name}" for name in SOURCES if name.endswith(".h")),
+        *sources(kernels=True),
         *([] if NO_TORCH else [torch.version.__file__]),
     ],
 )

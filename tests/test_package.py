@@ -321,6 +321,45 @@ def test_a_source_that_does_not_compile_is_an_error(tree, tmp_path):
     assert "error: the native kernels do not compile; MGRPO_REQUIRE_NATIVE=0 installs without them" in result.stderr
 
 
+@pytest.mark.parametrize("ninja", [True, False])
+def test_what_an_edit_concerns_is_built_again(tree, tmp_path, ninja):
+    """With three sources that hold one string each, which take no time to compile."""
+    for name in check_artifacts.IN_SDIST:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tree / name, tmp_path / name)
+    shutil.copytree(tree / "mgrpo_kernels", tmp_path / "mgrpo_kernels")
+    of_setup = (tree / "setup.py").read_text(encoding="utf-8")
+    listed = re.sub(
+        r'SOURCES = """.*?"""', 'SOURCES = """library.cpp cpu/a_kernel.cpp cpu/a.h"""', of_setup, flags=re.DOTALL
+    )
+    texts = {
+        "setup.py": listed,
+        "bin/ninja": f'#!/bin/sh\nexec {shutil.which("ninja")} "$@"\n' if ninja else "#!/bin/sh\nexit 1\n",
+        "csrc/cpu/a.h": '#define MARK "header 1"\n',
+        "csrc/cpu/a_kernel.cpp": '#include "cpu/a.h"\nconst char* kernel() { return "kernel 1, " MARK; }\n',
+        "csrc/library.cpp": '#include "cpu/a.h"\nconst char* library() { return "library 1, " MARK; }\n',
+    }
+
+    def built(name=None):
+        if name:
+            texts[name] = texts[name].replace("1", "2")
+        for each, text in texts.items():
+            if name in (None, each):
+                (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / each).write_text(text, encoding="utf-8")
+        (tmp_path / "bin/ninja").chmod(0o755)
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        command = "setup.py", "build_ext", "--inplace"
+        result = run(*command, cwd=tmp_path, PATH=path, MGRPO_REQUIRE_NATIVE="1", MGRPO_ISAS="DEFAULT")
+        assert result.returncode == 0, result.stderr
+        (extension,) = tmp_path.glob("mgrpo_kernels/_C.*")
+        return {each.decode() for each in re.findall(rb"\w+ \d, header \d", extension.read_bytes())}
+
+    assert built() == {"kernel 1, header 1", "library 1, header 1"}
+    assert built("csrc/cpu/a_kernel.cpp") == {"kernel 2, header 1", "library 1, header 1"}
+    assert built("csrc/cpu/a.h") == {"kernel 2, header 2", "library 1, header 2"}
+
+
 def test_an_isolated_build_asks_for_the_torch_that_is_installed(monkeypatch):
     assert build_backend.installed_torch() == torch.__version__
     monkeypatch.setattr(build_backend.build_meta, "get_requires_for_build_wheel", lambda settings: [])  # runs setup.py

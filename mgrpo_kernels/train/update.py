@@ -76,7 +76,7 @@ def accumulate_gradient(
     """Add the gradient of the batch's loss to the parameters; return the loss and the sums of its metrics.
 
     The loss of every micro-batch is divided by the count of the whole batch, so the split into micro-batches changes only rounding.
-    Rollouts without a gradient are counted, but do not pass through the model.
+    Rollouts without a gradient are counted, but do not pass through the model; `passed_tokens` are those of the others.
 
     Args:
         policy: model that trains.
@@ -91,7 +91,9 @@ def accumulate_gradient(
     options = loss.keywords() if batch.ref_logprobs is not None else loss.keywords() | {"kl_coef": 0.0}
     with_gradient_of = tokens_with_gradient(batch, options)
     live = rows_with_gradient(with_gradient_of)
-    tokens, sequences, with_gradient = map(int, parallel.total(sum(lengths), len(lengths), len(live)))
+    tokens, sequences, with_gradient, passed = map(
+        int, parallel.total(sum(lengths), len(lengths), len(live), sum(lengths[row] for row in live))
+    )
     normalizer = LOSSES[loss.loss_type].normalizer(tokens, sequences, max_tokens)
     sums: dict[str, Tensor] = {}
     mismatch: dict[str, Tensor] = {}
@@ -133,7 +135,7 @@ def accumulate_gradient(
             sums[name] = sums[name] + value if name in sums else value
     found = {name: value for name, value in (sums | mismatch).items() if name != "ratio_max"}
     numbers = torch.stack(list(found.values())).tolist() if found else []  # one host sync for all
-    counts = {"tokens": tokens, "sequences": sequences, "with_gradient": with_gradient}
+    counts = {"tokens": tokens, "sequences": sequences, "with_gradient": with_gradient, "passed_tokens": passed}
     return parallel.added(dict(zip(found, numbers, strict=True))) | counts
 
 
@@ -255,7 +257,7 @@ def take_optimizer_step(
         "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
     }
     if batch.behaviour_logprobs is not None or config.loss.off_policy_delta is not None:
-        metrics["masked_fraction"] = sums["masked_count"] / sums["tokens"]
+        metrics["masked_fraction"] = sums["masked_count"] / sums["passed_tokens"]  # the others' masks are not known
     if batch.sampled_logprobs is not None:
         metrics["behaviour_mismatch"] = sums["mismatch_sum"] / sums["mismatch_tokens"]
     return metrics

@@ -411,6 +411,7 @@ def test_learning_rate() -> None:
 
 def test_masked_tokens_are_counted_where_a_correction_may_mask(policy: Policy) -> None:
     options = {
+        "kl_coef": 0.0,
         "behaviour_correction": True,
         "behaviour_mode": "token_mask",
         "behaviour_floor": 1.0,
@@ -421,5 +422,17 @@ def test_masked_tokens_are_counted_where_a_correction_may_mask(policy: Policy) -
     assert part.old_logprobs is not None
     part = part._replace(behaviour_logprobs=part.old_logprobs + 0.3 * (part.tokens % 2))
     sums, _ = gradient(policy, part, 10**6, **options)
+    assert sums["passed_tokens"] == sums["tokens"]
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     updated = take_step(policy, make_optimizer(policy, config.optim), part, config, step=1)
     assert 0 < updated["masked_fraction"] == sums["masked_count"] / sums["tokens"] < 1
+    # The same tokens once more, but without a gradient: they do not pass through the model, and change no fraction.
+    policy.model.load_state_dict(before)
+    names = [name for name, value in part._asdict().items() if isinstance(value, torch.Tensor)]
+    twice = part._replace(
+        prompts=[*part.prompts, *part.prompts], **{name: torch.cat([getattr(part, name)] * 2) for name in names}
+    )
+    twice.advantages[len(part.prompts) :] = 0.0
+    again = take_step(policy, make_optimizer(policy, config.optim), twice, config, step=1)
+    assert again["gradient_share"] == updated["gradient_share"] / 2
+    assert again["masked_fraction"] == updated["masked_fraction"]
