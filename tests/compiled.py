@@ -5,11 +5,11 @@ python tests/compiled.py --bounds         prints the first table of docs/kernels
 scripts/compile_tables.sh                 does these things for every version of Triton that the project supports
 """
 
-import functools
 import importlib.metadata
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -87,21 +87,26 @@ def loop_of(name, args, options, sass):
 # ---------------------------------------------------------------------------------------------------------------- compile
 
 
-def measure(target, op, dtype, call, device=None):
-    """Compile one launch and return what the compiler says of it. The table's part of it is named in COLUMNS."""
+def compile_one(target, call):
+    """Return what Triton makes of one launch."""
     import triton
 
-    variant, kernel, args, options = call
+    _, kernel, args, options = call
     gpu = launches.gpu_target(target)
     # On AMD, Triton addresses tensors below 2 GiB in another way. Logits are often larger, but recorded with a few rows only.
     with mock.patch("triton.backends.amd.compiler.HIPBackend.is_within_2gb", return_value=False):
         source, chosen = launches.source(kernel, args, options, gpu)
-    compiled = triton.compile(source, target=gpu, options=chosen.__dict__)
+    return triton.compile(source, target=gpu, options=chosen.__dict__)
+
+
+def measure(target, dtype, call, device, compiled, sass):
+    """Return what the compiler says of one launch, given its code; `sass` is None on AMD. The table's part of it is named in COLUMNS."""
+    variant, kernel, args, options = call
     name = launches.name_of(kernel.fn.__module__, kernel.fn.__name__)
     kind = str(dtype).removeprefix("torch.")
     variant += f", tuned for {device}" if device else ""
     entry = {"kernel": name, "key": f"{name}, {kind}: {variant}", "shared": compiled.metadata.shared}
-    if gpu.backend == "hip":
+    if sass is None:
         text = compiled.asm["amdgcn"]
         # A scalar register spills to lanes of a vector register: no memory, but instructions; 4 bytes each.
         spills = sum(int(n) for n in re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text))
@@ -112,11 +117,9 @@ def measure(target, op, dtype, call, device=None):
         entry["load"] = max((AMD_WIDTHS.get(load, 1) for load in loads), default=0)
         entry["barriers"] = text.count("s_barrier")
     else:
-        cubin = compiled.asm["cubin"]
-        usage = resource_usage(cubin)
+        usage = resource_usage(compiled.asm["cubin"])
         entry["spilled"] = usage["STACK"] + usage["LOCAL"]
         entry["registers"] = usage["REG"]
-        sass = disassembled(cubin)
         entry["barriers"] = sass.count("BAR.SYNC")
         found, _ = compiled_sass.blocks(sass)
         entry["load"] = max((each.load_bytes for block in found for each in block), default=0)
@@ -146,23 +149,39 @@ def adds_int64(ttir, name):
 
 def resource_usage(cubin):
     """Return registers and bytes of stack (where spills go) of a cubin, as NVIDIA's own tool reads them."""
-    text = nvidia_tool(cubin, "cuobjdump", "-res-usage")
+    text = nvidia_tool(cubin, "cuobjdump", ".cubin", "-res-usage")
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-@functools.cache  # a tuned device launches many kernels as the defaults do
-def disassembled(cubin):
-    """Return the machine code with the labels of its branches; a GPU's stack of branches, which would take a third longer, is not analysed."""
-    return nvidia_tool(cubin, "nvdisasm", "-c", "--no-dataflow")
+def disassembled(target, cubins):
+    """Return cubin -> its machine code as text. One run takes them all, one after the other: to start takes it half a second."""
+    number = int(target.removeprefix("sm_"))
+    code = {cubin: machine_code(cubin) for cubin in cubins}
+    kind = f"SM{number}{'a' if number >= 90 else ''}"  # as Triton has it compiled
+    text = nvidia_tool(b"".join(code.values()), "nvdisasm", ".bin", "--binary", kind, "--no-dataflow")
+    lines = iter(compiled_sass.LINE.finditer(text))
+    size = 16  # bytes of an instruction
+    texts = {cubin: "\n".join(next(lines)[0] for _ in range(len(each) // size)) for cubin, each in code.items()}
+    assert next(lines, None) is None, f"{target}: more instructions than the kernels have"
+    return texts
 
 
-def nvidia_tool(cubin, tool, *options):
-    """Run one of the tools that come with Triton."""
+def machine_code(cubin):
+    """Return the instructions in a cubin of one kernel: the ELF section whose name begins with .text."""
+    (headers,), (size, number, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<2I4Q", cubin, headers + i * size) for i in range(number)]
+    start = sections[names][4]
+    (found,) = [each for each in sections if cubin.startswith(b".text.", start + each[0])]
+    return cubin[found[4] : found[4] + found[5]]
+
+
+def nvidia_tool(data, tool, suffix, *options):
+    """Run one of the tools that come with Triton on a file."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(data)
         file.flush()
         return subprocess.run([folder / tool, *options, file.name], check=True, capture_output=True, text=True).stdout
 
@@ -181,13 +200,16 @@ def compile_for(target):
     """Return the reports of all kernels."""
     with mock.patch.object(torch.version, "hip", "an AMD build" if target.startswith("gfx") else None):
         calls = [
-            (op, dtype, call, device)
+            (dtype, call, device)
             for device, tuned in tuned_for(target)
             for op, function in launches.LAUNCHES.items()
             for dtype in launches.DTYPES
             for call in launches.record(op, function, dtype, tuned)
         ]
-    return [measure(target, *call) for call in calls]
+    made = [compile_one(target, call) for _, call, _ in calls]
+    amd = target.startswith("gfx")
+    sass = {} if amd else disassembled(target, {each.asm["cubin"] for each in made})
+    return [measure(target, *calls[i], each, sass.get(each.asm.get("cubin"))) for i, each in enumerate(made)]
 
 
 def count_variants():

@@ -54,6 +54,16 @@ class Instruction(collections.namedtuple("Instruction", "guard opcode operands")
     """One line of SASS: "@!P0", "LDG.E.128", "R4, desc[UR6][R2.64]"."""
 
     @property
+    def kind(self):
+        """The opcode without what modifies it."""
+        return self.opcode.split(".")[0]
+
+    @property
+    def target(self):
+        """Address that a branch leads to, None of other instructions."""
+        return int(TARGET.search(self.operands)[1], 16) if self.kind == "BRA" else None
+
+    @property
     def load_bytes(self):
         """Bytes that a thread loads from global memory."""
         if not LOAD.match(self.opcode):
@@ -61,33 +71,27 @@ class Instruction(collections.namedtuple("Instruction", "guard opcode operands")
         return max((WIDTHS[part] for part in self.opcode.split(".") if part in WIDTHS), default=4)
 
 
-LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;")
-LABEL = re.compile(r"^(\.L\w+):")
-TARGET = re.compile(r"`\((\.L\w+)\)")
+LINE = re.compile(r"/\*([0-9a-f]+)\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;")
+TARGET = re.compile(r"\b0x([0-9a-f]+)$")
 
 
 def blocks(sass):
-    """Return the basic blocks, lists of instructions, and each one's successors, of what nvdisasm prints of one kernel."""
-    found, at_label = [[]], {}
-    for line in sass.splitlines():
-        if label := LABEL.match(line):
-            if found[-1]:
-                found.append([])
-            at_label[label[1]] = len(found) - 1
-        elif match := LINE.search(line):
-            instruction = Instruction(match[1] or "", match[2], match[3])
-            found[-1].append(instruction)
-            if instruction.opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP"):
-                found.append([])
+    """Return the basic blocks, lists of instructions, and each one's successors, of what nvdisasm prints of one kernel's code."""
+    lines = [(int(match[1], 16), Instruction(match[2] or "", match[3], match[4])) for match in LINE.finditer(sass)]
+    targets = {each.target for _, each in lines}
+    found, starting_at, ended = [], {}, True
+    for address, instruction in lines:
+        if ended or address in targets:
+            starting_at[address] = len(found)
+            found.append([])
+        found[-1].append(instruction)
+        ended = instruction.kind in ("BRA", "EXIT", "RET", "BRX", "JMP")
     successors = []
     for i, block in enumerate(found):
-        last = block[-1] if block else Instruction("", "", "")
-        kind = last.opcode.split(".")[0]
-        after = []
-        if kind == "BRA":
-            after.append(at_label[TARGET.search(last.operands)[1]])
+        last = block[-1]
+        after = [] if last.target is None else [starting_at[last.target]]
         always = not last.guard and not re.match(r"U?P\d", last.operands)
-        if not (always and kind in ("BRA", "EXIT", "RET")) and i + 1 < len(found):
+        if not (always and last.kind in ("BRA", "EXIT", "RET")) and i + 1 < len(found):
             after.append(i + 1)
         successors.append(after)
     return found, successors
@@ -143,5 +147,5 @@ ALU = frozenset([
 
 def pipes(instructions):
     """Return how many of them go to the units that are slower than issue: "mufu" (exponentials, reciprocals) and "alu"."""
-    names = [instruction.opcode.split(".")[0] for instruction in instructions]
+    names = [instruction.kind for instruction in instructions]
     return {"mufu": names.count("MUFU"), "alu": sum(name in ALU for name in names)}

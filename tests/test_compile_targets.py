@@ -193,21 +193,17 @@ def test_occupancy(target, registers, shared, num_warps, warps):
 
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
-.L_x_1:
         /*0010*/              @!P1 LDG.E.128 R12, desc[UR6][R20.64+0x2000] ;
         /*0020*/                   LDG.E.U16 R3, desc[UR6][R22.64] ;
-        /*0030*/               @P2 BRA `(.L_x_0) ;
+        /*0030*/               @P2 BRA 0x60 ;
         /*0040*/                   FADD R1, R2, R3 ;
         /*0050*/                   MUFU.EX2 R1, R2 ;
-.L_x_0:
         /*0060*/                   FMNMX R1, R2, R3, !PT ;
-        /*0070*/               @P0 BRA `(.L_x_1) ;
-.L_x_3:
+        /*0070*/               @P0 BRA 0x10 ;
         /*0080*/                   LDG.E R2, desc[UR6][R22.64] ;
-        /*0090*/               @P0 BRA `(.L_x_3) ;
+        /*0090*/               @P0 BRA 0x80 ;
         /*00a0*/                   EXIT ;
-.L_x_2:
-        /*00b0*/                   BRA `(.L_x_2);
+        /*00b0*/                   BRA 0xb0;
 """
 
 
@@ -220,7 +216,6 @@ def test_the_streaming_loop_is_found_and_its_rare_part_left_out():
 
 
 def test_an_unrolled_loop_of_narrow_loads_is_not_taken_for_the_streaming_loop():
-    labels = "\n".join(["                   LDG.E R3, desc[UR6][R22.64] ;"] * 6)
-    labels = "\n".join(f"        /*{i:04x}*/ {line.strip()}" for i, line in enumerate(labels.splitlines()))
-    inner = f".L_x_9:\n{labels}\n        /*0100*/               @P0 BRA `(.L_x_9) ;\n"
+    loads = [f"        /*{0x1000 + 16 * i:04x}*/                   LDG.E R3, desc[UR6][R22.64] ;" for i in range(6)]
+    inner = "\n".join([*loads, "        /*1060*/               @P0 BRA 0x1000 ;"])
     assert compiled_sass.streaming_loop(inner + SASS) == compiled_sass.streaming_loop(SASS)
