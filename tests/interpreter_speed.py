@@ -19,6 +19,7 @@ from typing import Any
 import specialising
 
 PLAIN = ("fp32", "fp64", "int32", "int64")
+CONSTANTS = 256  # that are kept
 
 
 def prepare() -> None:
@@ -117,8 +118,12 @@ def make_types_once(interpreter: Any) -> None:
 
 
 def without_unused_checks(semantic: Any) -> None:
-    """Leave out the check for overflow where its result is not used, and the type rules where both operands are of one plain type."""
+    """Leave out the check for overflow where its result is not used, and the type rules where both operands are of one plain type.
+
+    A number becomes a tensor of the other operand's shape, which is kept: no operation changes its operands.
+    """
     check, common = semantic.binary_op_sanitize_overflow_impl, semantic.binary_op_type_checking_impl
+    constants: dict[Any, Any] = {}
 
     @functools.wraps(check)
     def overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
@@ -130,6 +135,18 @@ def without_unused_checks(semantic: Any) -> None:
         tensors = isinstance(lhs, self.tensor) and isinstance(rhs, self.tensor)
         if tensors and lhs.dtype.name in PLAIN and lhs.type.name == rhs.type.name:
             return lhs, rhs
+        first = isinstance(lhs, self.tensor)
+        one, number = (lhs, rhs) if first else (rhs, lhs)
+        if type(number) in (int, float) and isinstance(one, self.tensor) and one.dtype.name in PLAIN:
+            key = (one.type.name, type(number), repr(number), args, *sorted(kwargs.items()))
+            if key not in constants:
+                found = common(self, lhs, rhs, *args, **kwargs)
+                if found[not first] is not one:  # it has another type now
+                    return found
+                if len(constants) == CONSTANTS:
+                    constants.clear()
+                constants[key] = found[first]
+            return (one, constants[key]) if first else (constants[key], one)
         return common(self, lhs, rhs, *args, **kwargs)
 
     semantic.binary_op_sanitize_overflow_impl, semantic.binary_op_type_checking_impl = overflow, operands

@@ -63,7 +63,7 @@ def operand(type, shape):
 
 def described(operands):
     return [
-        (str(each.type), str(each.shape), str(each.numel), each.handle.data.dtype, each.handle.data.shape)
+        (str(each.type), str(each.shape), str(each.numel), each.handle.data.dtype, repr(each.handle.data.tolist()))
         for each in operands
     ]
 
@@ -72,12 +72,13 @@ def described(operands):
 def test_the_common_type_of_two_operands_is_the_one_of_triton(division):
     semantic = interpreter.interpreter_semantic
     real = semantic.binary_op_type_checking_impl.__func__.__wrapped__
-    operands = [operand(type, shape) for type in TYPES for shape in ((), (4,), (1, 4), (2, 4))]
+    numbers = [2, 0.5, 2.0, 2, 0.0, -0.0, -1, True, float("nan"), float("inf"), 2**40, 1e300]
+    operands = [operand(type, shape) for type in TYPES for shape in ((), (4,), (1, 4), (2, 4))] + numbers
     for lhs in operands:
-        for rhs in [*operands, 2, 0.5]:
+        for rhs in operands[: -len(numbers)] if isinstance(lhs, (int, float)) else operands:
             try:
                 wanted = described(real(semantic, lhs, rhs, div_or_mod=division))
-            except (TypeError, AttributeError) as error:  # Triton 3.6 has no constants of bfloat16
+            except (TypeError, ValueError, AttributeError) as error:  # Triton 3.6 has no constants of bfloat16
                 with pytest.raises(type(error), match=re.escape(str(error))):
                     semantic.binary_op_type_checking_impl(lhs, rhs, div_or_mod=division)
             else:
