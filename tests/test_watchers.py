@@ -1,4 +1,8 @@
-"""The watchers of tests/contract.py, held to what they must see."""
+"""The watchers of tests/contract.py, held to what they must see; and the ranks of tests/forked_ranks.py."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +146,20 @@ def test_threads_of_the_pool_are_seen_and_given_back():
         assert memory.largest == 4 * 4096 * 256
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_rank_that_fails_ends_the_other_and_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "print(f'rank {dist.get_rank()} of {dist.get_world_size()}: {sys.argv[1:]}', flush=True)\n"
+        "if dist.get_rank() == 1: os._exit(3)\n"
+        "time.sleep(600)\n"
+    )
+    forked = Path(__file__).with_name("forked_ranks.py")
+    command = [sys.executable, str(forked), "torch.distributed", str(script), "an argument"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "rank 1 of 2: ['an argument']" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""Run by torchrun: the scripted rollouts of test_trl_mgrpo.py, a prompt's group split over the processes.
+"""Run on two ranks: the scripted rollouts of test_trl_mgrpo.py, a prompt's group split over the processes.
 
 Each rank compares its part with what one process made of the whole, then trains a step, after which the ranks must agree.
 """

@@ -1,4 +1,4 @@
-"""Run by torchrun: a model sharded by FSDP2, scored by TRL's own head and by ours."""
+"""Run on two ranks: a model sharded by FSDP2, scored by TRL's own head and by ours."""
 
 import sys
 

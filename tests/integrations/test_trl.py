@@ -259,8 +259,8 @@ def test_every_multiplier_that_trl_honours(family, dtype):
 def test_a_head_that_fsdp2_has_sharded(base):
     """Two processes, a mesh over both: each holds half of the head, uneven at 15 words."""
     results = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-         "localhost:0", str(Path(__file__).with_name("sharded_head.py")), base],
+        [sys.executable, str(Path(__file__).parents[1] / "forked_ranks.py"), "trl.trainer.utils",
+         str(Path(__file__).with_name("sharded_head.py")), base],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False,
     )  # fmt: skip
     assert results.returncode == 0, results.stderr[-3000:]

@@ -49,10 +49,9 @@ def process(*arguments, **variables):
 
 
 def two_processes(script, *arguments):
-    """Run a script of this folder by torchrun; each rank is to end with :func:`train_alike`."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = process(*torchrun, *rendezvous, HERE / script, *arguments, OMP_NUM_THREADS="1")
+    """Run a script of this folder on two ranks; each is to end with :func:`train_alike`."""
+    forked = HERE.parent / "forked_ranks.py"
+    done = process(forked, "trl.trainer.grpo_trainer", HERE / script, *arguments, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the same") == 2
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: the scripted rollouts of test_trl_wordings.py, a question's two wordings split over two processes.
+"""Run on two ranks: the scripted rollouts of test_trl_wordings.py, a question's two wordings split over two processes.
 
 Each rank compares its part with what one process made of the whole, then trains two steps, after which the ranks must agree.
 """
