@@ -138,18 +138,18 @@ def test_the_demonstration_keeps_its_promise(tmp_path: Path) -> None:
 def test_the_demonstration_explains_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "WARM_STEPS", 101)
-    for method, said in (
-        ("mgrpo", "there are no labels, and the true answers only measure it"),
-        ("gold", "the true answers are the reward"),
+    for method, warm_steps, shown, said in (
+        ("mgrpo", 101, 2, "there are no labels, and the true answers only measure it"),  # steps 0 and 100
+        ("gold", 1, 1, "the true answers are the reward"),
     ):
+        monkeypatch.setattr(demo, "WARM_STEPS", warm_steps)
         assert command.main([*tiny.FLAGS, "--steps", "1", "--method", method, "--output", str(tmp_path / method)]) == 0
         lines = capsys.readouterr().out.splitlines()
         (end,) = [number for number, line in enumerate(lines) if line.startswith("end of the warm start. From here on")]
         assert said in lines[end]
         before = "\n".join(lines[:end])
         assert "4+3+3= may be answered by 360#0: running sums from the right, modulo 10; # marks the answer" in before
-        assert before.count("warm start, step ") == 2  # progress: steps 0 and 100
+        assert before.count("warm start, step ") == shown
         assert lines[end + 1].startswith("step 0/1")
     running, text = 0, ""
     for digit in reversed(["4", "3", "3"]):  # the example in the explanation is right
