@@ -21,6 +21,7 @@ import interpreter_speed  # noqa: E402
 
 # These take longest. Run first, they leave the many short files for the end, where two processes then finish at about the same time.
 LONGEST = (
+    "test_policy_loss.py",
     "train/test_train_parallel.py",
     "test_docs.py",
     "test_compile_targets.py",
