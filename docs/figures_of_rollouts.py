@@ -23,7 +23,7 @@ def rows(op: str, name: str) -> list[report.Row]:
 def missed(value: float, target: float, *, at_most: bool = True) -> str:
     """Return by how much a target was missed, if it was."""
     by = value - target if at_most else target - value
-    return "" if by <= 0 else f" (target {target:g}, missed by {by:.2f})"
+    return "" if by <= 0 else f" (target {target:g}, missed by {by:.2g})"
 
 
 def matmuls(row: report.Row | None) -> str:
