@@ -98,7 +98,7 @@ def fuse_lm_head(
     A model with a PEFT adapter is fused by its base: ``fuse_lm_head(model.get_base_model())``; an adapter on the head itself is refused.
 
     Raises:
-        TypeError: the model has no linear head, or is a wrapper around one.
+        TypeError: the model has no linear head, or is a wrapper around one; a temperature that is neither a number nor a floating tensor.
         ValueError: no such statistic, a temperature that is not above 0, a model that does not run on token ids alone or whose forward
             another library has replaced, or a head that does more to its logits than this function knows of.
     """
@@ -112,11 +112,11 @@ def fuse_lm_head(
     if not isinstance(before, FusedForward | None):
         raise ValueError(
             "model: expected one with its class's own forward, got one whose forward another library has replaced: "
-            "fuse the model before that library wraps it"
+            "fuse the model before that library wraps it, or load it without a device_map over several devices"
         )
-    checks.check_temperature_values(
-        checks.check_temperature(temperature, getattr(temperature, "shape", ()), head.weight.device)[1]
-    )
+    shape = temperature.shape if isinstance(temperature, Tensor) else ()
+    _, per_token = checks.check_temperature(temperature, shape, head.weight.device)
+    checks.check_temperature_values(per_token)
     _check(model)
     model.forward = FusedForward(model, temperature, tuple(stats))
     return model
@@ -147,6 +147,7 @@ class FusedForward:
         """Return statistics of `labels`, or without them what the class's own forward returns."""
         if labels is None:
             return self._own(*args, **kwargs)
+        checks.check_tensor("labels", labels, dtypes=checks.INTS)  # before the decoder takes its time
         head = lm_head(self.model)
         kwargs.setdefault("use_cache", False)  # the statistics of a whole sequence need no cache
         returned = decoder_of(self.model, self.model.base_model)(*args, **kwargs)

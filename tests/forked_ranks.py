@@ -2,7 +2,7 @@
 
 python tests/forked_ranks.py LIBRARY,LIBRARY SCRIPT arguments...     SCRIPT: a file *.py, or the name of a module
 
-The ranks find each other as under torchrun. Nothing is restarted; if one fails, the others are ended.
+The ranks find each other as under torchrun. Nothing is restarted. If one fails, or this process is ended by SIGTERM, the others are ended.
 """
 
 import importlib
@@ -28,16 +28,13 @@ def run(script: str, arguments: list[str]) -> None:
 
 
 def wait(ranks: list[int]) -> int:
-    """Wait for all ranks; return 1 if one failed, else 0."""
-    failed = False
+    """Wait until all ranks have ended, or one has failed; return 1 if one failed, else 0. `ranks` then has those that still run."""
     while ranks:
         pid, status = os.wait()
         ranks.remove(pid)
-        if status != 0 and not failed:
-            failed = True
-            for each in ranks:
-                os.kill(each, signal.SIGKILL)
-    return int(failed)
+        if status != 0:
+            return 1
+    return 0
 
 
 def main() -> int:
@@ -55,13 +52,18 @@ def main() -> int:
             run(script, arguments)
             return 0
         ranks.append(pid)
-    from torch.distributed import TCPStore  # its thread starts here: a fork would not have it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        from torch.distributed import TCPStore  # its thread starts here: a fork would not have it
 
-    port, descriptor = listening.getsockname()[1], listening.detach()
-    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
-    status = wait(ranks)
-    del store
-    return status
+        port, descriptor = listening.getsockname()[1], listening.detach()
+        store = TCPStore("localhost", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+        status = wait(ranks)
+        del store
+        return status
+    finally:
+        for each in ranks:
+            os.kill(each, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_the_loss_computes_the_gradient_of_tokens_with_an_advantage(backend, mas
     ],
 )
 def test_rows_with_and_without_a_gradient_share_the_matmuls_of_the_logits(width, dead, blocks):
-    """Of the latter the next tile takes the place: on a CPU few rows are slow to multiply."""
+    """The next tile is written over the logits of rows without a gradient. A matmul of few rows is slow on a CPU."""
     tensors, advantages = make(width=width), torch.ones(4).index_fill(0, torch.arange(dead), 0.0)
     with (
         mock.patch.object(loss_native, "COLUMNS", 128),
@@ -118,6 +118,28 @@ def test_logits_of_rows_without_a_gradient_are_not_kept():
     with mock.patch.object(loss_native, "COLUMNS", 256), watch_memory() as memory:
         linear_policy_loss(hidden, weight, labels, None, advantages, cu_seqlens=offsets, backend="native")
     assert memory.largest == 4 * (10 * 2048 + 390 * 256)
+
+
+def test_the_columns_of_a_tile_are_those_that_readme_and_the_plan_name():
+    assert loss_native.COLUMNS == 1024
+
+
+@pytest.mark.parametrize("width, rows, fits", [(64, 32, True), (64, 33, False), (63, 16, False)])
+def test_a_16_bit_gradient_holds_float32_logits_of_half_as_many_rows(width, rows, fits):
+    hidden, weight, labels = make(rows=rows, width=width, vocab=4096)
+    hidden, weight = (each.detach().bfloat16().requires_grad_() for each in (hidden, weight))
+    with (
+        mock.patch.object(tiled, "multiplies_16_bits", return_value=True),
+        mock.patch.object(loss_native, "COLUMNS", 256),
+        watch_memory() as memory,
+    ):
+        loss = linear_policy_loss(hidden[None], weight, labels[None], None, torch.ones(1), backend="native").loss
+    assert (memory.peak - 2 * width * 4096 < 4 * rows * 4096) == fits
+    got = torch.autograd.grad(loss, (hidden, weight))
+    wide = [each.detach().double().requires_grad_() for each in (hidden, weight)]
+    exact = linear_policy_loss(wide[0][None], wide[1], labels[None], None, torch.ones(1), backend="reference").loss
+    for mine, true in zip(got, torch.autograd.grad(exact, wide), strict=True):
+        assert (mine - true).norm() < 0.01 * true.norm()
 
 
 @pytest.mark.parametrize("rows", [64, 65])

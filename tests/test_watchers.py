@@ -148,14 +148,15 @@ def test_threads_of_the_pool_are_seen_and_given_back():
         torch.set_num_threads(threads)
 
 
-def test_a_rank_that_fails_ends_the_other_and_is_told(tmp_path):
+@pytest.mark.parametrize("failing", ["os._exit(3)", "os.kill(os.getppid(), signal.SIGTERM)"])
+def test_a_rank_that_fails_and_the_end_of_their_process_end_the_ranks(tmp_path, failing):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
         "import torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
         "print(f'rank {dist.get_rank()} of {dist.get_world_size()}: {sys.argv[1:]}', flush=True)\n"
-        "if dist.get_rank() == 1: os._exit(3)\n"
+        f"if dist.get_rank() == 1: {failing}\n"
         "time.sleep(600)\n"
     )
     forked = Path(__file__).with_name("forked_ranks.py")

@@ -76,7 +76,7 @@ def accumulate_gradient(
     """Add the gradient of the batch's loss to the parameters; return the loss and the sums of its metrics.
 
     The loss of every micro-batch is divided by the count of the whole batch, so the split into micro-batches changes only rounding.
-    Rollouts without a gradient are counted, but do not pass through the model; `passed_tokens` are those of the others.
+    Rollouts without a gradient are counted, but do not pass through the model; `forward_tokens` are those of the others.
 
     Args:
         policy: model that trains.
@@ -135,7 +135,7 @@ def accumulate_gradient(
             sums[name] = sums[name] + value if name in sums else value
     found = {name: value for name, value in (sums | mismatch).items() if name != "ratio_max"}
     numbers = torch.stack(list(found.values())).tolist() if found else []  # one host sync for all
-    counts = {"tokens": tokens, "sequences": sequences, "with_gradient": with_gradient, "passed_tokens": passed}
+    counts = {"tokens": tokens, "sequences": sequences, "with_gradient": with_gradient, "forward_tokens": passed}
     return parallel.added(dict(zip(found, numbers, strict=True))) | counts
 
 
@@ -257,7 +257,7 @@ def take_optimizer_step(
         "clip_fraction": (sums["clip_low_count"] + sums["clip_high_count"]) / sums["tokens"],
     }
     if batch.behaviour_logprobs is not None or config.loss.off_policy_delta is not None:
-        metrics["masked_fraction"] = sums["masked_count"] / sums["passed_tokens"]  # the others' masks are not known
+        metrics["masked_fraction"] = sums["masked_count"] / sums["forward_tokens"]  # the others' masks are not known
     if batch.sampled_logprobs is not None:
         metrics["behaviour_mismatch"] = sums["mismatch_sum"] / sums["mismatch_tokens"]
     return metrics

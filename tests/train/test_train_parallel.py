@@ -76,7 +76,7 @@ def nothing_goes_on() -> Iterator[None]:
     while started:
         process = started.pop()
         if process.poll() is None:
-            process.terminate()  # torchrun ends its ranks, which are in sessions of their own
+            process.terminate()  # torchrun and forked_ranks.py end their ranks
             process.communicate(timeout=SLOWEST)
 
 

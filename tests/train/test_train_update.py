@@ -422,7 +422,7 @@ def test_masked_tokens_are_counted_where_a_correction_may_mask(policy: Policy) -
     assert part.old_logprobs is not None
     part = part._replace(behaviour_logprobs=part.old_logprobs + 0.3 * (part.tokens % 2))
     sums, _ = gradient(policy, part, 10**6, **options)
-    assert sums["passed_tokens"] == sums["tokens"]
+    assert sums["forward_tokens"] == sums["tokens"]
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     updated = take_step(policy, make_optimizer(policy, config.optim), part, config, step=1)
     assert 0 < updated["masked_fraction"] == sums["masked_count"] / sums["tokens"] < 1

@@ -48,6 +48,7 @@ def ema_update_(
 
     A tensor that appears twice (tied parameters) is updated once, with its first position; each of its `emit` is written. A tensor may also
     be the EMA or the parameter of its own `emit`. Other tensors that are written to must not share memory.
+    Of tensors with gaps in memory, such as slices of columns, only overlap with themselves is found.
 
     Raises:
         TypeError: wrong type or dtype.

@@ -25,7 +25,7 @@ GRADIENT_COLUMNS = 16384
 """Of a block of rows whose logits are kept in float32: so many have their 16-bit gradient at one time."""
 
 ROWS_WITHOUT_GRADIENT = 1024
-"""That a tile has at most, where a block has fewer rows: more would not stay in a CPU's cache."""
+"""Of a tile at most, unless more rows of a block have a gradient: a larger tile would not stay in a CPU's cache."""
 
 
 def forward_backward(
@@ -41,7 +41,7 @@ def forward_backward(
 ) -> tiled.Gradients:
     """Return the gradients of hidden, bias (float32) and weight (its dtype), with the matmul of the logits done only once.
 
-    Only the first `live` rows have a gradient; of the others, `coefficients_of` is told the statistics.
+    Only the first `live` rows have a gradient; for the others, only the statistics are passed to `coefficients_of`.
 
     A block keeps the logits of its rows with a gradient until `coefficients_of` has said, from the statistics, what the gradient is. They
     are computed in contiguous tiles of at most `columns_at_once`, whose gradients have the same columns; or, with None, in one matmul.
@@ -55,21 +55,21 @@ def forward_backward(
     sums = tiled.Sums(hidden, head, need)
     if sums.hidden is not None:
         sums.hidden[live:].zero_()
-    for block, kept in _blocks(number, live, room):
+    for block, live_here in _blocks(number, live, room):
         state = tiled.empty_state(block.stop - block.start, hidden.device, passes.wanted)
         for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED):
-            x = room.place(block, kept, columns, passes.padding)
+            x = room.tile_of(block, live_here, columns, passes.padding)
             passes.fill(x, hidden[block], tiled.of_tile(head, block, columns), labels[block], state)
         statistics = _statistics.finish(state, labels[block])
-        coefficients = coefficients_of(block, statistics)[:, :kept]
-        rows = slice(block.start, block.start + kept)
-        for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED) if kept else ():
-            tile = room.place(rows, kept, columns, passes.padding)
+        coefficients = coefficients_of(block, statistics)[:, :live_here]
+        rows, logsumexp = slice(block.start, block.start + live_here), statistics.logsumexp[:live_here]
+        for columns in tiled.spans(vocab, columns_at_once, tiled.ALIGNED) if live_here else ():
+            tile = room.tile_of(rows, live_here, columns, passes.padding)
             for part in tiled.spans(columns.stop - columns.start, room.gradient_columns, tiled.ALIGNED):
                 span = slice(columns.start + part.start, columns.start + part.stop)
                 tile_head, x = tiled.of_tile(head, rows, span), tile[:, part]
                 grad = x if room.gradients is None else tiled.place_of(room.gradients, rows, span, passes.padding)
-                passes.gradient(x, tile_head, labels[rows], coefficients, statistics.logsumexp[:kept], grad)
+                passes.gradient(x, tile_head, labels[rows], coefficients, logsumexp, grad)
                 sums.add(grad, tile_head.weight, rows, span)
                 if room.total is not None:
                     tiled.accumulate(room.total[span], grad.t(), hidden[rows], first=rows.start == 0)
@@ -84,24 +84,21 @@ class _Room(NamedTuple):
     rows: int  # of a block, that have a gradient
     total: Tensor | None  # the weight's gradient, or its sum in float32
     logits: Tensor  # of a block
-    apart: (
-        int | None
-    )  # elements of `logits` for each column, where each tile lies in the place of its weight's gradient
+    per_column: int | None  # elements of `logits`, where they use the memory of the weight's gradient
     gradients: Tensor | None  # of the logits of some columns; None: in place of the logits
     gradient_columns: int
     strides: tuple[int, int]  # of a row of all logits, and of a tile
 
-    def place(self, rows: slice, kept: int, columns: slice, padding: int) -> Tensor:
-        """Return the place of a tile of a block that has `kept` rows with a gradient."""
-        apart = self.apart if kept and self.apart else kept
-        return tiled.place_of(self.logits, rows, columns, padding, apart=apart)
+    def tile_of(self, rows: slice, live: int, columns: slice, padding: int) -> Tensor:
+        """Return the place of a tile of a block in which `live` rows have a gradient."""
+        per_column = self.per_column if live and self.per_column else live
+        return tiled.place_of(self.logits, rows, columns, padding, per_column=per_column)
 
-    def beside(self, kept: int) -> int:
-        """Return for how many rows without a gradient there is room beside `kept` rows with one."""
-        if kept and self.apart:
-            return self.apart - kept
+    def rows_beside(self, live: int) -> int:
+        """Return for how many rows without a gradient a block has room beside `live` rows with one."""
         of_all, of_tile = self.strides
-        return min(max(self.rows, ROWS_WITHOUT_GRADIENT), (self.logits.numel() - kept * of_all) // of_tile)
+        fit = self.per_column - live if live and self.per_column else (self.logits.numel() - live * of_all) // of_tile
+        return min(max(self.rows, ROWS_WITHOUT_GRADIENT), fit)
 
 
 def _blocks(number: int, live: int, room: _Room) -> Iterator[tuple[slice, int]]:
@@ -111,8 +108,8 @@ def _blocks(number: int, live: int, room: _Room) -> Iterator[tuple[slice, int]]:
     Blocks without a gradient come first, while nothing else is where their logits are.
     """
     spans = [*tiled.spans(live, room.rows, tiled.ALIGNED)]
-    end = min(number, live + room.beside(spans[-1].stop - spans[-1].start)) if spans else 0
-    for rows in tiled.spans(number - end, room.beside(0), tiled.ALIGNED):
+    end = min(number, live + room.rows_beside(spans[-1].stop - spans[-1].start)) if spans else 0
+    for rows in tiled.spans(number - end, room.rows_beside(0), tiled.ALIGNED):
         yield slice(end + rows.start, end + rows.stop), 0
     for rows in spans:
         yield slice(rows.start, rows.stop if rows.stop < live else end), rows.stop - rows.start
@@ -127,16 +124,16 @@ def _room(
     bound: int,
     live: int,
 ) -> _Room:
-    """Return how many rows a block has, and room for it.
+    """Return how many rows a block has, and room for it: in the weight's gradient if its logits fit there.
 
-    With several blocks, a 16-bit gradient of the weight (`weight`, which will be returned) is summed in float32, and is read and
+    Else, with several blocks, a 16-bit gradient of the weight (`weight`, which will be returned) is summed in float32, and is read and
     written once for each block. So one block takes all rows where their logits need no more memory than that sum would. With
     several, `weight` is not needed before the end, and holds the logits where it has more room for them than `bound`.
     """
     dtype, raw_dtype = tiled.gradient_dtype(head), head.raw_dtype
     one_matmul = dtype == hidden.dtype and tiled.rounds_once(head.weight.shape, hidden.device, hidden.dtype)
     if columns_at_once and live and weight is not None and (weight.dtype == torch.float32 or one_matmul):
-        room = _room_in(weight, hidden, head, passes, columns_at_once, bound, live)
+        room = _room_in_gradient(weight, hidden, head, passes, columns_at_once, bound, live)
         if room is not None:
             return room
     number, vocab = hidden.shape[0], head.weight.shape[0]
@@ -160,20 +157,20 @@ def _room(
             in_weight = weight.numel() * weight.element_size() // element_bytes
             if in_weight // stride > rows:
                 rows, logits = in_weight // stride, _memory_of(weight, raw_dtype)
-    kept, strides = min(rows, live), (stride, tiled.padded(columns_at_once, passes.padding))
+    in_block, strides = min(rows, live), (stride, tiled.padded(columns_at_once, passes.padding))
     if logits is None:
         beside = min(number - live, max(rows, ROWS_WITHOUT_GRADIENT))
-        elements = min(kept * strides[0] + beside * strides[1], most)
-        logits = hidden.new_empty(max(elements, kept * strides[0], strides[1]), dtype=raw_dtype)
+        elements = min(in_block * strides[0] + beside * strides[1], most)
+        logits = hidden.new_empty(max(elements, in_block * strides[0], strides[1]), dtype=raw_dtype)
     if in_place:
         return _Room(rows, total, logits, None, None, gradient_columns, strides)
     if not bounded:  # more rows than the bound holds: the columns of gradients alone keep to it
-        gradient_columns = _columns_within(bound, kept, dtype, gradient_columns)
-    gradients = tiled.make_workspace(hidden, kept, gradient_columns, passes.padding, dtype)
+        gradient_columns = _columns_within(bound, in_block, dtype, gradient_columns)
+    gradients = tiled.make_workspace(hidden, in_block, gradient_columns, passes.padding, dtype)
     return _Room(rows, total, logits, None, gradients, gradient_columns, strides)
 
 
-def _room_in(
+def _room_in_gradient(
     weight: Tensor,
     hidden: Tensor,
     head: Head,
@@ -182,18 +179,20 @@ def _room_in(
     bound: int,
     live: int,
 ) -> _Room | None:
-    """Return room for one block in `weight`, the gradient to be returned, or None: each tile lies where what it gives will be written.
+    """Return room for one block in `weight`, the gradient to be returned, or None if the logits do not fit.
 
-    So logits take no memory of their own. They fit where there are no more rows than hidden states have elements, of equal size.
+    The logits of some columns use the memory of these columns' gradient, so they need none of their own. That gradient is computed from
+    the tile's gradient, which therefore needs a workspace, even where it has the dtype of the logits. Logits fit if a column of them, one
+    for each row, takes no more bytes than a row of the weight.
     """
     raw_dtype, dtype = head.raw_dtype, tiled.gradient_dtype(head)
-    of_column, rest = divmod(weight.shape[1] * weight.element_size(), raw_dtype.itemsize)
-    if live > of_column or rest:
+    per_column, rest = divmod(weight.shape[1] * weight.element_size(), raw_dtype.itemsize)
+    if live > per_column or rest:
         return None
     columns = _columns_within(bound, live, dtype, min(columns_at_once, weight.shape[0]))
     gradients = tiled.make_workspace(hidden, live, columns, passes.padding, dtype)
-    strides = of_column, tiled.padded(columns, passes.padding)
-    return _Room(live, weight, _memory_of(weight, raw_dtype), of_column, gradients, columns, strides)
+    strides = tiled.padded(weight.shape[0], passes.padding), tiled.padded(columns, passes.padding)
+    return _Room(live, weight, _memory_of(weight, raw_dtype), per_column, gradients, columns, strides)
 
 
 def _columns_within(bound: int, rows: int, dtype: torch.dtype, most: int) -> int:

@@ -29,7 +29,8 @@ from mgrpo_kernels.ops.linear_token_stats import liger, native, reference, tiled
 from mgrpo_kernels.ops.linear_token_stats.specs import Entries, Head
 
 OP = "linear_token_stats"
-# Elements behind the stored logits. torch.compile and torch.export would specialise on a size that may be 0, 1 or more.
+# Extra elements after the stored logits: torch.compile and torch.export specialise on the sizes 0 and 1, and the number of tokens decides
+# whether any logits are stored.
 SPARE = 2
 backends.register(OP, reference=reference, native=native, triton=triton, liger=liger)
 
@@ -60,8 +61,8 @@ def linear_token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return logprob, entropy, self_certainty, logsumexp, each ``(N,)``; the size of the whole vocabulary, 0-d; the four tensors of
     :class:`Entries`, empty where the backward pass does without; and raw logits (:class:`tiled.Stored`), if `store_logits`, as far as there
-    is room. Of masked rows, which have no logits and may have no entries, those come last. Statistics that are not wanted are empty, and so
-    is logprob without labels.
+    is room, and SPARE more elements. Of masked rows, which have no logits and may have no entries, those come last. Statistics that are
+    not wanted are empty, and so is logprob without labels.
     """
     _autograd.refuse_tangents("linear_token_stats", hidden, weight, bias)
     check_rows(hidden, weight, bias, labels, mask, temperature_per_row)

@@ -117,7 +117,7 @@ class Stored(NamedTuple):
         end = columns.start + padded(columns.stop - columns.start, padding)
         if self.number * end > self.values.numel():
             return None
-        return place_of(self.values, slice(0, self.number), columns, padding, apart=self.number)
+        return place_of(self.values, slice(0, self.number), columns, padding, per_column=self.number)
 
     def take(self, tile: Tensor, rows: slice, x: Tensor) -> Tensor:
         """Return these rows of the backward pass: a part of the tile, or copied to x."""
@@ -362,9 +362,9 @@ def make_workspace(hidden: Tensor, rows: int, columns: int, padding: int, dtype:
     return hidden.new_empty(rows * padded(columns, padding), dtype=dtype)
 
 
-def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, apart: int = 0) -> Tensor:
-    """Return the tile's place, behind `apart` elements for each column on its left; with 0 it is always the same."""
-    n, first = rows.stop - rows.start, apart * columns.start
+def place_of(workspace: Tensor, rows: slice, columns: slice, padding: int, *, per_column: int = 0) -> Tensor:
+    """Return the tile's place, behind `per_column` elements for each column on its left; with 0 it is always the same."""
+    n, first = rows.stop - rows.start, per_column * columns.start
     width = columns.stop - columns.start
     stride = padded(width, padding)
     place = workspace[first : first + n * stride].view(n, stride)

@@ -43,7 +43,7 @@ KEYS = {
     "whose text contains their answer",
     "kl_reasoning": "mean KL divergence from the reference model per token before or after the answer, in nats, over the same rollouts",
     "clip_fraction": "fraction of the trained tokens whose importance ratio was clipped",
-    "masked_fraction": "fraction of the tokens of rollouts with a gradient whose policy loss a mask of the off-policy corrections set to 0",
+    "masked_fraction": "of the tokens of rollouts that have a gradient, the fraction whose policy loss an off-policy mask set to 0",
     "behaviour_mismatch": "mean absolute difference between the log-probabilities of the trainer and of the rollout engine, in nats per "
     "token; measured on the first micro-batch if the engine's own statistics are used",
     "momentum_distance": "||policy - momentum model|| / ||policy||, L2 norms of all trained weights, after the step",
