@@ -461,7 +461,7 @@ def test_too_little_memory_is_said() -> None:
     assert "TOO LITTLE" not in memory_lines(memory, 15)[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="this system is not Linux: it has no /proc/self/status")
 def test_the_process_takes_what_the_plan_says() -> None:
     code = (
         "import transformers, mgrpo_kernels.train.__main__; from transformers import LlamaForCausalLM; "

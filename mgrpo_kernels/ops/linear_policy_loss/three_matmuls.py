@@ -154,9 +154,9 @@ def _room(
             rows, most = live, in_sum
         else:
             total = torch.empty(weight.shape, device=weight.device, dtype=torch.float32)
-            in_weight = weight.numel() * weight.element_size() // element_bytes
-            if in_weight // stride > rows:
-                rows, logits = in_weight // stride, _memory_of(weight, raw_dtype)
+            memory = _memory_of(weight, raw_dtype)
+            if memory.numel() // stride > rows:
+                rows, logits = memory.numel() // stride, memory
     in_block, strides = min(rows, live), (stride, tiled.padded(columns_at_once, passes.padding))
     if logits is None:
         beside = min(number - live, max(rows, ROWS_WITHOUT_GRADIENT))
